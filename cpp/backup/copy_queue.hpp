@@ -1,0 +1,43 @@
+// A device's private stream: copies and fills in order, and marks that tell when they are done.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "driver/driver.hpp"
+
+namespace cumempool::backup {
+
+// One thread at a time. Every call, construction and destruction included, is made inside a
+// ContextScope of the device. Destruction does not wait: drain() first.
+class CopyQueue {
+ public:
+  CopyQueue(driver::Driver driver, int device);
+  ~CopyQueue();
+  CopyQueue(const CopyQueue&) = delete;
+  CopyQueue& operator=(const CopyQueue&) = delete;
+
+  int device() const noexcept { return device_; }
+
+  // Enqueue; throw Error. Both sides stay valid until a later wait() or drain() has returned.
+  void to_host(std::byte* destination, cumempool_address source, std::size_t bytes);
+  void to_device(cumempool_address destination, const std::byte* source, std::size_t bytes);
+  void fill_zero(cumempool_address destination, std::size_t bytes);
+
+  // Waits until everything enqueued so far is done: throws Error for what failed in between.
+  void drain();
+
+  // A point in the queue, to be waited for in any order; gone after drain().
+  std::size_t mark();
+  void wait(std::size_t mark);
+
+ private:
+  driver::Driver driver_;
+  int device_;
+  cumempool_stream stream_;
+  std::vector<cumempool_event> events_;
+  std::size_t used_events_ = 0;
+};
+
+}  // namespace cumempool::backup

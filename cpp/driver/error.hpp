@@ -1,0 +1,47 @@
+// The one exception of the core. It carries everything a person needs to act (R12); the abi layer
+// turns it into a status code and the calling thread's last error.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cumempool/status.h"
+
+namespace cumempool {
+
+class Error : public std::exception {
+ public:
+  Error(cumempool_status code, std::string description)
+      : status(code), problem(std::move(description)) {}
+
+  // "sleep of tag 'kv' on device 0 (2.0 MiB): cuMemCreate returned CUDA_ERROR_OUT_OF_MEMORY (2); ..."
+  std::string message() const;
+  const char* what() const noexcept override;
+
+  cumempool_status status;
+  std::string problem;  // what happened, in words; "" where the driver call says it all
+  std::string operation;
+  std::string tag;
+  int device = -1;
+  std::uint64_t bytes = 0;
+  std::string driver_call;
+  cumempool_result result = CUMEMPOOL_RESULT_SUCCESS;
+  std::uint64_t free_bytes = 0;
+  std::uint64_t total_bytes = 0;
+  std::string advice;
+  std::vector<std::string> secondary;
+
+ private:
+  mutable std::string text_;
+};
+
+// "CUDA_ERROR_..." of a result; "CUDA_ERROR_UNRECOGNIZED" for numbers it does not know.
+const char* result_name(cumempool_result result) noexcept;
+
+// "14.96 GiB", "2.00 MiB", "512 bytes".
+std::string format_bytes(std::uint64_t bytes);
+
+}  // namespace cumempool

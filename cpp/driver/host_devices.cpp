@@ -1,0 +1,308 @@
+// The simulated devices of one host driver.
+#include "driver/host_devices.hpp"
+
+#include <string>
+
+namespace cumempool::driver {
+
+HostDevices::HostDevices(const cumempool_host_driver_options& options)
+    : options_(options), contexts_(options.device_count), memory_(options) {
+  for (int device = 0; device < options.device_count; ++device) {
+    works_.push_back(std::make_unique<HostWork>(device, state_, memory_));
+  }
+}
+
+// ---- devices and contexts
+// -------------------------------------------------------------------------
+
+cumempool_result HostDevices::check_device(int device) const {
+  if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
+  return exists(device) ? CUMEMPOOL_RESULT_SUCCESS : CUMEMPOOL_RESULT_INVALID_DEVICE;
+}
+
+// What every [context] entry asks first (C3).
+cumempool_result HostDevices::check_context(int device) {
+  if (const auto result = check_device(device)) return result;
+  return contexts_.current(device) ? work(device).error() : CUMEMPOOL_RESULT_INVALID_CONTEXT;
+}
+
+cumempool_result HostDevices::init() {
+  const std::lock_guard<std::mutex> lock(state_);
+  initialised_ = true;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::driver_version(int* version) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
+  if (version == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  *version = 13000;  // the CUDA version whose behaviour it follows
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::device_count(int* count) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
+  if (count == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  *count = options_.device_count;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::device_name(int device, char* name, std::size_t bytes) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_device(device)) return result;
+  if (name == nullptr || bytes == 0) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  const std::string text = "cumempool host device " + std::to_string(device);
+  name[text.copy(name, bytes - 1)] = '\0';
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::device_attribute(int device, cumempool_device_attribute attribute,
+                                               int* value) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_device(device)) return result;
+  if (value == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  switch (attribute) {
+    case CUMEMPOOL_ATTRIBUTE_VIRTUAL_MEMORY:
+      *value = 1;
+      return CUMEMPOOL_RESULT_SUCCESS;
+    case CUMEMPOOL_ATTRIBUTE_POSIX_FD:
+      *value = (options_.handle_types & CUMEMPOOL_HANDLE_POSIX_FD) != 0 ? 1 : 0;
+      return CUMEMPOOL_RESULT_SUCCESS;
+    case CUMEMPOOL_ATTRIBUTE_RDMA:
+      *value = options_.rdma != 0 ? 1 : 0;
+      return CUMEMPOOL_RESULT_SUCCESS;
+    case CUMEMPOOL_ATTRIBUTE_FABRIC:
+    case CUMEMPOOL_ATTRIBUTE_COMPUTE_MAJOR:
+    case CUMEMPOOL_ATTRIBUTE_COMPUTE_MINOR:
+      *value = 0;
+      return CUMEMPOOL_RESULT_SUCCESS;
+  }
+  return CUMEMPOOL_RESULT_INVALID_VALUE;
+}
+
+cumempool_result HostDevices::memory_info(int device, std::uint64_t* free_bytes,
+                                          std::uint64_t* total_bytes) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  if (free_bytes == nullptr || total_bytes == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  *free_bytes = memory_.free_bytes(device);
+  *total_bytes = options_.bytes_per_device;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::context_active(int device, int* active) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_device(device)) return result;
+  if (active == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  *active = contexts_.active(device) ? 1 : 0;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::context_retain(int device) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_device(device)) return result;
+  contexts_.retain(device);
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::context_release(int device) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_device(device)) return result;
+  if (!contexts_.active(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  if (contexts_.release(device)) work(device).lose_context();
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::context_enter(int device, cumempool_context_token* token) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_device(device)) return result;
+  if (token == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  return contexts_.enter(device, *token);
+}
+
+cumempool_result HostDevices::context_leave(const cumempool_context_token* token) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
+  if (token == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  return contexts_.leave(*token);
+}
+
+// ---- memory
+// ---------------------------------------------------------------------------------------
+
+cumempool_result HostDevices::create(std::size_t bytes,
+                                     const cumempool_memory_properties* properties,
+                                     cumempool_physical* physical) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (properties == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  if (const auto result = check_device(properties->device)) return result;
+  if (const auto result = work(properties->device).error()) return result;
+  return memory_.create(bytes, properties, physical);
+}
+
+cumempool_result HostDevices::host_register(int device, void* pointer, std::size_t bytes) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  return registrations_.add(pointer, bytes);
+}
+
+std::optional<std::pair<int, HostMark>> HostDevices::last_use(const void* pointer,
+                                                              std::size_t bytes) const {
+  for (int device = 0; device < options_.device_count; ++device) {
+    const auto mark = works_[static_cast<std::size_t>(device)]->last_use(pointer, bytes);
+    if (mark) return std::make_pair(device, *mark);
+  }
+  return std::nullopt;
+}
+
+cumempool_result HostDevices::host_unregister(int device, void* pointer) {
+  for (;;) {
+    std::unique_lock<std::mutex> lock(state_);
+    if (const auto result = check_context(device)) return result;
+    const std::size_t bytes = registrations_.bytes_at(pointer);
+    if (bytes == 0) return CUMEMPOOL_RESULT_HOST_MEMORY_NOT_REGISTERED;
+    const auto use = last_use(pointer, bytes);
+    if (!use) {
+      registrations_.remove(pointer);
+      return CUMEMPOOL_RESULT_SUCCESS;
+    }
+    lock.unlock();
+    // An error sticks to the device of that work, which the next round sees if it is this one.
+    (void)work(use->first).run(use->second);
+  }
+}
+
+// ---- streams and events
+// ---------------------------------------------------------------------------
+
+cumempool_result HostDevices::stream_create(int device, cumempool_stream* stream) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  if (stream == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  work(device).add_stream(next_object_);
+  *stream = next_object_++;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::stream_destroy(int device, cumempool_stream stream) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  return work(device).destroy_stream(stream);
+}
+
+cumempool_result HostDevices::stream_synchronize(int device, cumempool_stream stream) {
+  std::unique_lock<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  if (const auto result = work(device).check_stream(stream)) return result;
+  const HostMark mark = work(device).mark_of_stream(stream);
+  lock.unlock();
+  return work(device).run(mark);
+}
+
+cumempool_result HostDevices::stream_is_capturing(int device, cumempool_stream stream,
+                                                  int* capturing) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  if (capturing == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  if (!work(device).has_stream(stream)) return CUMEMPOOL_RESULT_INVALID_HANDLE;
+  *capturing = work(device).capturing(stream) ? 1 : 0;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::event_create(int device, cumempool_event* event) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  if (event == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  work(device).add_event(next_object_);
+  *event = next_object_++;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostDevices::event_destroy(int device, cumempool_event event) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  return work(device).destroy_event(event);
+}
+
+cumempool_result HostDevices::event_record(int device, cumempool_event event,
+                                           cumempool_stream stream) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  return work(device).record(event, stream);
+}
+
+cumempool_result HostDevices::event_synchronize(int device, cumempool_event event) {
+  std::unique_lock<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  const auto mark = work(device).mark_of(event);
+  if (!mark) return CUMEMPOOL_RESULT_INVALID_HANDLE;
+  lock.unlock();
+  return work(device).run(*mark);
+}
+
+// ---- work
+// -----------------------------------------------------------------------------------------
+
+// Refuses what is wrong already; what goes wrong later is found when the command runs.
+cumempool_result HostDevices::submit(int device, HostCommand command, cumempool_stream stream) {
+  const std::lock_guard<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  if (const auto result = work(device).check_stream(stream)) return result;
+  if (command.bytes == 0) return CUMEMPOOL_RESULT_SUCCESS;
+  const bool copies = command.kind != HostCommand::Kind::kFill;
+  command.epoch = memory_.epoch();
+  if ((copies && !registrations_.holds(command.host, command.bytes)) ||
+      !memory_.resolve(command.address, command.bytes, device, command.epoch, nullptr)) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  return work(device).submit(stream, command);
+}
+
+cumempool_result HostDevices::copy_to_host(int device, void* destination, cumempool_address source,
+                                           std::size_t bytes, cumempool_stream stream) {
+  return submit(device, {HostCommand::Kind::kCopyToHost, source, destination, 0, bytes, 0, 0},
+                stream);
+}
+
+cumempool_result HostDevices::copy_to_device(int device, cumempool_address destination,
+                                             const void* source, std::size_t bytes,
+                                             cumempool_stream stream) {
+  return submit(device, {HostCommand::Kind::kCopyToDevice, destination, source, 0, bytes, 0, 0},
+                stream);
+}
+
+cumempool_result HostDevices::fill(int device, cumempool_address destination, std::uint8_t byte,
+                                   std::size_t bytes, cumempool_stream stream) {
+  return submit(device, {HostCommand::Kind::kFill, destination, nullptr, byte, bytes, 0, 0},
+                stream);
+}
+
+cumempool_result HostDevices::fence(int device) {
+  std::unique_lock<std::mutex> lock(state_);
+  if (const auto result = check_context(device)) return result;
+  lock.unlock();
+  return work(device).run_all();
+}
+
+// ---- for tests
+// ------------------------------------------------------------------------------------
+
+HostDriverCounters HostDevices::counters() {
+  const std::lock_guard<std::mutex> lock(state_);
+  HostDriverCounters counters;
+  memory_.count(counters);
+  counters.registrations = registrations_.count();
+  counters.registered_bytes = registrations_.bytes();
+  for (const auto& work : works_) work->count(counters);
+  counters.retained_contexts = contexts_.retained();
+  counters.entered_contexts = contexts_.entered();
+  return counters;
+}
+
+bool HostDevices::set_capturing(int device, cumempool_stream stream, bool capturing) {
+  const std::lock_guard<std::mutex> lock(state_);
+  return exists(device) && work(device).set_capturing(stream, capturing);
+}
+
+}  // namespace cumempool::driver

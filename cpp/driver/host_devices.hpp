@@ -1,0 +1,87 @@
+// The simulated devices of one host driver: their contexts, memory and work behind one lock.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "cumempool/cumempool.h"
+#include "cumempool/driver.h"
+#include "driver/host_context.hpp"
+#include "driver/host_driver.hpp"
+#include "driver/host_memory.hpp"
+#include "driver/host_registration.hpp"
+#include "driver/host_work.hpp"
+
+namespace cumempool::driver {
+
+class HostDevices {
+ public:
+  explicit HostDevices(const cumempool_host_driver_options& options);
+
+  // The entries of the table.
+  cumempool_result init();
+  cumempool_result driver_version(int* version);
+  cumempool_result device_count(int* count);
+  cumempool_result device_name(int device, char* name, std::size_t bytes);
+  cumempool_result device_attribute(int device, cumempool_device_attribute attribute, int* value);
+  cumempool_result memory_info(int device, std::uint64_t* free_bytes, std::uint64_t* total_bytes);
+  cumempool_result context_active(int device, int* active);
+  cumempool_result context_retain(int device);
+  cumempool_result context_release(int device);
+  cumempool_result context_enter(int device, cumempool_context_token* token);
+  cumempool_result context_leave(const cumempool_context_token* token);
+  cumempool_result create(std::size_t bytes, const cumempool_memory_properties* properties,
+                          cumempool_physical* physical);
+  cumempool_result host_register(int device, void* pointer, std::size_t bytes);
+  cumempool_result host_unregister(int device, void* pointer);
+  cumempool_result stream_create(int device, cumempool_stream* stream);
+  cumempool_result stream_destroy(int device, cumempool_stream stream);
+  cumempool_result stream_synchronize(int device, cumempool_stream stream);
+  cumempool_result stream_is_capturing(int device, cumempool_stream stream, int* capturing);
+  cumempool_result event_create(int device, cumempool_event* event);
+  cumempool_result event_destroy(int device, cumempool_event event);
+  cumempool_result event_record(int device, cumempool_event event, cumempool_stream stream);
+  cumempool_result event_synchronize(int device, cumempool_event event);
+  cumempool_result copy_to_host(int device, void* destination, cumempool_address source,
+                                std::size_t bytes, cumempool_stream stream);
+  cumempool_result copy_to_device(int device, cumempool_address destination, const void* source,
+                                  std::size_t bytes, cumempool_stream stream);
+  cumempool_result fill(int device, cumempool_address destination, std::uint8_t byte,
+                        std::size_t bytes, cumempool_stream stream);
+  cumempool_result fence(int device);
+
+  // The entries that HostMemory answers as they are.
+  template <auto Method, typename... Args>
+  cumempool_result in_memory(Args... args) {
+    const std::lock_guard<std::mutex> lock(state_);
+    return initialised_ ? (memory_.*Method)(args...) : CUMEMPOOL_RESULT_NOT_INITIALIZED;
+  }
+
+  // For tests; see host_driver.hpp.
+  HostDriverCounters counters();
+  bool set_capturing(int device, cumempool_stream stream, bool capturing);
+
+ private:
+  bool exists(int device) const noexcept { return device >= 0 && device < options_.device_count; }
+  HostWork& work(int device) { return *works_[static_cast<std::size_t>(device)]; }
+  cumempool_result check_device(int device) const;
+  cumempool_result check_context(int device);
+  cumempool_result submit(int device, HostCommand command, cumempool_stream stream);
+  std::optional<std::pair<int, HostMark>> last_use(const void* pointer, std::size_t bytes) const;
+
+  const cumempool_host_driver_options options_;
+  std::mutex state_;  // guards everything below; given up while bytes move (R7)
+  bool initialised_ = false;
+  HostContexts contexts_;
+  HostMemory memory_;
+  HostRegistrations registrations_;
+  std::vector<std::unique_ptr<HostWork>> works_;  // per device
+  std::uint64_t next_object_ = 0x10000;           // stream or event
+};
+
+}  // namespace cumempool::driver

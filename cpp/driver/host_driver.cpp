@@ -1,0 +1,161 @@
+// The `host` driver: the table of driver.h over host memory, stricter than libcuda about the
+// contract, so that programs can be developed and tested where there is no GPU.
+//
+// What it does differently from a GPU on purpose:
+//  - Copies and fills run only when somebody waits for them: stream_synchronize, event_synchronize,
+//    fence, or host_unregister of memory that they use. A missing wait fails every time.
+//  - Work whose device memory was unmapped, even if mapped again since, breaks the device with 700
+//    (CUDA_ERROR_ILLEGAL_ADDRESS) when it runs. Unregistered host memory is refused in copies.
+//  - New memory is not zero. map takes a physical handle as a whole, inside one reservation.
+// What it cannot do:
+//  - A descriptor sent to another process, or duplicated, keeps the pages but not their charge: the
+//    budget gets them back once this process has closed what export_handle returned. Memory that is
+//    imported from another process is charged there.
+//  - Each physical handle holds a file descriptor, so RLIMIT_NOFILE limits their number.
+//  - The CPU can touch accessible device memory at any time; such accesses are nobody's work.
+#include "driver/host_driver.hpp"
+
+#include <unistd.h>
+
+#include <memory>
+#include <new>
+#include <string>
+
+#include "driver/builtin.hpp"
+#include "driver/error.hpp"
+#include "driver/host_devices.hpp"
+#include "driver/host_memory.hpp"
+
+namespace cumempool::driver {
+namespace {
+
+// The table and what it works on.
+struct HostDriver {
+  explicit HostDriver(const cumempool_host_driver_options& options) : devices(options) {}
+
+  HostDevices devices;
+  cumempool_driver table{};
+};
+
+// From the table to the methods; nothing is thrown across (C1).
+template <typename Call>
+cumempool_result without_exceptions(const Call& call) noexcept {
+  try {
+    return call();
+  } catch (const std::bad_alloc&) {
+    return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+  }
+}
+
+HostDevices& devices_of(void* self) { return static_cast<HostDriver*>(self)->devices; }
+
+template <auto Method>
+struct Entry;
+
+template <typename... Args, cumempool_result (HostDevices::*Method)(Args...)>
+struct Entry<Method> {
+  static cumempool_result call(void* self, Args... args) noexcept {
+    return without_exceptions([&] { return (devices_of(self).*Method)(args...); });
+  }
+};
+
+template <typename... Args, cumempool_result (HostMemory::*Method)(Args...)>
+struct Entry<Method> {
+  static cumempool_result call(void* self, Args... args) noexcept {
+    return without_exceptions([&] { return devices_of(self).in_memory<Method>(args...); });
+  }
+};
+
+void fill_table(HostDriver& driver) {
+  cumempool_driver& table = driver.table;
+  table.version = CUMEMPOOL_DRIVER_VERSION;
+  table.size = sizeof(table);
+  table.name = "host";
+  table.self = &driver;
+  table.init = Entry<&HostDevices::init>::call;
+  table.driver_version = Entry<&HostDevices::driver_version>::call;
+  table.device_count = Entry<&HostDevices::device_count>::call;
+  table.device_name = Entry<&HostDevices::device_name>::call;
+  table.device_attribute = Entry<&HostDevices::device_attribute>::call;
+  table.memory_info = Entry<&HostDevices::memory_info>::call;
+  table.context_active = Entry<&HostDevices::context_active>::call;
+  table.context_retain = Entry<&HostDevices::context_retain>::call;
+  table.context_release = Entry<&HostDevices::context_release>::call;
+  table.context_enter = Entry<&HostDevices::context_enter>::call;
+  table.context_leave = Entry<&HostDevices::context_leave>::call;
+  table.granularity = Entry<&HostMemory::granularity>::call;
+  table.reserve = Entry<&HostMemory::reserve>::call;
+  table.unreserve = Entry<&HostMemory::unreserve>::call;
+  table.create = Entry<&HostDevices::create>::call;
+  table.release = Entry<&HostMemory::release>::call;
+  table.map = Entry<&HostMemory::map>::call;
+  table.unmap = Entry<&HostMemory::unmap>::call;
+  table.set_access = Entry<&HostMemory::set_access>::call;
+  table.export_handle = Entry<&HostMemory::export_handle>::call;
+  table.import_handle = Entry<&HostMemory::import_handle>::call;
+  table.host_register = Entry<&HostDevices::host_register>::call;
+  table.host_unregister = Entry<&HostDevices::host_unregister>::call;
+  table.stream_create = Entry<&HostDevices::stream_create>::call;
+  table.stream_destroy = Entry<&HostDevices::stream_destroy>::call;
+  table.stream_synchronize = Entry<&HostDevices::stream_synchronize>::call;
+  table.stream_is_capturing = Entry<&HostDevices::stream_is_capturing>::call;
+  table.event_create = Entry<&HostDevices::event_create>::call;
+  table.event_destroy = Entry<&HostDevices::event_destroy>::call;
+  table.event_record = Entry<&HostDevices::event_record>::call;
+  table.event_synchronize = Entry<&HostDevices::event_synchronize>::call;
+  table.copy_to_host = Entry<&HostDevices::copy_to_host>::call;
+  table.copy_to_device = Entry<&HostDevices::copy_to_device>::call;
+  table.fill = Entry<&HostDevices::fill>::call;
+  table.fence = Entry<&HostDevices::fence>::call;
+}
+
+HostDriver& host_driver(const cumempool_driver* driver) {
+  return *static_cast<HostDriver*>(driver->self);
+}
+
+// What is wrong with the options, or "".
+std::string problem_with(const cumempool_host_driver_options& options) {
+  const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+  const std::uint64_t granule = options.granularity;
+  if (options.size < sizeof(options)) return "size is not that of cumempool_host_driver_options";
+  if (options.device_count < 1 || options.device_count > 64) return "device_count is not 1 to 64";
+  if (granule < page || (granule & (granule - 1)) != 0) {
+    return "granularity is not a power of two of at least a page (" + format_bytes(page) + ")";
+  }
+  if (options.bytes_per_device == 0 || options.bytes_per_device % granule != 0) {
+    return "bytes_per_device is not a multiple of the granularity (" + format_bytes(granule) + ")";
+  }
+  if ((options.handle_types & ~static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD)) != 0) {
+    return "handle_types has more than CUMEMPOOL_HANDLE_POSIX_FD";
+  }
+  return options.rdma > 1 ? "rdma is not 0 or 1" : "";
+}
+
+}  // namespace
+
+const cumempool_driver* make_host_driver(const cumempool_host_driver_options& options) {
+  const std::string problem = problem_with(options);
+  if (!problem.empty()) {
+    Error error(CUMEMPOOL_INVALID_ARGUMENT, "options of the host driver: " + problem);
+    error.operation = "making a host driver";
+    throw error;
+  }
+  auto driver = std::make_unique<HostDriver>(options);
+  fill_table(*driver);
+  return &driver.release()->table;
+}
+
+void destroy_host_driver(const cumempool_driver* driver) noexcept {
+  if (driver != nullptr) delete &host_driver(driver);
+}
+
+HostDriverCounters host_driver_counters(const cumempool_driver* driver) {
+  return host_driver(driver).devices.counters();
+}
+
+bool host_driver_set_capturing(const cumempool_driver* driver, int device, cumempool_stream stream,
+                               bool capturing) {
+  return host_driver(driver).devices.set_capturing(device, stream, capturing);
+}
+
+}  // namespace cumempool::driver

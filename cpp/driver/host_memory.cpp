@@ -1,0 +1,364 @@
+// Device memory of the host driver. A reservation is PROT_NONE address space, physical memory a
+// sealed memfd, and a mapping that memfd at a fixed address.
+#include "driver/host_memory.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+namespace cumempool::driver {
+namespace {
+
+// No one can truncate such memory under a mapping, so that touching it never raises SIGBUS.
+constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+constexpr int kPoison = 0xff;  // NaN in every floating-point format
+
+cumempool_result from_errno(int error) {
+  return error == ENOMEM || error == ENOSPC ? CUMEMPOOL_RESULT_OUT_OF_MEMORY
+                                            : CUMEMPOOL_RESULT_OPERATING_SYSTEM;
+}
+
+void* pointer(cumempool_address address) {
+  return reinterpret_cast<void*>(static_cast<std::uintptr_t>(address));  // NOLINT
+}
+
+cumempool_address address_of(const void* pointer) {
+  return static_cast<cumempool_address>(reinterpret_cast<std::uintptr_t>(pointer));
+}
+
+// New memory has undefined contents (C8); a memfd reads as zero, which would hide a missing restore
+// or fill. One page per granule shows it and leaves large memory sparse.
+bool poison(int descriptor, std::size_t bytes, std::size_t granularity) {
+  const std::vector<unsigned char> page(static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), kPoison);
+  for (std::size_t offset = 0; offset < bytes; offset += granularity) {
+    if (pwrite(descriptor, page.data(), page.size(), static_cast<off_t>(offset)) < 0) return false;
+  }
+  return true;
+}
+
+bool same_file(int first, int second) {
+  struct stat a {};
+  struct stat b {};
+  return fstat(first, &a) == 0 && fstat(second, &b) == 0 && a.st_dev == b.st_dev &&
+         a.st_ino == b.st_ino;
+}
+
+// Forgets the exported descriptors that the program has closed.
+void drop_closed(HostPhysical& memory) {
+  auto& numbers = memory.exported;
+  numbers.erase(std::remove_if(numbers.begin(), numbers.end(),
+                               [&](int n) { return !same_file(n, memory.descriptor.get()); }),
+                numbers.end());
+}
+
+}  // namespace
+
+Descriptor::~Descriptor() {
+  if (number_ >= 0) close(number_);
+}
+
+HostMemory::HostMemory(const cumempool_host_driver_options& options)
+    : device_count_(options.device_count),
+      bytes_per_device_(options.bytes_per_device),
+      granularity_(options.granularity),
+      handle_types_(options.handle_types),
+      rdma_(options.rdma != 0),
+      charged_(static_cast<std::size_t>(options.device_count), 0) {}
+
+HostMemory::~HostMemory() {
+  for (const auto& [address, bytes] : reservations_) munmap(pointer(address), bytes);
+}
+
+bool HostMemory::granules(std::uint64_t value) const noexcept {
+  return value != 0 && value % granularity_ == 0;
+}
+
+bool HostMemory::device_exists(int device) const noexcept {
+  return device >= 0 && device < device_count_;
+}
+
+cumempool_result HostMemory::check_properties(const cumempool_memory_properties* properties) const {
+  constexpr std::uint32_t known = CUMEMPOOL_HANDLE_POSIX_FD | CUMEMPOOL_HANDLE_FABRIC;
+  if (properties == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  if (!device_exists(properties->device)) return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  if ((properties->handle_types & ~known) != 0 || properties->rdma > 1 ||
+      properties->reserved != 0) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::check_grants(const cumempool_memory_properties& properties) const {
+  const std::uint32_t refused = properties.handle_types & ~handle_types_;
+  if ((refused & CUMEMPOOL_HANDLE_FABRIC) != 0) return CUMEMPOOL_RESULT_NOT_PERMITTED;
+  if (refused != 0 || (properties.rdma != 0 && !rdma_)) return CUMEMPOOL_RESULT_NOT_SUPPORTED;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::granularity(const cumempool_memory_properties* properties,
+                                         std::size_t* bytes) {
+  if (const auto result = check_properties(properties)) return result;
+  if (bytes == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  *bytes = granularity_;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::reserve(std::size_t bytes, cumempool_address* address) {
+  const std::size_t padded = bytes + granularity_;
+  if (!granules(bytes) || padded < bytes || address == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  void* const range =
+      mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (range == MAP_FAILED) return from_errno(errno);
+  const cumempool_address begin = address_of(range);
+  const cumempool_address aligned = (begin + granularity_ - 1) / granularity_ * granularity_;
+  try {
+    reservations_.emplace(aligned, bytes);
+  } catch (const std::bad_alloc&) {
+    munmap(range, padded);
+    return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+  }
+  if (aligned > begin) munmap(range, aligned - begin);
+  munmap(pointer(aligned + bytes), begin + padded - (aligned + bytes));
+  *address = aligned;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::unreserve(cumempool_address address, std::size_t bytes) {
+  const auto found = reservations_.find(address);
+  if (found == reservations_.end() || found->second != bytes || overlaps_mapping(address, bytes)) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  if (munmap(pointer(address), bytes) != 0) return from_errno(errno);
+  reservations_.erase(found);
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::create(std::size_t bytes,
+                                    const cumempool_memory_properties* properties,
+                                    cumempool_physical* physical) {
+  if (const auto result = check_properties(properties)) return result;
+  if (!granules(bytes) || physical == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  if (const auto result = check_grants(*properties)) return result;
+  if (bytes > free_bytes(properties->device)) return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+
+  Descriptor file(memfd_create("cumempool-host", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (file.get() < 0 || ftruncate(file.get(), static_cast<off_t>(bytes)) != 0 ||
+      !poison(file.get(), bytes, granularity_) || fcntl(file.get(), F_ADD_SEALS, kSeals) != 0) {
+    return from_errno(errno);
+  }
+  const auto memory = std::make_shared<HostPhysical>(std::move(file), bytes, properties->device,
+                                                     properties->handle_types);
+  handles_.emplace(next_handle_, memory);
+  memory->handles = 1;
+  memory->charged = true;
+  charged_[static_cast<std::size_t>(properties->device)] += bytes;
+  *physical = next_handle_++;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::release(cumempool_physical physical) {
+  const auto found = handles_.find(physical);
+  if (found == handles_.end()) return CUMEMPOOL_RESULT_INVALID_HANDLE;
+  --found->second->handles;
+  settle(*found->second);
+  handles_.erase(found);
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::map(cumempool_address address, std::size_t bytes,
+                                 cumempool_physical physical) {
+  if (!granules(bytes) || !granules(address)) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  const auto handle = handles_.find(physical);
+  if (handle == handles_.end()) return CUMEMPOOL_RESULT_INVALID_HANDLE;
+  const auto& memory = handle->second;
+  if (bytes != memory->bytes || !inside_reservation(address, bytes)) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  if (overlaps_mapping(address, bytes)) return CUMEMPOOL_RESULT_ALREADY_MAPPED;
+
+  const auto mapping = mappings_.emplace(address, Mapping{bytes, memory, 0, epoch_ + 1}).first;
+  if (mmap(pointer(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,
+           memory->descriptor.get(), 0) == MAP_FAILED) {
+    const int error = errno;
+    mappings_.erase(mapping);
+    return from_errno(error);
+  }
+  ++epoch_;
+  ++memory->mappings;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::unmap(cumempool_address address, std::size_t bytes) {
+  if (!granules(bytes) || !granules(address)) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  const auto found = mappings_.find(address);
+  if (found == mappings_.end() || found->second.bytes != bytes) {
+    return overlaps_mapping(address, bytes) ? CUMEMPOOL_RESULT_INVALID_VALUE
+                                            : CUMEMPOOL_RESULT_NOT_MAPPED;
+  }
+  if (mmap(pointer(address), bytes, PROT_NONE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED) {
+    return from_errno(errno);
+  }
+  --found->second.memory->mappings;
+  settle(*found->second.memory);
+  mappings_.erase(found);
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::set_access(cumempool_address address, std::size_t bytes,
+                                        const int* devices, std::size_t device_count) {
+  if (!granules(bytes) || !granules(address) || devices == nullptr || device_count == 0) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  std::uint64_t access = 0;
+  for (std::size_t i = 0; i < device_count; ++i) {
+    if (!device_exists(devices[i])) return CUMEMPOOL_RESULT_INVALID_DEVICE;
+    access |= std::uint64_t{1} << static_cast<unsigned>(devices[i]);
+  }
+  if (!overlaps_mapping(address, bytes)) return CUMEMPOOL_RESULT_NOT_MAPPED;
+  const cumempool_address end = address + bytes;
+  const auto first = mappings_.find(address);
+  cumempool_address covered = address;
+  auto last = first;
+  while (last != mappings_.end() && last->first == covered && covered < end) {
+    covered += last->second.bytes;
+    ++last;
+  }
+  if (covered != end) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  if (mprotect(pointer(address), bytes, PROT_READ | PROT_WRITE) != 0) return from_errno(errno);
+  for (auto mapping = first; mapping != last; ++mapping) mapping->second.access |= access;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::export_handle(cumempool_physical physical, std::uint32_t handle_type,
+                                           void* exported) {
+  if (exported == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  const auto found = handles_.find(physical);
+  if (found == handles_.end()) return CUMEMPOOL_RESULT_INVALID_HANDLE;
+  if (handle_type == CUMEMPOOL_HANDLE_FABRIC) return CUMEMPOOL_RESULT_NOT_PERMITTED;
+  const auto& memory = found->second;
+  if (handle_type != CUMEMPOOL_HANDLE_POSIX_FD || (memory->handle_types & handle_type) == 0) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  settle_exported();
+  drop_closed(*memory);
+  memory->exported.reserve(memory->exported.size() + 1);
+  if (std::find(exported_.begin(), exported_.end(), memory) == exported_.end()) {
+    exported_.push_back(memory);
+  }
+  const int number = fcntl(memory->descriptor.get(), F_DUPFD_CLOEXEC, 0);
+  if (number < 0) return from_errno(errno);
+  memory->exported.push_back(number);
+  *static_cast<int*>(exported) = number;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::import_handle(const void* exported, std::uint32_t handle_type,
+                                           cumempool_physical* physical) {
+  if (exported == nullptr || physical == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  if (handle_type == CUMEMPOOL_HANDLE_FABRIC) return CUMEMPOOL_RESULT_NOT_PERMITTED;
+  if (handle_type != CUMEMPOOL_HANDLE_POSIX_FD) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  const int number = *static_cast<const int*>(exported);
+  struct stat file {};
+  // Only what create() made has these seals.
+  if (fcntl(number, F_GET_SEALS) != kSeals || fstat(number, &file) != 0 ||
+      !granules(static_cast<std::uint64_t>(file.st_size))) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  const auto known = std::find_if(exported_.begin(), exported_.end(), [&](const auto& memory) {
+    return same_file(number, memory->descriptor.get());
+  });
+  std::shared_ptr<HostPhysical> memory;
+  if (known != exported_.end()) {
+    memory = *known;
+  } else {
+    Descriptor copy(fcntl(number, F_DUPFD_CLOEXEC, 0));
+    if (copy.get() < 0) return from_errno(errno);
+    memory =
+        std::make_shared<HostPhysical>(std::move(copy), static_cast<std::size_t>(file.st_size), -1,
+                                       static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD));
+  }
+  handles_.emplace(next_handle_, memory);
+  ++memory->handles;
+  *physical = next_handle_++;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+std::uint64_t HostMemory::free_bytes(int device) {
+  settle_exported();
+  return bytes_per_device_ - charged_[static_cast<std::size_t>(device)];
+}
+
+bool HostMemory::resolve(cumempool_address address, std::size_t bytes, int device,
+                         std::uint64_t epoch, std::vector<HostSegment>* segments) const {
+  if (address + bytes < address) return false;
+  const cumempool_address end = address + bytes;
+  const std::uint64_t bit = std::uint64_t{1} << static_cast<unsigned>(device);
+  auto next = mappings_.upper_bound(address);
+  if (next == mappings_.begin()) return false;
+  auto mapping = std::prev(next);
+  for (cumempool_address cursor = address; cursor < end; ++mapping) {
+    if (mapping == mappings_.end() || mapping->first > cursor) return false;
+    const Mapping& range = mapping->second;
+    const cumempool_address range_end = mapping->first + range.bytes;
+    if (cursor >= range_end || (range.access & bit) == 0 || range.epoch > epoch) return false;
+    const std::size_t part = std::min(end, range_end) - cursor;
+    if (segments != nullptr) segments->push_back({range.memory, cursor - mapping->first, part});
+    cursor += part;
+  }
+  return true;
+}
+
+bool HostMemory::overlaps_mapping(cumempool_address address, std::size_t bytes) const {
+  const auto next = mappings_.lower_bound(address);
+  if (next != mappings_.end() && next->first - address < bytes) return true;
+  if (next == mappings_.begin()) return false;
+  const auto before = std::prev(next);
+  return address - before->first < before->second.bytes;
+}
+
+bool HostMemory::inside_reservation(cumempool_address address, std::size_t bytes) const {
+  const auto next = reservations_.upper_bound(address);
+  if (next == reservations_.begin()) return false;
+  const auto& [begin, size] = *std::prev(next);
+  return address - begin < size && bytes <= size - (address - begin);
+}
+
+// Returns memory to its budget once nothing keeps it.
+void HostMemory::settle(HostPhysical& memory) {
+  if (!memory.charged || memory.handles != 0 || memory.mappings != 0) return;
+  drop_closed(memory);
+  if (!memory.exported.empty()) return;
+  memory.charged = false;
+  charged_[static_cast<std::size_t>(memory.device)] -= memory.bytes;
+}
+
+// Nobody says when an exported descriptor is closed, so it is looked for when it matters.
+void HostMemory::settle_exported() {
+  const auto gone = [this](const std::shared_ptr<HostPhysical>& memory) {
+    if (memory->handles != 0 || memory->mappings != 0) return false;
+    drop_closed(*memory);
+    settle(*memory);
+    return memory->exported.empty();
+  };
+  exported_.erase(std::remove_if(exported_.begin(), exported_.end(), gone), exported_.end());
+}
+
+void HostMemory::count(HostDriverCounters& counters) {
+  settle_exported();
+  counters.handles = handles_.size();
+  counters.reservations = reservations_.size();
+  counters.mappings = mappings_.size();
+  for (const auto& reservation : reservations_) counters.reserved_bytes += reservation.second;
+  for (const auto& mapping : mappings_) counters.mapped_bytes += mapping.second.bytes;
+  for (const auto bytes : charged_) counters.charged_bytes += bytes;
+}
+
+}  // namespace cumempool::driver

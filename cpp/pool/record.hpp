@@ -1,0 +1,47 @@
+// One allocation as the pool sees it: its memory, its tag, whether it sleeps, and its backup.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "backup/backup.hpp"
+#include "pool/tag.hpp"
+#include "vmm/allocation.hpp"
+
+namespace cumempool::pool {
+
+class Allocator;
+
+// `memory` belongs to whoever claimed the record, or retired it; everything below the line is guarded
+// by the lock of the RecordSet.
+struct Record {
+  Record(std::shared_ptr<Allocator> owner_of, const Tag& under, int on_device,
+         std::size_t bytes_requested, vmm::Allocation&& made)
+      : owner(std::move(owner_of)),
+        tag(&under),
+        device(on_device),
+        requested_bytes(bytes_requested),
+        address(made.address()),
+        bytes(made.bytes()),
+        memory(std::move(made)) {}
+
+  const std::shared_ptr<Allocator> owner;
+  const Tag* const tag;
+  const int device;
+  const std::size_t requested_bytes;
+  const cumempool_address address;
+  const std::size_t bytes;
+  vmm::Allocation memory;
+  // ---------------------------------------------------------------------------------------------
+  std::uint64_t sequence = 0;
+  std::uint64_t generation = 1;
+  bool asleep = false;
+  bool unreleased = false;  // asleep, but the driver would not take the memory back
+  std::optional<backup::Backup> backup;
+  bool claimed = false;  // by the transition under way
+  bool doomed = false;   // freed by the program while claimed
+};
+
+}  // namespace cumempool::pool

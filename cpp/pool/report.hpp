@@ -1,0 +1,28 @@
+// What a transition did, per tag and device.
+#pragma once
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "cumempool/cumempool.h"
+#include "pool/record.hpp"
+
+namespace cumempool::pool {
+
+struct Report {
+  double seconds = 0;
+  std::vector<cumempool_report_row> rows;  // `tag` points into the allocator's tags
+  std::vector<std::string> problems;
+
+  // The row of a record's tag and device, made at first use.
+  cumempool_report_row& row(const Record& record);
+};
+
+using Clock = std::chrono::steady_clock;
+
+inline double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace cumempool::pool

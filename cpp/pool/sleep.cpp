@@ -1,0 +1,213 @@
+// Puts tags to sleep: contents to the host or discarded, physical memory back to the device.
+#include "pool/sleep.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <set>
+#include <utility>
+
+#include "pool/transition.hpp"
+
+namespace cumempool::pool {
+namespace {
+
+using backup::Extent;
+
+// Ranges that need no backup, sorted and looked up by address.
+class DeadRanges {
+ public:
+  explicit DeadRanges(std::vector<cumempool_extent> ranges) : ranges_(std::move(ranges)) {
+    std::sort(ranges_.begin(), ranges_.end(),
+              [](const auto& left, const auto& right) { return left.address < right.address; });
+  }
+
+  // What is left of a record, in order.
+  std::vector<Extent> live_extents(const Record& record) const {
+    std::vector<Extent> live;
+    const cumempool_address end = record.address + record.bytes;
+    cumempool_address at = record.address;
+    auto dead = std::lower_bound(
+        ranges_.begin(), ranges_.end(), record.address,
+        [](const cumempool_extent& range, cumempool_address value) { return range.address < value; });
+    if (dead != ranges_.begin()) --dead;  // may reach into the record from below
+    for (; dead != ranges_.end() && dead->address < end; ++dead) {
+      const cumempool_address from = std::max(dead->address, at);
+      const cumempool_address to = std::min(dead->address + dead->bytes, end);
+      if (to <= from) continue;
+      if (from > at) live.push_back({at - record.address, from - at});
+      at = to;
+    }
+    if (at < end) live.push_back({at - record.address, end - at});
+    return live;
+  }
+
+ private:
+  std::vector<cumempool_extent> ranges_;
+};
+
+// One record on its way to sleep. `saved` is handed to the record only when all have made it.
+struct Sleeper {
+  RecordPointer record;
+  std::vector<Extent> live;  // empty where it is discarded
+  backup::Backup saved;
+
+  std::size_t live_bytes() const {
+    std::size_t bytes = 0;
+    for (const Extent& extent : live) bytes += extent.bytes;
+    return bytes;
+  }
+};
+
+class Sleep {
+ public:
+  Sleep(Allocator& allocator, const SleepRequest& request)
+      : allocator_(allocator), request_(request), transition_(allocator, "sleep") {}
+
+  Report run() {
+    const Clock::time_point start = Clock::now();
+    transition_.refuse_captures(request_.streams);
+    plan();
+    wait_for_work_in_flight();
+    copy_out();
+    detach();
+    commit();
+    give_back();
+    transition_.commit();
+    report_.seconds = seconds_since(start);
+    return std::move(report_);
+  }
+
+ private:
+  bool wanted(const Record& record) const {
+    const auto action = request_.actions.find(record.tag);
+    if (action == request_.actions.end() || record.doomed) return false;
+    if (!record.asleep) return true;
+    return request_.drop_backups && action->second == CUMEMPOOL_ON_SLEEP_DISCARD && record.backup;
+  }
+
+  void plan() {
+    const DeadRanges dead(request_.dead);
+    for (const RecordPointer& record :
+         transition_.claim([this](const Record& candidate) { return wanted(candidate); })) {
+      if (record->asleep) {
+        forgotten_.push_back(record);
+        continue;
+      }
+      const bool offload = request_.actions.at(record->tag) == CUMEMPOOL_ON_SLEEP_OFFLOAD;
+      sleepers_.push_back({record, offload ? dead.live_extents(*record) : std::vector<Extent>{},
+                           backup::Backup(allocator_.arena())});
+      expected_bytes_ += sleepers_.back().live_bytes();
+    }
+  }
+
+  void wait_for_work_in_flight() {
+    std::set<int> devices;
+    for (const Sleeper& sleeper : sleepers_) devices.insert(sleeper.record->device);
+    for (const int device : devices) {
+      try {
+        const driver::ContextScope scope(allocator_.driver(), device);
+        allocator_.driver().fence(device);
+      } catch (Error& error) {
+        annotate(error, "sleep", nullptr);
+        throw;
+      }
+    }
+  }
+
+  void copy_out() {
+    std::vector<RecordPointer> records;
+    records.reserve(sleepers_.size());
+    for (const Sleeper& sleeper : sleepers_) records.push_back(sleeper.record);
+    run_copies(allocator_, "sleep", records, report_,
+               [this](std::size_t index, backup::CopyQueue& queue) {
+                 Sleeper& sleeper = sleepers_[index];
+                 sleeper.saved.save(queue, sleeper.record->address, sleeper.live, expected_bytes_);
+                 expected_bytes_ -= sleeper.saved.bytes();
+               });
+  }
+
+  // Unmaps everything and releases nothing yet: until the last unmap has succeeded, all of it can be
+  // mapped again with its contents, without asking the device for memory.
+  void detach() {
+    for (std::size_t i = 0; i < sleepers_.size(); ++i) {
+      try {
+        sleepers_[i].record->memory.unmap();
+      } catch (Error& error) {
+        annotate(error, "sleep", sleepers_[i].record.get());
+        while (i-- > 0) reattach(sleepers_[i], error);
+        throw;
+      }
+    }
+  }
+
+  void reattach(Sleeper& sleeper, Error& failure) {
+    try {
+      sleeper.record->memory.map();
+    } catch (Error& error) {
+      // Its handle still holds the contents: asleep, nothing lost, and wake maps the same memory.
+      annotate(error, "sleep", sleeper.record.get());
+      failure.secondary.push_back(error.message());
+      keep_asleep(sleeper);
+    }
+  }
+
+  void keep_asleep(Sleeper& sleeper) {
+    allocator_.records().update([&] {
+      Record& record = *sleeper.record;
+      record.asleep = true;
+      record.unreleased = true;
+      if (!sleeper.live.empty()) record.backup.emplace(std::move(sleeper.saved));
+    });
+  }
+
+  void commit() {
+    allocator_.records().update([this] {
+      for (Sleeper& sleeper : sleepers_) {
+        sleeper.record->asleep = true;
+        if (!sleeper.live.empty()) sleeper.record->backup.emplace(std::move(sleeper.saved));
+      }
+      for (const RecordPointer& record : forgotten_) {
+        report_.row(*record).discarded_bytes += record->bytes;
+        record->backup.reset();
+      }
+    });
+  }
+
+  // Past the point of no return: memory that the driver will not take back now stays with its
+  // allocation, is shown in the statistics, and is used by the next wake.
+  void give_back() {
+    for (const Sleeper& sleeper : sleepers_) {
+      Record& record = *sleeper.record;
+      cumempool_report_row& row = report_.row(record);
+      const std::size_t backed_up = sleeper.live_bytes();
+      row.allocations += 1;
+      row.backed_up_bytes += backed_up;
+      row.discarded_bytes += record.bytes - backed_up;
+      try {
+        driver::check(allocator_.driver().table(), "release", record.memory.release_physical(),
+                      record.device, record.bytes);
+        row.freed_bytes += record.bytes;
+      } catch (Error& error) {
+        annotate(error, "sleep", &record);
+        report_.problems.push_back(error.message());
+        allocator_.records().update([&] { record.unreleased = true; });
+      }
+    }
+  }
+
+  Allocator& allocator_;
+  const SleepRequest& request_;
+  Transition transition_;
+  std::vector<Sleeper> sleepers_;
+  std::vector<RecordPointer> forgotten_;  // asleep already; only their backups go
+  std::size_t expected_bytes_ = 0;
+  Report report_;
+};
+
+}  // namespace
+
+Report sleep(Allocator& allocator, const SleepRequest& request) {
+  return Sleep(allocator, request).run();
+}
+
+}  // namespace cumempool::pool

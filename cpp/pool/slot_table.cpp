@@ -1,0 +1,77 @@
+// Which allocator and tag each exported malloc/free pair serves at present.
+#include "pool/slot_table.hpp"
+
+#include <exception>
+#include <string>
+#include <utility>
+
+#include "pool/registry.hpp"
+
+namespace cumempool::pool {
+
+SlotTable& SlotTable::instance() {
+  static auto& table = *new SlotTable;  // never destroyed: torch may call after static destructors
+  return table;
+}
+
+std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, const Tag& tag) {
+  allocator->check_open("bind_slot");
+  for (std::uint32_t number = 0; number < kSlotCount; ++number) {
+    Slot& slot = slots_.at(number);
+    const std::lock_guard lock(slot.mutex);
+    if (slot.allocator != nullptr) continue;
+    slot.allocator = allocator;
+    slot.tag = &tag;
+    allocator->counters().bound_slots += 1;
+    return number;
+  }
+  Error error(CUMEMPOOL_OUT_OF_SLOTS,
+              "all " + std::to_string(kSlotCount) + " slots are bound to open scopes");
+  error.operation = "bind_slot";
+  error.tag = tag.name;
+  error.advice = "leave some use_memory_pool() scopes before opening more at the same time";
+  throw error;
+}
+
+void SlotTable::unbind(std::uint32_t number) {
+  std::shared_ptr<Allocator> allocator;
+  if (number < kSlotCount) {
+    Slot& slot = slots_.at(number);
+    const std::lock_guard lock(slot.mutex);
+    allocator = std::exchange(slot.allocator, nullptr);
+    slot.tag = nullptr;
+  }
+  if (allocator == nullptr) {
+    throw Error(CUMEMPOOL_INVALID_ARGUMENT, "slot " + std::to_string(number) + " is not bound");
+  }
+  allocator->counters().bound_slots -= 1;
+}
+
+void* SlotTable::malloc(std::uint32_t number, std::size_t bytes, int device) noexcept {
+  std::shared_ptr<Allocator> allocator;
+  const Tag* tag = nullptr;
+  {
+    Slot& slot = slots_.at(number);
+    const std::lock_guard lock(slot.mutex);
+    allocator = slot.allocator;
+    tag = slot.tag;
+  }
+  if (allocator == nullptr) return nullptr;
+  try {
+    // Integer to pointer: the address is the device's, and torch hands it back as it is.
+    return reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
+        static_cast<std::uintptr_t>(allocator->malloc(*tag, device, bytes)));
+  } catch (const std::exception&) {
+    return nullptr;  // Allocator::malloc has noted why
+  }
+}
+
+void SlotTable::free(void* address) noexcept {
+  const RecordPointer record =
+      Registry::instance().take(static_cast<cumempool_address>(reinterpret_cast<std::uintptr_t>(address)));
+  if (record == nullptr) return;
+  const std::shared_ptr<Allocator> owner = record->owner;  // outlives its last record
+  owner->free(record);
+}
+
+}  // namespace cumempool::pool

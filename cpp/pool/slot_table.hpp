@@ -1,0 +1,41 @@
+// Which allocator and tag each exported malloc/free pair serves at present.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "pool/allocator.hpp"
+
+namespace cumempool::pool {
+
+constexpr std::uint32_t kSlotCount = 64;
+
+// Thread-safe, one per process.
+class SlotTable {
+ public:
+  static SlotTable& instance();
+
+  // Throws Error (CUMEMPOOL_OUT_OF_SLOTS, CUMEMPOOL_CLOSED).
+  std::uint32_t bind(const std::shared_ptr<Allocator>& allocator, const Tag& tag);
+  // Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a slot that is not bound.
+  void unbind(std::uint32_t slot);
+
+  // Null where the slot is not bound or the memory cannot be had. Leaves no error behind (R1).
+  void* malloc(std::uint32_t slot, std::size_t bytes, int device) noexcept;
+  // Frees whatever was allocated at that address, bound or not; unknown addresses are ignored.
+  static void free(void* address) noexcept;
+
+ private:
+  struct Slot {
+    std::mutex mutex;
+    std::shared_ptr<Allocator> allocator;
+    const Tag* tag = nullptr;
+  };
+
+  std::array<Slot, kSlotCount> slots_;
+};
+
+}  // namespace cumempool::pool

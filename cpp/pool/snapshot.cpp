@@ -1,0 +1,143 @@
+// A consistent picture of an allocator: totals, tags, and single allocations where asked.
+#include "pool/snapshot.hpp"
+
+#include <map>
+#include <utility>
+
+#include "pool/registry.hpp"
+
+namespace cumempool::pool {
+namespace {
+
+cumempool_allocation_info describe(const Record& record) {
+  cumempool_allocation_info info{};
+  info.address = record.address;
+  info.bytes = record.bytes;
+  info.requested_bytes = record.requested_bytes;
+  info.tag = record.tag->name.c_str();
+  info.device = record.device;
+  info.state = CUMEMPOOL_AWAKE;
+  if (record.asleep) {
+    info.state = record.backup ? CUMEMPOOL_ASLEEP_BACKED_UP : CUMEMPOOL_ASLEEP_DISCARDED;
+  }
+  info.generation = record.generation;
+  info.backup_bytes = record.backup ? record.backup->bytes() : 0;
+  info.sequence = record.sequence;
+  return info;
+}
+
+void count(const cumempool_allocation_info& info, const Record& record,
+           cumempool_tag_stats& stats) {
+  switch (info.state) {
+    case CUMEMPOOL_AWAKE:
+      stats.awake_allocations += 1;
+      stats.awake_bytes += info.bytes;
+      break;
+    case CUMEMPOOL_ASLEEP_BACKED_UP:
+      stats.backed_up_allocations += 1;
+      stats.backed_up_bytes += info.bytes;
+      break;
+    case CUMEMPOOL_ASLEEP_DISCARDED:
+      stats.discarded_allocations += 1;
+      stats.discarded_bytes += info.bytes;
+      break;
+  }
+  stats.backup_bytes += info.backup_bytes;
+  if (record.unreleased) stats.unreleased_bytes += info.bytes;
+}
+
+class Collector {
+ public:
+  Collector(Allocator& allocator, bool allocations)
+      : allocator_(allocator), allocations_(allocations) {
+    for (Device* device : allocator.devices().used()) {
+      kinds_[device->ordinal()] = device->kind().properties;
+    }
+  }
+
+  Snapshot collect() {
+    allocator_.records().for_each([this](Record& record) { visit(record); });
+    for (const Tag* tag : allocator_.tags().all()) {
+      const auto first = rows_.lower_bound({tag->name, -1});
+      if (first == rows_.end() || first->first.first != tag->name) row(*tag, -1);
+    }
+    for (auto& [key, stats] : rows_) snapshot_.tags.push_back(stats);
+    total();
+    snapshot_.last_malloc_failure = allocator_.last_malloc_failure();
+    return std::move(snapshot_);
+  }
+
+ private:
+  void visit(const Record& record) {
+    if (record.doomed) {
+      snapshot_.totals.pending_free_bytes += record.bytes;
+      return;
+    }
+    const cumempool_allocation_info info = describe(record);
+    count(info, record, row(*record.tag, record.device));
+    if (allocations_) snapshot_.allocations.push_back(info);
+  }
+
+  cumempool_tag_stats& row(const Tag& tag, int device) {
+    const auto [at, made] = rows_.try_emplace({tag.name, device});
+    cumempool_tag_stats& stats = at->second;
+    if (!made) return stats;
+    const TagPolicy policy = allocator_.tags().policy(tag);
+    stats.tag = tag.name.c_str();
+    stats.device = device;
+    stats.on_sleep = policy.on_sleep;
+    stats.on_wake = policy.on_wake;
+    const auto kind = kinds_.find(device);
+    if (kind != kinds_.end()) {
+      stats.handle_types = kind->second.handle_types;
+      stats.rdma = kind->second.rdma;
+    }
+    return stats;
+  }
+
+  void total() {
+    cumempool_totals& totals = snapshot_.totals;
+    Counters& counters = allocator_.counters();
+    totals.reserved_address_bytes = allocator_.ledger().reserved_bytes;
+    totals.physical_bytes = allocator_.ledger().physical_bytes;
+    totals.mapped_bytes = allocator_.ledger().mapped_bytes;
+    totals.pending_free_bytes += allocator_.pending_free_bytes();
+    totals.host_bytes = allocator_.arena().held_bytes();
+    totals.host_used_bytes = allocator_.arena().used_bytes();
+    totals.malloc_calls = counters.malloc_calls;
+    totals.malloc_failures = counters.malloc_failures;
+    totals.free_calls = counters.free_calls;
+    totals.sleeps = counters.sleeps;
+    totals.wakes = counters.wakes;
+    totals.failed_transitions = counters.failed_transitions;
+  }
+
+  Allocator& allocator_;
+  bool allocations_;
+  std::map<int, cumempool_memory_properties> kinds_;
+  std::map<std::pair<std::string, int>, cumempool_tag_stats> rows_;
+  Snapshot snapshot_;
+};
+
+}  // namespace
+
+Snapshot take_snapshot(Allocator& allocator, bool allocations) {
+  return Collector(allocator, allocations).collect();
+}
+
+cumempool_allocation_info find_allocation(const Allocator* allocator, cumempool_address address) {
+  const RecordPointer record = Registry::instance().find(address);
+  if (record == nullptr || (allocator != nullptr && record->owner.get() != allocator)) {
+    Error error(CUMEMPOOL_NOT_OWNED, record == nullptr
+                                         ? "the address lies in no allocation of cumempool"
+                                         : "the address belongs to another allocator");
+    error.operation = "find";
+    error.advice = "pass a tensor allocated inside use_memory_pool() or by empty() or adopt()";
+    throw error;
+  }
+  cumempool_allocation_info info{};
+  record->owner->records().update([&] { info = describe(*record); });
+  return info;
+}
+
+}  // namespace cumempool::pool

@@ -1,0 +1,100 @@
+// A name under which allocations are slept, woken and counted, with its policy.
+#include "pool/tag.hpp"
+
+#include <cstddef>
+#include <cstdint>
+
+#include "driver/error.hpp"
+
+namespace cumempool::pool {
+namespace {
+
+constexpr std::size_t kLongestName = 255;
+
+// Bytes of the UTF-8 sequence that starts at `at`, or 0 where it is malformed (overlong forms,
+// surrogates and numbers past U+10FFFF included).
+std::size_t sequence_length(const std::string& text, std::size_t at) {
+  const auto byte = [&](std::size_t i) {
+    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U;
+  };
+  const auto follows = [&](std::size_t i) { return (byte(i) & 0xC0U) == 0x80U; };
+  const std::uint32_t first = byte(at);
+  const std::uint32_t second = byte(at + 1);
+  if (first < 0x80U) return 1;
+  if (first >= 0xC2U && first <= 0xDFU) return follows(at + 1) ? 2 : 0;
+  if ((first & 0xF0U) == 0xE0U) {
+    const bool overlong = first == 0xE0U && second < 0xA0U;
+    const bool surrogate = first == 0xEDU && second >= 0xA0U;
+    return follows(at + 1) && follows(at + 2) && !overlong && !surrogate ? 3 : 0;
+  }
+  if (first >= 0xF0U && first <= 0xF4U) {
+    const bool outside = (first == 0xF0U && second < 0x90U) || (first == 0xF4U && second >= 0x90U);
+    return follows(at + 1) && follows(at + 2) && follows(at + 3) && !outside ? 4 : 0;
+  }
+  return 0;
+}
+
+void check_name(const std::string& name) {
+  const auto refuse = [](const std::string& why) {
+    Error error(CUMEMPOOL_INVALID_ARGUMENT, why);
+    error.advice = "use 1 to 255 bytes of UTF-8 without a zero byte";
+    throw error;
+  };
+  if (name.empty()) refuse("a tag cannot be empty");
+  if (name.size() > kLongestName) {
+    refuse("a tag of " + std::to_string(name.size()) + " bytes is too long");
+  }
+  for (std::size_t at = 0; at < name.size();) {
+    const std::size_t length = sequence_length(name, at);
+    if (length == 0) refuse("the tag is not valid UTF-8");
+    at += length;
+  }
+}
+
+void check_policy(const TagPolicy& policy) {
+  const auto sleep = static_cast<int>(policy.on_sleep);
+  const auto wake = static_cast<int>(policy.on_wake);
+  if (sleep < 0 || sleep > CUMEMPOOL_ON_SLEEP_DISCARD || wake < 0 || wake > CUMEMPOOL_ON_WAKE_ZERO) {
+    throw Error(CUMEMPOOL_INVALID_ARGUMENT, "the policy of the tag has a value outside its enum");
+  }
+}
+
+}  // namespace
+
+void TagTable::declare(const std::string& name, TagPolicy policy) {
+  check_name(name);
+  check_policy(policy);
+  const std::lock_guard lock(mutex_);
+  std::unique_ptr<Tag>& tag = tags_[name];
+  if (tag == nullptr) tag = std::make_unique<Tag>(Tag{name, {}});
+  if (policy.on_sleep != CUMEMPOOL_ON_SLEEP_UNSET) tag->policy.on_sleep = policy.on_sleep;
+  if (policy.on_wake != CUMEMPOOL_ON_WAKE_UNSET) tag->policy.on_wake = policy.on_wake;
+}
+
+Tag& TagTable::find(const std::string& name) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = tags_.find(name);
+  if (found != tags_.end()) return *found->second;
+  std::string known;
+  for (const auto& entry : tags_) known += (known.empty() ? "'" : ", '") + entry.first + "'";
+  Error error(CUMEMPOOL_UNKNOWN_TAG, "no tag '" + name + "' was ever used");
+  error.tag = name;
+  error.advice = known.empty() ? "no tag is known yet: allocate under one first"
+                               : "known tags: " + known;
+  throw error;
+}
+
+TagPolicy TagTable::policy(const Tag& tag) const {
+  const std::lock_guard lock(mutex_);
+  return tag.policy;
+}
+
+std::vector<const Tag*> TagTable::all() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<const Tag*> tags;
+  tags.reserve(tags_.size());
+  for (const auto& entry : tags_) tags.push_back(entry.second.get());
+  return tags;
+}
+
+}  // namespace cumempool::pool

@@ -1,0 +1,32 @@
+// Lets one transition of an allocator through at a time. No lock is held while it runs (R7).
+#include "pool/turnstile.hpp"
+
+#include <string>
+
+#include "driver/error.hpp"
+
+namespace cumempool::pool {
+
+Turnstile::Turn::Turn(Turnstile& turnstile, const char* operation) : turnstile_(turnstile) {
+  std::unique_lock lock(turnstile_.mutex_);
+  if (turnstile_.operation_ != nullptr && turnstile_.owner_ == std::this_thread::get_id()) {
+    Error error(CUMEMPOOL_BUSY, std::string("called from inside a ") + turnstile_.operation_ +
+                                    " of the same allocator");
+    error.operation = operation;
+    error.advice = "call it after that one has returned";
+    throw error;
+  }
+  turnstile_.free_.wait(lock, [this] { return turnstile_.operation_ == nullptr; });
+  turnstile_.operation_ = operation;
+  turnstile_.owner_ = std::this_thread::get_id();
+}
+
+Turnstile::Turn::~Turn() {
+  {
+    const std::lock_guard lock(turnstile_.mutex_);
+    turnstile_.operation_ = nullptr;
+  }
+  turnstile_.free_.notify_one();
+}
+
+}  // namespace cumempool::pool

@@ -1,0 +1,140 @@
+// Wakes tags: physical memory mapped at the same addresses, contents restored.
+#include "pool/wake.hpp"
+
+#include <cstddef>
+#include <map>
+#include <utility>
+
+#include "pool/transition.hpp"
+
+namespace cumempool::pool {
+namespace {
+
+class Wake {
+ public:
+  Wake(Allocator& allocator, const WakeRequest& request)
+      : allocator_(allocator), request_(request), transition_(allocator, "wake") {}
+
+  Report run() {
+    const Clock::time_point start = Clock::now();
+    transition_.refuse_captures(request_.streams);
+    records_ = transition_.claim([this](const Record& record) {
+      return record.asleep && !record.doomed &&
+             (request_.all || request_.tags.count(record.tag) != 0);
+    });
+    attach();
+    try {
+      copy_in();
+    } catch (Error& error) {
+      undo(records_.size(), &error);
+      throw;
+    } catch (const std::exception&) {  // out of host memory for bookkeeping
+      undo(records_.size(), nullptr);
+      throw;
+    }
+    commit();
+    transition_.commit();
+    report_.seconds = seconds_since(start);
+    return std::move(report_);
+  }
+
+ private:
+  void attach() {
+    held_before_.reserve(records_.size());
+    for (std::size_t i = 0; i < records_.size(); ++i) {
+      Record& record = *records_[i];
+      held_before_.push_back(record.memory.holds_physical());
+      try {
+        record.memory.map();
+      } catch (Error& error) {
+        explain(error, i);
+        undo(i, &error);
+        throw;
+      }
+    }
+  }
+
+  // Says how much the whole wake needs, which the failing allocation alone does not tell.
+  void explain(Error& error, std::size_t failed) const {
+    std::uint64_t needed = 0;
+    std::uint64_t mapped = 0;
+    for (std::size_t i = 0; i < records_.size(); ++i) {
+      if (records_[i]->device != records_[failed]->device) continue;
+      needed += records_[i]->bytes;
+      if (i < failed) mapped += records_[i]->bytes;
+    }
+    annotate(error, "wake", records_[failed].get());
+    if (error.status != CUMEMPOOL_OUT_OF_MEMORY) return;
+    error.problem = "the wake needs " + format_bytes(needed) + " on the device and had taken " +
+                    format_bytes(mapped) + ", which it gave back";
+    error.advice =
+        "free device memory (torch.cuda.empty_cache(), other tags, other processes) and wake again; "
+        "everything is still asleep with its backup";
+  }
+
+  // Takes back what this call mapped of the first `count` records. Memory that an earlier failure
+  // had left with its allocation stays with it.
+  void undo(std::size_t count, Error* failure) {
+    for (std::size_t i = count; i-- > 0;) {
+      Record& record = *records_[i];
+      try {
+        record.memory.unmap();
+        if (held_before_[i]) continue;
+        driver::check(allocator_.driver().table(), "release", record.memory.release_physical(),
+                      record.device, record.bytes);
+      } catch (Error& error) {
+        annotate(error, "wake", &record);
+        if (failure != nullptr) failure->secondary.push_back(error.message());
+        allocator_.records().update([&] { record.unreleased = true; });
+      }
+    }
+  }
+
+  void copy_in() {
+    std::map<const Tag*, bool> zero;
+    for (const RecordPointer& record : records_) {
+      zero[record->tag] =
+          allocator_.tags().policy(*record->tag).on_wake == CUMEMPOOL_ON_WAKE_ZERO;
+    }
+    run_copies(allocator_, "wake", records_, report_,
+               [&](std::size_t index, backup::CopyQueue& queue) {
+                 Record& record = *records_[index];
+                 cumempool_report_row& row = report_.row(record);
+                 row.allocations += 1;
+                 if (!held_before_[index]) row.mapped_bytes += record.bytes;
+                 if (record.backup) {
+                   record.backup->restore(queue, record.address);
+                   row.restored_bytes += record.backup->bytes();
+                 } else if (zero[record.tag]) {
+                   queue.fill_zero(record.address, record.bytes);
+                   row.zeroed_bytes += record.bytes;
+                 }
+               });
+  }
+
+  void commit() {
+    allocator_.records().update([this] {
+      for (const RecordPointer& record : records_) {
+        record->asleep = false;
+        record->unreleased = false;
+        record->generation += 1;
+        record->backup.reset();
+      }
+    });
+  }
+
+  Allocator& allocator_;
+  const WakeRequest& request_;
+  Transition transition_;
+  std::vector<RecordPointer> records_;
+  std::vector<bool> held_before_;
+  Report report_;
+};
+
+}  // namespace
+
+Report wake(Allocator& allocator, const WakeRequest& request) {
+  return Wake(allocator, request).run();
+}
+
+}  // namespace cumempool::pool

@@ -1,0 +1,56 @@
+// One reserved range with one physical handle: the state machine that every transition drives.
+#include "vmm/allocation.hpp"
+
+namespace cumempool::vmm {
+
+Allocation::Allocation(driver::Driver driver, Ledger& ledger,
+                       const cumempool_memory_properties& properties, std::size_t bytes)
+    : driver_(driver),
+      ledger_(&ledger),
+      properties_(properties),
+      range_(driver, ledger, bytes) {
+  map();
+}
+
+void Allocation::map() {
+  if (mapped()) return;
+  const bool had_physical = holds_physical();
+  const bool had_mapping = mapping_.has_value();
+  try {
+    if (!had_physical) physical_.emplace(driver_, *ledger_, properties_, bytes());
+    if (!had_mapping) mapping_.emplace(driver_, *ledger_, range_, *physical_);
+    mapping_->give_access(properties_.device);
+  } catch (const Error&) {
+    // Only what this call made is undone; what cannot be undone stays held and is used next time.
+    if (!had_mapping) release_mapping();
+    if (!had_physical && !mapping_) release_physical();
+    throw;
+  }
+}
+
+void Allocation::unmap() {
+  driver::check(driver_.table(), "unmap", release_mapping(), properties_.device, bytes());
+}
+
+cumempool_result Allocation::release_mapping() noexcept {
+  if (!mapping_) return CUMEMPOOL_RESULT_SUCCESS;
+  const cumempool_result result = mapping_->release();
+  if (result == CUMEMPOOL_RESULT_SUCCESS) mapping_.reset();
+  return result;
+}
+
+cumempool_result Allocation::release_physical() noexcept {
+  if (!physical_) return CUMEMPOOL_RESULT_SUCCESS;
+  const cumempool_result result = physical_->release();
+  if (result == CUMEMPOOL_RESULT_SUCCESS) physical_.reset();
+  return result;
+}
+
+cumempool_result Allocation::teardown() noexcept {
+  cumempool_result result = release_mapping();
+  if (result == CUMEMPOOL_RESULT_SUCCESS) result = release_physical();
+  if (result == CUMEMPOOL_RESULT_SUCCESS) result = range_.release();
+  return result;
+}
+
+}  // namespace cumempool::vmm

@@ -1,0 +1,56 @@
+// One reserved range with one physical handle: the state machine that every transition drives.
+//
+//   reserved --map()--> mapped --unmap()--> detached --release_physical()--> reserved
+//
+// `detached` is unmapped with the physical memory (and so its contents) still held; map() from there
+// needs no memory and cannot run out of it, which is what makes a sleep reversible (R4).
+#pragma once
+
+#include <cstddef>
+#include <optional>
+
+#include "driver/driver.hpp"
+#include "vmm/ledger.hpp"
+#include "vmm/mapping.hpp"
+#include "vmm/physical_memory.hpp"
+#include "vmm/reservation.hpp"
+
+namespace cumempool::vmm {
+
+class Allocation {
+ public:
+  // Reserves and maps. Throws Error; then nothing is held.
+  Allocation(driver::Driver driver, Ledger& ledger, const cumempool_memory_properties& properties,
+             std::size_t bytes);
+
+  cumempool_address address() const noexcept { return range_.address(); }
+  std::size_t bytes() const noexcept { return range_.bytes(); }
+  bool mapped() const noexcept { return mapping_ && mapping_->held() && mapping_->accessible(); }
+  bool holds_physical() const noexcept { return physical_ && physical_->held(); }
+
+  // Makes the range usable. Throws Error; then it is as before. No effect where it is mapped.
+  void map();
+
+  // Detaches the range from its memory, which stays held. Throws Error; then it is as before.
+  void unmap();
+
+  // Gives the memory of a detached range back. On failure it stays held; may be repeated.
+  cumempool_result release_physical() noexcept;
+
+  // Everything back, in reverse order. Stops at the first failure, with what is left still held, and
+  // may be repeated.
+  cumempool_result teardown() noexcept;
+
+ private:
+  cumempool_result release_mapping() noexcept;
+
+  driver::Driver driver_;
+  Ledger* ledger_;
+  cumempool_memory_properties properties_;
+  // Order matters: destroyed last to first.
+  Reservation range_;
+  std::optional<PhysicalMemory> physical_;
+  std::optional<Mapping> mapping_;
+};
+
+}  // namespace cumempool::vmm

@@ -1,0 +1,115 @@
+// Tries one granule of a device for real: create, map, write, read back, return.
+#include "vmm/probe.hpp"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+#include "vmm/allocation.hpp"
+#include "vmm/properties.hpp"
+
+namespace cumempool::vmm {
+namespace {
+
+constexpr unsigned char kPattern = 0xA5;
+
+// One page of host memory, pinned for the copy back.
+class PinnedPage {
+ public:
+  PinnedPage(driver::Driver driver, int device)
+      : driver_(driver), device_(device), bytes_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))) {
+    void* page = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED) throw Error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "mmap of one page failed");
+    page_ = static_cast<unsigned char*>(page);
+    try {
+      driver_.host_register(device_, page_, bytes_);
+    } catch (const Error&) {
+      munmap(page_, bytes_);
+      throw;
+    }
+  }
+  ~PinnedPage() {
+    const auto& table = driver_.table();
+    if (table.host_unregister(table.self, device_, page_) == CUMEMPOOL_RESULT_SUCCESS) {
+      munmap(page_, bytes_);
+    }
+  }
+  PinnedPage(const PinnedPage&) = delete;
+  PinnedPage& operator=(const PinnedPage&) = delete;
+
+  unsigned char* data() const noexcept { return page_; }
+  std::size_t bytes() const noexcept { return bytes_; }
+
+ private:
+  driver::Driver driver_;
+  int device_;
+  std::size_t bytes_;
+  unsigned char* page_ = nullptr;
+};
+
+void write_and_read_back(driver::Driver driver, int device, const MemoryKind& kind) {
+  Ledger ledger;
+  const Allocation granule(driver, ledger, kind.properties, kind.granularity);
+  const PinnedPage page(driver, device);
+  const std::size_t bytes = std::min(page.bytes(), granule.bytes());
+  driver.fill(device, granule.address(), kPattern, bytes, 0);
+  driver.copy_to_host(device, page.data(), granule.address(), bytes, 0);
+  driver.stream_synchronize(device, 0);
+  driver.fence(device);
+  if (!std::all_of(page.data(), page.data() + bytes, [](auto byte) { return byte == kPattern; })) {
+    throw Error(CUMEMPOOL_DRIVER_ERROR, "memory read back does not hold what was written");
+  }
+}
+
+void read_attributes(driver::Driver driver, int device, cumempool_device_probe& probe) {
+  std::snprintf(probe.name, sizeof probe.name, "%s", driver.device_name(device).c_str());
+  const auto attribute = [&](cumempool_device_attribute which) {
+    return driver.device_attribute(device, which);
+  };
+  probe.compute_capability = attribute(CUMEMPOOL_ATTRIBUTE_COMPUTE_MAJOR) * 10 +
+                             attribute(CUMEMPOOL_ATTRIBUTE_COMPUTE_MINOR);
+  probe.virtual_memory = attribute(CUMEMPOOL_ATTRIBUTE_VIRTUAL_MEMORY);
+  probe.rdma_claimed = attribute(CUMEMPOOL_ATTRIBUTE_RDMA);
+  if (attribute(CUMEMPOOL_ATTRIBUTE_POSIX_FD) != 0) {
+    probe.handle_types_claimed |= CUMEMPOOL_HANDLE_POSIX_FD;
+  }
+  if (attribute(CUMEMPOOL_ATTRIBUTE_FABRIC) != 0) {
+    probe.handle_types_claimed |= CUMEMPOOL_HANDLE_FABRIC;
+  }
+}
+
+void try_device(driver::Driver driver, int device, cumempool_device_probe& probe) {
+  const driver::RetainedContext retained(driver, device);
+  const driver::ContextScope scope(driver, device);
+  driver.memory_info(device, probe.free_bytes, probe.total_bytes);
+  const MemoryKind kind = choose_memory_kind(driver, device);
+  probe.handle_types = kind.properties.handle_types;
+  probe.granularity = kind.granularity;
+  probe.rdma = static_cast<int>(kind.properties.rdma);
+  write_and_read_back(driver, device, kind);
+  probe.usable = 1;
+}
+
+}  // namespace
+
+void probe_device(driver::Driver driver, int device, cumempool_device_probe& probe) {
+  const std::uint32_t size = probe.size;
+  probe = {};
+  probe.size = size;
+  read_attributes(driver, device, probe);
+  if (probe.virtual_memory == 0) {
+    std::snprintf(probe.reason, sizeof probe.reason,
+                  "the device does not support virtual memory management");
+    return;
+  }
+  try {
+    try_device(driver, device, probe);
+  } catch (const Error& error) {
+    std::snprintf(probe.reason, sizeof probe.reason, "%s", error.message().c_str());
+  }
+}
+
+}  // namespace cumempool::vmm

@@ -1,0 +1,292 @@
+/* cumempool: device memory in tagged pools that can be put to sleep and woken at the same address.
+ *
+ * Every function returns a cumempool_status unless it says otherwise; on failure its outputs are
+ * untouched, nothing is lost, and cumempool_last_error() says why. No function throws, exits or
+ * prints. All of them may be called from any thread at the same time.
+ */
+#ifndef CUMEMPOOL_H
+#define CUMEMPOOL_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "cumempool/driver.h"
+#include "cumempool/status.h"
+
+#if defined(CUMEMPOOL_BUILDING)
+#define CUMEMPOOL_API __attribute__((visibility("default")))
+#else
+#define CUMEMPOOL_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* "0.1.0". Valid for the life of the process. */
+CUMEMPOOL_API const char *cumempool_version(void);
+
+/* The calling thread's last failure; valid until its next failure. Never NULL. */
+CUMEMPOOL_API const cumempool_error *cumempool_last_error(void);
+
+/* "CUDA_ERROR_OUT_OF_MEMORY" for 2; "CUDA_ERROR_UNRECOGNIZED" for numbers it does not know. */
+CUMEMPOOL_API const char *cumempool_result_name(cumempool_result result);
+
+/* ---- drivers ---------------------------------------------------------------------------------- */
+
+/* The `cuda` driver of the process. Opens libcuda at the first call and initialises it; makes no
+ * context. CUMEMPOOL_UNAVAILABLE where the library or a required symbol is missing or cuInit fails.
+ */
+CUMEMPOOL_API cumempool_status cumempool_cuda_driver(const cumempool_driver **driver);
+
+typedef struct cumempool_host_driver_options {
+  uint32_t size;             /* sizeof(cumempool_host_driver_options) */
+  int32_t device_count;      /* 1 to 64 */
+  uint64_t bytes_per_device; /* memory of each device; a multiple of the granularity */
+  uint64_t granularity;      /* a power of two, at least the page size */
+  uint32_t handle_types;     /* what create() and export_handle() grant; CUMEMPOOL_HANDLE_POSIX_FD */
+  uint32_t rdma;             /* 1 = create() grants memory for RDMA */
+} cumempool_host_driver_options;
+
+/* A new `host` driver: devices simulated in host memory, strict about the contract of driver.h. Lives
+ * until cumempool_host_driver_destroy, which must come after every allocator on it is destroyed. */
+CUMEMPOOL_API cumempool_status cumempool_host_driver_create(
+    const cumempool_host_driver_options *options, const cumempool_driver **driver);
+CUMEMPOOL_API void cumempool_host_driver_destroy(const cumempool_driver *driver);
+
+/* What one granule of device memory can be, found by trying; see cumempool_probe_device. */
+typedef struct cumempool_device_probe {
+  uint32_t size;              /* sizeof(cumempool_device_probe), set by the caller */
+  char name[256];             /* as the driver reports it */
+  int32_t compute_capability; /* 90 is 9.0 */
+  int32_t virtual_memory;     /* the device attribute; 1 = supported */
+  int32_t usable;             /* a granule was created, mapped, written, read back and returned */
+  uint32_t handle_types;      /* CUMEMPOOL_HANDLE_* that could be created and exported */
+  uint32_t handle_types_claimed; /* the same by the device's attributes */
+  int32_t rdma;               /* memory for GPUDirect RDMA could be created */
+  int32_t rdma_claimed;
+  uint64_t granularity;
+  uint64_t free_bytes;
+  uint64_t total_bytes;
+  char reason[512];           /* why not usable, or "" */
+} cumempool_device_probe;
+
+/* Tries a device for real. Leaves no context behind that was not there before. */
+CUMEMPOOL_API cumempool_status cumempool_probe_device(const cumempool_driver *driver, int device,
+                                                      cumempool_device_probe *probe);
+
+/* ---- allocators ------------------------------------------------------------------------------- */
+
+typedef struct cumempool_allocator cumempool_allocator;
+
+typedef struct cumempool_allocator_options {
+  uint32_t size;              /* sizeof(cumempool_allocator_options) */
+  uint32_t reserved;          /* 0 */
+  uint64_t host_backup_limit; /* most host bytes held for backups; 0 = no limit */
+} cumempool_allocator_options;
+
+CUMEMPOOL_API cumempool_status cumempool_allocator_create(const cumempool_driver *driver,
+                                                          const cumempool_allocator_options *options,
+                                                          cumempool_allocator **allocator);
+
+/* Gives everything back. Refused with CUMEMPOOL_IN_USE while allocations live or slots are bound,
+ * unless `force`: then physical memory and backups go at once, contents are lost, and the addresses
+ * stay reserved until each is freed. Closing twice is no error. */
+CUMEMPOOL_API cumempool_status cumempool_allocator_close(cumempool_allocator *allocator, int force);
+
+/* Drops the handle. An allocator that was not closed is closed by force first. */
+CUMEMPOOL_API void cumempool_allocator_destroy(cumempool_allocator *allocator);
+
+typedef enum cumempool_on_sleep {
+  CUMEMPOOL_ON_SLEEP_UNSET = 0,
+  CUMEMPOOL_ON_SLEEP_OFFLOAD = 1,
+  CUMEMPOOL_ON_SLEEP_DISCARD = 2
+} cumempool_on_sleep;
+
+typedef enum cumempool_on_wake {
+  CUMEMPOOL_ON_WAKE_UNSET = 0,
+  CUMEMPOOL_ON_WAKE_UNDEFINED = 1, /* discarded memory comes back with undefined contents */
+  CUMEMPOOL_ON_WAKE_ZERO = 2       /* discarded memory comes back filled with zero bytes */
+} cumempool_on_wake;
+
+/* Makes a tag known, or changes the policy of a known one; UNSET leaves what was set before. Tags are
+ * 1 to 255 bytes of UTF-8. */
+CUMEMPOOL_API cumempool_status cumempool_declare_tag(cumempool_allocator *allocator, const char *tag,
+                                                     cumempool_on_sleep on_sleep,
+                                                     cumempool_on_wake on_wake);
+
+/* `bytes` of device memory under a declared tag, rounded up to the granularity. */
+CUMEMPOOL_API cumempool_status cumempool_malloc(cumempool_allocator *allocator, const char *tag,
+                                                int device, size_t bytes,
+                                                cumempool_address *address);
+
+/* Frees by the address that malloc (or a slot) returned, awake or asleep, whichever allocator it came
+ * from. Waits for work in flight on the device. While a transition is using the allocation, it goes
+ * when the transition ends. */
+CUMEMPOOL_API cumempool_status cumempool_free(cumempool_address address);
+
+/* ---- slots: the functions that torch.cuda.memory.CUDAPluggableAllocator loads by name ----------- */
+
+/* How many pairs cumempool_malloc_<n> / cumempool_free_<n> there are. */
+CUMEMPOOL_API uint32_t cumempool_slot_count(void);
+
+/* Routes a slot that is not bound to (allocator, tag). The tag must be declared. */
+CUMEMPOOL_API cumempool_status cumempool_bind_slot(cumempool_allocator *allocator, const char *tag,
+                                                   uint32_t *slot);
+
+/* Ends the routing: cumempool_malloc_<slot> returns NULL until it is bound again;
+ * cumempool_free_<slot> goes on working for what was allocated. */
+CUMEMPOOL_API cumempool_status cumempool_unbind_slot(uint32_t slot);
+
+/* ---- transitions ------------------------------------------------------------------------------ */
+
+typedef struct cumempool_extent {
+  cumempool_address address;
+  uint64_t bytes;
+} cumempool_extent;
+
+typedef struct cumempool_device_stream {
+  int32_t device;
+  uint32_t reserved;
+  cumempool_stream stream;
+} cumempool_device_stream;
+
+typedef struct cumempool_tag_action {
+  const char *tag;
+  cumempool_on_sleep action; /* OFFLOAD or DISCARD */
+} cumempool_tag_action;
+
+typedef struct cumempool_sleep_request {
+  uint32_t size;         /* sizeof(cumempool_sleep_request) */
+  uint32_t drop_backups; /* 1 = DISCARD also drops the backups of what is asleep already */
+  const cumempool_tag_action *tags;
+  size_t tag_count;
+  const cumempool_extent *dead; /* ranges whose bytes need no backup, in any order */
+  size_t dead_count;
+  const cumempool_device_stream *streams; /* the caller's current streams: refused if capturing */
+  size_t stream_count;
+} cumempool_sleep_request;
+
+/* One tag on one device. */
+typedef struct cumempool_report_row {
+  const char *tag;
+  int32_t device;
+  uint32_t reserved;
+  uint64_t allocations;     /* allocations that changed state */
+  uint64_t freed_bytes;     /* device memory given back */
+  uint64_t mapped_bytes;    /* device memory taken */
+  uint64_t backed_up_bytes; /* copied to the host */
+  uint64_t restored_bytes;  /* copied back */
+  uint64_t discarded_bytes; /* given up without a copy: discarded allocations and dead ranges */
+  uint64_t zeroed_bytes;
+  double copy_seconds; /* time that the copies of this row took */
+} cumempool_report_row;
+
+typedef struct cumempool_report cumempool_report;
+CUMEMPOOL_API double cumempool_report_seconds(const cumempool_report *report);
+CUMEMPOOL_API const cumempool_report_row *cumempool_report_rows(const cumempool_report *report,
+                                                                size_t *count);
+/* Failures that did not stop the transition, as texts; memory they concern is in the statistics. */
+CUMEMPOOL_API const char *const *cumempool_report_problems(const cumempool_report *report,
+                                                           size_t *count);
+CUMEMPOOL_API void cumempool_report_destroy(cumempool_report *report);
+
+/* Puts every awake allocation of the listed tags to sleep: all or none. Waits for work in flight on
+ * their devices first. What is asleep already stays as it is. */
+CUMEMPOOL_API cumempool_status cumempool_sleep(cumempool_allocator *allocator,
+                                               const cumempool_sleep_request *request,
+                                               cumempool_report **report);
+
+/* Wakes every sleeping allocation of the tags (tags NULL = all): all or none. When it returns, the
+ * restored bytes are visible to every stream. Backups are dropped only after the whole wake has
+ * succeeded. */
+CUMEMPOOL_API cumempool_status cumempool_wake(cumempool_allocator *allocator,
+                                              const char *const *tags, size_t tag_count,
+                                              const cumempool_device_stream *streams,
+                                              size_t stream_count, cumempool_report **report);
+
+/* Returns pinned host memory that holds no backup at present. */
+CUMEMPOOL_API cumempool_status cumempool_release_host_memory(cumempool_allocator *allocator,
+                                                             uint64_t *released_bytes);
+
+/* ---- what there is ------------------------------------------------------------------------------ */
+
+typedef enum cumempool_state {
+  CUMEMPOOL_AWAKE = 0,
+  CUMEMPOOL_ASLEEP_BACKED_UP = 1,
+  CUMEMPOOL_ASLEEP_DISCARDED = 2
+} cumempool_state;
+
+typedef struct cumempool_allocation_info {
+  cumempool_address address;
+  uint64_t bytes;           /* of the allocation; a multiple of the granularity */
+  uint64_t requested_bytes; /* what malloc was asked for */
+  const char *tag;          /* valid as long as the allocator handle, or the snapshot */
+  int32_t device;
+  cumempool_state state;
+  uint64_t generation;   /* grows at each wake: physical pages changed, registrations are stale */
+  uint64_t backup_bytes; /* host bytes that hold its contents */
+  uint64_t sequence;     /* order of allocation */
+} cumempool_allocation_info;
+
+/* The live allocation that holds an address, anywhere inside it. `allocator` NULL = any allocator;
+ * CUMEMPOOL_NOT_OWNED where there is none, or it belongs to another allocator. */
+CUMEMPOOL_API cumempool_status cumempool_find(cumempool_allocator *allocator,
+                                              cumempool_address address,
+                                              cumempool_allocation_info *info);
+
+/* One tag on one device (or device -1: declared and empty). */
+typedef struct cumempool_tag_stats {
+  const char *tag;
+  int32_t device;
+  cumempool_on_sleep on_sleep;
+  cumempool_on_wake on_wake;
+  uint32_t handle_types; /* properties of its memory, frozen at the first allocation */
+  uint32_t rdma;
+  uint32_t reserved;
+  uint64_t awake_allocations;
+  uint64_t awake_bytes;
+  uint64_t backed_up_allocations;
+  uint64_t backed_up_bytes; /* sizes of allocations asleep with a backup */
+  uint64_t discarded_allocations;
+  uint64_t discarded_bytes;
+  uint64_t backup_bytes;     /* host bytes that hold contents */
+  uint64_t unreleased_bytes; /* asleep, but the driver would not take the memory back */
+} cumempool_tag_stats;
+
+typedef struct cumempool_totals {
+  uint64_t reserved_address_bytes; /* address space held from the driver */
+  uint64_t physical_bytes;         /* memory held from the driver = created - released */
+  uint64_t mapped_bytes;
+  uint64_t pending_free_bytes; /* freed by the program, held until a transition ends or a retry */
+  uint64_t host_bytes;         /* pinned host memory held */
+  uint64_t host_used_bytes;    /* the part that holds backups */
+  uint64_t malloc_calls;
+  uint64_t malloc_failures;
+  uint64_t free_calls;
+  uint64_t sleeps; /* transitions that were committed */
+  uint64_t wakes;
+  uint64_t failed_transitions;
+} cumempool_totals;
+
+typedef struct cumempool_snapshot cumempool_snapshot;
+
+/* A consistent picture; with `allocations` = 0 it leaves single allocations out and is cheap. */
+CUMEMPOOL_API cumempool_status cumempool_take_snapshot(cumempool_allocator *allocator,
+                                                       int allocations,
+                                                       cumempool_snapshot **snapshot);
+CUMEMPOOL_API const cumempool_totals *cumempool_snapshot_totals(const cumempool_snapshot *snapshot);
+CUMEMPOOL_API const cumempool_tag_stats *cumempool_snapshot_tags(const cumempool_snapshot *snapshot,
+                                                                 size_t *count);
+CUMEMPOOL_API const cumempool_allocation_info *cumempool_snapshot_allocations(
+    const cumempool_snapshot *snapshot, size_t *count);
+/* Why the last malloc through a slot or cumempool_malloc failed, or "". */
+CUMEMPOOL_API const char *cumempool_snapshot_last_malloc_failure(const cumempool_snapshot *snapshot);
+CUMEMPOOL_API void cumempool_snapshot_destroy(cumempool_snapshot *snapshot);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* CUMEMPOOL_H */

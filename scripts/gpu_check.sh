@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Proves cumempool on a machine with an NVIDIA GPU, without network: install, C++ conformance on the
+# cuda driver, GPU tests with skips forbidden, demo, examples, benchmarks. torch, pybind11,
+# scikit-build-core, CMake, ninja, GoogleTest and pytest must be there.
+#
+#   scripts/gpu_check.sh [OUTPUT_DIRECTORY]
+#
+# Writes logs and gpu_check.json to the directory and ends with one line: N passed, N failed.
+set -uo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+out=$(realpath -m "${1:-$root/build/gpu_check}")
+mkdir -p "$out"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export CUMEMPOOL_REQUIRE_GPU=1 PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+steps="$work/steps.tsv"
+: >"$steps"
+
+# step NAME COMMAND...: runs it with its output in a log of its own and notes how it ended.
+step() {
+  local name=$1 start=$SECONDS code=0
+  shift
+  echo "== $name: $*"
+  "$@" >"$out/$name.log" 2>&1 || code=$?
+  tail -n "${TAIL:-4}" "$out/$name.log"
+  printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - start))" >>"$steps"
+  [ "$code" -eq 0 ] || { echo "-- $name failed with $code"; tail -n 60 "$out/$name.log"; }
+}
+
+build_cpp() {
+  cmake -S "$root" -B "$work/build" -G Ninja -DCUMEMPOOL_BUILD_TESTS=ON \
+    -DCUMEMPOOL_BUILD_BENCHMARKS=ON &&
+    cmake --build "$work/build"
+}
+
+# The conformance suite on the cuda driver beside the same suite on the host driver.
+conformance() {
+  "$work/build/cumempool_tests" --gtest_filter='*Conformance*' \
+    --gtest_output="json:$work/conformance.json"
+}
+
+pytest_gpu() {
+  (cd "$root" && "$python" -m pytest tests/gpu -p no:cacheprovider -s -q \
+    --junitxml="$work/pytest.xml")
+}
+
+step install "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$root"
+step build build_cpp
+step conformance conformance
+TAIL=25 step pytest pytest_gpu
+TAIL=20 step demo "$python" -m cumempool demo --driver cuda --mib 1024
+for example in "$root"/examples/*.py; do
+  TAIL=24 step "example_$(basename "$example" .py)" "$python" "$example"
+done
+TAIL=12 step malloc_path "$work/build/malloc_path"
+
+commit=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo "${CUMEMPOOL_COMMIT:-unknown}")
+"$python" "$root/scripts/gpu_record.py" --commit "$commit" --steps "$steps" \
+  --pytest "$work/pytest.xml" --conformance "$work/conformance.json" \
+  --malloc-path "$out/malloc_path.log" --output "$out/gpu_check.json"

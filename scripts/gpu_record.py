@@ -1,0 +1,117 @@
+"""Turns what gpu_check.sh ran into a JSON record and its closing line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+
+import cumempool
+
+LARGEST_MALLOC_RATIO = 1.2
+
+
+def read_steps(path: Path) -> list[dict[str, object]]:
+    rows = (line.split("\t") for line in path.read_text().splitlines())
+    return [{"name": n, "passed": code == "0", "seconds": int(s)} for n, code, s in rows]
+
+
+def read_pytest(path: Path) -> dict[str, object]:
+    if not path.exists():
+        return {"passed": 0, "failed": 1, "failures": ["pytest wrote no result"]}
+    cases = ElementTree.parse(path).iter("testcase")
+    passed, failures = 0, []
+    for case in cases:
+        bad = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
+        if bad:
+            failures.append(f"{case.get('classname')}.{case.get('name')}")
+        passed += not bad
+    return {"passed": passed, "failed": len(failures), "failures": failures}
+
+
+def read_conformance(path: Path) -> dict[str, object]:
+    if not path.exists():
+        return {"passed": 0, "failed": 1, "failures": ["the conformance suite wrote no result"]}
+    suites = json.loads(path.read_text())["testsuites"]
+    tests = [test for suite in suites for test in suite["testsuite"]]
+    on_cuda = [test for test in tests if str(test["classname"]).startswith("Gpu/")]
+    failures = [
+        f"{test['classname']}.{test['name']}"
+        for test in tests
+        if test.get("failures") or test["result"] != "COMPLETED"
+    ]
+    if not on_cuda:
+        failures.append("no conformance test ran on the cuda driver")
+    return {
+        "passed": len(tests) - len(failures),
+        "failed": len(failures),
+        "on_cuda": len(on_cuda),
+        "failures": failures,
+    }
+
+
+def read_malloc_path(path: Path) -> dict[str, object]:
+    text = path.read_text() if path.exists() else ""
+    start = text.find("{")
+    if start < 0:
+        return {"failures": ["malloc_path printed no result"]}
+    result: dict[str, object] = json.loads(text[start:])
+    sizes = result["sizes"]
+    assert isinstance(sizes, list)
+    result["failures"] = [
+        f"malloc of {size['bytes']} bytes costs {size['malloc_ratio']} of the bare driver calls"
+        for size in sizes
+        if size["malloc_ratio"] > LARGEST_MALLOC_RATIO
+    ]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", required=True)
+    for name in ("steps", "pytest", "conformance", "malloc-path", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    probe = cumempool.probe(driver="cuda")
+    steps = read_steps(arguments.steps)
+    tests = read_pytest(arguments.pytest)
+    conformance = read_conformance(arguments.conformance)
+    malloc_path = read_malloc_path(arguments.malloc_path)
+    record = {
+        "commit": arguments.commit,
+        "device": probe.devices[0].name if probe.devices else "",
+        "device_count": len(probe.devices),
+        "driver": Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        if Path("/proc/driver/nvidia/version").exists()
+        else "",
+        "cuda_driver_version": probe.driver_version,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "probe": probe.to_dict(),
+        "steps": steps,
+        "gpu_tests": tests,
+        "conformance": conformance,
+        "malloc_path": malloc_path,
+    }
+    arguments.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    # Steps whose single results are counted one by one are not counted again.
+    single = [step for step in steps if step["name"] not in ("pytest", "conformance")]
+    problems = malloc_path["failures"]
+    assert isinstance(problems, list)
+    for line in [*tests["failures"], *conformance["failures"], *problems]:  # type: ignore[misc]
+        print(f"FAILED {line}")
+    passed = int(str(tests["passed"])) + int(str(conformance["passed"]))
+    passed += sum(bool(step["passed"]) for step in single)
+    failed = int(str(tests["failed"])) + int(str(conformance["failed"])) + len(problems)
+    failed += sum(not step["passed"] for step in single)
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""GPU memory in tagged pools that PyTorch can put to sleep and wake at the same address.
+
+Importing this package touches no driver, creates no context and does not import torch; that happens
+when an allocator is made or something is probed.
+"""
+
+from __future__ import annotations
+
+from cumempool.allocator import CuMemAllocator
+from cumempool.config import CuMemConfig
+from cumempool.errors import (
+    ClosedError,
+    CumempoolError,
+    DriverError,
+    ForkedError,
+    InternalError,
+    InUseError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NotInPoolError,
+    OutOfHostMemoryError,
+    OutOfMemoryError,
+    OutOfSlotsError,
+    StreamCaptureError,
+    TransitionInProgressError,
+    UnavailableError,
+    UnknownTagError,
+)
+from cumempool.probe import Availability, DeviceProbe, TorchProbe, is_available, probe
+from cumempool.report import TagReport, TransitionReport
+from cumempool.stats import AllocationInfo, Stats, TagStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllocationInfo",
+    "Availability",
+    "ClosedError",
+    "CuMemAllocator",
+    "CuMemConfig",
+    "CumempoolError",
+    "DeviceProbe",
+    "DriverError",
+    "ForkedError",
+    "InUseError",
+    "InternalError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "NotInPoolError",
+    "OutOfHostMemoryError",
+    "OutOfMemoryError",
+    "OutOfSlotsError",
+    "Stats",
+    "StreamCaptureError",
+    "TagReport",
+    "TagStats",
+    "TorchProbe",
+    "TransitionInProgressError",
+    "TransitionReport",
+    "UnavailableError",
+    "UnknownTagError",
+    "__version__",
+    "is_available",
+    "probe",
+]

@@ -1,0 +1,264 @@
+"""The only module that knows how torch's CUDA allocator works inside.
+
+Routing to a slot, what torch has cached, which streams are current, expandable segments. Everything
+else uses public torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+
+__all__ = [
+    "LIBRARY",
+    "CurrentStream",
+    "ExpandableSegmentsOff",
+    "PoolRoute",
+    "build_kind",
+    "current_streams",
+    "dead_ranges",
+    "devices_in_use",
+    "empty_cache",
+    "from_capsule",
+    "is_initialized",
+    "replace_setting",
+    "tensor_over",
+]
+
+#: The shared library whose slots torch loads.
+LIBRARY: Final = Path(__file__).parent / "lib" / "libcumempool.so"
+
+#: From this version on, torch keeps expandable segments out of pools with an allocator of their own
+#: (seen with 2.11). Earlier ones are reported to bypass the allocator (pytorch#147851).
+_HONOURS_CUSTOM_POOLS: Final = (2, 11)
+
+CurrentStream = tuple[int, int]
+"""A device ordinal and the ``cudaStream_t`` that is current there, as an integer."""
+
+_C: Final[Any] = torch._C
+
+
+def _version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def build_kind() -> str:
+    """``"cuda"``, ``"rocm"`` or ``"cpu"``: what this torch was built for."""
+    if torch.version.hip is not None:
+        return "rocm"
+    return "cuda" if torch.version.cuda is not None else "cpu"
+
+
+def is_initialized() -> bool:
+    """Whether torch has started to use CUDA in this process; asking does not start it."""
+    return build_kind() == "cuda" and torch.cuda.is_initialized()
+
+
+def devices_in_use() -> list[int]:
+    """The current device and every other one whose primary context exists, ascending."""
+    torch.cuda.init()
+    current = torch.cuda.current_device()
+    others = [
+        device
+        for device in range(torch.cuda.device_count())
+        if device == current or _C._cuda_hasPrimaryContext(device)
+    ]
+    return sorted({current, *others})
+
+
+def current_streams() -> list[CurrentStream]:
+    """The calling thread's current stream of each device that is in use."""
+    if not is_initialized():
+        return []
+    return [
+        (device, int(torch.cuda.current_stream(device).cuda_stream)) for device in devices_in_use()
+    ]
+
+
+def empty_cache() -> None:
+    """Gives torch's unused segments back, those of pools that are gone included."""
+    if is_initialized():
+        torch.cuda.empty_cache()
+
+
+def dead_ranges() -> list[tuple[int, int]]:
+    """(address, bytes) of the blocks that torch has cached as free in segments of custom pools."""
+    if not is_initialized():
+        return []
+    return [
+        (block["address"], block["size"])
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment.get("segment_pool_id", (0, 1))) != (0, 0)
+        for block in segment["blocks"]
+        if block["state"] == "inactive"
+    ]
+
+
+def from_capsule(capsule: object) -> torch.Tensor:
+    """The uint8 tensor over the memory of a DLPack capsule; the memory goes with its storage."""
+    return torch.utils.dlpack.from_dlpack(capsule)
+
+
+def tensor_over(
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int,
+) -> torch.Tensor:
+    """A tensor of any dtype on part of a storage; ``storage_offset`` counts elements."""
+    empty = torch.empty(0, dtype=dtype, device=storage.device)
+    return empty.set_(storage, storage_offset, tuple(size), tuple(stride))  # type: ignore[call-overload,no-any-return]
+
+
+# ---- routing -----------------------------------------------------------------------------------
+
+_pluggable_lock = threading.Lock()
+# Never emptied: torch frees segments through these objects long after their pools are gone.
+_pluggable: dict[int, Any] = {}
+
+
+def _pluggable_allocator(slot: int) -> Any:
+    with _pluggable_lock:
+        if slot not in _pluggable:
+            _pluggable[slot] = torch.cuda.memory.CUDAPluggableAllocator(
+                str(LIBRARY), f"cumempool_malloc_{slot}", f"cumempool_free_{slot}"
+            )
+        return _pluggable[slot].allocator()
+
+
+class PoolRoute:
+    """Routes the calling thread's allocations on some devices to a slot, from `begin` to `end`.
+
+    torch's own context manager is not used: it is a generator, whose frame would keep the pool, and
+    so every unused segment of it, alive for as long as the traceback of an exception lives.
+    """
+
+    def __init__(self, slot: int, devices: Sequence[int]) -> None:
+        self._slot = slot
+        self._devices = tuple(devices)
+        self._pools: list[tuple[int, Any]] = []
+        self._expandable = ExpandableSegmentsOff()
+
+    def begin(self) -> None:
+        """Makes a pool per device and starts the routing. On failure nothing is routed."""
+        self._expandable.begin()
+        try:
+            for device in self._devices:
+                self._begin_device(device)
+        except BaseException:
+            self.end()
+            raise
+
+    def _begin_device(self, device: int) -> None:
+        with torch.cuda.device(device):
+            pool = torch.cuda.MemPool(_pluggable_allocator(self._slot))
+        begin = getattr(_C, "_cuda_beginAllocateCurrentThreadToPool", _C._cuda_beginAllocateToPool)
+        begin(device, pool.id)
+        self._pools.append((device, pool))
+
+    def end(self) -> None:
+        """Ends the routing and drops the pools: torch returns their unused segments at once."""
+        try:
+            while self._pools:
+                device, pool = self._pools.pop()
+                _C._cuda_endAllocateToPool(device, pool.id)
+                _C._cuda_releasePool(device, pool.id)
+                del pool
+        finally:
+            self._expandable.end()
+
+
+# ---- expandable segments -------------------------------------------------------------------------
+
+
+def _split_settings(text: str) -> list[str]:
+    """The options of an allocator settings string; commas inside brackets do not separate."""
+    options, depth, current = [], 0, ""
+    for character in text:
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            options.append(current)
+            current = ""
+        else:
+            current += character
+    return [option.strip() for option in [*options, current] if option.strip()]
+
+
+def replace_setting(text: str, name: str, value: str) -> str:
+    """An allocator settings string with one option changed or added, all others as they were.
+
+    torch resets every option that a settings string leaves out, so a change has to name them all.
+    """
+    kept = [option for option in _split_settings(text) if option.partition(":")[0].strip() != name]
+    return ",".join([*kept, f"{name}:{value}"])
+
+
+def _live_settings() -> dict[str, Any]:
+    settings: dict[str, Any] = torch.cuda.memory._snapshot().get("allocator_settings", {})
+    return settings
+
+
+def _apply_settings(text: str) -> None:
+    setter = getattr(_C, "_accelerator_setAllocatorSettings", None)
+    if setter is None:
+        setter = _C._cuda_cudaCachingAllocator_set_allocator_settings
+    setter(text)
+
+
+class ExpandableSegmentsOff:
+    """Keeps expandable segments away while a scope is open, where this torch needs that.
+
+    The setting is one for the process: the first scope switches it off, the last one puts back what
+    was there. A settings string that somebody applied in between is left alone.
+    """
+
+    _lock = threading.Lock()
+    _open = 0
+    _before: str | None = None
+    _ours = ""
+
+    def begin(self) -> None:
+        """Switches expandable segments off if they are on and would bypass the pool."""
+        if _version() >= _HONOURS_CUSTOM_POOLS:
+            return
+        cls = ExpandableSegmentsOff
+        with cls._lock:
+            cls._open += 1
+            settings = _live_settings()
+            if not settings.get("expandable_segments", False):
+                return
+            cls._before = str(settings.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+            cls._ours = replace_setting(cls._before, "expandable_segments", "False")
+            _apply_settings(cls._ours)
+
+    def end(self) -> None:
+        """Puts the setting back when the last open scope ends."""
+        cls = ExpandableSegmentsOff
+        with cls._lock:
+            if cls._open == 0:
+                return
+            cls._open -= 1
+            if cls._open or cls._before is None:
+                return
+            before, cls._before = cls._before, None
+            if _live_settings().get("PYTORCH_CUDA_ALLOC_CONF", "") == cls._ours:
+                _apply_settings(before)
+
+    def __enter__(self) -> ExpandableSegmentsOff:
+        self.begin()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()

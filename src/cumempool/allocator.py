@@ -1,0 +1,617 @@
+"""`CuMemAllocator`: tagged pools of device memory that sleep and wake."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from cumempool.config import CuMemConfig
+from cumempool.errors import (
+    InUseError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NotInPoolError,
+    OutOfMemoryError,
+)
+from cumempool.probe import open_driver
+from cumempool.report import TransitionReport
+from cumempool.stats import AllocationInfo, Stats, TagStats
+
+if TYPE_CHECKING:
+    import torch
+
+    from cumempool import _core, _torch
+
+__all__ = ["DEFAULT_TAG", "CuMemAllocator", "OnSleep", "OnWake"]
+
+DEFAULT_TAG: Final = "default"
+"""The tag of allocations that name none; what a plain ``sleep()`` backs up."""
+
+OnSleep = Literal["offload", "discard"]
+OnWake = Literal["undefined", "zero"]
+
+_ON_SLEEP: Final[Mapping[str | None, int]] = {None: 0, "offload": 1, "discard": 2}
+_ON_WAKE: Final[Mapping[str | None, int]] = {None: 0, "undefined": 1, "zero": 2}
+_OFFLOAD, _DISCARD = 1, 2
+_ACTION_NAMES: Final = {_OFFLOAD: "offload", _DISCARD: "discard"}
+
+_LARGEST: Final = 2**62  # bytes; what the core takes, and what fits torch's sizes and strides
+
+_instance_lock = threading.Lock()
+_open_scopes = threading.local()
+
+
+def _check_tag(tag: object) -> str:
+    if not isinstance(tag, str):
+        raise InvalidTypeError(f"a tag is a str, not {type(tag).__name__}: {tag!r}")
+    try:
+        tag.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"the tag {tag!r} cannot be encoded as UTF-8: {error}") from None
+    return tag
+
+
+def _check_tags(tags: object, what: str) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        return (_check_tag(tags),)
+    if not isinstance(tags, Iterable):
+        raise InvalidTypeError(f"{what} is a tag or an iterable of tags, not {tags!r}")
+    return tuple(dict.fromkeys(_check_tag(tag) for tag in tags))
+
+
+def _check_choice(value: object, allowed: Mapping[str | None, int], what: str) -> int:
+    if value is not None and not isinstance(value, str):
+        raise InvalidTypeError(f"{what} is a str or None, not {value!r}")
+    if value not in allowed:
+        names = ", ".join(repr(name) for name in allowed)
+        raise InvalidArgumentError(f"{what}={value!r} is not one of {names}")
+    return allowed[value]
+
+
+def _overrides(actions: Mapping[str, int], known: Mapping[str, TagStats]) -> dict[str, str]:
+    """For each tag whose own policy says otherwise than its action, in what way."""
+    return {
+        tag: f"policy {known[tag].on_sleep}, call {_ACTION_NAMES[action]}"
+        for tag, action in actions.items()
+        if tag in known and known[tag].on_sleep not in (None, _ACTION_NAMES[action])
+    }
+
+
+class CuMemAllocator:
+    """Allocates device memory under tags; puts tags to sleep and wakes them at the same addresses.
+
+    Several may live in one process. All methods may be called from any thread; transitions
+    (`sleep`, `wake_up`, `discard`) of one allocator run one after another, and allocating, freeing
+    and reading statistics go on meanwhile.
+
+    Args:
+        config: Which driver, and the limits. None takes ``CuMemConfig()``.
+
+    Raises:
+        UnavailableError: The driver cannot be opened here, with the reason. An allocator on
+            ``cuda`` never turns into one on ``host`` by itself.
+    """
+
+    _instance: CuMemAllocator | None = None
+
+    def __init__(self, config: CuMemConfig | None = None) -> None:
+        if config is not None and not isinstance(config, CuMemConfig):
+            raise InvalidTypeError(f"config is a CuMemConfig or None, not {config!r}")
+        from cumempool import _core
+
+        self.config: Final = config or CuMemConfig()
+        self._driver: _core.Driver = open_driver(self.config)
+        self._core = _core.Allocator(self._driver, self.config.host_backup_limit or 0)
+        self._scopes_lock = threading.Lock()
+        self._scopes: Counter[str] = Counter()
+
+    @classmethod
+    def get_instance(cls, config: CuMemConfig | None = None) -> CuMemAllocator:
+        """The allocator that the parts of a program share; made at the first call.
+
+        Args:
+            config: For the first call. Later on None, or the same configuration.
+
+        Raises:
+            InvalidArgumentError: The shared allocator has another configuration.
+            UnavailableError: As for the constructor.
+        """
+        with _instance_lock:
+            if cls._instance is None:
+                cls._instance = cls(config)
+            elif config is not None and config != cls._instance.config:
+                raise InvalidArgumentError(
+                    f"the shared allocator was made with {cls._instance.config}, not {config}; "
+                    "close() it first, or make an allocator of your own"
+                )
+            return cls._instance
+
+    # ---- allocating ----------------------------------------------------------------------------
+
+    def use_memory_pool(
+        self,
+        tag: str = DEFAULT_TAG,
+        *,
+        on_sleep: OnSleep | None = None,
+        on_wake: OnWake | None = None,
+        devices: Sequence[int] | None = None,
+    ) -> MemoryPoolScope:
+        """A context manager: what this thread allocates inside comes from a pool under `tag`.
+
+        Scopes nest, and the innermost one counts; a tag may be entered again. Other threads are not
+        affected. On leaving, unused segments go back at once; segments whose tensors die later go
+        back at ``torch.cuda.empty_cache()``. On the ``host`` driver torch cannot be routed: there,
+        the scope sets the tag that `empty` takes when it is given none.
+
+        Args:
+            tag: 1 to 255 bytes of UTF-8.
+            on_sleep: The tag's own policy, which calls that do not name the tag follow.
+            on_wake: What discarded memory of the tag holds after a wake: anything, or zero bytes.
+            devices: Ordinals to route on. None: the current device and every other one in use.
+
+        Raises:
+            InvalidArgumentError: A tag, policy or device that does not exist.
+            OutOfSlotsError: On entering: too many scopes are open at the same time.
+            ClosedError: The allocator is closed.
+        """
+        self._declare(tag, on_sleep, on_wake)
+        if devices is not None:
+            devices = self._check_devices(devices)
+        return MemoryPoolScope(self, tag, devices)
+
+    def empty(
+        self,
+        *size: int | Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        tag: str | None = None,
+    ) -> torch.Tensor:
+        """A contiguous tensor with undefined contents and an allocation of its own.
+
+        No caching allocator stands between: deleting the last reference gives the memory back, and
+        the whole allocation is one handle, as memory registration needs it.
+
+        Args:
+            size: The shape, as one sequence or as integers.
+            dtype: Element type; None takes torch's default.
+            device: None: the current CUDA device; on the ``host`` driver, the CPU. An integer names
+                a device of the driver.
+            tag: None: the tag of the innermost open scope of this thread and allocator, else
+                ``"default"``.
+
+        Raises:
+            InvalidArgumentError: A negative or huge size, or a device that does not exist.
+            OutOfMemoryError: The device has no room, even with torch's cache emptied.
+            ClosedError: The allocator is closed.
+        """
+        import torch
+
+        from cumempool import _torch
+
+        shape = _check_shape(size)
+        dtype = dtype if dtype is not None else torch.get_default_dtype()
+        if not isinstance(dtype, torch.dtype):
+            raise InvalidTypeError(f"dtype is a torch.dtype or None, not {dtype!r}")
+        ordinal, on = self._resolve_device(device)
+        tag = self._current_tag() if tag is None else _check_tag(tag)
+        self._declare(tag, None, None)
+        span = math.prod(max(extent, 1) for extent in shape) * dtype.itemsize
+        if span > _LARGEST:
+            raise InvalidArgumentError(f"a shape of {span} bytes cannot be allocated", tag=tag)
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype, device=on)
+        memory = _torch.from_capsule(self._malloc_capsule(tag, ordinal, span))
+        return _torch.tensor_over(
+            memory.untyped_storage(), dtype, shape, _contiguous_strides(shape), 0
+        )
+
+    def _malloc_capsule(self, tag: str, device: int, size: int) -> object:
+        try:
+            return self._core.malloc_capsule(tag, device, size)
+        except OutOfMemoryError:
+            self._empty_cache()
+            return self._core.malloc_capsule(tag, device, size)
+
+    def adopt(self, module: torch.nn.Module, tag: str = "weights") -> int:
+        """Moves the storage of a module's parameters and buffers into the pool, packed.
+
+        Parameters keep their identity; tied weights, views of one storage and strides stay as they
+        are. Old storage is freed as far as nothing else refers to it. See `cumempool.adopt`.
+
+        Args:
+            module: The module; on the device of this allocator.
+            tag: The tag to move it under.
+
+        Returns:
+            Bytes of device memory allocated for it; 0 where all of it was under the tag already.
+
+        Raises:
+            InvalidTypeError: It is no module, or a tensor of it is of a kind that cannot be moved;
+                the message names it. Nothing was moved.
+            InvalidArgumentError: A tensor of it is asleep under another tag. Nothing was moved.
+            OutOfMemoryError: The device has no room; what was moved so far stays moved.
+        """
+        from cumempool.adopt import adopt_module
+
+        return adopt_module(self, module, _check_tag(tag))
+
+    # ---- transitions ---------------------------------------------------------------------------
+
+    def sleep(
+        self,
+        offload_tags: Sequence[str] | str | None = None,
+        *,
+        tags: Sequence[str] | str | None = None,
+    ) -> TransitionReport:
+        """Gives the physical memory of tags back; addresses stay reserved.
+
+        All or nothing: on failure everything is awake as before. Work in flight is finished first.
+        Only live bytes are backed up: blocks that torch has cached as free are not.
+
+        Args:
+            offload_tags: Tags whose contents are kept; those of the others are discarded, whatever
+                their own policy says (the report lists such overrides). None: each tag follows its
+                own policy, and where it has none, ``"default"`` is kept and others are discarded
+                (or kept, where `tags` names them).
+            tags: Touch only these. None: all.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            InUseError: A scope of one of the tags is open.
+            StreamCaptureError: The calling thread's current stream is being captured.
+            TransitionInProgressError: Called from inside a transition.
+            OutOfHostMemoryError: No host memory for the backup, or over ``host_backup_limit``.
+            ClosedError: The allocator is closed.
+            DriverError: A driver call failed.
+        """
+        actions, overrides = self._plan_sleep(offload_tags, tags)
+        return self._run_sleep("sleep", actions, overrides, drop_backups=False)
+
+    def discard(self, tags: Sequence[str] | str) -> TransitionReport:
+        """Puts tags to sleep without keeping their contents.
+
+        Where memory of the tags sleeps already with a backup, the backup is dropped.
+
+        Raises:
+            As `sleep`.
+        """
+        actions = dict.fromkeys(_check_tags(tags, "tags"), _DISCARD)
+        overrides = _overrides(actions, self.stats().tags)
+        return self._run_sleep("discard", actions, overrides, drop_backups=True)
+
+    def wake_up(self, tags: Sequence[str] | str | None = None) -> TransitionReport:
+        """Maps physical memory at the old addresses and restores what was backed up.
+
+        All or nothing: on failure everything is still asleep with its backup, and the call can be
+        repeated. When it returns, the contents are visible to every stream. Where the device has no
+        room, torch's cache is emptied and the wake tried once more.
+
+        Args:
+            tags: Wake only these. None: all.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            OutOfMemoryError: The device has no room (also a ``RuntimeError``).
+            StreamCaptureError: The calling thread's current stream is being captured.
+            TransitionInProgressError: Called from inside a transition.
+            ClosedError: The allocator is closed.
+            DriverError: A driver call failed.
+        """
+        chosen = None if tags is None else list(_check_tags(tags, "tags"))
+        streams = self._current_streams()
+        try:
+            raw = self._core.wake(chosen, streams)
+        except OutOfMemoryError:
+            self._empty_cache()
+            raw = self._core.wake(chosen, streams)
+        return _report("wake_up", raw, {})
+
+    def release_host_memory(self) -> int:
+        """Gives pinned host memory that holds no backup back; returns its bytes.
+
+        Raises:
+            TransitionInProgressError: Called from inside a transition.
+            ClosedError: The allocator is closed.
+        """
+        return self._core.release_host_memory()
+
+    # ---- what there is -------------------------------------------------------------------------
+
+    def get_current_usage(self) -> int:
+        """Bytes of device memory that are awake, over all tags."""
+        return self.stats().awake_bytes
+
+    def stats(self) -> Stats:
+        """Bytes per tag and state, and totals. Cheap; works on a closed allocator too."""
+        return Stats.from_snapshot(self._core.snapshot(False))
+
+    def snapshot(self) -> list[AllocationInfo]:
+        """Every live allocation, in order of allocation."""
+        return [AllocationInfo(**info) for info in self._core.snapshot(True)["allocations"]]
+
+    def tag_of(self, tensor: torch.Tensor) -> str:
+        """The tag of the allocation that holds a tensor's memory.
+
+        Raises:
+            InvalidTypeError: It is no tensor.
+            NotInPoolError: Its memory is not of this allocator, or it has none.
+        """
+        return self.allocation_of(tensor).tag
+
+    def allocation_of(self, tensor: torch.Tensor) -> AllocationInfo:
+        """The allocation that holds a tensor's memory.
+
+        Raises:
+            InvalidTypeError: It is no tensor.
+            NotInPoolError: Its memory is not of this allocator, or it has none.
+        """
+        import torch
+
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidTypeError(f"a torch.Tensor is needed, not {type(tensor).__name__}")
+        try:
+            address = tensor.untyped_storage().data_ptr()
+        except RuntimeError as error:  # sparse, and others that are no view of one storage
+            raise NotInPoolError(f"the tensor has no memory of its own: {error}") from None
+        return AllocationInfo(**self._core.find(address))
+
+    def close(self, force: bool = False) -> None:
+        """Gives everything back. Closing twice is no error.
+
+        Args:
+            force: Close although memory is in use: physical memory and backups go, contents are
+                lost, and tensors that are still there must not be touched. Their addresses stay
+                reserved until they are deleted, so that a late access faults and reads nobody
+                else's memory.
+
+        Raises:
+            InUseError: Without `force`: tensors live or scopes are open; nothing was changed.
+            DriverError: The driver did not take something back.
+        """
+        if not isinstance(force, bool):
+            raise InvalidTypeError(f"force is a bool, not {force!r}")
+        self._empty_cache()
+        self._core.close(force)
+        with _instance_lock:
+            if CuMemAllocator._instance is self:
+                CuMemAllocator._instance = None
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"<{type(self).__name__} on {self.config.driver}: {len(stats.tags)} tags, "
+            f"{stats.awake_bytes} bytes awake, {stats.asleep_bytes} asleep>"
+        )
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _declare(self, tag: str, on_sleep: OnSleep | None, on_wake: OnWake | None) -> None:
+        self._core.declare_tag(
+            _check_tag(tag),
+            _check_choice(on_sleep, _ON_SLEEP, "on_sleep"),
+            _check_choice(on_wake, _ON_WAKE, "on_wake"),
+        )
+
+    def _check_device(self, device: object) -> int:
+        if not isinstance(device, int) or isinstance(device, bool):
+            raise InvalidTypeError(f"a device is an ordinal, not {device!r}")
+        count = self._driver.device_count
+        if not 0 <= device < count:
+            raise InvalidArgumentError(
+                f"there is no device {device}: the {self.config.driver} driver has {count}"
+            )
+        return device
+
+    def _check_devices(self, devices: object) -> list[int]:
+        if isinstance(devices, str) or not isinstance(devices, Iterable):
+            raise InvalidTypeError(f"devices are ordinals in a sequence, not {devices!r}")
+        checked = list(dict.fromkeys(self._check_device(device) for device in devices))
+        if not checked:
+            raise InvalidArgumentError("devices is empty: name one, or pass None for those used")
+        return checked
+
+    def _resolve_device(self, device: torch.device | str | int | None) -> tuple[int, torch.device]:
+        """The driver's ordinal and torch's device for what a caller named."""
+        import torch
+
+        kind = "cpu" if self.config.driver == "host" else "cuda"
+        if isinstance(device, int):
+            ordinal = self._check_device(device)
+        elif device is None:
+            ordinal = 0 if kind == "cpu" else torch.cuda.current_device()
+        else:
+            try:
+                named = torch.device(device)
+            except (RuntimeError, TypeError) as error:
+                raise InvalidArgumentError(f"device {device!r} does not exist: {error}") from None
+            if named.type != kind:
+                raise InvalidArgumentError(
+                    f"the {self.config.driver} driver has memory of {kind} devices, not {named}"
+                )
+            current = 0 if kind == "cpu" else torch.cuda.current_device()
+            ordinal = self._check_device(current if named.index is None else named.index)
+        return ordinal, torch.device("cpu") if kind == "cpu" else torch.device(kind, ordinal)
+
+    def _current_tag(self) -> str:
+        open_scopes: list[MemoryPoolScope] = getattr(_open_scopes, "stack", [])
+        for scope in reversed(open_scopes):
+            if scope._allocator is self:
+                return scope.tag
+        return DEFAULT_TAG
+
+    def _plan_sleep(
+        self, offload_tags: Sequence[str] | str | None, tags: Sequence[str] | str | None
+    ) -> tuple[dict[str, int], dict[str, str]]:
+        """What to do with each tag, and which policies that overrules; the core knows the tags."""
+        named = None if tags is None else _check_tags(tags, "tags")
+        known = self.stats().tags
+        if offload_tags is None:
+            actions = {}
+            for tag in known if named is None else named:
+                policy = _ON_SLEEP[known[tag].on_sleep] if tag in known else 0
+                kept = tag == DEFAULT_TAG or named is not None
+                actions[tag] = policy or (_OFFLOAD if kept else _DISCARD)
+            return actions, {}
+        offload = _check_tags(offload_tags, "offload_tags")
+        if named is not None and not set(offload) <= set(named):
+            extra = sorted(set(offload) - set(named))
+            raise InvalidArgumentError(f"offload_tags {extra} are not among tags {list(named)}")
+        actions = dict.fromkeys(known if named is None else named, _DISCARD)
+        actions.update(dict.fromkeys(offload, _OFFLOAD))
+        return actions, _overrides(actions, known)
+
+    def _run_sleep(
+        self,
+        operation: str,
+        actions: Mapping[str, int],
+        overrides: Mapping[str, str],
+        *,
+        drop_backups: bool,
+    ) -> TransitionReport:
+        self._refuse_open_scopes(operation, actions)
+        dead: list[tuple[int, int]] = []
+        if _OFFLOAD in actions.values() and self.config.driver == "cuda":
+            from cumempool import _torch
+
+            dead = _torch.dead_ranges()
+        raw = self._core.sleep(list(actions.items()), drop_backups, dead, self._current_streams())
+        return _report(operation, raw, overrides)
+
+    def _refuse_open_scopes(self, operation: str, tags: Iterable[str]) -> None:
+        with self._scopes_lock:
+            open_tags = [tag for tag in tags if self._scopes[tag]]
+        if open_tags:
+            names = ", ".join(repr(tag) for tag in open_tags)
+            raise InUseError(
+                f"{operation}: a use_memory_pool() scope of {names} is open, and would hand out "
+                "memory that sleeps; leave it first",
+                operation=operation,
+                tag=open_tags[0],
+                advice="leave the scope first",
+            )
+
+    def _current_streams(self) -> list[_torch.CurrentStream]:
+        if self.config.driver != "cuda":
+            return []
+        from cumempool import _torch
+
+        return _torch.current_streams()
+
+    def _empty_cache(self) -> None:
+        if self.config.driver == "cuda" and "torch" in sys.modules:
+            from cumempool import _torch
+
+            _torch.empty_cache()
+
+
+class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
+    """One entry into a pool, made by `CuMemAllocator.use_memory_pool`; entered once.
+
+    Attributes:
+        tag: The tag that it allocates under.
+    """
+
+    def __init__(self, allocator: CuMemAllocator, tag: str, devices: Sequence[int] | None) -> None:
+        self.tag: Final = tag
+        self._allocator = allocator
+        self._devices = devices
+        self._slot: int | None = None
+        self._route: _torch.PoolRoute | None = None
+        self._used = False
+
+    def __enter__(self) -> MemoryPoolScope:
+        if self._used:
+            raise InvalidArgumentError("a scope is entered once; call use_memory_pool() again")
+        allocator = self._allocator
+        slot = allocator._core.bind_slot(self.tag)
+        try:
+            if allocator.config.driver == "cuda":
+                from cumempool import _torch
+
+                devices = _torch.devices_in_use() if self._devices is None else self._devices
+                route = _torch.PoolRoute(slot, devices)
+                route.begin()
+                self._route = route
+        except BaseException:
+            _unbind(slot)
+            raise
+        self._used = True
+        self._slot = slot
+        with allocator._scopes_lock:
+            allocator._scopes[self.tag] += 1
+        _open_scopes.stack = [*getattr(_open_scopes, "stack", []), self]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        allocator = self._allocator
+        slot, self._slot = self._slot, None
+        if slot is None:  # not entered, or left already
+            return
+        stack = getattr(_open_scopes, "stack", [])
+        if self in stack:  # not there where another thread leaves the scope
+            stack.remove(self)
+        try:
+            if self._route is not None:
+                self._route.end()
+        finally:
+            _unbind(slot)
+            with allocator._scopes_lock:
+                allocator._scopes[self.tag] -= 1
+        if error is not None:
+            self._explain(error)
+
+    def _explain(self, error: BaseException) -> None:
+        """Adds what the driver said to torch's out-of-memory error, which knows nothing of it."""
+        if type(error).__name__ != "OutOfMemoryError" or not hasattr(error, "add_note"):
+            return
+        reason = self._allocator.stats().last_malloc_failure
+        if reason:
+            error.add_note(f"cumempool: {reason}")
+
+
+def _unbind(slot: int) -> None:
+    from cumempool import _core
+
+    _core.unbind_slot(slot)
+
+
+def _report(
+    operation: str, raw: Mapping[str, Any], overrides: Mapping[str, str]
+) -> TransitionReport:
+    return TransitionReport.from_rows(
+        operation, raw["seconds"], raw["rows"], raw["problems"], overrides
+    )
+
+
+def _check_shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:
+    given: Sequence[object] = size
+    if len(size) == 1 and isinstance(size[0], Sequence):
+        given = size[0]
+    shape = []
+    for extent in given:
+        if not isinstance(extent, int) or isinstance(extent, bool):
+            raise InvalidTypeError(f"a shape is made of integers, not {extent!r}")
+        if extent < 0:
+            raise InvalidArgumentError(f"a shape cannot be negative: {extent}")
+        shape.append(extent)
+    return tuple(shape)
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))

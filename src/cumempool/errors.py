@@ -1,0 +1,276 @@
+"""The exceptions of the library, one per status of ``cumempool/status.h``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = [
+    "ERROR_BY_STATUS",
+    "ClosedError",
+    "CumempoolError",
+    "DriverError",
+    "ForkedError",
+    "InUseError",
+    "InternalError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "NotInPoolError",
+    "OutOfHostMemoryError",
+    "OutOfMemoryError",
+    "OutOfSlotsError",
+    "StreamCaptureError",
+    "TransitionInProgressError",
+    "UnavailableError",
+    "UnknownTagError",
+    "error_from_fields",
+]
+
+
+class CumempoolError(Exception):
+    """Base of every exception that the library raises. ``str()`` is the message.
+
+    A call that raises has changed nothing: memory, backups and states are as they were before.
+
+    Args:
+        message: What happened, where, and what to do, as one text.
+        operation: The operation that failed: ``"sleep"``, ``"wake"``, ``"malloc"``, ...; or ``""``.
+        tag: The tag concerned, or None.
+        device: The device ordinal, or None.
+        bytes: Bytes that the failing step asked for; 0 where no size is involved.
+        driver_call: The driver call that failed (``"cuMemCreate"``), or ``""``.
+        result: What that call returned, numbered as ``CUresult``; 0 where no driver call failed.
+        result_name: The name of ``result`` (``"CUDA_ERROR_OUT_OF_MEMORY"``), or ``""``.
+        free_bytes: Free memory of the device at that moment, or None where unknown.
+        total_bytes: Total memory of the device, or None where unknown.
+        advice: What to do about it; the message ends with the same words.
+        secondary: Failures met while the operation was undone, as texts.
+    """
+
+    operation: str
+    tag: str | None
+    device: int | None
+    bytes: int
+    driver_call: str
+    result: int
+    result_name: str
+    free_bytes: int | None
+    total_bytes: int | None
+    advice: str
+    secondary: tuple[str, ...]
+
+    # The message is the only positional argument and the fields live in __dict__: that is what
+    # BaseException needs to pickle and copy an exception with nothing lost.
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        operation: str = "",
+        tag: str | None = None,
+        device: int | None = None,
+        bytes: int = 0,  # noqa: A002 - the name that the C record has
+        driver_call: str = "",
+        result: int = 0,
+        result_name: str = "",
+        free_bytes: int | None = None,
+        total_bytes: int | None = None,
+        advice: str = "",
+        secondary: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.operation = operation
+        self.tag = tag
+        self.device = device
+        self.bytes = bytes
+        self.driver_call = driver_call
+        self.result = result
+        self.result_name = result_name
+        self.free_bytes = free_bytes
+        self.total_bytes = total_bytes
+        self.advice = advice
+        self.secondary = tuple(secondary)
+
+    def __str__(self) -> str:
+        """The message, as it was given."""
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidArgumentError(CumempoolError, ValueError):
+    """A value that the function does not take.
+
+    A negative or zero budget, an unknown policy, settings that contradict each other, or a feature
+    that the platform does not have.
+    The message names the argument and what is allowed. Correct the call and repeat it.
+    """
+
+
+class InvalidTypeError(InvalidArgumentError, TypeError):
+    """An argument of the wrong type, such as a text or a bool where a number of bytes is expected.
+
+    Both a ``ValueError`` and a ``TypeError``. The message names the argument, the type that was
+    given and the type that is expected.
+    """
+
+
+class UnavailableError(CumempoolError, RuntimeError):
+    """No driver library, no device, or no virtual memory management on the device.
+
+    ``python -m cumempool`` and ``cumempool.probe()`` say which of them is missing and what to do.
+    """
+
+
+class OutOfMemoryError(CumempoolError, RuntimeError):
+    """The device has no room for what a wake or an exact-size allocation asked for.
+
+    A failed wake leaves every allocation asleep with its backup. ``bytes``, ``free_bytes`` and
+    ``total_bytes`` say how much was asked for and how much there is. Free memory on ``device``
+    (other tags can sleep, ``torch.cuda.empty_cache()`` returns cached blocks), then repeat the
+    call. Inside a pool scope torch reports a full device by its own ``torch.OutOfMemoryError``.
+    """
+
+
+class OutOfHostMemoryError(CumempoolError, MemoryError):
+    """No host memory for a backup, or more than ``CuMemConfig.host_backup_limit`` would be needed.
+
+    Nothing went to sleep. Raise that limit or the system's limit on locked memory (``ulimit -l``),
+    or discard tags that can be computed again.
+    """
+
+
+class UnknownTagError(CumempoolError, KeyError):
+    """Nothing was ever allocated or declared under that tag; ``tag`` holds it.
+
+    The usual cause is a spelling mistake; ``allocator.stats()`` lists the tags there are.
+    """
+
+
+class NotInPoolError(CumempoolError, ValueError):
+    """The tensor or address lies in no allocation of this allocator.
+
+    Memory made outside a pool scope, or by another allocator, is not counted, slept or woken here.
+    """
+
+
+class TransitionInProgressError(CumempoolError, RuntimeError):
+    """Called from inside a sleep, wake or discard of the same allocator.
+
+    Call it after the transition has returned.
+    """
+
+
+class StreamCaptureError(CumempoolError, RuntimeError):
+    """A CUDA graph capture is under way on the current stream of a device that the call concerns.
+
+    Sleep and wake before the capture begins or after it has ended.
+    """
+
+
+class InUseError(CumempoolError, RuntimeError):
+    """Open pool scopes or live allocations forbid it, as they do ``close()``.
+
+    Leave the scopes and delete the tensors first, or close by force, which loses their contents.
+    """
+
+
+class ClosedError(CumempoolError, RuntimeError):
+    """The allocator was closed. Make another one."""
+
+
+class ForkedError(CumempoolError, RuntimeError):
+    """Called in a process forked after the library was used; driver memory does not survive a fork.
+
+    Start child processes with the ``spawn`` method.
+    """
+
+
+class OutOfSlotsError(CumempoolError, RuntimeError):
+    """Every pair of exported torch malloc and free functions is bound to a pool in use.
+
+    Leave scopes, or use fewer tags and allocators at a time; a slot is free again when its pool is
+    gone.
+    """
+
+
+class DriverError(CumempoolError, RuntimeError):
+    """A driver call failed for another reason than a lack of memory.
+
+    ``driver_call``, ``result`` and ``result_name`` say which and how. An error left by an earlier
+    kernel (an illegal address, say) is reported here too, and no later call succeeds then.
+    """
+
+
+class InternalError(CumempoolError, RuntimeError):
+    """A defect of this library. Report the whole message, with the versions it came from."""
+
+
+#: The class for each status number of ``cumempool/status.h``, ``CUMEMPOOL_OK`` left out.
+ERROR_BY_STATUS: dict[int, type[CumempoolError]] = {
+    1: InvalidArgumentError,
+    2: UnavailableError,
+    3: OutOfMemoryError,
+    4: OutOfHostMemoryError,
+    5: UnknownTagError,
+    6: NotInPoolError,
+    7: TransitionInProgressError,
+    8: StreamCaptureError,
+    9: InUseError,
+    10: ClosedError,
+    11: ForkedError,
+    12: OutOfSlotsError,
+    13: DriverError,
+    14: InternalError,
+}
+
+
+def error_from_fields(fields: Mapping[str, object]) -> CumempoolError:
+    """Makes the exception for a failure record of the C interface (``cumempool_error``).
+
+    Args:
+        fields: ``status``, ``message``, ``operation``, ``tag`` (``""`` = none), ``device``
+            (-1 = none), ``bytes``, ``driver_call``, ``result``, ``result_name``, ``free_bytes``,
+            ``total_bytes`` (0 = both unknown), ``advice``, ``secondary`` (texts). All but
+            ``status`` may be missing.
+
+    Returns:
+        An instance of ``ERROR_BY_STATUS[status]``; of `InternalError` for an unknown status.
+
+    Raises:
+        TypeError: A field is of the wrong type.
+    """
+    status = _number(fields, "status")
+    device = _number(fields, "device", -1)
+    total_bytes = _number(fields, "total_bytes")
+    return ERROR_BY_STATUS.get(status, InternalError)(
+        _text(fields, "message") or f"status {status} without a message",
+        operation=_text(fields, "operation"),
+        tag=_text(fields, "tag") or None,
+        device=device if device >= 0 else None,
+        bytes=_number(fields, "bytes"),
+        driver_call=_text(fields, "driver_call"),
+        result=_number(fields, "result"),
+        result_name=_text(fields, "result_name"),
+        free_bytes=_number(fields, "free_bytes") if total_bytes else None,
+        total_bytes=total_bytes or None,
+        advice=_text(fields, "advice"),
+        secondary=_texts(fields, "secondary"),
+    )
+
+
+def _number(fields: Mapping[str, object], name: str, default: int = 0) -> int:
+    value = fields.get(name, default)
+    if not isinstance(value, int):
+        raise TypeError(f"error field {name!r} is {value!r}, not an int")
+    return int(value)
+
+
+def _text(fields: Mapping[str, object], name: str) -> str:
+    value = fields.get(name, "")
+    if not isinstance(value, str):
+        raise TypeError(f"error field {name!r} is {value!r}, not a str")
+    return value
+
+
+def _texts(fields: Mapping[str, object], name: str) -> tuple[str, ...]:
+    value = fields.get(name, ())
+    if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"error field {name!r} is {value!r}, not a sequence of str")
+    return tuple(value)

@@ -1,0 +1,263 @@
+"""Whether and how cumempool can be used here, found by trying; every no has a reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from cumempool.config import CuMemConfig, DriverName
+from cumempool.errors import CumempoolError, InvalidArgumentError, InvalidTypeError
+from cumempool.stats import handle_type_names
+
+if TYPE_CHECKING:
+    from cumempool import _core
+
+__all__ = ["Availability", "DeviceProbe", "TorchProbe", "is_available", "open_driver", "probe"]
+
+#: Granularity of the devices that the host driver simulates: that of an H200.
+HOST_GRANULARITY = 2 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProbe:
+    """One device: what it claims by its attributes, and what could be created and exported.
+
+    Attributes:
+        ordinal: Device ordinal.
+        name: As the driver reports it.
+        compute_capability: ``"9.0"``.
+        usable: A granule was created, mapped, written, read back and returned.
+        reason: Why not, or ``""``.
+        virtual_memory: It says that it supports virtual memory management.
+        handle_types: What memory could be exported as: ``"posix_fd"``, ``"fabric"``.
+        handle_types_claimed: What it says memory can be exported as.
+        rdma: Memory for GPUDirect RDMA could be created.
+        rdma_claimed: It says that it can make such memory.
+        granularity: Bytes that every allocation is a multiple of.
+        free_bytes: Free device memory, in bytes.
+        total_bytes: Device memory, in bytes.
+    """
+
+    ordinal: int
+    name: str
+    compute_capability: str
+    usable: bool
+    reason: str
+    virtual_memory: bool
+    handle_types: tuple[str, ...]
+    handle_types_claimed: tuple[str, ...]
+    rdma: bool
+    rdma_claimed: bool
+    granularity: int
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TorchProbe:
+    """The installed torch.
+
+    Attributes:
+        version: Its version, or ``""`` where there is none.
+        build: ``"cuda"``, ``"rocm"``, ``"cpu"`` or ``"none"``.
+        routes: Whether its ``MemPool`` sends allocations to a slot, by trying; None = not tried,
+            because torch has not started to use CUDA in this process and trying would.
+        reason: Why it does not, or why it was not tried, or ``""``.
+    """
+
+    version: str
+    build: str
+    routes: bool | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """What `probe` found.
+
+    Attributes:
+        ok: Whether an allocator on this driver can be made and torch can use it.
+        reason: Why not, or ``""``.
+        hint: What to do about it, or ``""``.
+        driver: ``"cuda"`` or ``"host"``.
+        driver_version: ``"13.0"``; ``""`` where no driver was found.
+        devices: One entry per device.
+        torch: The installed torch.
+    """
+
+    ok: bool
+    reason: str
+    hint: str
+    driver: str
+    driver_version: str = ""
+    devices: tuple[DeviceProbe, ...] = ()
+    torch: TorchProbe = field(default_factory=lambda: TorchProbe("", "none", None, "not looked at"))
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, of types that ``json.dumps`` takes."""
+        return asdict(self)
+
+
+def open_driver(config: CuMemConfig) -> _core.Driver:
+    """Opens the driver that a configuration names. Creates no context.
+
+    Raises:
+        UnavailableError: The driver library or a device is missing.
+        InvalidArgumentError: The host driver does not take the configured sizes.
+    """
+    from cumempool import _core
+
+    if config.driver == "cuda":
+        return _core.open_cuda()
+    if config.host_driver_bytes < HOST_GRANULARITY:
+        raise InvalidArgumentError(
+            f"host_driver_bytes={config.host_driver_bytes} is less than one granule of "
+            f"{HOST_GRANULARITY} bytes"
+        )
+    return _core.open_host(
+        devices=config.host_driver_devices,
+        bytes_per_device=config.host_driver_bytes // HOST_GRANULARITY * HOST_GRANULARITY,
+        granularity=HOST_GRANULARITY,
+        rdma=False,
+    )
+
+
+def is_available(driver: DriverName | None = None) -> bool:
+    """Whether cumempool can be used here. Never raises; see `probe` for the reason."""
+    return probe(driver=driver).ok
+
+
+def probe(config: CuMemConfig | None = None, *, driver: DriverName | None = None) -> Availability:
+    """Tries the driver, every device and torch.
+
+    A context that was not there before is gone afterwards. Where torch has not started to use CUDA,
+    its routing is not tried, since a context that torch makes stays.
+
+    Args:
+        config: The configuration to try; its driver and sizes count. None takes the default one.
+        driver: Overrides the driver of the configuration.
+
+    Returns:
+        What was found. Never raises.
+    """
+    name = str(driver or "cuda")
+    try:
+        if config is not None and not isinstance(config, CuMemConfig):
+            raise InvalidTypeError(f"config is a CuMemConfig or None, not {config!r}")
+        if driver is None:
+            wanted = config or CuMemConfig()
+        else:
+            wanted = replace(config, driver=driver) if config else CuMemConfig(driver=driver)
+        name = wanted.driver
+        opened = open_driver(wanted)
+    except ImportError as error:
+        return Availability(
+            False,
+            f"the extension module of cumempool cannot be loaded: {error}",
+            "install cumempool with pip, so that it is built for this interpreter",
+            name,
+            torch=_probe_torch(None),
+        )
+    except CumempoolError as error:
+        reason = str(error).removesuffix(error.advice).rstrip(" .;")
+        hint = error.advice or "correct the argument or the environment variable"
+        return Availability(False, reason, hint, name, torch=_probe_torch(None))
+    return _judge(name, opened)
+
+
+def _judge(name: str, driver: _core.Driver) -> Availability:
+    devices = tuple(_probe_device(driver, ordinal) for ordinal in range(driver.device_count))
+    usable = [device for device in devices if device.usable]
+    torch = _probe_torch(driver if usable else None)
+    reason = hint = ""
+    if not devices:
+        reason = "the driver has no device"
+        hint = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    elif not usable:
+        reason = f"no device is usable; device 0: {devices[0].reason}"
+        hint = "free device memory, or use a GPU and driver with virtual memory management"
+    elif torch.build == "none":
+        reason = f"torch cannot be used: {torch.reason}"
+        hint = "install torch"
+    elif name == "cuda" and torch.build != "cuda":
+        reason = f"this torch ({torch.version}) is built for {torch.build}, not for CUDA"
+        hint = "install a CUDA build of torch"
+    elif name == "cuda" and torch.routes is False:
+        reason = f"torch does not send allocations to the pool: {torch.reason}"
+        hint = "use torch 2.6 or newer with its native allocator backend"
+    version = f"{driver.version // 1000}.{driver.version % 1000 // 10}" if driver.version else ""
+    return Availability(not reason, reason, hint, name, version, devices, torch)
+
+
+def _probe_device(driver: _core.Driver, ordinal: int) -> DeviceProbe:
+    try:
+        found: dict[str, Any] = driver.probe(ordinal)
+    except CumempoolError as error:
+        return DeviceProbe(ordinal, "", "", False, str(error), False, (), (), False, False, 0, 0, 0)
+    capability = found.pop("compute_capability")
+    return DeviceProbe(
+        ordinal=ordinal,
+        compute_capability=f"{capability // 10}.{capability % 10}",
+        handle_types=handle_type_names(found.pop("handle_types")),
+        handle_types_claimed=handle_type_names(found.pop("handle_types_claimed")),
+        **found,
+    )
+
+
+def _probe_torch(driver: _core.Driver | None) -> TorchProbe:
+    """Looks at torch, and tries its routing where CUDA is in use already."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return TorchProbe("", "none", None, "torch is not installed")
+    try:
+        from cumempool import _torch
+    except (ImportError, OSError) as error:
+        return TorchProbe(version, "none", None, f"torch cannot be imported: {error}")
+    build = _torch.build_kind()
+    if build != "cuda":
+        return TorchProbe(version, build, None, f"a {build} build of torch has no CUDA pools")
+    if driver is None or not _torch.is_initialized():
+        return TorchProbe(version, build, None, "CUDA is not in use in this process yet")
+    return _try(lambda: _route_once(driver), version, build)
+
+
+def _try(route: Callable[[], bool], version: str, build: str) -> TorchProbe:
+    try:
+        routed = route()
+    except (CumempoolError, RuntimeError, AttributeError) as error:
+        return TorchProbe(version, build, False, f"{type(error).__name__}: {error}")
+    reason = "" if routed else "a tensor made inside the pool was allocated elsewhere"
+    return TorchProbe(version, build, routed, reason)
+
+
+def _route_once(driver: _core.Driver) -> bool:
+    """Allocates one tensor through a slot and looks whether it came from there."""
+    import torch
+
+    from cumempool import _core, _torch
+
+    allocator = _core.Allocator(driver, 0)
+    try:
+        allocator.declare_tag("probe", 0, 0)
+        slot = allocator.bind_slot("probe")
+        route = _torch.PoolRoute(slot, [torch.cuda.current_device()])
+        try:
+            route.begin()
+            try:
+                tensor = torch.empty(1, device="cuda")
+                routed = bool(allocator.snapshot(False)["totals"]["malloc_calls"])
+                del tensor
+            finally:
+                route.end()
+        finally:
+            _core.unbind_slot(slot)
+    finally:
+        _torch.empty_cache()
+        allocator.close(True)
+    return routed

@@ -1,0 +1,270 @@
+"""What a sleep, wake or discard did, per tag and in total: bytes, seconds and copy rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from cumempool.errors import InternalError
+
+__all__ = ["TagReport", "TransitionReport", "format_bytes"]
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+# Field of a report -> how a line of text calls it.
+_BYTE_FIELDS = {
+    "bytes_freed": "freed",
+    "bytes_mapped": "mapped",
+    "bytes_backed_up": "backed up",
+    "bytes_restored": "restored",
+    "bytes_discarded": "discarded",
+    "bytes_zeroed": "zeroed",
+}
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for people, in binary units: ``"14.96 GiB"``, ``"512 bytes"``."""
+    if abs(count) < 1024:
+        return f"{count} bytes"
+    value = float(count)
+    for unit in _UNITS:
+        value /= 1024
+        if abs(value) < 1024 or unit == _UNITS[-1]:
+            break
+    return f"{value:.2f} {unit}"
+
+
+def _rate(copied_bytes: int, seconds: float) -> float:
+    return copied_bytes / seconds / 1e9 if copied_bytes and seconds > 0.0 else 0.0
+
+
+def _amounts(report: TagReport | TransitionReport) -> str:
+    amounts = [(getattr(report, field), verb) for field, verb in _BYTE_FIELDS.items()]
+    return ", ".join(f"{verb} {format_bytes(count)}" for count, verb in amounts if count)
+
+
+@dataclass(frozen=True, slots=True)
+class TagReport:
+    """What one transition did to the allocations of one tag, on all devices together.
+
+    Attributes:
+        tag: The tag.
+        devices: Ordinals of the devices concerned, ascending.
+        allocations: Allocations that changed state.
+        bytes_freed: Device memory given back to the driver.
+        bytes_mapped: Device memory taken from the driver.
+        bytes_backed_up: Bytes copied from the device to the backup.
+        bytes_restored: Bytes copied from the backup to the device.
+        bytes_discarded: Bytes given up without a copy: discarded allocations, and dead ranges of
+            allocations that were backed up.
+        bytes_zeroed: Bytes filled with zero.
+        seconds: Time that the copies took; devices copy one after another, so their times add up.
+    """
+
+    tag: str
+    devices: tuple[int, ...] = ()
+    allocations: int = 0
+    bytes_freed: int = 0
+    bytes_mapped: int = 0
+    bytes_backed_up: int = 0
+    bytes_restored: int = 0
+    bytes_discarded: int = 0
+    bytes_zeroed: int = 0
+    seconds: float = 0.0
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes copied in either direction."""
+        return self.bytes_backed_up + self.bytes_restored
+
+    @property
+    def gb_per_s(self) -> float:
+        """Copied bytes over copy time, in 1e9 bytes per second; 0.0 where nothing was copied."""
+        return _rate(self.bytes_copied, self.seconds)
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields and the rate, of types that ``json.dumps`` takes."""
+        return {
+            "tag": self.tag,
+            "devices": list(self.devices),
+            "allocations": self.allocations,
+            **{field: getattr(self, field) for field in _BYTE_FIELDS},
+            "seconds": self.seconds,
+            "gb_per_s": self.gb_per_s,
+        }
+
+    def __str__(self) -> str:
+        """One line."""
+        plural = "" if self.allocations == 1 else "s"
+        parts = [f"{self.tag}: {self.allocations} allocation{plural}"]
+        if self.devices:
+            numbers = ", ".join(map(str, self.devices))
+            parts[0] += f" on device{'' if len(self.devices) == 1 else 's'} {numbers}"
+        if amounts := _amounts(self):
+            parts.append(amounts)
+        if self.bytes_copied:
+            parts.append(f"copies {self.seconds * 1e3:.1f} ms at {self.gb_per_s:.1f} GB/s")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionReport:
+    """What one ``sleep``, ``wake_up`` or ``discard`` did. ``str()`` has one line per tag.
+
+    Attributes:
+        operation: ``"sleep"``, ``"wake_up"`` or ``"discard"``.
+        seconds: Wall time of the whole transition, the wait for work in flight included.
+        tags: One `TagReport` per tag that the transition covered; read-only.
+        overrides: For each tag whose own policy the call overruled, in what way; read-only.
+        problems: Failures that did not stop the transition. Memory that they concern is in the
+            statistics.
+    """
+
+    operation: str
+    seconds: float
+    tags: Mapping[str, TagReport]
+    overrides: Mapping[str, str]
+    problems: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Makes the mappings read-only copies."""
+        object.__setattr__(self, "tags", MappingProxyType(dict(self.tags)))
+        object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
+        object.__setattr__(self, "problems", tuple(self.problems))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles plain dicts: a mapping proxy cannot be, and workers send reports."""
+        fields = (
+            self.operation,
+            self.seconds,
+            dict(self.tags),
+            dict(self.overrides),
+            self.problems,
+        )
+        return (type(self), fields)
+
+    @classmethod
+    def from_rows(
+        cls,
+        operation: str,
+        seconds: float,
+        rows: Sequence[Mapping[str, object]],
+        problems: Sequence[str] = (),
+        overrides: Mapping[str, str] = MappingProxyType({}),
+    ) -> TransitionReport:
+        """A report from rows of the C interface (``cumempool_report_row``), one per tag and device.
+
+        Args:
+            operation: ``"sleep"``, ``"wake_up"`` or ``"discard"``.
+            seconds: Wall time of the transition.
+            rows: Mappings with ``tag``, ``device``, ``allocations``, ``freed_bytes``,
+                ``mapped_bytes``, ``backed_up_bytes``, ``restored_bytes``, ``discarded_bytes``,
+                ``zeroed_bytes`` and ``copy_seconds``. Rows of one tag are added up.
+            problems: Failures that did not stop the transition.
+            overrides: Tag -> in what way the call overruled the policy of the tag.
+
+        Raises:
+            InternalError: A row lacks a field, or holds one of another type.
+        """
+        rows_of_tag: dict[str, list[Mapping[str, object]]] = {}
+        for row in rows:
+            rows_of_tag.setdefault(_tag(row), []).append(row)
+        tags = {tag: _tag_report(tag, of_tag) for tag, of_tag in rows_of_tag.items()}
+        return cls(operation, seconds, tags, overrides, tuple(problems))
+
+    @property
+    def bytes_freed(self) -> int:
+        """Device memory given back to the driver, all tags."""
+        return sum(tag.bytes_freed for tag in self.tags.values())
+
+    @property
+    def bytes_mapped(self) -> int:
+        """Device memory taken from the driver, all tags."""
+        return sum(tag.bytes_mapped for tag in self.tags.values())
+
+    @property
+    def bytes_backed_up(self) -> int:
+        """Bytes copied from the device to the backup, all tags."""
+        return sum(tag.bytes_backed_up for tag in self.tags.values())
+
+    @property
+    def bytes_restored(self) -> int:
+        """Bytes copied from the backup to the device, all tags."""
+        return sum(tag.bytes_restored for tag in self.tags.values())
+
+    @property
+    def bytes_discarded(self) -> int:
+        """Bytes given up without a copy, all tags."""
+        return sum(tag.bytes_discarded for tag in self.tags.values())
+
+    @property
+    def bytes_zeroed(self) -> int:
+        """Bytes filled with zero, all tags."""
+        return sum(tag.bytes_zeroed for tag in self.tags.values())
+
+    @property
+    def gb_per_s(self) -> float:
+        """Copied bytes over copy time of all tags, in 1e9 bytes per second; 0.0 for no copies."""
+        copied = self.bytes_backed_up + self.bytes_restored
+        return _rate(copied, sum(tag.seconds for tag in self.tags.values()))
+
+    def to_dict(self) -> dict[str, object]:
+        """Totals, tags, overrides and problems, of types that ``json.dumps`` takes."""
+        return {
+            "operation": self.operation,
+            "seconds": self.seconds,
+            **{field: getattr(self, field) for field in _BYTE_FIELDS},
+            "gb_per_s": self.gb_per_s,
+            "tags": {tag: report.to_dict() for tag, report in self.tags.items()},
+            "overrides": dict(self.overrides),
+            "problems": list(self.problems),
+        }
+
+    def __str__(self) -> str:
+        """The totals, then one line per tag, override and problem."""
+        amounts = _amounts(self) or "nothing changed"
+        lines = [f"{self.operation}: {amounts} in {self.seconds * 1e3:.1f} ms"]
+        lines += [f"  {report}" for report in self.tags.values()]
+        lines += [f"  override, {tag}: {text}" for tag, text in self.overrides.items()]
+        lines += [f"  problem: {text}" for text in self.problems]
+        return "\n".join(lines)
+
+
+def _tag_report(tag: str, rows: Sequence[Mapping[str, object]]) -> TagReport:
+    def total(field: str) -> int:
+        return sum(_integer(row, field) for row in rows)
+
+    return TagReport(
+        tag=tag,
+        devices=tuple(sorted({device for row in rows if (device := _integer(row, "device")) >= 0})),
+        allocations=total("allocations"),
+        bytes_freed=total("freed_bytes"),
+        bytes_mapped=total("mapped_bytes"),
+        bytes_backed_up=total("backed_up_bytes"),
+        bytes_restored=total("restored_bytes"),
+        bytes_discarded=total("discarded_bytes"),
+        bytes_zeroed=total("zeroed_bytes"),
+        seconds=sum((_real(row, "copy_seconds") for row in rows), 0.0),
+    )
+
+
+def _tag(row: Mapping[str, object]) -> str:
+    value = row.get("tag")
+    if not isinstance(value, str):
+        raise InternalError(f"report row field 'tag' is {value!r}, not a str")
+    return value
+
+
+def _integer(row: Mapping[str, object], field: str) -> int:
+    value = row.get(field)
+    if not isinstance(value, int):
+        raise InternalError(f"report row field {field!r} is {value!r}, not an int")
+    return int(value)
+
+
+def _real(row: Mapping[str, object], field: str) -> float:
+    value = row.get(field)
+    if not isinstance(value, (int, float)):
+        raise InternalError(f"report row field {field!r} is {value!r}, not a float")
+    return float(value)

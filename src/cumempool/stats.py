@@ -1,0 +1,183 @@
+"""What an allocator holds: bytes per tag and state, totals, and single allocations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+__all__ = ["HANDLE_TYPES", "AllocationInfo", "Stats", "TagStats", "handle_type_names"]
+
+#: Bits of a handle type set and the names of the types, as in ``cumempool/driver.h``.
+HANDLE_TYPES: Mapping[int, str] = MappingProxyType({1: "posix_fd", 8: "fabric"})
+
+
+def handle_type_names(bits: int) -> tuple[str, ...]:
+    """The names of the handle types in a bit set, such as ``("posix_fd",)``."""
+    return tuple(name for bit, name in HANDLE_TYPES.items() if bits & bit)
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationInfo:
+    """One live allocation.
+
+    Attributes:
+        address: Start of its address range; the same for life.
+        bytes: Size, a multiple of the granularity.
+        requested_bytes: What was asked for.
+        tag: Its tag.
+        device: Device ordinal.
+        state: ``"awake"``, ``"backed_up"`` or ``"discarded"``; the last two are asleep.
+        generation: Grows at each wake: physical pages changed, registrations are stale.
+        backup_bytes: Host bytes that hold its contents.
+        sequence: Order of allocation.
+    """
+
+    address: int
+    bytes: int
+    requested_bytes: int
+    tag: str
+    device: int
+    state: str
+    generation: int
+    backup_bytes: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class TagStats:
+    """One tag, all devices together. All numbers are bytes or counts of allocations.
+
+    Attributes:
+        tag: The tag.
+        on_sleep: Its own policy: ``"offload"``, ``"discard"`` or None.
+        on_wake: Its own policy: ``"undefined"``, ``"zero"`` or None.
+        handle_types: What its memory can be exported as, frozen at the first allocation.
+        rdma: Whether its memory was made for GPUDirect RDMA.
+        awake_allocations: Allocations that are mapped.
+        awake_bytes: Their bytes.
+        backed_up_allocations: Allocations asleep with a backup.
+        backed_up_bytes: Their bytes.
+        discarded_allocations: Allocations asleep without one.
+        discarded_bytes: Their bytes.
+        backup_bytes: Host bytes that hold contents.
+        unreleased_bytes: Asleep, but the driver would not take the memory back.
+    """
+
+    tag: str
+    on_sleep: str | None
+    on_wake: str | None
+    handle_types: tuple[str, ...]
+    rdma: bool
+    awake_allocations: int
+    awake_bytes: int
+    backed_up_allocations: int
+    backed_up_bytes: int
+    discarded_allocations: int
+    discarded_bytes: int
+    backup_bytes: int
+    unreleased_bytes: int
+
+    @property
+    def asleep_bytes(self) -> int:
+        """Bytes asleep, backed up or discarded."""
+        return self.backed_up_bytes + self.discarded_bytes
+
+
+_COUNTS = (
+    "awake_allocations",
+    "awake_bytes",
+    "backed_up_allocations",
+    "backed_up_bytes",
+    "discarded_allocations",
+    "discarded_bytes",
+    "backup_bytes",
+    "unreleased_bytes",
+)
+_ON_SLEEP = (None, "offload", "discard")
+_ON_WAKE = (None, "undefined", "zero")
+
+
+def _tag_stats(rows: Sequence[Mapping[str, Any]]) -> TagStats:
+    first = rows[0]
+    used = [row for row in rows if row["device"] >= 0]
+    common = used[0]["handle_types"] if used else 0
+    for row in used:
+        common &= row["handle_types"]
+    return TagStats(
+        tag=first["tag"],
+        on_sleep=_ON_SLEEP[first["on_sleep"]],
+        on_wake=_ON_WAKE[first["on_wake"]],
+        handle_types=handle_type_names(common),
+        rdma=bool(used) and all(row["rdma"] for row in used),
+        **{name: sum(row[name] for row in rows) for name in _COUNTS},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """An allocator at one moment. All ``_bytes`` are bytes.
+
+    Attributes:
+        tags: Per tag; read-only.
+        reserved_address_bytes: Address space held from the driver.
+        physical_bytes: Device memory held from the driver: created minus released.
+        mapped_bytes: The part of it that is mapped.
+        pending_free_bytes: Freed by the program, held until a transition ends or a retry succeeds.
+        host_bytes: Pinned host memory held.
+        host_used_bytes: The part of it that holds backups.
+        malloc_calls: Allocations tried.
+        malloc_failures: Those that failed.
+        free_calls: Frees.
+        sleeps: Sleeps and discards that succeeded.
+        wakes: Wakes that succeeded.
+        failed_transitions: Transitions that failed and changed nothing.
+        last_malloc_failure: Why the last failed allocation failed, or ``""``.
+    """
+
+    tags: Mapping[str, TagStats]
+    reserved_address_bytes: int
+    physical_bytes: int
+    mapped_bytes: int
+    pending_free_bytes: int
+    host_bytes: int
+    host_used_bytes: int
+    malloc_calls: int
+    malloc_failures: int
+    free_calls: int
+    sleeps: int
+    wakes: int
+    failed_transitions: int
+    last_malloc_failure: str
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Mapping[str, Any]) -> Stats:
+        """From what the extension module's ``snapshot()`` returns."""
+        rows: dict[str, list[Mapping[str, Any]]] = {}
+        for row in snapshot["tags"]:
+            rows.setdefault(row["tag"], []).append(row)
+        tags = {tag: _tag_stats(of_tag) for tag, of_tag in rows.items()}
+        return cls(
+            tags=MappingProxyType(tags),
+            last_malloc_failure=snapshot["last_malloc_failure"],
+            **snapshot["totals"],
+        )
+
+    @property
+    def awake_bytes(self) -> int:
+        """Bytes awake over all tags."""
+        return sum(tag.awake_bytes for tag in self.tags.values())
+
+    @property
+    def asleep_bytes(self) -> int:
+        """Bytes asleep over all tags."""
+        return sum(tag.asleep_bytes for tag in self.tags.values())
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, of types that ``json.dumps`` takes."""
+        plain: dict[str, object] = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name != "tags"
+        }
+        plain["tags"] = {name: asdict(tag) for name, tag in self.tags.items()}
+        return plain

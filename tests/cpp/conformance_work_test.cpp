@@ -1,0 +1,208 @@
+// The contract of driver.h held to account on any driver, second part: copies, fills and waiting
+// for them (C9 to C11). Nothing here says that work has not happened yet: on a GPU it may have.
+#include <array>
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#include "conformance_fixture.hpp"
+
+namespace cumempool::conformance {
+namespace {
+
+constexpr cumempool_stream kLegacyStream = 0;
+
+TEST_P(DriverConformance, C9_CommandsOfOneStreamRunInOrder) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer first(table(), granule());
+  const HostBuffer second(table(), granule());
+  const Stream created(table());
+  for (const cumempool_stream stream : {kLegacyStream, created.get()}) {
+    std::memset(first.data(), 0, granule());
+    std::memset(second.data(), 0, granule());
+    must(CALL(table(), fill, 0, block.address(), std::uint8_t{1}, granule(), stream), "fill");
+    must(CALL(table(), copy_to_host, 0, first.data(), block.address(), granule(), stream), "copy");
+    must(CALL(table(), fill, 0, block.address(), std::uint8_t{2}, granule(), stream), "fill");
+    must(CALL(table(), copy_to_host, 0, second.data(), block.address(), granule(), stream), "copy");
+    must(CALL(table(), stream_synchronize, 0, stream), "stream_synchronize");
+    EXPECT_TRUE(first.all_are(1));
+    EXPECT_TRUE(second.all_are(2));
+  }
+}
+
+TEST_P(DriverConformance, C9_CopiesTakePartsOfARange) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer out(table(), granule());
+  const HostBuffer back(table(), granule());
+  write_pattern(out.data(), granule(), 3);
+  must(CALL(table(), fill, 0, block.address(), std::uint8_t{0}, granule(), kLegacyStream), "fill");
+  must(CALL(table(), copy_to_device, 0, block.address() + 5, out.data() + 100, std::size_t{1000},
+            kLegacyStream),
+       "copy_to_device");
+  download(back, block.address(), granule());
+  EXPECT_TRUE(back.all_are(0, 5, 0));
+  EXPECT_EQ(std::memcmp(back.data() + 5, out.data() + 100, 1000), 0);
+  EXPECT_TRUE(back.all_are(1005, granule() - 1005, 0));
+}
+
+TEST_P(DriverConformance, C9_EventsCoverWhatWasSubmittedBeforeThem) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer back(table(), granule());
+  const Stream stream(table());
+  const Event event(table());
+  for (std::uint8_t round = 1; round <= 3; ++round) {  // recorded again each time
+    must(CALL(table(), fill, 0, block.address(), round, granule(), stream.get()), "fill");
+    must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
+         "copy_to_host");
+    must(CALL(table(), event_record, 0, event.get(), stream.get()), "event_record");
+    must(CALL(table(), event_synchronize, 0, event.get()), "event_synchronize");
+    EXPECT_TRUE(back.all_are(round));
+  }
+}
+
+TEST_P(DriverConformance, C9_EventThatWasNeverRecordedIsDone) {
+  const Event event(table());
+  EXPECT_EQ(CALL(table(), event_synchronize, 0, event.get()), CUMEMPOOL_RESULT_SUCCESS);
+}
+
+TEST_P(DriverConformance, C9_EventsOutliveTheirStream) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer back(table(), granule());
+  const Event event(table());
+  {
+    const Stream stream(table());
+    must(CALL(table(), fill, 0, block.address(), std::uint8_t{5}, granule(), stream.get()), "fill");
+    must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
+         "copy_to_host");
+    must(CALL(table(), event_record, 0, event.get(), stream.get()), "event_record");
+  }
+  must(CALL(table(), event_synchronize, 0, event.get()), "event_synchronize");
+  EXPECT_TRUE(back.all_are(5));
+}
+
+TEST_P(DriverConformance, C9_HostSideLiesInOneRegisteredRange) {
+  const Block block(table(), granule(), properties());
+  const std::size_t half = granule() / 2;
+  const HostBuffer pages(table(), granule(), /*registered=*/false);
+  std::uint8_t* const border = pages.data() + half;
+  must(CALL(table(), host_register, 0, pages.data(), half), "host_register");
+  must(CALL(table(), host_register, 0, border, half), "host_register");
+  EXPECT_NE(CALL(table(), copy_to_host, 0, pages.data(), block.address(), granule(), kLegacyStream),
+            CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_NE(CALL(table(), copy_to_device, 0, block.address(), border - 4096, std::size_t{8192},
+                 kLegacyStream),
+            CUMEMPOOL_RESULT_SUCCESS);
+  must(CALL(table(), fill, 0, block.address(), std::uint8_t{9}, granule(), kLegacyStream), "fill");
+  must(CALL(table(), copy_to_host, 0, pages.data(), block.address(), half, kLegacyStream), "copy");
+  must(CALL(table(), copy_to_host, 0, border, block.address() + half, half, kLegacyStream), "copy");
+  must(CALL(table(), fence, 0), "fence");
+  EXPECT_TRUE(pages.all_are(9)) << "split at the border";
+  must(CALL(table(), host_unregister, 0, pages.data()), "host_unregister");
+  EXPECT_EQ(CALL(table(), host_unregister, 0, border), CUMEMPOOL_RESULT_SUCCESS);
+}
+
+TEST_P(DriverConformance, C9_HostMemoryIsRegisteredOnce) {
+  const HostBuffer pages(table(), 2 * granule());
+  EXPECT_EQ(CALL(table(), host_register, 0, pages.data(), 2 * granule()),
+            CUMEMPOOL_RESULT_HOST_MEMORY_ALREADY_REGISTERED);
+  EXPECT_NE(CALL(table(), host_unregister, 0, pages.data() + granule()), CUMEMPOOL_RESULT_SUCCESS);
+}
+
+TEST_P(DriverConformance, C9_HostMemoryThatIsNotRegisteredCannotBeUnregistered) {
+  const HostBuffer pages(table(), granule(), /*registered=*/false);
+  EXPECT_EQ(CALL(table(), host_unregister, 0, pages.data()),
+            CUMEMPOOL_RESULT_HOST_MEMORY_NOT_REGISTERED);
+}
+
+TEST_P(DriverConformance, C9_UnregisteringWaitsForTheCopiesThatUseIt) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer back(table(), granule(), /*registered=*/false);
+  const Stream stream(table());
+  must(CALL(table(), host_register, 0, back.data(), granule()), "host_register");
+  must(CALL(table(), fill, 0, block.address(), std::uint8_t{4}, granule(), stream.get()), "fill");
+  must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
+       "copy_to_host");
+  must(CALL(table(), host_unregister, 0, back.data()), "host_unregister");
+  EXPECT_TRUE(back.all_are(4));
+}
+
+TEST_P(DriverConformance, C9_CreatedStreamsAreNotCapturing) {
+  const Stream stream(table());
+  int capturing = 1;
+  EXPECT_EQ(CALL(table(), stream_is_capturing, 0, stream.get(), &capturing),
+            CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(capturing, 0);
+}
+
+TEST_P(DriverConformance, C10_FenceWaitsForEveryStream) {
+  constexpr std::uint8_t stream_count = 4;
+  const Block block(table(), stream_count * granule(), properties());
+  const HostBuffer back(table(), stream_count * granule());
+  std::vector<std::unique_ptr<Stream>> created;
+  std::array<cumempool_stream, stream_count> streams{kLegacyStream};
+  for (std::size_t i = 1; i < stream_count; ++i) {
+    created.push_back(std::make_unique<Stream>(table()));
+    streams[i] = created.back()->get();
+  }
+  for (std::uint8_t i = 0; i < stream_count; ++i) {
+    const std::size_t offset = i * granule();
+    const auto byte = static_cast<std::uint8_t>(i + 1);
+    must(CALL(table(), fill, 0, block.address() + offset, byte, granule(), streams[i]), "fill");
+    must(CALL(table(), copy_to_host, 0, back.data() + offset, block.address() + offset, granule(),
+              streams[i]),
+         "copy_to_host");
+  }
+  must(CALL(table(), fence, 0), "fence");
+  for (std::uint8_t i = 0; i < stream_count; ++i) {
+    EXPECT_TRUE(back.all_are(i * granule(), granule(), static_cast<std::uint8_t>(i + 1))) << int{i};
+  }
+}
+
+TEST_P(DriverConformance, C10_FenceWaitsForTheWorkOfOtherThreads) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer back(table(), granule());
+  const Stream stream(table());
+  std::thread([&] {
+    try {
+      const Inside inside(table());
+      must(CALL(table(), fill, 0, block.address(), std::uint8_t{6}, granule(), stream.get()),
+           "fill");
+      must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
+           "copy_to_host");
+    } catch (const std::runtime_error& error) {
+      ADD_FAILURE() << error.what();
+    }
+  }).join();
+  must(CALL(table(), fence, 0), "fence");
+  EXPECT_TRUE(back.all_are(6));
+}
+
+TEST_P(DriverConformance, C10_FenceWaitsForStreamsThatWereDestroyed) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer back(table(), granule());
+  {
+    const Stream stream(table());
+    must(CALL(table(), fill, 0, block.address(), std::uint8_t{7}, granule(), stream.get()), "fill");
+    must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
+         "copy_to_host");
+  }
+  must(CALL(table(), fence, 0), "fence");
+  EXPECT_TRUE(back.all_are(7));
+}
+
+TEST_P(DriverConformance, C11_AfterAFenceMemoryMayGo) {
+  const HostBuffer back(table(), granule());
+  const Stream stream(table());
+  for (std::uint8_t round = 1; round <= 5; ++round) {
+    const Block block(table(), granule(), properties());
+    must(CALL(table(), fill, 0, block.address(), round, granule(), stream.get()), "fill");
+    must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
+         "copy_to_host");
+    must(CALL(table(), fence, 0), "fence");
+  }
+  EXPECT_TRUE(back.all_are(5));
+  EXPECT_EQ(CALL(table(), fence, 0), CUMEMPOOL_RESULT_SUCCESS);
+}
+
+}  // namespace
+}  // namespace cumempool::conformance

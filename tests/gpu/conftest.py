@@ -1,0 +1,70 @@
+"""Fixtures of the GPU tests; where CUMEMPOOL_REQUIRE_GPU=1, a test that would skip fails."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Generator, Iterator
+
+import pytest
+import torch
+
+import cumempool
+
+REQUIRED = os.environ.get("CUMEMPOOL_REQUIRE_GPU") == "1"
+GRANULE = 2 * 1024**2
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if REQUIRED and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} skipped although CUMEMPOOL_REQUIRE_GPU=1: {report.longrepr}"
+        )
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu() -> torch.device:
+    """The GPU of the tests, its context and kernels warm, so that used memory is steady."""
+    found = cumempool.probe(driver="cuda")
+    if not found.ok:
+        pytest.skip(f"no usable GPU: {found.reason}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    warm = torch.ones(1024, device=device)
+    (warm + 1).sum().item()
+    torch.equal(warm, warm.clone())
+    torch.cuda.synchronize()
+    return device
+
+
+@pytest.fixture
+def allocator(gpu: torch.device) -> Iterator[cumempool.CuMemAllocator]:
+    """An allocator that must give everything back when the test is over."""
+    made = cumempool.CuMemAllocator(cumempool.CuMemConfig(driver="cuda"))
+    yield made
+    gc.collect()
+    torch.cuda.empty_cache()
+    made.close(force=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    totals = made.stats()
+    assert totals.physical_bytes == 0
+    assert totals.mapped_bytes == 0
+    assert totals.host_bytes == 0
+
+
+@pytest.fixture
+def used(gpu: torch.device) -> Callable[[], int]:
+    """Device memory in use, as the driver counts it."""
+
+    def read() -> int:
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    return read

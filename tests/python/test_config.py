@@ -1,0 +1,442 @@
+"""Configuration: one object from keywords, command line and environment, and its rules."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import logging
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import cumempool.config as config_module
+from cumempool.config import RESERVED, SETTINGS, CuMemConfig, parse_bytes, settings_table
+from cumempool.errors import InvalidArgumentError, InvalidTypeError
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting.env, raising=False)
+
+
+def parse(*arguments: str) -> CuMemConfig:
+    parser = CuMemConfig.add_cli_args(argparse.ArgumentParser())
+    return CuMemConfig.from_cli_args(parser.parse_args(arguments))
+
+
+def test_defaults() -> None:
+    config = CuMemConfig()
+    assert dataclasses.asdict(config) == {
+        "enable_sleep_mode": False,
+        "enable_cumem_allocator": None,
+        "driver": "cuda",
+        "host_backup_limit": None,
+        "host_driver_devices": 1,
+        "host_driver_bytes": 8 * GIB,
+    }
+    assert not config.cumem_allocator_enabled
+
+
+def test_immutable_keyword_only_hashable_and_picklable() -> None:
+    config = CuMemConfig(enable_sleep_mode=True, driver="host")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.driver = "cuda"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        CuMemConfig(True)  # type: ignore[call-arg]
+    assert {config: 1}[pickle.loads(pickle.dumps(config))] == 1
+    assert dataclasses.replace(config, driver="cuda").driver == "cuda"
+
+
+# ---- sleep mode and the allocator
+
+
+def test_sleep_mode_switches_the_allocator_on() -> None:
+    config = CuMemConfig(enable_sleep_mode=True)
+    assert config.enable_cumem_allocator is True
+    assert config.cumem_allocator_enabled
+    assert config == CuMemConfig(enable_sleep_mode=True, enable_cumem_allocator=True)
+
+
+def test_switching_the_allocator_on_is_logged_once_per_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(config_module, "_implied_logged", False)
+    with caplog.at_level(logging.INFO, logger="cumempool"):
+        CuMemConfig(enable_sleep_mode=True, enable_cumem_allocator=True)
+        CuMemConfig(enable_cumem_allocator=True)
+        assert not caplog.records
+        for _ in range(3):
+            CuMemConfig(enable_sleep_mode=True)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("cumempool", "INFO")]
+    assert "enable_cumem_allocator" in caplog.text
+
+
+def test_sleep_mode_with_an_explicit_no_to_the_allocator_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"enable_sleep_mode=True.*enable_cumem_allocator=False"):
+        CuMemConfig(enable_sleep_mode=True, enable_cumem_allocator=False)
+    with pytest.raises(InvalidArgumentError):
+        parse("--enable-sleep-mode", "--no-enable-cumem-allocator")
+    with pytest.raises(InvalidArgumentError):
+        CuMemConfig.from_env(
+            {"CUMEMPOOL_ENABLE_SLEEP_MODE": "1", "CUMEMPOOL_ENABLE_CUMEM_ALLOCATOR": "0"}
+        )
+
+
+@pytest.mark.parametrize("setting", ["enable_sleep_mode", "enable_cumem_allocator"])
+def test_asking_for_what_the_platform_lacks_is_a_value_error(setting: str) -> None:
+    config = CuMemConfig(**{setting: True})  # type: ignore[arg-type]
+    missing = SimpleNamespace(
+        ok=False, reason="libcuda.so.1 was not found", hint="install a driver"
+    )
+    with pytest.raises(ValueError, match="was not found") as caught:
+        config.verify(missing)
+    for part in (setting, "driver='cuda'", "libcuda.so.1 was not found", "install a driver"):
+        assert part in str(caught.value)
+    assert isinstance(caught.value, InvalidArgumentError)
+    assert caught.value.advice == "install a driver"
+
+
+def test_verify_passes_where_the_platform_has_it() -> None:
+    CuMemConfig(enable_sleep_mode=True).verify(SimpleNamespace(ok=True, reason="", hint=""))
+
+
+def test_verify_probes_the_configured_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = []
+
+    def probe(config: CuMemConfig) -> SimpleNamespace:
+        probed.append(config)
+        return SimpleNamespace(ok=False, reason="no device", hint="")
+
+    module: Any = ModuleType("cumempool.probe")
+    module.probe = probe
+    monkeypatch.setitem(sys.modules, "cumempool.probe", module)
+    config = CuMemConfig(enable_cumem_allocator=True, driver="host")
+    with pytest.raises(InvalidArgumentError, match=r"driver='host': no device$"):
+        config.verify()
+    assert probed == [config]
+
+
+def test_verify_looks_at_nothing_where_the_allocator_is_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cumempool.probe", None)  # an import would raise
+    for config in (CuMemConfig(), CuMemConfig(enable_cumem_allocator=False)):
+        config.verify()
+        config.verify(SimpleNamespace(ok=False, reason="none", hint=""))
+
+
+def test_construction_loads_no_further_module() -> None:
+    code = (
+        "import sys, cumempool.config as c; before = set(sys.modules); "
+        "c.CuMemConfig(enable_sleep_mode=True, driver='host'); c.CuMemConfig.from_env({}); "
+        "print(*set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+# ---- the pool scope
+
+
+def test_pool_scope_is_a_null_context_when_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cumempool.allocator", None)  # an import would raise
+    scope = CuMemConfig().maybe_use_memory_pool("weights", on_sleep="discard")
+    assert isinstance(scope, nullcontext)
+    with scope:
+        entered = True
+    assert entered
+
+
+def test_pool_scope_is_the_allocators_when_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class CuMemAllocator:
+        @classmethod
+        def get_instance(cls, config: object) -> CuMemAllocator:
+            return cls()
+
+        @contextmanager
+        def use_memory_pool(self, tag: str, **policy: object) -> Iterator[None]:
+            calls.append((tag, policy))
+            yield
+
+    module: Any = ModuleType("cumempool.allocator")
+    module.CuMemAllocator = CuMemAllocator
+    monkeypatch.setitem(sys.modules, "cumempool.allocator", module)
+    with CuMemConfig(enable_sleep_mode=True).maybe_use_memory_pool("kv", on_sleep="discard"):
+        assert calls == [("kv", {"on_sleep": "discard"})]
+
+
+# ---- bad values
+
+
+@pytest.mark.parametrize("name", ["host_backup_limit", "host_driver_devices", "host_driver_bytes"])
+@pytest.mark.parametrize("value", [0, -1, 1 << 63])
+def test_numbers_out_of_range_are_value_errors_that_name_the_setting(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} is out of range") as caught:
+        CuMemConfig(**{name: value})  # type: ignore[arg-type]
+    assert type(caught.value) is InvalidArgumentError
+
+
+@pytest.mark.parametrize("name", ["host_backup_limit", "host_driver_devices", "host_driver_bytes"])
+@pytest.mark.parametrize("value", [True, 1.0, "16GiB", [1]])
+def test_numbers_of_the_wrong_type_are_type_and_value_errors(name: str, value: object) -> None:
+    with pytest.raises(InvalidTypeError, match=f"{name}=.*{type(value).__name__}, not an int"):
+        CuMemConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["enable_sleep_mode", "enable_cumem_allocator"])
+@pytest.mark.parametrize("value", [1, 0, "true"])
+def test_switches_take_bools_only(name: str, value: object) -> None:
+    with pytest.raises(InvalidTypeError, match=f"{name}=.*not a bool"):
+        CuMemConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_sleep_mode_none_and_device_count_none_are_wrong_types() -> None:
+    for name in ("enable_sleep_mode", "driver", "host_driver_devices", "host_driver_bytes"):
+        with pytest.raises(InvalidTypeError, match=name):
+            CuMemConfig(**{name: None})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("driver", ["", "CUDA", "gpu"])
+def test_an_unknown_driver_is_an_error_that_lists_the_known_ones(driver: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="cuda, host"):
+        CuMemConfig(driver=driver)  # type: ignore[arg-type]
+
+
+def test_more_simulated_devices_than_the_host_driver_takes() -> None:
+    assert CuMemConfig(host_driver_devices=64).host_driver_devices == 64
+    with pytest.raises(InvalidArgumentError, match="1 to 64"):
+        CuMemConfig(host_driver_devices=65)
+
+
+# ---- the driver
+
+
+def test_the_environment_decides_the_driver_where_no_keyword_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUMEMPOOL_DRIVER", "host")
+    assert CuMemConfig().driver == "host"
+    assert parse().driver == "host"
+    assert CuMemConfig(driver="cuda").driver == "cuda"
+    assert parse("--cumem-driver", "cuda").driver == "cuda"
+    assert CuMemConfig.from_env({}).driver == "cuda"
+
+
+def test_a_bad_driver_in_the_environment_is_an_error_unless_overruled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUMEMPOOL_DRIVER", "gpu")
+    with pytest.raises(InvalidArgumentError, match=r"CUMEMPOOL_DRIVER: 'gpu'.*cuda, host"):
+        CuMemConfig()
+    assert CuMemConfig(driver="host").driver == "host"
+
+
+# ---- numbers of bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("4096", 4096),
+        ("16GiB", 16 * GIB),
+        ("512 MiB", 512 << 20),
+        (" 10gb ", 10**10),
+        ("1KB", 1000),
+        ("1kib", 1024),
+        ("2TiB", 2 << 40),
+        ("3TB", 3 * 10**12),
+        ("7B", 7),
+        ("+1.5GiB", 3 * GIB // 2),
+    ],
+)
+def test_parse_bytes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "16 gigs", "16G", "1e9", "1.5.2GiB", "0x10", "1_000"])
+def test_parse_bytes_says_which_units_there_are(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="KiB, MiB, GiB, TiB, KB, MB, GB, TB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "-16GiB", "0GiB", "9000000TiB"])
+def test_parse_bytes_takes_no_budget_out_of_range(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="out of range"):
+        parse_bytes(text)
+
+
+def test_parse_bytes_takes_no_part_of_a_byte() -> None:
+    with pytest.raises(InvalidArgumentError, match="whole"):
+        parse_bytes("0.5")
+
+
+# ---- environment
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", True),
+        ("true", True),
+        ("YES", True),
+        ("On", True),
+        ("0", False),
+        ("False", False),
+        ("no", False),
+        ("OFF", False),
+    ],
+)
+def test_switches_in_the_environment(text: str, value: bool) -> None:
+    assert CuMemConfig.from_env({"CUMEMPOOL_ENABLE_SLEEP_MODE": text}).enable_sleep_mode is value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("CUMEMPOOL_ENABLE_SLEEP_MODE", "maybe", "1, true, yes, on, 0, false, no, off"),
+        ("CUMEMPOOL_ENABLE_CUMEM_ALLOCATOR", "", "1, true, yes, on, 0, false, no, off"),
+        ("CUMEMPOOL_DRIVER", "rocm", "cuda, host"),
+        ("CUMEMPOOL_HOST_BACKUP_LIMIT", "lots", "KiB, MiB"),
+        ("CUMEMPOOL_HOST_BACKUP_LIMIT", "-1GiB", "must be 1 to"),
+        ("CUMEMPOOL_HOST_DRIVER_DEVICES", "two", "not an integer"),
+        ("CUMEMPOOL_HOST_DRIVER_DEVICES", "0", "must be 1 to 64"),
+        ("CUMEMPOOL_HOST_DRIVER_BYTES", "8G", "KiB, MiB"),
+    ],
+)
+def test_bad_values_in_the_environment_name_the_variable_and_what_is_allowed(
+    name: str, text: str, allowed: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{name}: .*{allowed}"):
+        CuMemConfig.from_env({name: text})
+
+
+def test_an_unknown_variable_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        CuMemConfig.from_env({"CUMEMPOOL_ENABLE_SLEEPMODE": "1"})
+    assert "CUMEMPOOL_ENABLE_SLEEPMODE" in str(caught.value)
+    for setting in SETTINGS:
+        assert setting.env in str(caught.value)
+
+
+def test_reserved_and_foreign_variables_are_let_be() -> None:
+    environ = dict.fromkeys(RESERVED, "1") | {"PATH": "/bin", "CUMEM": "x"}
+    assert CuMemConfig.from_env(environ) == CuMemConfig()
+
+
+def test_from_env_reads_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUMEMPOOL_HOST_BACKUP_LIMIT", "1GiB")
+    assert CuMemConfig.from_env().host_backup_limit == GIB
+
+
+# ---- command line
+
+
+def test_flags_not_given_leave_the_defaults() -> None:
+    assert parse() == CuMemConfig()
+
+
+def test_no_forms_of_the_switches() -> None:
+    assert parse("--no-enable-cumem-allocator").enable_cumem_allocator is False
+    assert parse("--enable-cumem-allocator").enable_cumem_allocator is True
+    assert parse("--no-enable-sleep-mode").enable_sleep_mode is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--cumem-driver", "rocm"], "cuda, host"),
+        (["--cumem-host-backup-limit", "0"], "out of range"),
+        (["--cumem-host-driver-bytes", "many"], "GiB"),
+    ],
+)
+def test_bad_flags_end_with_usage_and_the_reason(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(*arguments)
+    message = capsys.readouterr().err
+    assert arguments[0] in message
+    assert text in message
+
+
+def test_a_namespace_of_another_parser_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="add_cli_args"):
+        CuMemConfig.from_cli_args(argparse.Namespace())
+
+
+def test_help_shows_every_setting() -> None:
+    text = CuMemConfig.add_cli_args(argparse.ArgumentParser()).format_help()
+    for setting in SETTINGS:
+        assert setting.flag in text
+        assert setting.doc in " ".join(text.split())
+
+
+# ---- one table behind all of them
+
+
+def test_the_table_has_every_field_once() -> None:
+    fields = [field.name for field in dataclasses.fields(CuMemConfig)]
+    assert [setting.name for setting in SETTINGS] == fields
+    assert len({setting.env for setting in SETTINGS} | RESERVED) == len(SETTINGS) + len(RESERVED)
+    assert len({setting.flag for setting in SETTINGS}) == len(SETTINGS)
+    for setting in SETTINGS:
+        assert f"{setting.name}:" in (inspect.getdoc(CuMemConfig) or "")
+        for name in (setting.name, setting.env, setting.flag):
+            assert f"`{name}`" in settings_table()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "arguments", "environ"),
+    [
+        ({}, [], {}),
+        (
+            {"enable_sleep_mode": True},
+            ["--enable-sleep-mode"],
+            {"CUMEMPOOL_ENABLE_SLEEP_MODE": "on"},
+        ),
+        (
+            {
+                "enable_sleep_mode": False,
+                "enable_cumem_allocator": True,
+                "driver": "host",
+                "host_backup_limit": 3 * GIB // 2,
+                "host_driver_devices": 2,
+                "host_driver_bytes": 10**10,
+            },
+            [
+                "--no-enable-sleep-mode",
+                "--enable-cumem-allocator",
+                "--cumem-driver=host",
+                "--cumem-host-backup-limit=1.5GiB",
+                "--cumem-host-driver-devices=2",
+                "--cumem-host-driver-bytes=10GB",
+            ],
+            {
+                "CUMEMPOOL_ENABLE_SLEEP_MODE": "no",
+                "CUMEMPOOL_ENABLE_CUMEM_ALLOCATOR": "true",
+                "CUMEMPOOL_DRIVER": "host",
+                "CUMEMPOOL_HOST_BACKUP_LIMIT": "1536MiB",
+                "CUMEMPOOL_HOST_DRIVER_DEVICES": "2",
+                "CUMEMPOOL_HOST_DRIVER_BYTES": "10000000000",
+            },
+        ),
+    ],
+)
+def test_keywords_command_line_and_environment_give_the_same_object(
+    keywords: dict[str, Any], arguments: list[str], environ: dict[str, str]
+) -> None:
+    config = CuMemConfig(**keywords)
+    assert parse(*arguments) == config
+    assert CuMemConfig.from_env(environ) == config
