@@ -41,22 +41,27 @@ conformance() {
     --gtest_output="json:$work/conformance.json"
 }
 
+# One process per file, so that a crash in one leaves the others to speak.
 pytest_gpu() {
-  (cd "$root" && "$python" -m pytest tests/gpu -p no:cacheprovider -s -q \
-    --junitxml="$work/pytest.xml")
+  local file code=0
+  for file in "$root"/tests/gpu/test_*.py; do
+    (cd "$root" && "$python" -m pytest "$file" -p no:cacheprovider -s -q \
+      --junitxml="$work/pytest/$(basename "$file" .py).xml") || code=1
+  done
+  return $code
 }
 
 step install "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$root"
 step build build_cpp
 step conformance conformance
-TAIL=25 step pytest pytest_gpu
+TAIL=60 step pytest pytest_gpu
 TAIL=20 step demo "$python" -m cumempool demo --driver cuda --mib 1024
 for example in "$root"/examples/*.py; do
   TAIL=24 step "example_$(basename "$example" .py)" "$python" "$example"
 done
 TAIL=12 step malloc_path "$work/build/malloc_path"
 
-commit=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo "${CUMEMPOOL_COMMIT:-unknown}")
+commit=$(git -C "$root" rev-parse --verify -q HEAD || echo "${CUMEMPOOL_COMMIT:-unknown}")
 "$python" "$root/scripts/gpu_record.py" --commit "$commit" --steps "$steps" \
-  --pytest "$work/pytest.xml" --conformance "$work/conformance.json" \
+  --pytest "$work/pytest" --conformance "$work/conformance.json" \
   --malloc-path "$out/malloc_path.log" --output "$out/gpu_check.json"

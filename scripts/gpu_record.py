@@ -12,7 +12,10 @@ import torch
 
 import cumempool
 
+ROOT = Path(__file__).resolve().parent.parent
 LARGEST_MALLOC_RATIO = 1.2
+# Conformance tests that say nothing on a machine with one GPU.
+NEED_TWO_DEVICES = ("C3_ContextEntriesFailInsideAnotherDevicesContext",)
 
 
 def read_steps(path: Path) -> list[dict[str, object]]:
@@ -20,24 +23,32 @@ def read_steps(path: Path) -> list[dict[str, object]]:
     return [{"name": n, "passed": code == "0", "seconds": int(s)} for n, code, s in rows]
 
 
-def read_pytest(path: Path) -> dict[str, object]:
-    if not path.exists():
-        return {"passed": 0, "failed": 1, "failures": ["pytest wrote no result"]}
-    cases = ElementTree.parse(path).iter("testcase")
+def read_pytest(folder: Path) -> dict[str, object]:
+    """Counts the tests of every file; a file whose process wrote no result counts as one failure."""
     passed, failures = 0, []
-    for case in cases:
-        bad = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
-        if bad:
-            failures.append(f"{case.get('classname')}.{case.get('name')}")
-        passed += not bad
+    for source in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+        result = folder / f"{source.stem}.xml"
+        if not result.exists():
+            failures.append(f"{source.name} wrote no result")
+            continue
+        for case in ElementTree.parse(result).iter("testcase"):
+            bad = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
+            if bad:
+                failures.append(f"{case.get('classname')}.{case.get('name')}")
+            passed += not bad
     return {"passed": passed, "failed": len(failures), "failures": failures}
 
 
-def read_conformance(path: Path) -> dict[str, object]:
+def read_conformance(path: Path, device_count: int) -> dict[str, object]:
     if not path.exists():
         return {"passed": 0, "failed": 1, "failures": ["the conformance suite wrote no result"]}
     suites = json.loads(path.read_text())["testsuites"]
-    tests = [test for suite in suites for test in suite["testsuite"]]
+    tests = [
+        test
+        for suite in suites
+        for test in suite["testsuite"]
+        if device_count > 1 or test["name"].partition("/")[0] not in NEED_TWO_DEVICES
+    ]
     on_cuda = [test for test in tests if str(test["classname"]).startswith("Gpu/")]
     failures = [
         f"{test['classname']}.{test['name']}"
@@ -80,7 +91,7 @@ def main() -> None:
     probe = cumempool.probe(driver="cuda")
     steps = read_steps(arguments.steps)
     tests = read_pytest(arguments.pytest)
-    conformance = read_conformance(arguments.conformance)
+    conformance = read_conformance(arguments.conformance, len(probe.devices))
     malloc_path = read_malloc_path(arguments.malloc_path)
     record = {
         "commit": arguments.commit,

@@ -151,7 +151,7 @@ cumempool_status cumempool_allocator_close(cumempool_allocator* allocator, int f
 
 void cumempool_allocator_destroy(cumempool_allocator* allocator) {
   if (allocator == nullptr || cumempool::driver::in_forked_child()) return;
-  if (!allocator->core->closed()) cumempool_allocator_close(allocator, 1);
+  cumempool_allocator_close(allocator, 1);  // also what a failed close has left
   delete allocator;
 }
 

@@ -37,4 +37,15 @@ void Backup::restore(CopyQueue& queue, cumempool_address address) const {
   }
 }
 
+std::size_t Backup::zero_rest(CopyQueue& queue, cumempool_address address,
+                              std::size_t bytes) const {
+  std::size_t at = 0;
+  for (const Piece& piece : pieces_) {
+    if (piece.offset > at) queue.fill_zero(address + at, piece.offset - at);
+    at = piece.offset + piece.span.bytes;
+  }
+  if (bytes > at) queue.fill_zero(address + at, bytes - at);
+  return bytes - static_cast<std::size_t>(bytes_);
+}
+
 }  // namespace cumempool::backup

@@ -26,13 +26,16 @@ class Backup {
   Backup& operator=(const Backup&) = delete;
 
   // Enqueues the copies of `extents` of the allocation at `address`. `expected` as in
-  // PinnedArena::acquire. The backup holds the contents once the queue was waited for; it must not
+  // PinnedArena::acquire; extents come in order of their offset. The backup holds the contents once the queue was waited for; it must not
   // be destroyed before that, whether save() threw Error or not.
   void save(CopyQueue& queue, cumempool_address address, const std::vector<Extent>& extents,
             std::size_t expected);
 
   // Enqueues the copies back. The backup stays as it is.
   void restore(CopyQueue& queue, cumempool_address address) const;
+
+  // Enqueues zeros for what it does not hold of an allocation of `bytes`; returns how many.
+  std::size_t zero_rest(CopyQueue& queue, cumempool_address address, std::size_t bytes) const;
 
   std::uint64_t bytes() const noexcept { return bytes_; }
 

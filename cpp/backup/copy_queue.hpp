@@ -1,9 +1,7 @@
-// A device's private stream: copies and fills in order, and marks that tell when they are done.
+// A device's private stream: copies and fills in order.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <vector>
 
 #include "driver/driver.hpp"
 
@@ -20,7 +18,7 @@ class CopyQueue {
 
   int device() const noexcept { return device_; }
 
-  // Enqueue; throw Error. Both sides stay valid until a later wait() or drain() has returned.
+  // Enqueue; throw Error. Both sides stay valid until a later drain() has returned.
   void to_host(std::byte* destination, cumempool_address source, std::size_t bytes);
   void to_device(cumempool_address destination, const std::byte* source, std::size_t bytes);
   void fill_zero(cumempool_address destination, std::size_t bytes);
@@ -28,16 +26,10 @@ class CopyQueue {
   // Waits until everything enqueued so far is done: throws Error for what failed in between.
   void drain();
 
-  // A point in the queue, to be waited for in any order; gone after drain().
-  std::size_t mark();
-  void wait(std::size_t mark);
-
  private:
   driver::Driver driver_;
   int device_;
   cumempool_stream stream_;
-  std::vector<cumempool_event> events_;
-  std::size_t used_events_ = 0;
 };
 
 }  // namespace cumempool::backup

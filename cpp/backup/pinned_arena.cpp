@@ -17,6 +17,7 @@ namespace {
 constexpr std::size_t kBlockBytes = std::size_t{32} << 20;
 constexpr std::size_t kSmallBlockUnit = std::size_t{64} << 10;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kPage = std::size_t{4} << 10;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -48,7 +49,7 @@ HostSpan PinnedArena::acquire(int device, std::size_t bytes, std::size_t expecte
   while (true) {
     const HostSpan span = take_free(bytes);
     if (span.bytes != 0) return span;
-    add_block(device, block_bytes_for(std::max(bytes, expected)));
+    add_block(device, std::max(bytes, expected));
   }
 }
 
@@ -62,12 +63,25 @@ HostSpan PinnedArena::take_free(std::size_t bytes) {
   return span;
 }
 
-void PinnedArena::add_block(int device, std::size_t bytes) {
+// Bytes for the next block of `needed` more. Refuses what will not fit before any of it is pinned;
+// rounding up never is the reason.
+std::size_t PinnedArena::claim_room(std::size_t needed) {
+  std::size_t bytes = block_bytes_for(needed);
+  const std::lock_guard lock(mutex_);
+  if (limit_ != 0) {
+    const std::uint64_t room = limit_ - std::min(limit_, held_bytes_);
+    if (round_up(needed, kPage) > room) throw over_limit(held_bytes_, needed, limit_);
+    if (bytes > room) bytes = round_up(needed, kPage);
+  }
+  held_bytes_ += bytes;  // claimed before the slow part, so that two threads cannot overshoot
+  return bytes;
+}
+
+void PinnedArena::add_block(int device, std::size_t needed) {
+  const std::size_t bytes = claim_room(needed);
   std::uint64_t order = 0;
   {
     const std::lock_guard lock(mutex_);
-    if (limit_ != 0 && held_bytes_ + bytes > limit_) throw over_limit(held_bytes_, bytes, limit_);
-    held_bytes_ += bytes;  // claimed before the slow part, so that two threads cannot overshoot
     order = created_++;
   }
   try {

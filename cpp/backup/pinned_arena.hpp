@@ -45,7 +45,8 @@ class PinnedArena {
 
  private:
   HostSpan take_free(std::size_t bytes);
-  void add_block(int device, std::size_t bytes);
+  void add_block(int device, std::size_t needed);
+  std::size_t claim_room(std::size_t needed);
 
   driver::Driver driver_;
   const std::uint64_t limit_;

@@ -56,13 +56,12 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
   counters_.malloc_calls += 1;
   try {
     check_open("malloc");
-    Device& on = devices_.at(device);
-    const std::size_t rounded = round_up(on, bytes);
-    auto record = std::make_shared<Record>(
+    const std::shared_ptr<Device> on = devices_.at(device);
+    const std::size_t rounded = round_up(*on, bytes);
+    const auto record = std::make_shared<Record>(
         shared_from_this(), tag, device, bytes,
-        vmm::Allocation(driver_, ledger_, on.kind().properties, rounded));
-    records_.add(record);
-    Registry::instance().add(record);
+        vmm::Allocation(driver_, ledger_, on->kind().properties, rounded));
+    publish(record);
     return record->address;
   } catch (Error& error) {
     annotate(error, "malloc", nullptr);
@@ -72,6 +71,17 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
     note_malloc_failure(error.message());
     throw;
   }
+}
+
+void Allocator::publish(const RecordPointer& record) {
+  try {
+    record->memory.map();
+    records_.add(record);
+  } catch (const std::exception&) {
+    bury({record});  // kept, should the driver not take back what it gave
+    throw;
+  }
+  Registry::instance().add(record);
 }
 
 void Allocator::note_malloc_failure(const std::string& why) noexcept {
@@ -87,6 +97,8 @@ std::string Allocator::last_malloc_failure() const {
 
 void Allocator::free(const RecordPointer& record) noexcept {
   counters_.free_calls += 1;
+  // Held across the teardown, which needs the context: another thread may be closing.
+  const std::shared_ptr<Device> device = devices_.find(record->device);
   if (records_.retire(record)) bury({record});
 }
 
@@ -127,7 +139,7 @@ std::uint64_t Allocator::pending_free_bytes() const {
 
 std::uint64_t Allocator::trim_arena() {
   std::uint64_t released = 0;
-  for (const Device* device : devices_.used()) {
+  for (const auto& device : devices_.used()) {
     const driver::ContextScope scope(driver_, device->ordinal());
     released += arena_.trim(device->ordinal());
     if (arena_.held_bytes() == 0) break;
@@ -143,27 +155,42 @@ std::uint64_t Allocator::release_host_memory() {
 
 void Allocator::close(bool force) {
   const Turnstile::Turn turn(turnstile_, "close");
-  if (closed_) return;
   bury({});
-  if (!force) refuse_close_in_use();
-  records_.seal(false);
-  closed_ = true;
-
-  std::vector<std::string> problems;
-  const auto all = records_.claim([](const Record&) { return true; });
-  for (const RecordPointer& record : all) vacate(record, problems);
-  bury(records_.unclaim(all));
-  trim_arena();
+  if (!closed_) {
+    if (!force) refuse_close_in_use();
+    records_.seal(false);
+    closed_ = true;
+  }
+  // From here on a repeated close goes on where this one fails.
+  const std::vector<std::string> problems = give_everything_back();
   if (problems.empty() && pending_free_bytes() == 0 && arena_.held_bytes() == 0) {
-    devices_.clear();
+    devices_.close();
     return;
   }
   Error error(CUMEMPOOL_DRIVER_ERROR, "the allocator is closed, but some memory was not given back");
   error.operation = "close";
   error.bytes = ledger_.physical_bytes + arena_.held_bytes();
-  error.advice = "the driver refuses further calls; end the process to return the memory";
-  error.secondary = std::move(problems);
+  error.advice = "close it again; where the driver refuses for good, end the process";
+  error.secondary = problems;
   throw error;
+}
+
+std::vector<std::string> Allocator::give_everything_back() {
+  std::vector<std::string> problems;
+  const auto attempt = [&](const Record* record, const auto& step) {
+    try {
+      step();
+    } catch (Error& error) {
+      annotate(error, "close", record);
+      problems.push_back(error.message());
+    }
+  };
+  const auto all = records_.claim([](const Record&) { return true; });
+  for (const RecordPointer& record : all) attempt(record.get(), [&] { vacate(*record); });
+  bury(records_.unclaim(all));
+  attempt(nullptr, [&] { trim_arena(); });
+  for (const auto& device : devices_.used()) attempt(nullptr, [&] { device->drop_queue(); });
+  return problems;
 }
 
 void Allocator::refuse_close_in_use() {
@@ -184,23 +211,19 @@ void Allocator::refuse_close_in_use() {
 }
 
 // Physical memory and backup go; the address stays reserved until the program frees it.
-void Allocator::vacate(const RecordPointer& record, std::vector<std::string>& problems) {
-  try {
-    if (record->memory.mapped()) {
-      const driver::ContextScope scope(driver_, record->device);
-      driver_.fence(record->device);
-      record->memory.unmap();
-    }
-    driver::check(driver_.table(), "release", record->memory.release_physical(), record->device,
-                  record->bytes);
-    records_.update([&] {
-      record->asleep = true;
-      record->backup.reset();
-    });
-  } catch (Error& error) {
-    annotate(error, "close", record.get());
-    problems.push_back(error.message());
+void Allocator::vacate(Record& record) {
+  if (record.memory.mapped()) {
+    const driver::ContextScope scope(driver_, record.device);
+    driver_.fence(record.device);
   }
+  record.memory.unmap();
+  driver::check(driver_.table(), "release", record.memory.release_physical(), record.device,
+                record.bytes);
+  records_.update([&] {
+    record.asleep = true;
+    record.unreleased = false;
+    record.backup.reset();
+  });
 }
 
 }  // namespace cumempool::pool

@@ -76,7 +76,9 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   std::size_t round_up(const Device& device, std::size_t bytes) const;
   bool tear_down(Record& record) noexcept;
   void refuse_close_in_use();
-  void vacate(const RecordPointer& record, std::vector<std::string>& problems);
+  void publish(const RecordPointer& record);
+  std::vector<std::string> give_everything_back();
+  void vacate(Record& record);
   std::uint64_t trim_arena();
 
   driver::Driver driver_;

@@ -12,10 +12,8 @@ Device::Device(driver::Driver driver, int ordinal)
       kind_(vmm::choose_memory_kind(driver, ordinal)) {}
 
 Device::~Device() {
-  if (queue_ == nullptr) return;
   try {
-    const driver::ContextScope scope(driver_, ordinal_);
-    queue_.reset();
+    drop_queue();
   } catch (const Error&) {
     // The context is gone, and its streams with it: what is left is host memory of the queue.
     queue_.reset();
@@ -27,10 +25,17 @@ backup::CopyQueue& Device::queue() {
   return *queue_;
 }
 
-Device& DeviceTable::at(int ordinal) {
+void Device::drop_queue() {
+  if (queue_ == nullptr) return;
+  const driver::ContextScope scope(driver_, ordinal_);
+  queue_.reset();
+}
+
+std::shared_ptr<Device> DeviceTable::at(int ordinal) {
   const std::lock_guard lock(mutex_);
-  std::unique_ptr<Device>& device = devices_[ordinal];
-  if (device != nullptr) return *device;
+  if (closed_) throw Error(CUMEMPOOL_CLOSED, "the allocator is closed");
+  std::shared_ptr<Device>& device = devices_[ordinal];
+  if (device != nullptr) return device;
   try {
     const int count = driver_.device_count();
     if (ordinal < 0 || ordinal >= count) {
@@ -39,27 +44,35 @@ Device& DeviceTable::at(int ordinal) {
       error.advice = "the driver has " + std::to_string(count) + " device(s), counted from 0";
       throw error;
     }
-    device = std::make_unique<Device>(driver_, ordinal);
-    return *device;
+    device = std::make_shared<Device>(driver_, ordinal);
+    return device;
   } catch (const Error&) {
     devices_.erase(ordinal);
     throw;
   }
 }
 
-std::vector<Device*> DeviceTable::used() const {
+std::shared_ptr<Device> DeviceTable::find(int ordinal) const {
   const std::lock_guard lock(mutex_);
-  std::vector<Device*> devices;
+  const auto found = devices_.find(ordinal);
+  return found == devices_.end() ? nullptr : found->second;
+}
+
+std::vector<std::shared_ptr<Device>> DeviceTable::used() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<Device>> devices;
   devices.reserve(devices_.size());
   for (const auto& entry : devices_) {
-    if (entry.second != nullptr) devices.push_back(entry.second.get());
+    if (entry.second != nullptr) devices.push_back(entry.second);
   }
   return devices;
 }
 
-void DeviceTable::clear() {
+void DeviceTable::close() {
+  std::map<int, std::shared_ptr<Device>> devices;
   const std::lock_guard lock(mutex_);
-  devices_.clear();
+  closed_ = true;
+  devices.swap(devices_);
 }
 
 }  // namespace cumempool::pool

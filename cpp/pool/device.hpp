@@ -25,6 +25,8 @@ class Device {
   const vmm::MemoryKind& kind() const noexcept { return kind_; }
   // The private stream; made at first use. For the transition under way, inside a ContextScope.
   backup::CopyQueue& queue();
+  // Destroys the private stream. Throws Error; then it is still there.
+  void drop_queue();
 
  private:
   driver::Driver driver_;
@@ -34,21 +36,26 @@ class Device {
   std::unique_ptr<backup::CopyQueue> queue_;
 };
 
-// Thread-safe.
+// Thread-safe. A device lives, with its context, as long as somebody holds on to it, so that closing
+// takes nothing away from a call in another thread.
 class DeviceTable {
  public:
   explicit DeviceTable(driver::Driver driver) : driver_(driver) {}
 
-  // Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for an ordinal that does not exist.
-  Device& at(int ordinal);
+  // Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for an ordinal that does not exist, and
+  // (CUMEMPOOL_CLOSED) after close().
+  std::shared_ptr<Device> at(int ordinal);
+  // Null where it was not used so far.
+  std::shared_ptr<Device> find(int ordinal) const;
   // The devices used so far.
-  std::vector<Device*> used() const;
-  void clear();
+  std::vector<std::shared_ptr<Device>> used() const;
+  void close();
 
  private:
   driver::Driver driver_;
   mutable std::mutex mutex_;
-  std::map<int, std::unique_ptr<Device>> devices_;
+  std::map<int, std::shared_ptr<Device>> devices_;
+  bool closed_ = false;
 };
 
 }  // namespace cumempool::pool

@@ -39,6 +39,7 @@ struct Record {
   std::uint64_t generation = 1;
   bool asleep = false;
   bool unreleased = false;  // asleep, but the driver would not take the memory back
+  bool intact = false;      // unreleased, and that memory still holds the contents
   std::optional<backup::Backup> backup;
   bool claimed = false;  // by the transition under way
   bool doomed = false;   // freed by the program while claimed

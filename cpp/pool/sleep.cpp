@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <set>
 #include <utility>
 
@@ -13,12 +14,21 @@ namespace {
 
 using backup::Extent;
 
-// Ranges that need no backup, sorted and looked up by address.
+// Ranges that need no backup: disjoint, in order, looked up by address.
 class DeadRanges {
  public:
-  explicit DeadRanges(std::vector<cumempool_extent> ranges) : ranges_(std::move(ranges)) {
-    std::sort(ranges_.begin(), ranges_.end(),
+  explicit DeadRanges(std::vector<cumempool_extent> ranges) {
+    constexpr cumempool_address kLast = std::numeric_limits<cumempool_address>::max();
+    std::sort(ranges.begin(), ranges.end(),
               [](const auto& left, const auto& right) { return left.address < right.address; });
+    for (const auto& [begin, bytes] : ranges) {
+      const cumempool_address end = begin + std::min(bytes, kLast - begin);
+      if (!ranges_.empty() && begin <= ranges_.back().end) {
+        ranges_.back().end = std::max(ranges_.back().end, end);
+      } else {
+        ranges_.push_back({begin, end});
+      }
+    }
   }
 
   // What is left of a record, in order.
@@ -28,11 +38,11 @@ class DeadRanges {
     cumempool_address at = record.address;
     auto dead = std::lower_bound(
         ranges_.begin(), ranges_.end(), record.address,
-        [](const cumempool_extent& range, cumempool_address value) { return range.address < value; });
+        [](const Range& range, cumempool_address value) { return range.begin < value; });
     if (dead != ranges_.begin()) --dead;  // may reach into the record from below
-    for (; dead != ranges_.end() && dead->address < end; ++dead) {
-      const cumempool_address from = std::max(dead->address, at);
-      const cumempool_address to = std::min(dead->address + dead->bytes, end);
+    for (; dead != ranges_.end() && dead->begin < end; ++dead) {
+      const cumempool_address from = std::max(dead->begin, at);
+      const cumempool_address to = std::min(dead->end, end);
       if (to <= from) continue;
       if (from > at) live.push_back({at - record.address, from - at});
       at = to;
@@ -42,7 +52,11 @@ class DeadRanges {
   }
 
  private:
-  std::vector<cumempool_extent> ranges_;
+  struct Range {
+    cumempool_address begin;
+    cumempool_address end;
+  };
+  std::vector<Range> ranges_;
 };
 
 // One record on its way to sleep. `saved` is handed to the record only when all have made it.
@@ -81,8 +95,21 @@ class Sleep {
   bool wanted(const Record& record) const {
     const auto action = request_.actions.find(record.tag);
     if (action == request_.actions.end() || record.doomed) return false;
-    if (!record.asleep) return true;
-    return request_.drop_backups && action->second == CUMEMPOOL_ON_SLEEP_DISCARD && record.backup;
+    return !record.asleep || forgettable(record) || releasable(record);
+  }
+
+  bool discards(const Record& record) const {
+    return request_.actions.at(record.tag) == CUMEMPOOL_ON_SLEEP_DISCARD;
+  }
+
+  // Asleep, and its backup is to go.
+  bool forgettable(const Record& record) const {
+    return request_.drop_backups && discards(record) && record.backup;
+  }
+
+  // Asleep, but its memory was not taken back: tried again, unless only that memory has its contents.
+  bool releasable(const Record& record) const {
+    return record.unreleased && (!record.intact || record.backup || discards(record));
   }
 
   void plan() {
@@ -90,11 +117,12 @@ class Sleep {
     for (const RecordPointer& record :
          transition_.claim([this](const Record& candidate) { return wanted(candidate); })) {
       if (record->asleep) {
-        forgotten_.push_back(record);
+        if (forgettable(*record)) forgotten_.push_back(record);
+        if (releasable(*record)) unreleased_.push_back(record);
         continue;
       }
-      const bool offload = request_.actions.at(record->tag) == CUMEMPOOL_ON_SLEEP_OFFLOAD;
-      sleepers_.push_back({record, offload ? dead.live_extents(*record) : std::vector<Extent>{},
+      sleepers_.push_back({record,
+                           discards(*record) ? std::vector<Extent>{} : dead.live_extents(*record),
                            backup::Backup(allocator_.arena())});
       expected_bytes_ += sleepers_.back().live_bytes();
     }
@@ -103,6 +131,7 @@ class Sleep {
   void wait_for_work_in_flight() {
     std::set<int> devices;
     for (const Sleeper& sleeper : sleepers_) devices.insert(sleeper.record->device);
+    for (const RecordPointer& record : unreleased_) devices.insert(record->device);
     for (const int device : devices) {
       try {
         const driver::ContextScope scope(allocator_.driver(), device);
@@ -155,7 +184,7 @@ class Sleep {
     allocator_.records().update([&] {
       Record& record = *sleeper.record;
       record.asleep = true;
-      record.unreleased = true;
+      record.unreleased = record.intact = true;
       if (!sleeper.live.empty()) record.backup.emplace(std::move(sleeper.saved));
     });
   }
@@ -167,7 +196,9 @@ class Sleep {
         if (!sleeper.live.empty()) sleeper.record->backup.emplace(std::move(sleeper.saved));
       }
       for (const RecordPointer& record : forgotten_) {
-        report_.row(*record).discarded_bytes += record->bytes;
+        cumempool_report_row& row = report_.row(*record);
+        row.allocations += 1;
+        row.discarded_bytes += record->backup->bytes();
         record->backup.reset();
       }
     });
@@ -183,23 +214,35 @@ class Sleep {
       row.allocations += 1;
       row.backed_up_bytes += backed_up;
       row.discarded_bytes += record.bytes - backed_up;
-      try {
-        driver::check(allocator_.driver().table(), "release", record.memory.release_physical(),
-                      record.device, record.bytes);
-        row.freed_bytes += record.bytes;
-      } catch (Error& error) {
-        annotate(error, "sleep", &record);
-        report_.problems.push_back(error.message());
-        allocator_.records().update([&] { record.unreleased = true; });
-      }
+      release(record, row);
     }
+    for (const RecordPointer& record : unreleased_) release(*record, report_.row(*record));
+  }
+
+  void release(Record& record, cumempool_report_row& row) {
+    bool released = true;
+    try {
+      record.memory.unmap();  // no effect, unless a failed wake has left it mapped
+      driver::check(allocator_.driver().table(), "release", record.memory.release_physical(),
+                    record.device, record.bytes);
+      row.freed_bytes += record.bytes;
+    } catch (Error& error) {
+      released = false;
+      annotate(error, "sleep", &record);
+      report_.problems.push_back(error.message());
+    }
+    allocator_.records().update([&] {
+      record.unreleased = !released;
+      record.intact = false;
+    });
   }
 
   Allocator& allocator_;
   const SleepRequest& request_;
   Transition transition_;
   std::vector<Sleeper> sleepers_;
-  std::vector<RecordPointer> forgotten_;  // asleep already; only their backups go
+  std::vector<RecordPointer> forgotten_;   // asleep already; their backups go
+  std::vector<RecordPointer> unreleased_;  // asleep already; their memory goes
   std::size_t expected_bytes_ = 0;
   Report report_;
 };

@@ -50,7 +50,7 @@ class Collector {
  public:
   Collector(Allocator& allocator, bool allocations)
       : allocator_(allocator), allocations_(allocations) {
-    for (Device* device : allocator.devices().used()) {
+    for (const auto& device : allocator.devices().used()) {
       kinds_[device->ordinal()] = device->kind().properties;
     }
   }

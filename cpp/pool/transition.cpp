@@ -2,8 +2,8 @@
 #include "pool/transition.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <exception>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -28,10 +28,8 @@ Transition::~Transition() {
 }
 
 void Transition::refuse_captures(const std::vector<cumempool_device_stream>& streams) const {
-  const auto used = allocator_.devices().used();
   for (const cumempool_device_stream& stream : streams) {
-    const auto is_device = [&](const Device* device) { return device->ordinal() == stream.device; };
-    if (std::none_of(used.begin(), used.end(), is_device)) continue;  // nothing of ours is there
+    if (allocator_.devices().find(stream.device) == nullptr) continue;  // nothing of ours is there
     const driver::ContextScope scope(allocator_.driver(), stream.device);
     if (!allocator_.driver().stream_is_capturing(stream.device, stream.stream)) continue;
     Error error(CUMEMPOOL_CAPTURING, "the calling thread's current stream is being captured");
@@ -57,83 +55,63 @@ bool same_row(const Record& left, const Record& right) {
   return left.device == right.device && left.tag == right.tag;
 }
 
-// The copies of one device: enqueues them row by row, then waits row by row.
+// The copies of one device, row by row; each row is waited for, so that its time is its own.
 class DeviceCopies {
  public:
-  DeviceCopies(Allocator& allocator, const char* operation, Report& report,
-               const std::vector<RecordPointer>& records, std::size_t first, std::size_t last)
-      : driver_(allocator.driver()),
-        operation_(operation),
-        report_(report),
-        records_(records),
-        first_(first),
-        last_(last),
-        device_(allocator.devices().at(records[first]->device)) {}
+  using Work = std::function<void(std::size_t index, backup::CopyQueue& queue)>;
 
-  void run(const std::function<void(std::size_t, backup::CopyQueue&)>& work) {
-    const driver::ContextScope scope(driver_, device_.ordinal());
-    backup::CopyQueue& queue = device_.queue();
-    try {
-      enqueue(queue, work);
-      wait(queue);
-    } catch (Error& error) {
-      annotate(error, operation_, nullptr);
-      if (error.device < 0) error.device = device_.ordinal();
-      finish(queue, &error);
-      throw;
-    } catch (const std::exception&) {  // out of host memory for bookkeeping
-      finish(queue, nullptr);
-      throw;
-    }
-    finish(queue, nullptr);
+  DeviceCopies(Allocator& allocator, const char* operation,
+               const std::vector<RecordPointer>& records, Report& report, const Work& work)
+      : allocator_(allocator),
+        operation_(operation),
+        records_(records),
+        report_(report),
+        work_(work) {}
+
+  // Copies the records [first, last), all of one device.
+  void run(std::size_t first, std::size_t last) {
+    const int device = records_[first]->device;
+    const driver::ContextScope scope(allocator_.driver(), device);
+    const std::shared_ptr<Device> held = allocator_.devices().at(device);
+    backup::CopyQueue& queue = held->queue();
+    for (std::size_t at = first; at < last;) at = run_row(queue, at, last);
   }
 
  private:
-  void enqueue(backup::CopyQueue& queue,
-               const std::function<void(std::size_t, backup::CopyQueue&)>& work) {
-    for (std::size_t i = first_; i < last_; ++i) {
-      try {
-        work(i, queue);
-        if (i + 1 == last_ || !same_row(*records_[i], *records_[i + 1])) {
-          marks_.push_back({i, queue.mark()});
-        }
-      } catch (Error& error) {
-        annotate(error, operation_, records_[i].get());
-        throw;
-      }
+  std::size_t run_row(backup::CopyQueue& queue, std::size_t first, std::size_t last) {
+    const Clock::time_point start = Clock::now();
+    std::size_t at = first;
+    try {
+      for (; at < last && same_row(*records_[first], *records_[at]); ++at) work_(at, queue);
+      queue.drain();
+    } catch (Error& error) {
+      annotate(error, operation_, records_[std::min(at, last - 1)].get());
+      settle(queue, error);
+      throw;
+    } catch (const std::exception& error) {  // out of host memory for bookkeeping
+      Error other(CUMEMPOOL_OUT_OF_HOST_MEMORY, error.what());
+      annotate(other, operation_, records_[std::min(at, last - 1)].get());
+      settle(queue, other);
+      throw other;
     }
+    report_.row(*records_[first]).copy_seconds += seconds_since(start);
+    return at;
   }
 
-  void wait(backup::CopyQueue& queue) {
-    Clock::time_point since = start_;
-    for (const auto& [index, mark] : marks_) {
-      queue.wait(mark);
-      const Clock::time_point now = Clock::now();
-      report_.row(*records_[index]).copy_seconds +=
-          std::chrono::duration<double>(now - since).count();
-      since = now;
-    }
-  }
-
-  // Nothing may be let go while a copy can still be running.
-  static void finish(backup::CopyQueue& queue, Error* failure) {
+  // Neither side of a copy may be let go while it can still be running.
+  static void settle(backup::CopyQueue& queue, Error& failure) {
     try {
       queue.drain();
     } catch (Error& error) {
-      if (failure == nullptr) throw;
-      failure->secondary.push_back(error.message());
+      failure.secondary.push_back(error.message());
     }
   }
 
-  driver::Driver driver_;
+  Allocator& allocator_;
   const char* operation_;
-  Report& report_;
   const std::vector<RecordPointer>& records_;
-  std::size_t first_;
-  std::size_t last_;
-  Device& device_;
-  Clock::time_point start_ = Clock::now();
-  std::vector<std::pair<std::size_t, std::size_t>> marks_;  // last record of a row, mark behind it
+  Report& report_;
+  const Work& work_;
 };
 
 }  // namespace
@@ -141,10 +119,11 @@ class DeviceCopies {
 void run_copies(Allocator& allocator, const char* operation,
                 const std::vector<RecordPointer>& records, Report& report,
                 const std::function<void(std::size_t, backup::CopyQueue&)>& work) {
+  DeviceCopies copies(allocator, operation, records, report, work);
   for (std::size_t first = 0; first < records.size();) {
     std::size_t last = first;
     while (last < records.size() && records[last]->device == records[first]->device) ++last;
-    DeviceCopies(allocator, operation, report, records, first, last).run(work);
+    copies.run(first, last);
     first = last;
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <map>
+#include <set>
 #include <utility>
 
 #include "pool/transition.hpp"
@@ -26,9 +27,11 @@ class Wake {
     try {
       copy_in();
     } catch (Error& error) {
+      wait_for_copies();
       undo(records_.size(), &error);
       throw;
     } catch (const std::exception&) {  // out of host memory for bookkeeping
+      wait_for_copies();
       undo(records_.size(), nullptr);
       throw;
     }
@@ -48,7 +51,7 @@ class Wake {
         record.memory.map();
       } catch (Error& error) {
         explain(error, i);
-        undo(i, &error);
+        undo(i + 1, &error);
         throw;
       }
     }
@@ -72,11 +75,29 @@ class Wake {
         "everything is still asleep with its backup";
   }
 
+  // Copies were waited for, unless that failed as well: then they may still write to what is mapped.
+  void wait_for_copies() {
+    for (const RecordPointer& record : records_) {
+      if (idle_.count(record->device) != 0 || busy_.count(record->device) != 0) continue;
+      try {
+        const driver::ContextScope scope(allocator_.driver(), record->device);
+        allocator_.driver().fence(record->device);
+        idle_.insert(record->device);
+      } catch (const Error&) {
+        busy_.insert(record->device);
+      }
+    }
+  }
+
   // Takes back what this call mapped of the first `count` records. Memory that an earlier failure
-  // had left with its allocation stays with it.
+  // had left with its allocation stays with it, and so does what copies may still write to (R5).
   void undo(std::size_t count, Error* failure) {
     for (std::size_t i = count; i-- > 0;) {
       Record& record = *records_[i];
+      if (busy_.count(record.device) != 0) {
+        allocator_.records().update([&] { record.unreleased = true; });
+        continue;
+      }
       try {
         record.memory.unmap();
         if (held_before_[i]) continue;
@@ -102,9 +123,12 @@ class Wake {
                  cumempool_report_row& row = report_.row(record);
                  row.allocations += 1;
                  if (!held_before_[index]) row.mapped_bytes += record.bytes;
+                 if (record.intact) return;  // its contents never left
                  if (record.backup) {
                    record.backup->restore(queue, record.address);
                    row.restored_bytes += record.backup->bytes();
+                   if (!zero[record.tag]) return;
+                   row.zeroed_bytes += record.backup->zero_rest(queue, record.address, record.bytes);
                  } else if (zero[record.tag]) {
                    queue.fill_zero(record.address, record.bytes);
                    row.zeroed_bytes += record.bytes;
@@ -116,7 +140,7 @@ class Wake {
     allocator_.records().update([this] {
       for (const RecordPointer& record : records_) {
         record->asleep = false;
-        record->unreleased = false;
+        record->unreleased = record->intact = false;
         record->generation += 1;
         record->backup.reset();
       }
@@ -128,6 +152,8 @@ class Wake {
   Transition transition_;
   std::vector<RecordPointer> records_;
   std::vector<bool> held_before_;
+  std::set<int> idle_;  // devices whose copies are known to be over, after a failure
+  std::set<int> busy_;  // and those that could not be asked
   Report report_;
 };
 

@@ -277,7 +277,15 @@ class Allocator {
   }
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
-  ~Allocator() { cumempool_allocator_destroy(allocator_); }
+  // Tensors may outlive this object, and nobody has asked for their contents to be lost: while
+  // memory is in use the allocator and its driver stay, for the rest of the process.
+  ~Allocator() {
+    if (cumempool_allocator_close(allocator_, 0) == CUMEMPOOL_IN_USE) {
+      static_cast<void>(new DriverPointer(driver_));
+      return;
+    }
+    cumempool_allocator_destroy(allocator_);
+  }
 
   void close(bool force) {
     call([&] { return cumempool_allocator_close(allocator_, force ? 1 : 0); });

@@ -8,9 +8,7 @@ Allocation::Allocation(driver::Driver driver, Ledger& ledger,
     : driver_(driver),
       ledger_(&ledger),
       properties_(properties),
-      range_(driver, ledger, bytes) {
-  map();
-}
+      range_(driver, ledger, bytes) {}
 
 void Allocation::map() {
   if (mapped()) return;

@@ -19,7 +19,7 @@ namespace cumempool::vmm {
 
 class Allocation {
  public:
-  // Reserves and maps. Throws Error; then nothing is held.
+  // Reserves. Throws Error; then nothing is held.
   Allocation(driver::Driver driver, Ledger& ledger, const cumempool_memory_properties& properties,
              std::size_t bytes);
 

@@ -52,7 +52,8 @@ class PinnedPage {
 
 void write_and_read_back(driver::Driver driver, int device, const MemoryKind& kind) {
   Ledger ledger;
-  const Allocation granule(driver, ledger, kind.properties, kind.granularity);
+  Allocation granule(driver, ledger, kind.properties, kind.granularity);
+  granule.map();
   const PinnedPage page(driver, device);
   const std::size_t bytes = std::min(page.bytes(), granule.bytes());
   driver.fill(device, granule.address(), kPattern, bytes, 0);

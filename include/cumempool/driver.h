@@ -13,7 +13,8 @@
  *  C4  Inside context_enter/context_leave, no entry disturbs a stream capture that is under way on
  *      any stream of any thread.
  *  C5  Sizes and addresses of reserve, create, map, set_access, unmap and unreserve are multiples of
- *      granularity(); others fail with CUMEMPOOL_RESULT_INVALID_VALUE, as does 0 bytes.
+ *      granularity(); others fail with CUMEMPOOL_RESULT_INVALID_VALUE, as does 0 bytes. map takes a
+ *      whole handle; part of one fails (libcuda says CUMEMPOOL_RESULT_NOT_SUPPORTED).
  *  C6  unmap takes exactly one (address, bytes) pair given to map, unreserve exactly one given by
  *      reserve; sub-ranges and unions of ranges fail.
  *  C7  release drops the handle at once; the memory goes back to the device when its last mapping

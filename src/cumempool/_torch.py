@@ -6,7 +6,10 @@ else uses public torch.
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +30,7 @@ __all__ = [
     "from_capsule",
     "is_initialized",
     "replace_setting",
+    "return_unused",
     "tensor_over",
 ]
 
@@ -41,6 +45,7 @@ CurrentStream = tuple[int, int]
 """A device ordinal and the ``cudaStream_t`` that is current there, as an integer."""
 
 _C: Final[Any] = torch._C
+_logger = logging.getLogger("cumempool")
 
 
 def _version() -> tuple[int, int]:
@@ -114,7 +119,7 @@ def tensor_over(
 ) -> torch.Tensor:
     """A tensor of any dtype on part of a storage; ``storage_offset`` counts elements."""
     empty = torch.empty(0, dtype=dtype, device=storage.device)
-    return empty.set_(storage, storage_offset, tuple(size), tuple(stride))  # type: ignore[call-overload,no-any-return]
+    return empty.set_(storage, storage_offset, tuple(size), tuple(stride))
 
 
 # ---- routing -----------------------------------------------------------------------------------
@@ -136,14 +141,17 @@ def _pluggable_allocator(slot: int) -> Any:
 class PoolRoute:
     """Routes the calling thread's allocations on some devices to a slot, from `begin` to `end`.
 
-    torch's own context manager is not used: it is a generator, whose frame would keep the pool, and
-    so every unused segment of it, alive for as long as the traceback of an exception lives.
+    torch's own context manager and the destructor of its ``MemPool`` are not used. The destructor
+    empties the pool's cache, which torch asserts must not happen while any pool scope or graph
+    capture is under way on the device, in any thread: a nested scope would abort the process. Here a
+    pool is released by count, which is always allowed; torch frees it with the next emptying of its
+    cache, and `return_unused` asks for that when something is there to be freed.
     """
 
     def __init__(self, slot: int, devices: Sequence[int]) -> None:
         self._slot = slot
         self._devices = tuple(devices)
-        self._pools: list[tuple[int, Any]] = []
+        self._pools: list[tuple[int, tuple[int, int]]] = []
         self._expandable = ExpandableSegmentsOff()
 
     def begin(self) -> None:
@@ -159,20 +167,75 @@ class PoolRoute:
     def _begin_device(self, device: int) -> None:
         with torch.cuda.device(device):
             pool = torch.cuda.MemPool(_pluggable_allocator(self._slot))
+        # The object goes on holding its count of the pool until `end` takes that count itself; its
+        # destructor must never run, not even when the interpreter ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+        identity = (int(pool.id[0]), int(pool.id[1]))
         begin = getattr(_C, "_cuda_beginAllocateCurrentThreadToPool", _C._cuda_beginAllocateToPool)
-        begin(device, pool.id)
-        self._pools.append((device, pool))
+        try:
+            begin(device, identity)
+        except BaseException:
+            _C._cuda_releasePool(device, identity)
+            raise
+        with _pools_lock:
+            _open_routes[device] += 1
+        self._pools.append((device, identity))
 
     def end(self) -> None:
-        """Ends the routing and drops the pools: torch returns their unused segments at once."""
+        """Ends the routing and gives up the pools; what is unused in them goes back to the slot."""
         try:
             while self._pools:
-                device, pool = self._pools.pop()
-                _C._cuda_endAllocateToPool(device, pool.id)
-                _C._cuda_releasePool(device, pool.id)
-                del pool
+                device, identity = self._pools.pop()
+                _C._cuda_endAllocateToPool(device, identity)
+                _C._cuda_releasePool(device, identity)  # the count that beginning took
+                _C._cuda_releasePool(device, identity)  # the count of the MemPool object
+                with _pools_lock:
+                    _open_routes[device] -= 1
+                    _released_pools.add(identity)
         finally:
             self._expandable.end()
+        return_unused()
+
+
+_pools_lock = threading.Lock()
+# Scopes that are open, by device.
+_open_routes: Counter[int] = Counter()
+# Pools whose scope has ended and that torch may still hold segments of.
+_released_pools: set[tuple[int, int]] = set()
+
+
+def return_unused() -> None:
+    """Has torch free the unused segments of pools whose scopes have ended, if there are any.
+
+    While a scope of ours is open on any device it waits, because torch frees nothing then; the end of
+    that scope comes here again.
+    """
+    with _pools_lock:
+        if not _released_pools or +_open_routes:
+            return
+        unused = _forget_empty_pools()
+    if not unused:
+        return
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        # torch before 2.9 refuses while somebody's capture or pool scope is under way. The segments
+        # stay cached, as after any other empty_cache() that came too early.
+        _logger.debug("torch refused to empty its cache; unused segments stay for now")
+
+
+def _forget_empty_pools() -> bool:
+    """Drops released pools that torch holds nothing of; whether any holds an unused segment."""
+    held: set[tuple[int, int]] = set()
+    unused = False
+    for segment in torch.cuda.memory_snapshot():
+        first, second = segment.get("segment_pool_id", (0, 0))
+        if (first, second) not in _released_pools:
+            continue
+        held.add((first, second))
+        unused = unused or all(block["state"] == "inactive" for block in segment["blocks"])
+    _released_pools.intersection_update(held)
+    return unused
 
 
 # ---- expandable segments -------------------------------------------------------------------------

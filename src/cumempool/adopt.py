@@ -137,9 +137,7 @@ def _move(allocator: CuMemAllocator, pack: list[_Storage], tag: str) -> int:
     offset = 0
     for old in pack:
         copy = memory[offset : offset + old.size]
-        whole = torch.empty(0, dtype=torch.uint8, device=device)
-        whole.set_(old.storage, 0, (old.size,), (1,))  # type: ignore[call-overload]
-        copy.copy_(whole)
+        copy.copy_(_torch.tensor_over(old.storage, torch.uint8, (old.size,), (1,), 0))
         for tensor in old.tensors:
             _point(tensor, memory, offset)
         offset += _aligned(old.size)
@@ -153,7 +151,7 @@ def _point(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> None:
         tensor.dtype,
         tensor.shape,
         tensor.stride(),
-        offset // tensor.element_size() + tensor.storage_offset(),
+        offset // tensor.element_size() + int(tensor.storage_offset()),
     )
     tensor.data = moved
 

@@ -435,7 +435,7 @@ class CuMemAllocator:
                     f"the {self.config.driver} driver has memory of {kind} devices, not {named}"
                 )
             current = 0 if kind == "cpu" else torch.cuda.current_device()
-            ordinal = self._check_device(current if named.index is None else named.index)
+            ordinal = self._check_device(current if named == torch.device(kind) else named.index)
         return ordinal, torch.device("cpu") if kind == "cpu" else torch.device(kind, ordinal)
 
     def _current_tag(self) -> str:
@@ -476,10 +476,11 @@ class CuMemAllocator:
     ) -> TransitionReport:
         self._refuse_open_scopes(operation, actions)
         dead: list[tuple[int, int]] = []
-        if _OFFLOAD in actions.values() and self.config.driver == "cuda":
+        if self.config.driver == "cuda":
             from cumempool import _torch
 
-            dead = _torch.dead_ranges()
+            _torch.return_unused()
+            dead = _torch.dead_ranges() if _OFFLOAD in actions.values() else []
         raw = self._core.sleep(list(actions.items()), drop_backups, dead, self._current_streams())
         return _report(operation, raw, overrides)
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cumempool.allocator import CuMemAllocator
 from cumempool.config import CuMemConfig
+from cumempool.errors import UnavailableError
 from cumempool.probe import Availability, probe
 from cumempool.report import TransitionReport, format_bytes
 
@@ -20,12 +21,14 @@ _SEED = 20
 
 
 def _choose_driver(wanted: str, console: Console) -> CuMemConfig:
-    if wanted == "auto":
+    if wanted != "host":
         found = probe(driver="cuda")
-        wanted = "cuda" if found.ok else "host"
+        if not found.ok and wanted == "cuda":
+            raise UnavailableError(f"{found.reason}. {found.hint}", advice=found.hint)
         if not found.ok:
             _announce_host(console, found)
-    elif wanted == "host":
+        wanted = "cuda" if found.ok else "host"
+    else:
         console.print("Driver: host, as asked for. Memory is host memory, tensors are on the CPU.")
     if wanted == "cuda":
         name = torch.cuda.get_device_name()
@@ -88,7 +91,7 @@ def _memory_used(allocator: CuMemAllocator) -> int:
 
 
 def _rows(report: TransitionReport) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for tag in report.tags.values():
         moved = tag.bytes_copied
         rows.append(

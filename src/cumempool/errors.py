@@ -114,7 +114,7 @@ class InvalidTypeError(InvalidArgumentError, TypeError):
 class UnavailableError(CumempoolError, RuntimeError):
     """No driver library, no device, or no virtual memory management on the device.
 
-    ``python -m cumempool`` and ``cumempool.probe()`` say which of them is missing and what to do.
+    ``cumempool.probe()`` says which of them is missing and what to do.
     """
 
 

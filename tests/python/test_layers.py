@@ -32,25 +32,33 @@ CPP_SUFFIXES = frozenset({".h", ".hpp", ".c", ".cpp", ".cc", ".inc", ".def", ".i
 
 #: Module -> modules that it may import when it is itself imported.
 PY_ALLOWED: dict[str, frozenset[str]] = {
+    "_core": frozenset(),
     "errors": frozenset(),
+    "stats": frozenset(),
     "report": frozenset({"errors"}),
-    "stats": frozenset({"errors"}),
     "config": frozenset({"errors"}),
-    "_native": frozenset({"_core", "errors"}),
-    "_torch": frozenset({"errors", "_native"}),
-    "probe": frozenset({"errors", "_native", "_torch", "config"}),
-    "adopt": frozenset({"errors", "_torch"}),
+    "_torch": frozenset(),
+    "probe": frozenset({"config", "errors", "stats"}),
+    "adopt": frozenset({"_torch", "errors"}),
+    "allocator": frozenset({"config", "errors", "probe", "report", "stats"}),
+    "__init__": frozenset({"allocator", "config", "errors", "probe", "report", "stats"}),
+    "demo": frozenset({"allocator", "config", "errors", "probe", "report"}),
+    "cli": frozenset({"errors"}),
+    "__main__": frozenset({"cli"}),
 }
-PY_ALLOWED["allocator"] = frozenset(PY_ALLOWED)
-PY_ALLOWED["__init__"] = frozenset(PY_ALLOWED)
-PY_ALLOWED["demo"] = frozenset({*PY_ALLOWED["__init__"], "__init__"})
-PY_ALLOWED["cli"] = frozenset({*PY_ALLOWED["demo"], "demo"})
-PY_ALLOWED["__main__"] = frozenset({"cli"})
 
-#: Module -> modules that it may import inside a function as well, against the arrows.
-PY_LAZY: dict[str, frozenset[str]] = {"config": frozenset({"probe", "allocator"})}
+#: Module -> modules that it may import inside a function as well: so that importing the package
+#: loads neither torch nor the library (R11), or against the arrows.
+PY_LAZY: dict[str, frozenset[str]] = {
+    "config": frozenset({"probe", "allocator"}),
+    "probe": frozenset({"_core", "_torch"}),
+    "allocator": frozenset({"_core", "_torch", "adopt"}),
+    "cli": frozenset({"demo"}),
+}
 #: Module -> modules that it may import for type checkers only as well.
 PY_TYPES: dict[str, frozenset[str]] = {"adopt": frozenset({"allocator"})}
+#: Modules that torch may be imported by when they are imported themselves (R11).
+PY_WITH_TORCH = frozenset({"_torch", "adopt", "demo"})
 
 #: The module that may touch what torch does not promise.
 TORCH_MODULE = "_torch"
@@ -106,6 +114,7 @@ class ModuleReader(ast.NodeVisitor):
         self.module = module
         self.imports: list[tuple[int, str, str]] = []  # line, module, when: top, lazy or types
         self.torch: list[tuple[int, str]] = []  # line, dotted path that starts with torch
+        self.torch_at_top: list[int] = []
         self.when = "top"
         self.aliases: dict[str, str] = {}  # local name -> dotted path in torch
 
@@ -165,6 +174,7 @@ class ModuleReader(ast.NodeVisitor):
         package, _, rest = path.partition(".")
         if package == "torch":
             self.torch.append((line, path))
+            self.torch_at_top += [line] if self.when == "top" else []
         elif package == "cumempool":
             first = rest.partition(".")[0]
             self.imports.append((line, first if first in self.names else "__init__", self.when))
@@ -207,6 +217,8 @@ class ModuleReader(ast.NodeVisitor):
         for line, target, when in self.imports:
             if target != self.module and target not in by_when[when]:
                 yield f"line {line} imports {target} ({when})"
+        if self.module not in PY_WITH_TORCH:
+            yield from (f"line {line} imports torch at the top" for line in self.torch_at_top)
         if self.module != TORCH_MODULE:
             yield from (
                 f"line {line} touches {path}" for line, path in self.torch if is_internal(path)
@@ -221,7 +233,7 @@ def is_internal(path: str) -> bool:
 
 def python_violations(root: Path) -> list[str]:
     package = root / "src" / "cumempool"
-    files = sorted(package.rglob("*.py"))
+    files = sorted([*package.rglob("*.py"), *package.rglob("*.pyi")])
     names = frozenset({module_of(package, path) for path in files} | {"_core", *PY_ALLOWED})
     found = []
     for path in files:
@@ -233,7 +245,7 @@ def python_violations(root: Path) -> list[str]:
 
 def module_of(package: Path, path: Path) -> str:
     """The layer of a file: its module, or the subpackage that it lies in."""
-    return path.relative_to(package).parts[0].removesuffix(".py")
+    return path.relative_to(package).parts[0].removesuffix(".pyi").removesuffix(".py")
 
 
 # ---- the project
@@ -325,16 +337,19 @@ def test_an_include_of_a_file_beside_it_passes(tmp_path: Path) -> None:
         ("__init__", "from cumempool.demo import main"),
         ("sidecar", "import os"),
         ("compat/thing", "import os"),
-        ("allocator", "import torch\ntorch._C._cuda_beginAllocateToPool(0, 0)"),
-        ("allocator", "import torch as t\nt.cuda.MemPool()"),
-        ("allocator", "import torch\npool = torch.cuda.memory.CUDAPluggableAllocator"),
-        ("allocator", "import torch.cuda.memory"),
-        ("allocator", "from torch.cuda import MemPool"),
-        ("allocator", "from torch.cuda.memory import CUDAPluggableAllocator"),
-        ("allocator", "from torch import _C"),
-        ("allocator", "from torch import cuda\ncuda.memory._snapshot()"),
-        ("allocator", "import torch\ngetattr(torch, '_C')"),
-        ("allocator", "def f():\n    return torch.cuda._lazy_init()\nimport torch"),
+        ("demo", "import torch\ntorch._C._cuda_beginAllocateToPool(0, 0)"),
+        ("demo", "import torch as t\nt.cuda.MemPool()"),
+        ("allocator", "import torch"),
+        ("probe", "import torch.nn"),
+        ("_torch", "from cumempool import _core"),
+        ("demo", "import torch\npool = torch.cuda.memory.CUDAPluggableAllocator"),
+        ("demo", "import torch.cuda.memory"),
+        ("demo", "from torch.cuda import MemPool"),
+        ("demo", "from torch.cuda.memory import CUDAPluggableAllocator"),
+        ("demo", "from torch import _C"),
+        ("demo", "from torch import cuda\ncuda.memory._snapshot()"),
+        ("demo", "import torch\ngetattr(torch, '_C')"),
+        ("demo", "def f():\n    return torch.cuda._lazy_init()\nimport torch"),
     ],
 )
 def test_a_planted_import_or_attribute_is_caught(tmp_path: Path, module: str, code: str) -> None:
@@ -349,11 +364,13 @@ def test_a_planted_import_or_attribute_is_caught(tmp_path: Path, module: str, co
     [
         ("config", "def f():\n    from cumempool.probe import probe"),
         ("adopt", "if TYPE_CHECKING:\n    from cumempool.allocator import CuMemAllocator"),
-        ("_native", "from cumempool import _core\nfrom cumempool.errors import error_from_fields"),
+        ("probe", "def f():\n    from cumempool import _core, _torch"),
+        ("allocator", "def f():\n    import torch\n    from cumempool.adopt import adopt_module"),
+        ("allocator", "if TYPE_CHECKING:\n    import torch"),
         ("_torch", "import torch\nfrom torch.cuda.memory import MemPool\ntorch._C.x"),
-        ("allocator", "import torch\ntorch.cuda.memory_allocated()\ntorch.__version__"),
-        ("allocator", "self._C.memory._snapshot()"),
-        ("cli", "from cumempool import __version__"),
+        ("demo", "import torch\ntorch.cuda.memory_allocated()\ntorch.__version__"),
+        ("demo", "self._C.memory._snapshot()"),
+        ("cli", "def f():\n    from cumempool.demo import run_demo"),
     ],
 )
 def test_an_import_along_the_arrows_passes(tmp_path: Path, module: str, code: str) -> None:

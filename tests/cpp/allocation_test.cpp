@@ -1,0 +1,186 @@
+// One allocation of the vmm layer: its states, what a failing step undoes, and its ledger (R13).
+#include "vmm/allocation.hpp"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "driver/fault_driver.hpp"
+#include "host_fixture.hpp"
+
+namespace cumempool::tests {
+namespace {
+
+using driver::FaultDriver;
+using vmm::Allocation;
+
+class AllocationTest : public ::testing::Test {
+ protected:
+  static constexpr std::size_t kBytes = 2 * kGranule;
+
+  Allocation make(std::size_t bytes = kBytes) {
+    Allocation allocation(driver::Driver(faults.table()), ledger, properties, bytes);
+    allocation.map();
+    return allocation;
+  }
+
+  void expect_ledger(std::uint64_t reserved, std::uint64_t physical, std::uint64_t mapped) const {
+    EXPECT_EQ(ledger.reserved_bytes, reserved);
+    EXPECT_EQ(ledger.physical_bytes, physical);
+    EXPECT_EQ(ledger.mapped_bytes, mapped);
+    const auto counters = host.counters();
+    EXPECT_EQ(counters.reserved_bytes, reserved);
+    EXPECT_EQ(counters.charged_bytes, physical);
+    EXPECT_EQ(counters.mapped_bytes, mapped);
+  }
+
+  void fail_next(const char* entry) { faults.fail_nth(entry, 1, CUMEMPOOL_RESULT_OUT_OF_MEMORY); }
+
+  Host host;
+  FaultDriver faults{host.table()};
+  vmm::Ledger ledger;
+  cumempool_memory_properties properties{0, 0, 0, 0};
+};
+
+TEST_F(AllocationTest, R2_IsUsableAtOneAddressThroughAllItsStates) {
+  Allocation allocation = make();
+  const cumempool_address address = allocation.address();
+  EXPECT_TRUE(allocation.mapped());
+  EXPECT_EQ(allocation.bytes(), kBytes);
+  write_pattern(address, kBytes, 1);
+  expect_ledger(kBytes, kBytes, kBytes);
+
+  allocation.unmap();
+  EXPECT_FALSE(allocation.mapped());
+  EXPECT_TRUE(allocation.holds_physical());
+  expect_ledger(kBytes, kBytes, 0);
+
+  EXPECT_EQ(allocation.release_physical(), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_FALSE(allocation.holds_physical());
+  expect_ledger(kBytes, 0, 0);
+
+  allocation.map();
+  EXPECT_EQ(allocation.address(), address);
+  EXPECT_FALSE(holds_pattern(address, kBytes, 1)) << "other physical memory";
+  expect_ledger(kBytes, kBytes, kBytes);
+}
+
+TEST_F(AllocationTest, R4_DetachedMemoryKeepsItsContentsAndNeedsNoMemoryToComeBack) {
+  Allocation allocation = make();
+  write_pattern(allocation.address(), kBytes, 1);
+  allocation.unmap();
+  const Allocation rest = make((kDeviceGranules - 2) * kGranule);  // the device is full now
+  allocation.map();
+  EXPECT_TRUE(holds_pattern(allocation.address(), kBytes, 1));
+}
+
+TEST_F(AllocationTest, RepeatedStepsDoNothing) {
+  Allocation allocation = make();
+  allocation.map();
+  allocation.unmap();
+  allocation.unmap();
+  EXPECT_EQ(allocation.release_physical(), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(allocation.release_physical(), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_SUCCESS);
+  expect_ledger(0, 0, 0);
+}
+
+TEST_F(AllocationTest, R13_AFailedMakingHoldsNothing) {
+  for (const char* entry : {"reserve", "create", "map", "set_access"}) {
+    fail_next(entry);
+    EXPECT_THROW(make(), Error) << entry;
+    expect_ledger(0, 0, 0);
+  }
+  EXPECT_EQ(faults.failures(), 4U);
+}
+
+TEST_F(AllocationTest, R4_AFailedMapUndoesOnlyItsOwnSteps) {
+  Allocation allocation = make();
+  write_pattern(allocation.address(), kBytes, 1);
+  allocation.unmap();
+  for (const char* entry : {"map", "set_access"}) {
+    fail_next(entry);
+    EXPECT_THROW(allocation.map(), Error) << entry;
+    EXPECT_TRUE(allocation.holds_physical()) << entry;
+    expect_ledger(kBytes, kBytes, 0);
+  }
+  allocation.map();
+  EXPECT_TRUE(holds_pattern(allocation.address(), kBytes, 1));
+
+  allocation.unmap();
+  EXPECT_EQ(allocation.release_physical(), CUMEMPOOL_RESULT_SUCCESS);
+  for (const char* entry : {"create", "map", "set_access"}) {
+    fail_next(entry);
+    EXPECT_THROW(allocation.map(), Error) << entry;
+    EXPECT_FALSE(allocation.holds_physical()) << entry;
+    expect_ledger(kBytes, 0, 0);
+  }
+}
+
+TEST_F(AllocationTest, R4_WhatAFailedMapCouldNotUndoIsUsedByTheNextOne) {
+  Allocation allocation = make();
+  allocation.unmap();
+  EXPECT_EQ(allocation.release_physical(), CUMEMPOOL_RESULT_SUCCESS);
+  fail_next("set_access");
+  fail_next("unmap");
+  EXPECT_THROW(allocation.map(), Error);
+  EXPECT_FALSE(allocation.mapped()) << "mapped without access is not usable";
+  expect_ledger(kBytes, kBytes, kBytes);
+  allocation.map();
+  EXPECT_TRUE(allocation.mapped());
+  expect_ledger(kBytes, kBytes, kBytes);
+  write_pattern(allocation.address(), kBytes, 1);
+}
+
+TEST_F(AllocationTest, R4_AFailedUnmapLeavesItMapped) {
+  Allocation allocation = make();
+  write_pattern(allocation.address(), kBytes, 1);
+  fail_next("unmap");
+  EXPECT_THROW(allocation.unmap(), Error);
+  EXPECT_TRUE(allocation.mapped());
+  EXPECT_TRUE(holds_pattern(allocation.address(), kBytes, 1));
+  expect_ledger(kBytes, kBytes, kBytes);
+}
+
+TEST_F(AllocationTest, R13_ATeardownStopsAtTheFirstFailureAndGoesOnLater) {
+  const std::pair<const char*, std::array<std::uint64_t, 3>> steps[] = {
+      {"unmap", {kBytes, kBytes, kBytes}},
+      {"release", {kBytes, kBytes, 0}},
+      {"unreserve", {kBytes, 0, 0}},
+  };
+  for (const auto& [entry, left] : steps) {
+    Allocation allocation = make();
+    fail_next(entry);
+    EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_OUT_OF_MEMORY) << entry;
+    expect_ledger(left[0], left[1], left[2]);
+    EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_SUCCESS) << entry;
+    expect_ledger(0, 0, 0);
+  }
+}
+
+TEST_F(AllocationTest, R13_MovingKeepsOneOwner) {
+  Allocation first = make();
+  {
+    const Allocation second = std::move(first);
+    EXPECT_TRUE(second.mapped());
+    expect_ledger(kBytes, kBytes, kBytes);
+  }
+  expect_ledger(0, 0, 0);
+}
+
+TEST_F(AllocationTest, R12_OutOfMemoryTellsTheCallAndTheDevice) {
+  try {
+    make((kDeviceGranules + 1) * kGranule);
+    FAIL() << "there is no room for it";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status, CUMEMPOOL_OUT_OF_MEMORY);
+    EXPECT_EQ(error.driver_call, "host.create");
+    EXPECT_EQ(error.device, 0);
+    EXPECT_EQ(error.bytes, (kDeviceGranules + 1) * kGranule);
+  }
+  expect_ledger(0, 0, 0);
+}
+
+}  // namespace
+}  // namespace cumempool::tests

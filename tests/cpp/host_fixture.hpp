@@ -1,0 +1,337 @@
+// What the tests of the core stand on: a host driver that must end up empty, an allocator over it
+// whose calls return values, and patterns in device memory, which the CPU reads at its address.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cumempool/cumempool.h"
+#include "driver/host_driver.hpp"
+
+namespace cumempool::tests {
+
+constexpr std::size_t kGranule = std::size_t{64} << 10;
+constexpr std::size_t kDeviceGranules = 64;
+constexpr cumempool_on_sleep kOffload = CUMEMPOOL_ON_SLEEP_OFFLOAD;
+constexpr cumempool_on_sleep kDiscard = CUMEMPOOL_ON_SLEEP_DISCARD;
+
+// Ends the test where a call that it builds on fails.
+inline void must(cumempool_status status) {
+  if (status != CUMEMPOOL_OK) throw std::runtime_error(cumempool_last_error()->message);
+}
+
+// ---- contents ----------------------------------------------------------------------------------
+
+inline std::uint8_t* bytes_at(cumempool_address address) {
+  return reinterpret_cast<std::uint8_t*>(static_cast<std::uintptr_t>(address));  // NOLINT
+}
+
+// Differs from place to place and from seed to seed.
+inline std::uint8_t pattern_byte(std::size_t index, std::uint32_t seed) {
+  return static_cast<std::uint8_t>(index * 31 + (index >> 8) * 7 + (index >> 16) * 13 + seed * 101);
+}
+
+inline void write_pattern(cumempool_address address, std::size_t bytes, std::uint32_t seed) {
+  for (std::size_t i = 0; i < bytes; ++i) bytes_at(address)[i] = pattern_byte(i, seed);
+}
+
+// Whether `bytes` bytes from `offset` on hold what write_pattern(address, ...) wrote there.
+inline bool holds_pattern(cumempool_address address, std::size_t offset, std::size_t bytes,
+                          std::uint32_t seed) {
+  for (std::size_t i = offset; i < offset + bytes; ++i) {
+    if (bytes_at(address)[i] != pattern_byte(i, seed)) return false;
+  }
+  return true;
+}
+
+inline bool holds_pattern(cumempool_address address, std::size_t bytes, std::uint32_t seed) {
+  return holds_pattern(address, 0, bytes, seed);
+}
+
+inline bool all_are(cumempool_address address, std::size_t bytes, std::uint8_t value) {
+  return std::all_of(bytes_at(address), bytes_at(address) + bytes,
+                     [value](std::uint8_t byte) { return byte == value; });
+}
+
+// ---- driver ------------------------------------------------------------------------------------
+
+// A host driver; its end fails the test if anything was not given back.
+class Host {
+ public:
+  explicit Host(std::uint64_t granules_per_device = kDeviceGranules, std::int32_t devices = 2,
+                std::uint64_t granule = kGranule) {
+    cumempool_host_driver_options options{};
+    options.size = sizeof options;
+    options.device_count = devices;
+    options.bytes_per_device = granules_per_device * granule;
+    options.granularity = granule;
+    options.handle_types = CUMEMPOOL_HANDLE_POSIX_FD;
+    must(cumempool_host_driver_create(&options, &table_));
+  }
+  ~Host() {
+    expect_empty();
+    cumempool_host_driver_destroy(table_);
+  }
+  Host(const Host&) = delete;
+  Host(Host&&) = delete;
+  Host& operator=(const Host&) = delete;
+  Host& operator=(Host&&) = delete;
+
+  const cumempool_driver& table() const { return *table_; }
+  driver::HostDriverCounters counters() const { return driver::host_driver_counters(table_); }
+
+  void expect_empty() const {
+    const auto left = counters();
+    EXPECT_EQ(left.reserved_bytes, 0U);
+    EXPECT_EQ(left.handles, 0U);
+    EXPECT_EQ(left.mapped_bytes, 0U);
+    EXPECT_EQ(left.charged_bytes, 0U);
+    EXPECT_EQ(left.registered_bytes, 0U);
+    EXPECT_EQ(left.streams, 0U);
+    EXPECT_EQ(left.events, 0U);
+    EXPECT_EQ(left.retained_contexts, 0U);
+    EXPECT_EQ(left.entered_contexts, 0U);
+  }
+
+ private:
+  const cumempool_driver* table_ = nullptr;
+};
+
+// A program's own stream on a device, with the device's context held, as torch holds it.
+class UserStream {
+ public:
+  explicit UserStream(const Host& host, int device = 0) : table_(host.table()), device_(device) {
+    check(table_.context_retain(table_.self, device_));
+    inside([&] { return table_.stream_create(table_.self, device_, &stream_); });
+  }
+  ~UserStream() {
+    inside([&] { return table_.stream_destroy(table_.self, device_, stream_); });
+    table_.context_release(table_.self, device_);
+  }
+  UserStream(const UserStream&) = delete;
+  UserStream(UserStream&&) = delete;
+  UserStream& operator=(const UserStream&) = delete;
+  UserStream& operator=(UserStream&&) = delete;
+
+  cumempool_device_stream get() const { return {device_, 0, stream_}; }
+
+  // Queues a fill, which runs only when somebody waits for it.
+  void fill(cumempool_address address, std::size_t bytes, std::uint8_t value) {
+    inside([&] { return table_.fill(table_.self, device_, address, value, bytes, stream_); });
+  }
+  void set_capturing(bool capturing) {
+    if (!driver::host_driver_set_capturing(&table_, device_, stream_, capturing)) {
+      throw std::runtime_error("there is no such stream");
+    }
+  }
+
+ private:
+  static void check(cumempool_result result) {
+    if (result != CUMEMPOOL_RESULT_SUCCESS) throw std::runtime_error(cumempool_result_name(result));
+  }
+  template <typename Call>
+  void inside(const Call& call) {
+    cumempool_context_token token{};
+    check(table_.context_enter(table_.self, device_, &token));
+    const cumempool_result result = call();
+    check(table_.context_leave(table_.self, &token));
+    check(result);
+  }
+
+  const cumempool_driver& table_;
+  int device_;
+  cumempool_stream stream_ = 0;
+};
+
+// ---- allocator ---------------------------------------------------------------------------------
+
+// What a transition returned.
+struct Outcome {
+  cumempool_status status = CUMEMPOOL_OK;
+  double seconds = 0;
+  std::vector<cumempool_report_row> rows;  // tags valid as long as the allocator
+  std::vector<std::string> problems;
+
+  cumempool_report_row row(const std::string& tag, int device = 0) const {
+    const auto found = std::find_if(rows.begin(), rows.end(), [&](const auto& candidate) {
+      return candidate.tag == tag && candidate.device == device;
+    });
+    if (found == rows.end()) throw std::runtime_error("the report has no row for " + tag);
+    return *found;
+  }
+};
+
+struct Picture {
+  cumempool_totals totals{};
+  std::vector<cumempool_tag_stats> tags;  // names valid as long as the allocator
+  std::vector<cumempool_allocation_info> allocations;
+  std::string last_malloc_failure;
+
+  cumempool_tag_stats tag(const std::string& name, int device = 0) const {
+    const auto found = std::find_if(tags.begin(), tags.end(), [&](const auto& candidate) {
+      return candidate.tag == name && candidate.device == device;
+    });
+    if (found == tags.end()) throw std::runtime_error("the snapshot has no row for " + name);
+    return *found;
+  }
+};
+
+struct SleepCall {
+  std::vector<cumempool_tag_action> tags;
+  std::vector<cumempool_extent> dead{};
+  std::vector<cumempool_device_stream> streams{};
+  bool drop_backups = false;
+};
+
+class Pool {
+ public:
+  explicit Pool(const cumempool_driver& table, std::uint64_t host_backup_limit = 0) {
+    const cumempool_allocator_options options{sizeof options, 0, host_backup_limit};
+    must(cumempool_allocator_create(&table, &options, &allocator_));
+  }
+  explicit Pool(const Host& host, std::uint64_t host_backup_limit = 0)
+      : Pool(host.table(), host_backup_limit) {}
+  // Frees what the test left: an address stays reserved until it is freed, also past the allocator.
+  ~Pool() {
+    if (allocator_ == nullptr) return;
+    for (const auto& left : snapshot().allocations) cumempool_free(left.address);
+    destroy();
+  }
+  Pool(const Pool&) = delete;
+  Pool(Pool&&) = delete;
+  Pool& operator=(const Pool&) = delete;
+  Pool& operator=(Pool&&) = delete;
+
+  cumempool_allocator* get() const { return allocator_; }
+  void destroy() {
+    cumempool_allocator_destroy(allocator_);
+    allocator_ = nullptr;
+  }
+
+  void declare(const char* tag, cumempool_on_wake on_wake = CUMEMPOOL_ON_WAKE_UNSET) const {
+    must(cumempool_declare_tag(allocator_, tag, CUMEMPOOL_ON_SLEEP_UNSET, on_wake));
+  }
+  cumempool_status try_malloc(const char* tag, std::size_t bytes, int device,
+                              cumempool_address& address) const {
+    return cumempool_malloc(allocator_, tag, device, bytes, &address);
+  }
+  cumempool_address malloc(const char* tag, std::size_t bytes, int device = 0) const {
+    declare(tag);
+    cumempool_address address = 0;
+    must(try_malloc(tag, bytes, device, address));
+    return address;
+  }
+
+  Outcome sleep(const SleepCall& call) const {
+    cumempool_sleep_request request{};
+    request.size = sizeof request;
+    request.drop_backups = call.drop_backups ? 1 : 0;
+    request.tags = call.tags.data();
+    request.tag_count = call.tags.size();
+    request.dead = call.dead.data();
+    request.dead_count = call.dead.size();
+    request.streams = call.streams.data();
+    request.stream_count = call.streams.size();
+    cumempool_report* report = nullptr;
+    const cumempool_status status = cumempool_sleep(allocator_, &request, &report);
+    return outcome(status, report);
+  }
+  Outcome sleep(const char* tag, cumempool_on_sleep action) const {
+    return sleep(SleepCall{{{tag, action}}});
+  }
+
+  // Every tag, or only the listed ones.
+  Outcome wake(const std::optional<std::vector<const char*>>& tags = std::nullopt,
+               const std::vector<cumempool_device_stream>& streams = {}) const {
+    static const char* const none = nullptr;
+    cumempool_report* report = nullptr;
+    const char* const* first = !tags ? nullptr : tags->empty() ? &none : tags->data();
+    const cumempool_status status = cumempool_wake(allocator_, first, tags ? tags->size() : 0,
+                                                   streams.data(), streams.size(), &report);
+    return outcome(status, report);
+  }
+
+  cumempool_status close(bool force = false) const {
+    return cumempool_allocator_close(allocator_, force ? 1 : 0);
+  }
+
+  Picture snapshot(bool allocations = true) const {
+    cumempool_snapshot* taken = nullptr;
+    must(cumempool_take_snapshot(allocator_, allocations ? 1 : 0, &taken));
+    Picture picture;
+    picture.totals = *cumempool_snapshot_totals(taken);
+    std::size_t count = 0;
+    const auto* tags = cumempool_snapshot_tags(taken, &count);
+    picture.tags.assign(tags, tags + count);
+    const auto* infos = cumempool_snapshot_allocations(taken, &count);
+    picture.allocations.assign(infos, infos + count);
+    picture.last_malloc_failure = cumempool_snapshot_last_malloc_failure(taken);
+    cumempool_snapshot_destroy(taken);
+    return picture;
+  }
+
+  cumempool_allocation_info find(cumempool_address address) const {
+    cumempool_allocation_info info{};
+    must(cumempool_find(allocator_, address, &info));
+    return info;
+  }
+
+ private:
+  static Outcome outcome(cumempool_status status, cumempool_report* report) {
+    Outcome result;
+    result.status = status;
+    if (report == nullptr) return result;
+    result.seconds = cumempool_report_seconds(report);
+    std::size_t count = 0;
+    const auto* rows = cumempool_report_rows(report, &count);
+    result.rows.assign(rows, rows + count);
+    const auto* problems = cumempool_report_problems(report, &count);
+    result.problems.assign(problems, problems + count);
+    cumempool_report_destroy(report);
+    return result;
+  }
+
+  cumempool_allocator* allocator_ = nullptr;
+};
+
+// R13: the rows of the tags add up to the totals, and the totals to what the driver says it gave, where
+// `pool` is the only allocator on `host` and nothing else runs.
+inline void expect_exact_numbers(const Pool& pool, const Host& host) {
+  const Picture picture = pool.snapshot();
+  const cumempool_totals& totals = picture.totals;
+  const auto counters = host.counters();
+  EXPECT_EQ(totals.reserved_address_bytes, counters.reserved_bytes);
+  EXPECT_EQ(totals.physical_bytes, counters.charged_bytes);
+  EXPECT_EQ(totals.mapped_bytes, counters.mapped_bytes);
+  EXPECT_EQ(totals.host_bytes, counters.registered_bytes);
+
+  std::uint64_t awake = 0;
+  std::uint64_t asleep = 0;
+  std::uint64_t unreleased = 0;
+  std::uint64_t backups = 0;
+  for (const cumempool_tag_stats& tag : picture.tags) {
+    awake += tag.awake_bytes;
+    asleep += tag.backed_up_bytes + tag.discarded_bytes;
+    unreleased += tag.unreleased_bytes;
+    backups += tag.backup_bytes;
+  }
+  EXPECT_EQ(totals.reserved_address_bytes, awake + asleep + totals.pending_free_bytes);
+  // What waits to be freed may have given up its memory already, and keep only its address.
+  EXPECT_GE(totals.physical_bytes, awake + unreleased);
+  EXPECT_LE(totals.physical_bytes, awake + unreleased + totals.pending_free_bytes);
+  EXPECT_GE(totals.mapped_bytes, awake);
+  EXPECT_LE(totals.mapped_bytes, awake + unreleased + totals.pending_free_bytes);
+  if (totals.pending_free_bytes == 0) {
+    EXPECT_EQ(totals.host_used_bytes, backups);
+  }
+  EXPECT_LE(totals.host_used_bytes, totals.host_bytes);
+}
+
+}  // namespace cumempool::tests

@@ -1,0 +1,111 @@
+"""Allocators on the host driver whose every byte is counted again after the test (R13)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from cumempool import CuMemAllocator, CuMemConfig, Stats
+from cumempool.config import SETTINGS
+
+MIB = 1 << 20
+#: What an allocation of the host driver is a multiple of.
+GRANULE = 2 * MIB
+
+MakeAllocator = Callable[..., CuMemAllocator]
+RunPython = Callable[..., "Done"]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting.env, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_shared_allocator_is_left() -> Iterator[None]:
+    assert CuMemAllocator._instance is None
+    yield
+    left, CuMemAllocator._instance = CuMemAllocator._instance, None
+    if left is not None:
+        left.close(force=True)
+    assert left is None, "the test left the shared allocator open"
+
+
+def assert_nothing_is_held(stats: Stats) -> None:
+    held = {
+        "reserved": stats.reserved_address_bytes,
+        "physical": stats.physical_bytes,
+        "mapped": stats.mapped_bytes,
+        "pending": stats.pending_free_bytes,
+        "host": stats.host_bytes,
+        "host used": stats.host_used_bytes,
+        "awake": stats.awake_bytes,
+        "asleep": stats.asleep_bytes,
+    }
+    assert held == dict.fromkeys(held, 0)
+
+
+@pytest.fixture
+def make_allocator() -> Iterator[MakeAllocator]:
+    """Makes allocators; after the test each is closed without force and must hold nothing."""
+    made: list[CuMemAllocator] = []
+
+    def make(*, mib: int = 256, devices: int = 1, limit: int | None = None) -> CuMemAllocator:
+        config = CuMemConfig(
+            driver="host",
+            host_driver_bytes=mib * MIB,
+            host_driver_devices=devices,
+            host_backup_limit=limit,
+        )
+        made.append(CuMemAllocator(config))
+        return made[-1]
+
+    yield make
+    if any(allocator.stats().reserved_address_bytes for allocator in made):
+        gc.collect()  # tensors in the cycles that a caught exception makes
+    for allocator in made:
+        allocator.close()
+        assert_nothing_is_held(allocator.stats())
+
+
+@pytest.fixture
+def alloc(make_allocator: MakeAllocator) -> CuMemAllocator:
+    """An allocator on one simulated device of 256 MiB."""
+    return make_allocator()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an interpreter of its own left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_python(monkeypatch: pytest.MonkeyPatch) -> RunPython:
+    """Runs code in an interpreter of its own, on the host driver, warnings being errors."""
+    monkeypatch.setenv("CUMEMPOOL_DRIVER", "host")
+    monkeypatch.setenv("CUMEMPOOL_HOST_DRIVER_BYTES", "256MiB")
+
+    def run(code: str, *arguments: str) -> Done:
+        command = [sys.executable, "-W", "error", *arguments]
+        done = subprocess.run(
+            command if not code else [*command, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env=dict(os.environ),
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run

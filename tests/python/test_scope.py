@@ -1,0 +1,190 @@
+"""`use_memory_pool`: which tag counts, nesting, re-entry, exceptions, slots, other threads (R10)."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+
+import pytest
+import torch
+from conftest import GRANULE, MakeAllocator, assert_nothing_is_held
+
+from cumempool import (
+    ClosedError,
+    CuMemAllocator,
+    CuMemConfig,
+    InUseError,
+    InvalidArgumentError,
+    OutOfSlotsError,
+    _core,
+)
+
+
+def tag_here(alloc: CuMemAllocator) -> str:
+    return alloc.tag_of(alloc.empty(1))
+
+
+def test_inside_the_scope_its_tag_is_that_of_empty_and_outside_the_default(
+    alloc: CuMemAllocator,
+) -> None:
+    assert tag_here(alloc) == "default"
+    with alloc.use_memory_pool("weights") as scope:
+        assert scope.tag == "weights"
+        assert tag_here(alloc) == "weights"
+        assert alloc.tag_of(alloc.empty(1, tag="named")) == "named"
+    assert tag_here(alloc) == "default"
+    with alloc.use_memory_pool():
+        assert tag_here(alloc) == "default"
+
+
+def test_scopes_nest_and_the_innermost_counts(alloc: CuMemAllocator) -> None:
+    with alloc.use_memory_pool("a"):
+        with alloc.use_memory_pool("b"):
+            with alloc.use_memory_pool("a"):
+                assert tag_here(alloc) == "a"
+            assert tag_here(alloc) == "b"
+        assert tag_here(alloc) == "a"
+
+
+def test_a_tag_is_entered_again_and_keeps_its_allocations(alloc: CuMemAllocator) -> None:
+    kept = []
+    for value in range(3):
+        with alloc.use_memory_pool("weights"):
+            kept.append(alloc.empty(4).fill_(value))
+    assert alloc.stats().tags["weights"].awake_allocations == 3
+    assert [tensor[0].item() for tensor in kept] == [0, 1, 2]
+
+
+def test_scopes_of_two_allocators_do_not_mix(make_allocator: MakeAllocator) -> None:
+    one, two = make_allocator(), make_allocator()
+    with one.use_memory_pool("a"), two.use_memory_pool("b"):
+        assert tag_here(one) == "a"
+        assert tag_here(two) == "b"
+    with one.use_memory_pool("a"):
+        assert tag_here(two) == "default"
+
+
+def test_an_exception_passes_and_the_scope_is_left(alloc: CuMemAllocator) -> None:
+    with pytest.raises(KeyError, match="mine"), alloc.use_memory_pool("a"):
+        raise KeyError("mine")
+    assert tag_here(alloc) == "default"
+    assert alloc.sleep().bytes_freed == 0
+
+
+def test_out_of_memory_of_torch_gets_the_reason_of_the_driver(make_allocator: MakeAllocator) -> None:
+    allocator = make_allocator(mib=4)
+    with pytest.raises(torch.OutOfMemoryError) as caught, allocator.use_memory_pool("a"):
+        with pytest.raises(RuntimeError):
+            allocator.empty(5 * GRANULE)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    notes = getattr(caught.value, "__notes__", ["cumempool: CUDA_ERROR_OUT_OF_MEMORY"])
+    assert any("cumempool: " in note and "CUDA_ERROR_OUT_OF_MEMORY" in note for note in notes)
+
+
+def test_tensors_outlive_their_scope(alloc: CuMemAllocator) -> None:
+    with alloc.use_memory_pool("a"):
+        tensor = alloc.empty(4).fill_(3)
+    alloc.sleep(tags="a")
+    alloc.wake_up()
+    assert tensor.tolist() == [3.0] * 4
+    del tensor
+    assert alloc.get_current_usage() == 0
+
+
+def test_a_scope_object_is_entered_once_and_leaving_twice_does_nothing(
+    alloc: CuMemAllocator,
+) -> None:
+    scope = alloc.use_memory_pool("a")
+    with scope:
+        with pytest.raises(InvalidArgumentError, match="once"):
+            scope.__enter__()
+    with pytest.raises(InvalidArgumentError, match="once"), scope:
+        pytest.fail("entered")
+    with alloc.use_memory_pool("b"):
+        scope.__exit__(None, None, None)  # must not end the scope that took its slot
+        assert tag_here(alloc) == "b"
+        with pytest.raises(InUseError):
+            alloc.sleep(tags="b")
+        alloc.sleep(tags="a")
+
+
+def test_other_threads_are_not_affected(alloc: CuMemAllocator) -> None:
+    seen = []
+    with alloc.use_memory_pool("a"):
+        thread = threading.Thread(target=lambda: seen.append(tag_here(alloc)))
+        thread.start()
+        thread.join()
+    assert seen == ["default"]
+
+
+def test_another_thread_may_leave_the_scope(alloc: CuMemAllocator) -> None:
+    scope = alloc.use_memory_pool("a")
+    scope.__enter__()
+    thread = threading.Thread(target=scope.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    alloc.sleep()  # no scope is open any more
+    alloc.close()
+
+
+@pytest.mark.parametrize("operation", ["sleep", "sleep tags", "discard"])
+def test_tags_of_open_scopes_do_not_sleep(alloc: CuMemAllocator, operation: str) -> None:
+    kept = alloc.empty(2, tag="other").fill_(1)
+    with alloc.use_memory_pool("a"):
+        inside = alloc.empty(2).fill_(2)
+        with pytest.raises(InUseError, match="'a'") as caught:
+            {
+                "sleep": alloc.sleep,
+                "sleep tags": lambda: alloc.sleep(tags=["other", "a"]),
+                "discard": lambda: alloc.discard(["other", "a"]),
+            }[operation]()
+        assert caught.value.tag == "a"
+        assert alloc.stats().asleep_bytes == 0
+        assert alloc.sleep(tags="other").bytes_freed == GRANULE  # others may
+        assert alloc.wake_up().bytes_restored == GRANULE
+    assert alloc.sleep(tags=["a", "other"]).bytes_freed == 2 * GRANULE
+    alloc.wake_up()
+    assert (kept.tolist(), inside.tolist()) == ([1.0, 1.0], [2.0, 2.0])
+
+
+def test_close_with_an_open_scope_is_refused(alloc: CuMemAllocator) -> None:
+    with alloc.use_memory_pool("a"):
+        with pytest.raises(InUseError, match="1 open scope"):
+            alloc.close()
+        assert tag_here(alloc) == "a"
+
+
+def test_closing_by_force_inside_a_scope_leaves_it_cleanly() -> None:
+    allocator = CuMemAllocator(CuMemConfig(driver="host", host_driver_bytes=8 * GRANULE))
+    with allocator.use_memory_pool("a"):
+        tensor = allocator.empty(1)
+        allocator.close(force=True)
+        with pytest.raises(ClosedError):
+            allocator.empty(1)
+    del tensor
+    assert_nothing_is_held(allocator.stats())
+
+
+def test_running_out_of_slots_is_a_clear_error_and_slots_come_back(alloc: CuMemAllocator) -> None:
+    count = _core.slot_count()
+    for _ in range(2):
+        with ExitStack() as stack:
+            for number in range(count):
+                stack.enter_context(alloc.use_memory_pool(f"tag {number % 5}"))
+            extra = alloc.use_memory_pool("one more")
+            with pytest.raises(OutOfSlotsError, match=f"{count} slots") as caught:
+                extra.__enter__()
+            assert caught.value.tag == "one more"
+            assert tag_here(alloc) == f"tag {(count - 1) % 5}"
+            stack.pop_all().close()
+            with extra:  # the scope that could not be entered can be, now
+                assert tag_here(alloc) == "one more"
+
+
+def test_policies_given_on_entering_are_those_of_the_tag(alloc: CuMemAllocator) -> None:
+    with alloc.use_memory_pool("kv", on_sleep="discard", on_wake="zero"):
+        tensor = alloc.empty(4).fill_(5)
+    report = alloc.sleep(tags="kv")
+    assert (report.bytes_discarded, report.bytes_backed_up) == (GRANULE, 0)
+    assert alloc.wake_up().bytes_zeroed == GRANULE
+    assert tensor.tolist() == [0.0] * 4
