@@ -24,7 +24,7 @@ def read_steps(path: Path) -> list[dict[str, object]]:
 
 
 def read_pytest(folder: Path) -> dict[str, object]:
-    """Counts the tests of every file; a file whose process wrote no result counts as one failure."""
+    """Counts the tests of every file; a file whose process wrote nothing is one failure."""
     passed, failures = 0, []
     for source in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
         result = folder / f"{source.stem}.xml"

@@ -56,6 +56,7 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
   counters_.malloc_calls += 1;
   try {
     check_open("malloc");
+    bury({});  // what the driver did not take back may be what is missing now
     const std::shared_ptr<Device> on = devices_.at(device);
     const std::size_t rounded = round_up(*on, bytes);
     const auto record = std::make_shared<Record>(
@@ -217,13 +218,15 @@ void Allocator::vacate(Record& record) {
     driver_.fence(record.device);
   }
   record.memory.unmap();
-  driver::check(driver_.table(), "release", record.memory.release_physical(), record.device,
-                record.bytes);
   records_.update([&] {
     record.asleep = true;
-    record.unreleased = false;
+    record.unreleased = record.memory.holds_physical();
+    record.intact = false;
     record.backup.reset();
   });
+  driver::check(driver_.table(), "release", record.memory.release_physical(), record.device,
+                record.bytes);
+  records_.update([&] { record.unreleased = false; });
 }
 
 }  // namespace cumempool::pool

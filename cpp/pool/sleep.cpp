@@ -75,7 +75,10 @@ struct Sleeper {
 class Sleep {
  public:
   Sleep(Allocator& allocator, const SleepRequest& request)
-      : allocator_(allocator), request_(request), transition_(allocator, "sleep") {}
+      : allocator_(allocator),
+        request_(request),
+        dead_(request.dead),
+        transition_(allocator, "sleep") {}
 
   Report run() {
     const Clock::time_point start = Clock::now();
@@ -109,11 +112,11 @@ class Sleep {
 
   // Asleep, but its memory was not taken back: tried again, unless only that memory has its contents.
   bool releasable(const Record& record) const {
-    return record.unreleased && (!record.intact || record.backup || discards(record));
+    return record.unreleased && (!record.intact || record.backup || discards(record) ||
+                                 dead_.live_extents(record).empty());
   }
 
   void plan() {
-    const DeadRanges dead(request_.dead);
     for (const RecordPointer& record :
          transition_.claim([this](const Record& candidate) { return wanted(candidate); })) {
       if (record->asleep) {
@@ -122,7 +125,7 @@ class Sleep {
         continue;
       }
       sleepers_.push_back({record,
-                           discards(*record) ? std::vector<Extent>{} : dead.live_extents(*record),
+                           discards(*record) ? std::vector<Extent>{} : dead_.live_extents(*record),
                            backup::Backup(allocator_.arena())});
       expected_bytes_ += sleepers_.back().live_bytes();
     }
@@ -239,6 +242,7 @@ class Sleep {
 
   Allocator& allocator_;
   const SleepRequest& request_;
+  const DeadRanges dead_;
   Transition transition_;
   std::vector<Sleeper> sleepers_;
   std::vector<RecordPointer> forgotten_;   // asleep already; their backups go

@@ -85,12 +85,12 @@ class DeviceCopies {
       for (; at < last && same_row(*records_[first], *records_[at]); ++at) work_(at, queue);
       queue.drain();
     } catch (Error& error) {
-      annotate(error, operation_, records_[std::min(at, last - 1)].get());
+      annotate(error, operation_, records_[first].get());
       settle(queue, error);
       throw;
     } catch (const std::exception& error) {  // out of host memory for bookkeeping
       Error other(CUMEMPOOL_OUT_OF_HOST_MEMORY, error.what());
-      annotate(other, operation_, records_[std::min(at, last - 1)].get());
+      annotate(other, operation_, records_[first].get());
       settle(queue, other);
       throw other;
     }

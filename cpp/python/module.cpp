@@ -50,14 +50,14 @@ void check(cumempool_status status) {
   if (status != CUMEMPOOL_OK) raise_fields(error_fields(*cumempool_last_error()));
 }
 
-// Runs a call of the C interface without the GIL, then raises what it failed with.
+// Runs a call of the C interface without the GIL, then raises what it failed with. The GIL is not
+// taken back by a destructor: where the interpreter has ended meanwhile, Python ends this thread
+// there by unwinding it, and unwinding out of a destructor would abort the process.
 template <typename Call>
 void call(Call&& body) {
-  cumempool_status status = CUMEMPOOL_OK;
-  {
-    const py::gil_scoped_release released;
-    status = std::forward<Call>(body)();
-  }
+  PyThreadState* const state = PyEval_SaveThread();
+  const cumempool_status status = std::forward<Call>(body)();
+  PyEval_RestoreThread(state);
   check(status);
 }
 

@@ -143,9 +143,9 @@ class PoolRoute:
 
     torch's own context manager and the destructor of its ``MemPool`` are not used. The destructor
     empties the pool's cache, which torch asserts must not happen while any pool scope or graph
-    capture is under way on the device, in any thread: a nested scope would abort the process. Here a
-    pool is released by count, which is always allowed; torch frees it with the next emptying of its
-    cache, and `return_unused` asks for that when something is there to be freed.
+    capture is under way on the device, in any thread: a nested scope would abort the process. Here
+    a pool is released by count, which is always allowed; torch frees it with the next emptying of
+    its cache, and `return_unused` asks for that when something is there to be freed.
     """
 
     def __init__(self, slot: int, devices: Sequence[int]) -> None:
@@ -207,8 +207,8 @@ _released_pools: set[tuple[int, int]] = set()
 def return_unused() -> None:
     """Has torch free the unused segments of pools whose scopes have ended, if there are any.
 
-    While a scope of ours is open on any device it waits, because torch frees nothing then; the end of
-    that scope comes here again.
+    While a scope of ours is open on any device it waits, because torch frees nothing then; the end
+    of that scope comes here again.
     """
     with _pools_lock:
         if not _released_pools or +_open_routes:

@@ -198,9 +198,9 @@ class CuMemAllocator:
         dtype = dtype if dtype is not None else torch.get_default_dtype()
         if not isinstance(dtype, torch.dtype):
             raise InvalidTypeError(f"dtype is a torch.dtype or None, not {dtype!r}")
-        ordinal, on = self._resolve_device(device)
         tag = self._current_tag() if tag is None else _check_tag(tag)
         self._declare(tag, None, None)
+        ordinal, on = self._resolve_device(device)
         span = math.prod(max(extent, 1) for extent in shape) * dtype.itemsize
         if span > _LARGEST:
             raise InvalidArgumentError(f"a shape of {span} bytes cannot be allocated", tag=tag)

@@ -1,4 +1,5 @@
-// Fails every driver call that an operation makes, one after the other, once and from then on, and
+// Fails every driver call that an operation makes, one after the other, alone, together with every
+// later one, and in pairs, and
 // holds the outcome to the rules: all or nothing (R4), contents kept, numbers exact (R13), a retry that
 // succeeds, and nothing left in the end.
 #include <functional>
@@ -26,6 +27,7 @@ struct Block {
   std::size_t bytes;
   cumempool_address address;
   std::uint32_t seed;
+  std::uint64_t generation = 0;  // in which it was written
 };
 
 // A driver that can fail, an allocator, and blocks with known contents. What a sleep does to them:
@@ -45,8 +47,14 @@ class World {
   const Block& add(const char* tag, std::size_t bytes, int device) {
     const auto seed = static_cast<std::uint32_t>(blocks.size() + 1);
     blocks.push_back({tag, bytes, pool.malloc(tag, bytes, device), seed});
-    write_pattern(blocks.back().address, bytes, seed);
     return blocks.back();
+  }
+
+  void write_patterns() {
+    for (Block& block : blocks) {
+      write_pattern(block.address, block.bytes, block.seed);
+      block.generation = pool.find(block.address).generation;
+    }
   }
 
   // Two devices, three tags, dead ranges inside a block, over a whole one, and outside of all.
@@ -57,6 +65,7 @@ class World {
     add("zero", 2 * kPage, 0);
     add("weights", 2 * kPage, 1);
     add("kv", kPage, 1);
+    write_patterns();
     dead = {{second, kPage}, {first + 50, 100}, {first + 100, 100}, {first - 10, 20}};
   }
 
@@ -70,7 +79,7 @@ class World {
       cumempool_allocation_info info{};
       if (cumempool_find(pool.get(), block.address, &info) != CUMEMPOOL_OK) continue;  // freed
       if (info.state != CUMEMPOOL_AWAKE) continue;
-      if (whole || info.generation == 1) {
+      if (whole || info.generation == block.generation) {
         EXPECT_TRUE(holds_pattern(block.address, block.bytes, block.seed)) << block.tag;
       } else if (block.tag == "zero") {
         EXPECT_TRUE(all_are(block.address, block.bytes, 0));
@@ -146,14 +155,23 @@ struct Reference {
 
 enum class Recovery { kRetry, kWake };
 
+// Which calls fail, and how the program goes on.
 struct Point {
   std::uint64_t call;
+  std::uint64_t second;  // one more, so many calls later; 0 = none
   cumempool_result result;
   Repeat repeat;
   Recovery recovery;
+
+  bool alone() const { return second == 0 && repeat == Repeat::kOnce; }
+  std::string text() const {
+    return "call " + std::to_string(call) + (repeat == Repeat::kOnce ? "" : " and all later") +
+           (second == 0 ? "" : " and the " + std::to_string(second) + ". after it") + ": " +
+           cumempool_result_name(result) + (recovery == Recovery::kRetry ? "" : ", then wake");
+  }
 };
 
-// Runs the operation with one failure. Returns whether the call was reached.
+// Runs the operation with these failures. Returns whether all of them were reached.
 bool run(const Scenario& scenario, const Reference& reference, const Point& point) {
   World world;
   scenario.prepare(world);
@@ -164,19 +182,20 @@ bool run(const Scenario& scenario, const Reference& reference, const Point& poin
     if (world.faults.failures() == 0) failed_entry = entry;
   });
   world.faults.fail_nth_of_any(point.call, point.result, point.repeat);
+  if (point.second != 0) world.faults.fail_nth_of_any(point.call + point.second, point.result);
   const cumempool_status status = scenario.act(world);
-  const bool reached = world.faults.failures() != 0;
+  const std::uint64_t failures = world.faults.failures();
   const std::string message = status == CUMEMPOOL_OK ? "" : cumempool_last_error()->message;
   world.faults.fail_nothing();
   world.faults.observe(nullptr);
   SCOPED_TRACE("at or before " + failed_entry + ": status " + std::to_string(status) + " " + message);
 
-  EXPECT_TRUE(reached || status == CUMEMPOOL_OK);
+  EXPECT_TRUE(failures != 0 || status == CUMEMPOOL_OK);
   EXPECT_EQ(status == CUMEMPOOL_OK, message.empty());
   expect_exact_numbers(world.pool, world.host);
   if (status == CUMEMPOOL_OK) {
     EXPECT_EQ(world.state(), reference.after);
-  } else if (point.repeat == Repeat::kOnce && !scenario.closes) {
+  } else if (point.alone() && !scenario.closes) {
     EXPECT_EQ(world.state(), reference.before);
   }
   const bool nothing_lost = scenario.sleeps && status != CUMEMPOOL_OK;
@@ -184,7 +203,7 @@ bool run(const Scenario& scenario, const Reference& reference, const Point& poin
 
   if (point.recovery == Recovery::kRetry) {
     EXPECT_EQ(scenario.again(world), CUMEMPOOL_OK) << cumempool_last_error()->message;
-    EXPECT_EQ(world.state(), reference.after_retry);
+    EXPECT_EQ(world.state(), status == CUMEMPOOL_OK ? reference.after_retry : reference.after);
     EXPECT_EQ(world.pool.snapshot().totals.pending_free_bytes, 0U);
     for (const auto& tag : world.pool.snapshot().tags) EXPECT_EQ(tag.unreleased_bytes, 0U);
     if (scenario.finally) scenario.finally(world);
@@ -195,32 +214,58 @@ bool run(const Scenario& scenario, const Reference& reference, const Point& poin
     world.expect_contents(nothing_lost && point.recovery == Recovery::kWake);
     expect_exact_numbers(world.pool, world.host);
   }
-  return reached;
+  return failures >= (point.second == 0 ? 1U : 2U);
 }
 
 class FailureSweep : public ::testing::TestWithParam<Scenario> {};
 
-TEST_P(FailureSweep, R4_R13_EveryFailedCallLeavesAllOrNothing) {
-  const Scenario& scenario = GetParam();
-  const Reference reference(scenario);
-  std::uint64_t points = 0;
-  for (const Repeat repeat : {Repeat::kOnce, Repeat::kFromThenOn}) {
-    for (const cumempool_result result : {kOutOfMemory, kLaunchFailed}) {
-      for (const Recovery recovery : {Recovery::kRetry, Recovery::kWake}) {
-        if (recovery == Recovery::kWake && !scenario.sleeps) continue;
-        for (std::uint64_t call = 1;; ++call) {
-          SCOPED_TRACE("call " + std::to_string(call) + (repeat == Repeat::kOnce ? "" : " and all later") +
-                       " returns " + cumempool_result_name(result) +
-                       (recovery == Recovery::kRetry ? "" : ", then wake"));
-          if (!run(scenario, reference, {call, result, repeat, recovery})) break;
-          ++points;
-          if (HasFailure()) return;  // the first point tells enough
-        }
-      }
+// All points of a scenario; stops at the first that fails, for it tells enough.
+class Sweep {
+ public:
+  explicit Sweep(const Scenario& scenario) : scenario_(scenario), reference_(scenario) {}
+
+  std::uint64_t points() const { return points_; }
+
+  void single(cumempool_result result, Repeat repeat, Recovery recovery) {
+    for (std::uint64_t call = 1; try_at({call, 0, result, repeat, recovery}); ++call) {
     }
   }
-  std::cout << scenario.name << ": " << points << " points\n";
-  EXPECT_GT(points, 0U);
+
+  void pairs(cumempool_result result, Recovery recovery) {
+    for (std::uint64_t call = 1;; ++call) {
+      std::uint64_t second = 1;
+      while (try_at({call, second, result, Repeat::kOnce, recovery})) ++second;
+      // Not even the very next call was made: either none is left, or this one ended the operation.
+      if (second == 1 && !try_at({call, 0, result, Repeat::kOnce, recovery})) return;
+    }
+  }
+
+ private:
+  bool try_at(const Point& point) {
+    if (::testing::Test::HasFailure()) return false;
+    SCOPED_TRACE(point.text());
+    if (!run(scenario_, reference_, point)) return false;
+    ++points_;
+    return true;
+  }
+
+  const Scenario& scenario_;
+  const Reference reference_;
+  std::uint64_t points_ = 0;
+};
+
+TEST_P(FailureSweep, R4_R13_EveryFailedCallLeavesAllOrNothing) {
+  Sweep sweep(GetParam());
+  for (const Recovery recovery : {Recovery::kRetry, Recovery::kWake}) {
+    if (recovery == Recovery::kWake && !GetParam().sleeps) continue;
+    for (const cumempool_result result : {kOutOfMemory, kLaunchFailed}) {
+      sweep.single(result, Repeat::kOnce, recovery);
+      sweep.single(result, Repeat::kFromThenOn, recovery);
+    }
+    sweep.pairs(kLaunchFailed, recovery);
+  }
+  std::cout << GetParam() << ": " << sweep.points() << " points\n";
+  EXPECT_GT(sweep.points(), 0U);
 }
 
 // ---- the operations ----------------------------------------------------------------------------
@@ -244,14 +289,14 @@ void free_everything(World& world) {
 }
 
 // A free always succeeds; what the driver does not take back goes with the next one.
-Scenario free_scenario(std::string name, std::function<void(World&)> prepare) {
+Scenario free_scenario(std::string name, std::size_t block, std::function<void(World&)> prepare) {
   return {std::move(name),
           [prepare](World& world) {
             world.add_blocks();
             prepare(world);
           },
-          [](World& world) { return cumempool_free(world.blocks[0].address); },
-          [](World& world) { return cumempool_free(world.blocks[1].address); }};
+          [block](World& world) { return cumempool_free(world.blocks[block].address); },
+          [](World& world) { return cumempool_free(world.blocks.back().address); }};
 }
 
 Scenario sleep_scenario(std::string name, std::function<SleepCall(World&)> request,
@@ -285,6 +330,7 @@ std::vector<Scenario> scenarios() {
   const auto cycle = [sleep_all](World& world) {
     sleep_all(world);
     must(world.pool.wake().status);
+    world.write_patterns();
   };
   // The trial of a device's properties takes a granule and gives it back; a release that fails there is
   // left out, for the trial has nobody to keep it for, and there is nothing to tell the caller.
@@ -318,20 +364,18 @@ std::vector<Scenario> scenarios() {
                               },
                               {},
                               nothing_is_pinned};
-  Scenario forget = sleep_scenario(
+  const Scenario forget = sleep_scenario(
       "SleepDropBackups",
       [](World&) {
-        SleepCall call{{{"weights", kDiscard}, {"kv", kOffload}}, {}, {}, true};
-        return call;
+        return SleepCall{{{"kv", kDiscard}, {"weights", kOffload}}, {}, {}, true};
       },
-      [](World& world) { must(world.pool.sleep("weights", kOffload).status); });
+      [](World& world) { must(world.pool.sleep("kv", kOffload).status); });
   return {
       first_malloc,
       malloc,
-      free_scenario("FreeAwake", [](World&) {}),
-      free_scenario("FreeBackedUp", sleep_all),
-      free_scenario("FreeDiscarded",
-                    [](World& world) { must(world.pool.sleep("weights", kDiscard).status); }),
+      free_scenario("FreeAwake", 0, [](World&) {}),
+      free_scenario("FreeBackedUp", 0, sleep_all),
+      free_scenario("FreeDiscarded", 1, sleep_all),
       sleep_scenario("SleepOffload", [](World&) { return SleepCall{{{"weights", kOffload}}}; }),
       sleep_scenario("SleepDiscard", [](World&) { return SleepCall{{{"zero", kDiscard}}}; }),
       sleep_scenario("SleepMixed", [](World& world) { return world.mixed(); }),

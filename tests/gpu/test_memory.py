@@ -33,7 +33,7 @@ def test_sleep_returns_memory_to_within_a_granule_per_allocation(
     assert abs(asleep - before) <= count * GRANULE
     assert report.bytes_freed == allocator.stats().reserved_address_bytes
     allocator.wake_up()
-    assert used() == awake
+    assert abs(used() - awake) <= count * GRANULE
     assert all(int(t[0]) == 1 and int(t[-1]) == 1 for t in tensors)
     assert cache.numel() == 1024 * MIB
 

@@ -42,7 +42,7 @@ def current():
     c = ctypes.c_void_p(); cuda.cuCtxGetCurrent(ctypes.byref(c)); return c.value
 before = current()
 assert before is None
-a.declare = a._declare("weights", None, None)
+a._declare("weights", None, None)
 address = a._core.malloc("weights", 0, 1 << 20)
 assert current() is None
 a.sleep(tags="weights"); a.wake_up()
@@ -81,8 +81,15 @@ threading.Thread(target=lambda: [a.stats() or time.sleep(0.001) for _ in range(1
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("leave", ["", "sys.exit(3)", "os._exit(4)"])
+@pytest.mark.parametrize(
+    ("ending", "leave"),
+    [
+        *((ending, "") for ending in ENDINGS),
+        ("asleep", "sys.exit(3)"),
+        ("scope", "sys.exit(3)"),
+        ("graph", "os._exit(4)"),
+    ],
+)
 def test_the_interpreter_ends_quietly_with_its_own_code(ending: str, leave: str) -> None:
     done = run(
         f"""

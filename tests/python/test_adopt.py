@@ -51,7 +51,6 @@ def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (
         tensor.shape,
         tensor.stride(),
-        tensor.storage_offset(),
         tensor.dtype,
         tensor.requires_grad,
     )

@@ -66,7 +66,17 @@ def test_empty_gives_a_tensor_of_any_dtype(alloc: CuMemAllocator, dtype: torch.d
 
 @pytest.mark.parametrize(
     "size",
-    [(), ((),), (3,), (2, 3), ((2, 3),), ([2, 3],), (torch.Size([2, 3]),), (1, 1, 1), (range(2, 4),)],
+    [
+        (),
+        ((),),
+        (3,),
+        (2, 3),
+        ((2, 3),),
+        ([2, 3],),
+        (torch.Size([2, 3]),),
+        (1, 1, 1),
+        (range(2, 4),),
+    ],
     ids=repr,
 )
 def test_empty_takes_shapes_as_torch_does(alloc: CuMemAllocator, size: Any) -> None:
@@ -312,7 +322,9 @@ def raised(kind: type[CumempoolError], call: Any) -> CumempoolError:
     return pytest.fail(f"did not raise {kind.__name__}")
 
 
-def assert_refused_and_unharmed(alloc: CuMemAllocator, kind: type[CumempoolError], call: Any) -> Any:
+def assert_refused_and_unharmed(
+    alloc: CuMemAllocator, kind: type[CumempoolError], call: Any
+) -> Any:
     kept = alloc.empty(4, dtype=torch.int64, tag="kept").fill_(42)
     before = alloc.stats()
     error = raised(kind, call)

@@ -71,7 +71,9 @@ def test_an_exception_passes_and_the_scope_is_left(alloc: CuMemAllocator) -> Non
     assert alloc.sleep().bytes_freed == 0
 
 
-def test_out_of_memory_of_torch_gets_the_reason_of_the_driver(make_allocator: MakeAllocator) -> None:
+def test_out_of_memory_of_torch_gets_the_reason_of_the_driver(
+    make_allocator: MakeAllocator,
+) -> None:
     allocator = make_allocator(mib=4)
     with pytest.raises(torch.OutOfMemoryError) as caught, allocator.use_memory_pool("a"):
         with pytest.raises(RuntimeError):

@@ -1,0 +1,445 @@
+"""How torch is routed to a slot, with fakes in place of its CUDA parts (R10, R11)."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from cumempool import _torch
+from cumempool._torch import ExpandableSegmentsOff, PoolRoute, replace_setting
+
+
+class FakePool:
+    """A `torch.cuda.MemPool`: its destructor must not run (it aborts inside another scope)."""
+
+    def __init__(self, pool_id: tuple[int, int], destroyed: list[tuple[int, int]]) -> None:
+        self.id = pool_id
+        weakref.finalize(self, destroyed.append, pool_id).atexit = False
+
+
+class FakeTorch:
+    """The parts of torch that a route uses, noting every call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, per_thread: bool = True) -> None:
+        self.events: list[str] = []
+        self.failing: set[str] = set()
+        self.destroyed: list[tuple[int, int]] = []
+        self.made: list[tuple[int, object]] = []  # device and slot of each pool
+        self.counts: Counter[tuple[int, int]] = Counter()
+        self.segments: list[dict[str, Any]] = []
+        self.device = 0
+        names = ["_cuda_beginAllocateToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"]
+        if per_thread:
+            names.append("_cuda_beginAllocateCurrentThreadToPool")
+        else:
+            monkeypatch.delattr(torch._C, "_cuda_beginAllocateCurrentThreadToPool", raising=False)
+        for name in names:
+            monkeypatch.setattr(torch._C, name, self.call(name), raising=False)
+        monkeypatch.setattr(torch.cuda, "device", self.on_device)
+        monkeypatch.setattr(torch.cuda, "MemPool", self.make_pool)
+        monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: self.segments)
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
+        monkeypatch.setattr(_torch, "_pluggable_allocator", lambda slot: slot)
+        monkeypatch.setattr(_torch, "_open_routes", Counter())
+        monkeypatch.setattr(_torch, "_released_pools", set())
+
+    def call(self, name: str) -> Callable[[int, tuple[int, int]], None]:
+        name = name.removeprefix("_cuda_")
+
+        def noted(device: int, pool_id: tuple[int, int]) -> None:
+            event = f"{name} {device} {pool_id}"
+            if event in self.failing:
+                raise RuntimeError(f"failed: {event}")
+            self.counts[pool_id] += {"releasePool": -1, "endAllocateToPool": 0}.get(name, 1)
+            self.events.append(event)
+
+        return noted
+
+    @contextmanager
+    def on_device(self, device: int) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    def make_pool(self, slot: object) -> FakePool:
+        self.made.append((self.device, slot))
+        pool = FakePool((0, len(self.made)), self.destroyed)
+        self.counts[pool.id] += 1
+        return pool
+
+    def empty_cache(self) -> None:
+        self.events.append("empty_cache")
+        self.segments = [
+            segment
+            for segment in self.segments
+            if any(block["state"] != "inactive" for block in segment["blocks"])
+        ]
+
+    def hold(self, pool: int, *states: str) -> None:
+        """Lets torch hold a segment of a pool, with blocks in these states."""
+        blocks = [{"state": state} for state in states]
+        self.segments.append({"segment_pool_id": (0, pool), "blocks": blocks})
+
+
+BEGIN = "beginAllocateCurrentThreadToPool"
+
+
+def ended(device: int, pool: int) -> list[str]:
+    """The end of one pool: the routing, then the counts of the scope and of the MemPool object."""
+    release = f"releasePool {device} (0, {pool})"
+    return [f"endAllocateToPool {device} (0, {pool})", release, release]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
+    monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
+    fake = FakeTorch(monkeypatch)
+    yield fake
+    gc.collect()
+    assert fake.destroyed == []
+    if not fake.failing:
+        assert set(fake.counts.values()) <= {0}, "a pool keeps a count, or was released twice"
+
+
+# ---- routes
+
+
+def test_each_device_gets_a_pool_and_all_end_in_reverse(fake: FakeTorch) -> None:
+    route = PoolRoute(7, [0, 2])
+    route.begin()
+    assert fake.made == [(0, 7), (2, 7)]
+    assert fake.events == [f"{BEGIN} 0 (0, 1)", f"{BEGIN} 2 (0, 2)"]
+    fake.events.clear()
+    route.end()
+    assert fake.events == ended(2, 2) + ended(0, 1)
+    fake.events.clear()
+    route.end()
+    assert fake.events == []
+
+
+def test_a_torch_without_routing_by_thread_is_routed_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
+    fake = FakeTorch(monkeypatch, per_thread=False)
+    route = PoolRoute(1, [0])
+    route.begin()
+    assert fake.events == ["beginAllocateToPool 0 (0, 1)"]
+    route.end()
+    assert fake.counts[0, 1] == 0
+
+
+def test_a_device_that_fails_to_begin_unroutes_the_others(fake: FakeTorch) -> None:
+    fake.failing.add(f"{BEGIN} 1 (0, 2)")
+    with pytest.raises(RuntimeError, match="failed"):
+        PoolRoute(7, [0, 1]).begin()
+    release = "releasePool 1 (0, 2)"  # the count of its MemPool object
+    assert fake.events == [f"{BEGIN} 0 (0, 1)", release, *ended(0, 1)]
+    assert fake.counts == {(0, 1): 0, (0, 2): 0}
+    assert not +_torch._open_routes
+
+
+def test_the_pool_is_given_up_even_while_a_traceback_of_the_scope_lives(fake: FakeTorch) -> None:
+    """R10: a generator's frame would keep the pool, and with it every unused segment."""
+    route = PoolRoute(3, [0])
+    caught = None
+    try:
+        route.begin()
+        fake.hold(1, "inactive")
+        try:
+            raise ValueError("in the scope")
+        finally:
+            route.end()
+    except ValueError as error:
+        caught = error
+    assert caught is not None
+    assert caught.__traceback__ is not None
+    assert fake.counts[0, 1] == 0
+    assert fake.segments == []
+
+
+def test_an_end_that_fails_still_puts_the_settings_back(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restored = []
+    monkeypatch.setattr(ExpandableSegmentsOff, "end", lambda self: restored.append(self))
+    fake.failing.add("endAllocateToPool 0 (0, 1)")
+    route = PoolRoute(3, [0])
+    route.begin()
+    with pytest.raises(RuntimeError, match="failed"):
+        route.end()
+    assert len(restored) == 1
+
+
+# ---- unused segments
+
+
+def test_unused_segments_go_back_when_the_scope_is_left(fake: FakeTorch) -> None:
+    """R10."""
+    route = PoolRoute(1, [0])
+    route.begin()
+    fake.hold(1, "inactive", "inactive")
+    fake.hold(1, "active_allocated", "inactive")
+    route.end()
+    assert fake.events[-1] == "empty_cache"
+    assert len(fake.segments) == 1
+
+
+def test_the_cache_is_left_alone_where_nothing_is_unused(fake: FakeTorch) -> None:
+    fake.hold(9, "inactive")  # of a pool that is not ours
+    route = PoolRoute(1, [0])
+    route.begin()
+    fake.hold(1, "active_allocated")
+    route.end()
+    assert "empty_cache" not in fake.events
+
+
+def test_while_another_scope_is_open_unused_segments_wait_for_its_end(fake: FakeTorch) -> None:
+    outer, inner = PoolRoute(1, [0]), PoolRoute(2, [0])
+    outer.begin()
+    inner.begin()
+    fake.hold(2, "inactive")
+    inner.end()
+    assert "empty_cache" not in fake.events
+    outer.end()
+    assert fake.events == [
+        f"{BEGIN} 0 (0, 1)",
+        f"{BEGIN} 0 (0, 2)",
+        *ended(0, 2),
+        *ended(0, 1),
+        "empty_cache",
+    ]
+
+
+def test_segments_whose_tensors_die_later_are_found_at_the_next_end(fake: FakeTorch) -> None:
+    first, second = PoolRoute(1, [0]), PoolRoute(1, [0])
+    first.begin()
+    fake.hold(1, "active_allocated")
+    first.end()
+    fake.segments[0]["blocks"][0]["state"] = "inactive"
+    second.begin()
+    second.end()
+    assert fake.segments == []
+
+
+def test_a_torch_that_refuses_to_empty_its_cache_is_no_error(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("a capture is under way")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    route = PoolRoute(1, [0])
+    route.begin()
+    fake.hold(1, "inactive")
+    route.end()
+    assert len(fake.segments) == 1
+
+
+# ---- expandable segments
+
+
+class FakeSettings:
+    """The allocator settings of the process: a text, and what it switches on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str, version: tuple[int, int]):
+        self.text = text
+        self.applied: list[str] = []
+        self.reads = 0
+        monkeypatch.setattr(_torch, "_version", lambda: version)
+        monkeypatch.setattr(_torch, "_live_settings", self.read)
+        monkeypatch.setattr(_torch, "_apply_settings", self.apply)
+
+    def read(self) -> dict[str, Any]:
+        self.reads += 1
+        expandable = "expandable_segments:True" in self.text.replace(" ", "")
+        return {"PYTORCH_CUDA_ALLOC_CONF": self.text, "expandable_segments": expandable}
+
+    def apply(self, text: str) -> None:
+        self.applied.append(text)
+        self.text = text
+
+
+@pytest.fixture(autouse=True)
+def no_scope_is_left_open() -> Iterator[None]:
+    yield
+    assert (ExpandableSegmentsOff._open, ExpandableSegmentsOff._before) == (0, None)
+
+
+USER = "max_split_size_mb:64,expandable_segments:True,roundup_power2_divisions:[256:1,512:2,>:8]"
+OURS = "max_split_size_mb:64,roundup_power2_divisions:[256:1,512:2,>:8],expandable_segments:False"
+
+
+def test_expandable_segments_are_off_inside_and_back_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = FakeSettings(monkeypatch, USER, (2, 9))
+    with ExpandableSegmentsOff():
+        assert settings.text == OURS  # every other option of the user survives (R11)
+    assert settings.text == USER
+    assert settings.applied == [OURS, USER]
+
+
+def test_nested_scopes_restore_at_the_last_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = FakeSettings(monkeypatch, USER, (2, 9))
+    with ExpandableSegmentsOff():
+        with ExpandableSegmentsOff():
+            assert settings.text == OURS
+        assert settings.text == OURS
+    assert settings.text == USER
+    assert settings.applied == [OURS, USER]
+
+
+def test_scopes_that_end_out_of_order_restore_at_the_last_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = FakeSettings(monkeypatch, USER, (2, 9))
+    first, second = ExpandableSegmentsOff(), ExpandableSegmentsOff()
+    first.begin()
+    second.begin()
+    first.end()
+    assert settings.text == OURS
+    second.end()
+    assert settings.text == USER
+
+
+def test_an_exception_in_the_scope_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = FakeSettings(monkeypatch, USER, (2, 9))
+    with pytest.raises(KeyError), ExpandableSegmentsOff():
+        raise KeyError
+    assert settings.text == USER
+
+
+def test_what_somebody_sets_in_between_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = FakeSettings(monkeypatch, USER, (2, 9))
+    with ExpandableSegmentsOff():
+        settings.text = "garbage_collection_threshold:0.8"
+    assert settings.text == "garbage_collection_threshold:0.8"
+    assert settings.applied == [OURS]
+
+
+def test_expandable_segments_switched_on_inside_are_off_in_the_next_scope(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = FakeSettings(monkeypatch, "", (2, 9))
+    with ExpandableSegmentsOff():
+        settings.text = "expandable_segments:True"
+        with ExpandableSegmentsOff():
+            assert settings.text == "expandable_segments:False"
+    assert settings.text == "expandable_segments:True"
+
+
+@pytest.mark.parametrize("text", ["", "max_split_size_mb:64", "expandable_segments:False"])
+def test_nothing_is_applied_where_they_are_off_already(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    settings = FakeSettings(monkeypatch, text, (2, 9))
+    with ExpandableSegmentsOff():
+        pass
+    assert settings.applied == []
+
+
+@pytest.mark.parametrize("version", [(2, 11), (2, 13), (3, 0)])
+def test_nothing_is_touched_where_torch_needs_nothing(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int]
+) -> None:
+    settings = FakeSettings(monkeypatch, USER, version)
+    with ExpandableSegmentsOff():
+        assert settings.text == USER
+    assert (settings.applied, settings.reads) == ([], 0)
+
+
+def test_a_route_switches_them_off_before_the_first_pool_and_back_after_the_last(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = FakeSettings(monkeypatch, USER, (2, 9))
+    during = []
+    make = fake.make_pool
+    monkeypatch.setattr(
+        torch.cuda, "MemPool", lambda slot: (during.append(settings.text), make(slot))[1]
+    )
+    route = PoolRoute(1, [0])
+    route.begin()
+    route.end()
+    assert during == [OURS]
+    assert settings.text == USER
+
+
+def test_a_route_that_fails_to_begin_puts_them_back(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = FakeSettings(monkeypatch, USER, (2, 9))
+    fake.failing.add(f"{BEGIN} 0 (0, 1)")
+    with pytest.raises(RuntimeError, match="failed"):
+        PoolRoute(1, [0]).begin()
+    assert fake.counts[0, 1] == 0
+    assert settings.text == USER
+
+
+@pytest.mark.parametrize("setter", ["_accelerator_setAllocatorSettings", "old"])
+def test_settings_are_applied_through_what_this_torch_has(
+    monkeypatch: pytest.MonkeyPatch, setter: str
+) -> None:
+    applied: list[str] = []
+    old = "_cuda_cudaCachingAllocator_set_allocator_settings"
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings", raising=False)
+    monkeypatch.setattr(torch._C, old if setter == "old" else setter, applied.append, raising=False)
+    _torch._apply_settings("a:1")
+    assert applied == ["a:1"]
+
+
+# ---- settings strings
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "x:1"),
+        ("x:2", "x:1"),
+        (" x : 2 ", "x:1"),
+        ("a:1,x:2,b:3", "a:1,b:3,x:1"),
+        ("x:2,x:3", "x:1"),
+        ("a:[k:1,x:2],b:3", "a:[k:1,x:2],b:3,x:1"),
+        ("a:1,,b:2,", "a:1,b:2,x:1"),
+        ("xx:2,ax:3", "xx:2,ax:3,x:1"),
+    ],
+)
+def test_replace_setting_changes_one_option_and_keeps_the_others(text: str, expected: str) -> None:
+    assert replace_setting(text, "x", "1") == expected
+
+
+# ---- what torch has cached
+
+
+def test_dead_ranges_are_the_free_blocks_of_custom_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R9."""
+    blocks = [
+        {"address": 100, "size": 10, "state": "active_allocated"},
+        {"address": 110, "size": 20, "state": "inactive"},
+        {"address": 130, "size": 5, "state": "active_pending_free"},
+        {"address": 135, "size": 7, "state": "inactive"},
+    ]
+    segments = [
+        {"segment_pool_id": (0, 0), "blocks": blocks},
+        {"segment_pool_id": (0, 3), "blocks": blocks},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(_torch, "is_initialized", lambda: False)
+    assert _torch.dead_ranges() == []
+    monkeypatch.setattr(_torch, "is_initialized", lambda: True)
+    assert _torch.dead_ranges() == [(110, 20), (135, 7)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks what happens without a GPU")
+def test_without_cuda_nothing_is_current_cached_or_started() -> None:
+    assert not _torch.is_initialized()
+    assert (_torch.current_streams(), _torch.dead_ranges()) == ([], [])
+    _torch.empty_cache()
+    assert not torch.cuda.is_initialized()
