@@ -44,7 +44,11 @@ class Decoder:
             attention_mask=mask,
             past_key_values=self.cache,
         )
-        return output.logits[:, -1].argmax(-1, keepdim=True)
+        # bf16 logits tie often, and argmax on a GPU does not say which of two equal ones it takes.
+        logits = output.logits[:, -1].float()
+        best = logits == logits.max(-1, keepdim=True).values
+        indices = torch.arange(logits.shape[-1], device=self.device)
+        return torch.where(best, indices, logits.shape[-1]).min(-1, keepdim=True).values
 
     def _step(self) -> None:
         self.token.copy_(self._forward(self.token, self.position))

@@ -6,6 +6,7 @@ else uses public torch.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import threading
@@ -182,19 +183,24 @@ class PoolRoute:
         self._pools.append((device, identity))
 
     def end(self) -> None:
-        """Ends the routing and gives up the pools; what is unused in them goes back to the slot."""
-        try:
+        """Ends the routing and gives up the pools; what is unused in them goes back to the slot.
+
+        Every device is seen to, whatever torch says of one of them.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(return_unused)
+            stack.callback(self._expandable.end)
             while self._pools:
-                device, identity = self._pools.pop()
-                _C._cuda_endAllocateToPool(device, identity)
-                _C._cuda_releasePool(device, identity)  # the count that beginning took
-                _C._cuda_releasePool(device, identity)  # the count of the MemPool object
-                with _pools_lock:
-                    _open_routes[device] -= 1
-                    _released_pools.add(identity)
-        finally:
-            self._expandable.end()
-        return_unused()
+                stack.callback(_end_device, *self._pools.pop(0))
+
+
+def _end_device(device: int, identity: tuple[int, int]) -> None:
+    with _pools_lock:
+        _open_routes[device] -= 1
+        _released_pools.add(identity)
+    _C._cuda_endAllocateToPool(device, identity)
+    _C._cuda_releasePool(device, identity)  # the count that beginning took
+    _C._cuda_releasePool(device, identity)  # the count of the MemPool object
 
 
 _pools_lock = threading.Lock()

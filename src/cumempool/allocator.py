@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -601,11 +602,12 @@ def _check_shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:
         given = size[0]
     shape = []
     for extent in given:
-        if not isinstance(extent, int) or isinstance(extent, bool):
+        if not isinstance(extent, Integral) or isinstance(extent, bool):
             raise InvalidTypeError(f"a shape is made of integers, not {extent!r}")
-        if extent < 0:
-            raise InvalidArgumentError(f"a shape cannot be negative: {extent}")
-        shape.append(extent)
+        count = int(extent)
+        if count < 0:
+            raise InvalidArgumentError(f"a shape cannot be negative: {count}")
+        shape.append(count)
     return tuple(shape)
 
 

@@ -1,7 +1,7 @@
 // Fails every driver call that an operation makes, one after the other, alone, together with every
 // later one, and in pairs, and
-// holds the outcome to the rules: all or nothing (R4), contents kept, numbers exact (R13), a retry that
-// succeeds, and nothing left in the end.
+// holds the outcome to the rules: all or nothing (R4), contents kept, numbers exact (R13), a retry
+// that succeeds, and nothing left in the end.
 #include <functional>
 #include <iostream>
 #include <set>
@@ -18,7 +18,8 @@ namespace {
 using driver::FaultDriver;
 using Repeat = FaultDriver::Repeat;
 
-constexpr std::size_t kPage = 4096;  // the granularity here: small, for there are thousands of worlds
+constexpr std::size_t kPage =
+    4096;  // the granularity here: small, for there are thousands of worlds
 constexpr cumempool_result kOutOfMemory = CUMEMPOOL_RESULT_OUT_OF_MEMORY;
 constexpr cumempool_result kLaunchFailed = 719;
 
@@ -35,10 +36,11 @@ struct Block {
 class World {
  public:
   World() {
-    // Calls that end the life of something, and whose failure has no remedy: the library has nothing
-    // left to try, and libcuda fails them only where the context, and all of its objects with it, is
-    // lost already.
-    for (const char* entry : {"context_leave", "context_release", "stream_destroy", "event_destroy"}) {
+    // Calls that end the life of something, and whose failure has no remedy: the library has
+    // nothing left to try, and libcuda fails them only where the context, and all of its objects
+    // with it, is lost already.
+    for (const char* entry :
+         {"context_leave", "context_release", "stream_destroy", "event_destroy"}) {
       faults.exclude(entry);
     }
     pool.declare("zero", CUMEMPOOL_ON_WAKE_ZERO);
@@ -124,8 +126,8 @@ struct Scenario {
   std::function<cumempool_status(World&)> act;
   std::function<cumempool_status(World&)> retry;  // none = act again
   std::function<void(const World&)> finally{};    // what must hold after the retry
-  bool sleeps = false;    // if it fails, a wake must bring everything back as well
-  bool closes = false;    // a close that fails has closed nevertheless
+  bool sleeps = false;  // if it fails, a wake must bring everything back as well
+  bool closes = false;  // a close that fails has closed nevertheless
   std::vector<std::string> excluded{};
 
   cumempool_status again(World& world) const { return retry ? retry(world) : act(world); }
@@ -188,7 +190,8 @@ bool run(const Scenario& scenario, const Reference& reference, const Point& poin
   const std::string message = status == CUMEMPOOL_OK ? "" : cumempool_last_error()->message;
   world.faults.fail_nothing();
   world.faults.observe(nullptr);
-  SCOPED_TRACE("at or before " + failed_entry + ": status " + std::to_string(status) + " " + message);
+  SCOPED_TRACE("at or before " + failed_entry + ": status " + std::to_string(status) + " " +
+               message);
 
   EXPECT_TRUE(failures != 0 || status == CUMEMPOOL_OK);
   EXPECT_EQ(status == CUMEMPOOL_OK, message.empty());
@@ -275,7 +278,9 @@ cumempool_status allocate(World& world, int device) {
   return world.pool.try_malloc("zero", kPage, device, address);
 }
 
-void nothing_is_pinned(const World& world) { EXPECT_EQ(world.host.counters().registered_bytes, 0U); }
+void nothing_is_pinned(const World& world) {
+  EXPECT_EQ(world.host.counters().registered_bytes, 0U);
+}
 
 void nothing_physical_is_left(const World& world) {
   const auto counters = world.host.counters();
@@ -332,13 +337,16 @@ std::vector<Scenario> scenarios() {
     must(world.pool.wake().status);
     world.write_patterns();
   };
-  // The trial of a device's properties takes a granule and gives it back; a release that fails there is
-  // left out, for the trial has nobody to keep it for, and there is nothing to tell the caller.
-  Scenario first_malloc{"FirstMalloc", [](World&) {}, [](World& world) { return allocate(world, 1); },
-                        {}};
+  // The trial of a device's properties takes a granule and gives it back; a release that fails
+  // there is left out, for the trial has nobody to keep it for, and there is nothing to tell the
+  // caller.
+  Scenario first_malloc{
+      "FirstMalloc", [](World&) {}, [](World& world) { return allocate(world, 1); }, {}};
   first_malloc.excluded = {"release"};
-  const Scenario malloc{"Malloc", [](World& world) { world.add_blocks(); },
-                        [](World& world) { return allocate(world, 1); }, {}};
+  const Scenario malloc{"Malloc",
+                        [](World& world) { world.add_blocks(); },
+                        [](World& world) { return allocate(world, 1); },
+                        {}};
   const Scenario wake_all{"WakeAll",
                           [sleep_all](World& world) {
                             world.add_blocks();
@@ -376,10 +384,17 @@ std::vector<Scenario> scenarios() {
       free_scenario("FreeAwake", 0, [](World&) {}),
       free_scenario("FreeBackedUp", 0, sleep_all),
       free_scenario("FreeDiscarded", 1, sleep_all),
-      sleep_scenario("SleepOffload", [](World&) { return SleepCall{{{"weights", kOffload}}}; }),
-      sleep_scenario("SleepDiscard", [](World&) { return SleepCall{{{"zero", kDiscard}}}; }),
+      sleep_scenario("SleepOffload",
+                     [](World&) {
+                       return SleepCall{{{"weights", kOffload}}};
+                     }),
+      sleep_scenario("SleepDiscard",
+                     [](World&) {
+                       return SleepCall{{{"zero", kDiscard}}};
+                     }),
       sleep_scenario("SleepMixed", [](World& world) { return world.mixed(); }),
-      sleep_scenario("SleepAgain", [](World& world) { return world.mixed(); }, cycle),
+      sleep_scenario(
+          "SleepAgain", [](World& world) { return world.mixed(); }, cycle),
       forget,
       wake_all,
       wake_one,

@@ -301,8 +301,8 @@ class Pool {
   cumempool_allocator* allocator_ = nullptr;
 };
 
-// R13: the rows of the tags add up to the totals, and the totals to what the driver says it gave, where
-// `pool` is the only allocator on `host` and nothing else runs.
+// R13: the rows of the tags add up to the totals, and the totals to what the driver says it gave,
+// where `pool` is the only allocator on `host` and nothing else runs.
 inline void expect_exact_numbers(const Pool& pool, const Host& host) {
   const Picture picture = pool.snapshot();
   const cumempool_totals& totals = picture.totals;

@@ -1,5 +1,5 @@
-// What sleep and wake promise when nothing fails: contents, addresses, policies, dead ranges, reports
-// and statistics.
+// What sleep and wake promise when nothing fails: contents, addresses, policies, dead ranges,
+// reports and statistics.
 #include <cstring>
 #include <string>
 

@@ -9,18 +9,18 @@
 #include "host_fixture.hpp"
 
 #define EACH_OF_8(X, a, b, c, d, e, f, g, h) X(a) X(b) X(c) X(d) X(e) X(f) X(g) X(h)
-#define EACH_SLOT(X)                            \
-  EACH_OF_8(X, 0, 1, 2, 3, 4, 5, 6, 7)          \
-  EACH_OF_8(X, 8, 9, 10, 11, 12, 13, 14, 15)    \
-  EACH_OF_8(X, 16, 17, 18, 19, 20, 21, 22, 23)  \
-  EACH_OF_8(X, 24, 25, 26, 27, 28, 29, 30, 31)  \
-  EACH_OF_8(X, 32, 33, 34, 35, 36, 37, 38, 39)  \
-  EACH_OF_8(X, 40, 41, 42, 43, 44, 45, 46, 47)  \
-  EACH_OF_8(X, 48, 49, 50, 51, 52, 53, 54, 55)  \
+#define EACH_SLOT(X)                           \
+  EACH_OF_8(X, 0, 1, 2, 3, 4, 5, 6, 7)         \
+  EACH_OF_8(X, 8, 9, 10, 11, 12, 13, 14, 15)   \
+  EACH_OF_8(X, 16, 17, 18, 19, 20, 21, 22, 23) \
+  EACH_OF_8(X, 24, 25, 26, 27, 28, 29, 30, 31) \
+  EACH_OF_8(X, 32, 33, 34, 35, 36, 37, 38, 39) \
+  EACH_OF_8(X, 40, 41, 42, 43, 44, 45, 46, 47) \
+  EACH_OF_8(X, 48, 49, 50, 51, 52, 53, 54, 55) \
   EACH_OF_8(X, 56, 57, 58, 59, 60, 61, 62, 63)
 
-#define DECLARE_SLOT(n)                                                   \
-  void* cumempool_malloc_##n(ssize_t bytes, int device, void* stream);    \
+#define DECLARE_SLOT(n)                                                \
+  void* cumempool_malloc_##n(ssize_t bytes, int device, void* stream); \
   void cumempool_free_##n(void* address, ssize_t bytes, int device, void* stream);
 extern "C" {
 EACH_SLOT(DECLARE_SLOT)
@@ -150,7 +150,8 @@ TEST_F(Slots, R1_OutOfMemoryReturnsNullAndLeavesNoErrorBehind) {
 TEST_F(Slots, R1_SizesAndDevicesThatCannotBeReturnNull) {
   const BoundSlot slot(pool, "kv");
   constexpr ssize_t kHuge = ssize_t{1} << 62;
-  for (const ssize_t bytes : {ssize_t{0}, ssize_t{-1}, -kHuge, kHuge, kHuge + 1, ssize_t{PTRDIFF_MAX}}) {
+  for (const ssize_t bytes :
+       {ssize_t{0}, ssize_t{-1}, -kHuge, kHuge, kHuge + 1, ssize_t{PTRDIFF_MAX}}) {
     EXPECT_EQ(slot.malloc(bytes), nullptr) << bytes;
   }
   for (const int device : {-1, 2, 64, INT32_MAX, INT32_MIN}) {

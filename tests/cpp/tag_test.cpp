@@ -31,8 +31,9 @@ TEST(Tag, NamesAreOneTo255Bytes) {
 }
 
 TEST(Tag, NamesAreUtf8) {
-  for (const char* valid : {"weights", "kv cache", "gewicht-\xC3\xBC", "\xE6\x9D\x83\xE9\x87\x8D",
-                            "\xF0\x9F\x98\xB4", "\xED\x9F\xBF", "\xEE\x80\x80", "\xF4\x8F\xBF\xBF"}) {
+  for (const char* valid :
+       {"weights", "kv cache", "gewicht-\xC3\xBC", "\xE6\x9D\x83\xE9\x87\x8D", "\xF0\x9F\x98\xB4",
+        "\xED\x9F\xBF", "\xEE\x80\x80", "\xF4\x8F\xBF\xBF"}) {
     EXPECT_EQ(declare(valid), CUMEMPOOL_OK) << valid;
   }
   const char* const invalid[] = {

@@ -1,4 +1,5 @@
-// Transitions that are refused, fail, or are disturbed: what the caller sees, and that nothing is lost.
+// Transitions that are refused, fail, or are disturbed: what the caller sees, and that nothing is
+// lost.
 #include <string>
 #include <thread>
 #include <vector>
@@ -125,9 +126,11 @@ TEST_F(TransitionFailure, R4_WhatAFailedWakeCouldNotGiveBackGoesWithTheNextSleep
 TEST_F(TransitionFailure, R4_SleepThatFailsHalfwayLeavesEverythingAwake) {
   const auto first = filled("weights", kGranule, 1);
   const auto second = filled("kv", 2 * kGranule, 2);
-  for (const char* entry : {"fence", "host_register", "copy_to_host", "stream_synchronize", "unmap"}) {
+  for (const char* entry :
+       {"fence", "host_register", "copy_to_host", "stream_synchronize", "unmap"}) {
     faults.fail_nth(entry, 1, 719);
-    ASSERT_NE(pool.sleep({{{"weights", kOffload}, {"kv", kOffload}}}).status, CUMEMPOOL_OK) << entry;
+    ASSERT_NE(pool.sleep({{{"weights", kOffload}, {"kv", kOffload}}}).status, CUMEMPOOL_OK)
+        << entry;
     EXPECT_EQ(pool.find(first).state, CUMEMPOOL_AWAKE) << entry;
     EXPECT_EQ(pool.find(second).state, CUMEMPOOL_AWAKE) << entry;
     EXPECT_EQ(pool.snapshot().totals.host_used_bytes, 0U) << entry;
@@ -428,9 +431,9 @@ TEST_F(TransitionFailure, EverythingIsRefusedAfterClose) {
   EXPECT_EQ(pool.wake().status, CUMEMPOOL_CLOSED);
   cumempool_address address = 0;
   EXPECT_EQ(pool.try_malloc("kv", 1, 0, address), CUMEMPOOL_CLOSED);
-  EXPECT_EQ(cumempool_declare_tag(pool.get(), "new", CUMEMPOOL_ON_SLEEP_UNSET,
-                                  CUMEMPOOL_ON_WAKE_UNSET),
-            CUMEMPOOL_CLOSED);
+  EXPECT_EQ(
+      cumempool_declare_tag(pool.get(), "new", CUMEMPOOL_ON_SLEEP_UNSET, CUMEMPOOL_ON_WAKE_UNSET),
+      CUMEMPOOL_CLOSED);
   std::uint64_t released = 0;
   EXPECT_EQ(cumempool_release_host_memory(pool.get(), &released), CUMEMPOOL_CLOSED);
   EXPECT_STRNE(cumempool_last_error()->advice, "");

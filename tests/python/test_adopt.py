@@ -232,7 +232,7 @@ def test_what_cannot_be_moved_is_refused_by_name_with_nothing_moved(
 
 
 def test_lazy_parameters_are_refused(alloc: CuMemAllocator) -> None:
-    with pytest.raises(InvalidTypeError, match="'weight' is a .*UninitializedParameter"):
+    with pytest.raises(InvalidTypeError, match=r"'weight' is a .*UninitializedParameter"):
         alloc.adopt(nn.LazyLinear(3))
 
 

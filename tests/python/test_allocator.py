@@ -8,6 +8,7 @@ import pickle
 from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import GRANULE, MIB, MakeAllocator, assert_nothing_is_held
@@ -47,6 +48,10 @@ DTYPES = [
 ]
 
 # ---- empty
+
+
+def test_empty_takes_the_integers_of_numpy(alloc: CuMemAllocator) -> None:
+    assert alloc.empty(np.int64(3), np.uint8(2)).shape == (3, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

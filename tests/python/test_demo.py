@@ -1,4 +1,4 @@
-"""`cumempool demo`: says loudly what it runs on, shows what happened, and its exit status is true."""
+"""`cumempool demo`: says loudly what it runs on, shows what happened, and exits accordingly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sleep, wake_up and discard: what is kept, what is not, what is reported, what a failure leaves."""
+"""sleep, wake_up and discard: what is kept, what is not, what is reported, what failures leave."""
 
 from __future__ import annotations
 

@@ -1,0 +1,218 @@
+// The C interface itself: arguments it refuses, outputs it leaves alone, and the error each thread
+// sees.
+#include <cstring>
+#include <string>
+#include <thread>
+
+#include "host_fixture.hpp"
+
+namespace cumempool::tests {
+namespace {
+
+constexpr cumempool_on_sleep kNoSuchAction = static_cast<cumempool_on_sleep>(3);
+
+class Abi : public ::testing::Test {
+ protected:
+  static std::string message() { return cumempool_last_error()->message; }
+
+  Host host;
+  Pool pool{host};
+};
+
+TEST(AbiText, VersionAndResultNames) {
+  EXPECT_STREQ(cumempool_version(), "0.1.0");
+  EXPECT_STREQ(cumempool_result_name(0), "CUDA_SUCCESS");
+  EXPECT_STREQ(cumempool_result_name(2), "CUDA_ERROR_OUT_OF_MEMORY");
+  EXPECT_STREQ(cumempool_result_name(-1), "CUDA_ERROR_UNRECOGNIZED");
+  EXPECT_STREQ(cumempool_result_name(123456), "CUDA_ERROR_UNRECOGNIZED");
+}
+
+TEST(AbiText, AThreadThatNeverFailedHasAnEmptyError) {
+  std::thread([] {
+    const cumempool_error* error = cumempool_last_error();
+    ASSERT_NE(error, nullptr);
+    EXPECT_EQ(error->status, CUMEMPOOL_OK);
+    for (const char* text : {error->message, error->operation, error->tag, error->driver_call,
+                             error->result_name, error->advice}) {
+      EXPECT_STREQ(text, "");
+    }
+    EXPECT_EQ(error->device, -1);
+    EXPECT_EQ(error->secondary_count, 0U);
+  }).join();
+}
+
+TEST_F(Abi, R12_EachThreadSeesItsOwnLastErrorUntilItsNextFailure) {
+  EXPECT_EQ(pool.sleep("nothing", kOffload).status, CUMEMPOOL_UNKNOWN_TAG);
+  std::thread([&] {
+    EXPECT_EQ(cumempool_last_error()->status, CUMEMPOOL_OK);
+    EXPECT_EQ(cumempool_free(5), CUMEMPOOL_NOT_OWNED);
+    EXPECT_EQ(cumempool_last_error()->status, CUMEMPOOL_NOT_OWNED);
+  }).join();
+  EXPECT_EQ(cumempool_last_error()->status, CUMEMPOOL_UNKNOWN_TAG);
+  must(cumempool_free(pool.malloc("weights", 1)));
+  EXPECT_EQ(cumempool_last_error()->status, CUMEMPOOL_UNKNOWN_TAG) << "success leaves it alone";
+  EXPECT_STREQ(cumempool_last_error()->tag, "nothing");
+}
+
+TEST_F(Abi, R12_AFailedMallocTellsEverything) {
+  pool.malloc("kv", kGranule);
+  cumempool_address address = 3;
+  ASSERT_EQ(pool.try_malloc("kv", kDeviceGranules * kGranule, 0, address), CUMEMPOOL_OUT_OF_MEMORY);
+  EXPECT_EQ(address, 3U);
+  const cumempool_error* error = cumempool_last_error();
+  EXPECT_EQ(error->status, CUMEMPOOL_OUT_OF_MEMORY);
+  EXPECT_STREQ(error->operation, "malloc");
+  EXPECT_STREQ(error->tag, "kv");
+  EXPECT_EQ(error->device, 0);
+  EXPECT_EQ(error->bytes, kDeviceGranules * kGranule);
+  EXPECT_STREQ(error->driver_call, "host.create");
+  EXPECT_EQ(error->result, CUMEMPOOL_RESULT_OUT_OF_MEMORY);
+  EXPECT_STREQ(error->result_name, "CUDA_ERROR_OUT_OF_MEMORY");
+  EXPECT_EQ(error->free_bytes, (kDeviceGranules - 1) * kGranule);
+  EXPECT_EQ(error->total_bytes, kDeviceGranules * kGranule);
+  EXPECT_STRNE(error->advice, "");
+  for (const char* part :
+       {"malloc", "'kv'", "device 0", "4.00 MiB", "host.create", "CUDA_ERROR_OUT_OF_MEMORY"}) {
+    EXPECT_NE(message().find(part), std::string::npos) << part << " is not in: " << message();
+  }
+}
+
+TEST_F(Abi, SizesThatCannotBeAreInvalidAndTooLargeOnesOutOfMemory) {
+  pool.declare("kv");
+  cumempool_address address = 0;
+  for (const std::size_t bytes : {std::size_t{0}, (std::size_t{1} << 62) + 1, SIZE_MAX}) {
+    EXPECT_EQ(pool.try_malloc("kv", bytes, 0, address), CUMEMPOOL_INVALID_ARGUMENT) << bytes;
+  }
+  EXPECT_EQ(pool.try_malloc("kv", std::size_t{1} << 62, 0, address), CUMEMPOOL_OUT_OF_MEMORY);
+  EXPECT_EQ(pool.try_malloc("kv", std::size_t{1} << 45, 0, address), CUMEMPOOL_OUT_OF_MEMORY);
+  for (const int device : {-1, 2, INT32_MAX, INT32_MIN}) {
+    EXPECT_EQ(pool.try_malloc("kv", 1, device, address), CUMEMPOOL_INVALID_ARGUMENT) << device;
+    EXPECT_EQ(cumempool_last_error()->device, device);
+  }
+  EXPECT_EQ(address, 0U);
+  EXPECT_EQ(host.counters().reserved_bytes, 0U);
+  const auto totals = pool.snapshot().totals;
+  EXPECT_EQ(totals.malloc_failures, 9U);
+  EXPECT_EQ(totals.malloc_calls, 9U);
+}
+
+TEST_F(Abi, NullArgumentsAreInvalid) {
+  constexpr auto kInvalid = CUMEMPOOL_INVALID_ARGUMENT;
+  pool.declare("kv");
+  cumempool_address address = 0;
+  std::uint32_t slot = 0;
+  std::uint64_t bytes = 0;
+  cumempool_report* report = nullptr;
+  cumempool_snapshot* snapshot = nullptr;
+  cumempool_sleep_request request{};
+  request.size = sizeof request;
+  EXPECT_EQ(cumempool_allocator_close(nullptr, 0), kInvalid);
+  EXPECT_EQ(cumempool_declare_tag(nullptr, "a", kOffload, CUMEMPOOL_ON_WAKE_UNSET), kInvalid);
+  EXPECT_EQ(cumempool_declare_tag(pool.get(), nullptr, kOffload, CUMEMPOOL_ON_WAKE_UNSET),
+            kInvalid);
+  EXPECT_EQ(cumempool_malloc(nullptr, "kv", 0, 1, &address), kInvalid);
+  EXPECT_EQ(cumempool_malloc(pool.get(), nullptr, 0, 1, &address), kInvalid);
+  EXPECT_EQ(cumempool_malloc(pool.get(), "kv", 0, 1, nullptr), kInvalid);
+  EXPECT_EQ(cumempool_bind_slot(nullptr, "kv", &slot), kInvalid);
+  EXPECT_EQ(cumempool_bind_slot(pool.get(), nullptr, &slot), kInvalid);
+  EXPECT_EQ(cumempool_bind_slot(pool.get(), "kv", nullptr), kInvalid);
+  EXPECT_EQ(cumempool_sleep(nullptr, &request, &report), kInvalid);
+  EXPECT_EQ(cumempool_sleep(pool.get(), nullptr, &report), kInvalid);
+  EXPECT_EQ(cumempool_sleep(pool.get(), &request, nullptr), kInvalid);
+  EXPECT_EQ(cumempool_wake(nullptr, nullptr, 0, nullptr, 0, &report), kInvalid);
+  EXPECT_EQ(cumempool_wake(pool.get(), nullptr, 0, nullptr, 0, nullptr), kInvalid);
+  EXPECT_EQ(cumempool_wake(pool.get(), nullptr, 0, nullptr, 1, &report), kInvalid);
+  const char* const no_tag[] = {nullptr};
+  EXPECT_EQ(cumempool_wake(pool.get(), no_tag, 1, nullptr, 0, &report), kInvalid);
+  EXPECT_EQ(cumempool_release_host_memory(nullptr, &bytes), kInvalid);
+  EXPECT_EQ(cumempool_release_host_memory(pool.get(), nullptr), kInvalid);
+  EXPECT_EQ(cumempool_find(pool.get(), 1, nullptr), kInvalid);
+  EXPECT_EQ(cumempool_take_snapshot(nullptr, 0, &snapshot), kInvalid);
+  EXPECT_EQ(cumempool_take_snapshot(pool.get(), 0, nullptr), kInvalid);
+  EXPECT_EQ(report, nullptr);
+  EXPECT_EQ(snapshot, nullptr);
+  cumempool_allocator_destroy(nullptr);
+  cumempool_report_destroy(nullptr);
+  cumempool_snapshot_destroy(nullptr);
+  cumempool_host_driver_destroy(nullptr);
+}
+
+TEST_F(Abi, RequestsThatContradictThemselvesAreInvalid) {
+  pool.declare("kv");
+  cumempool_report* report = nullptr;
+  const auto refused = [&](const cumempool_sleep_request& request) {
+    return cumempool_sleep(pool.get(), &request, &report) == CUMEMPOOL_INVALID_ARGUMENT;
+  };
+  cumempool_sleep_request request{};
+  EXPECT_TRUE(refused(request)) << "size 0 is no version";
+  request.size = sizeof request;
+  request.tag_count = 1;
+  EXPECT_TRUE(refused(request)) << "tags is NULL";
+  request.tag_count = 0;
+  request.dead_count = 1;
+  EXPECT_TRUE(refused(request)) << "dead is NULL";
+  request.dead_count = 0;
+  request.stream_count = 1;
+  EXPECT_TRUE(refused(request)) << "streams is NULL";
+  request.stream_count = 0;
+  cumempool_tag_action action{"kv", kNoSuchAction};
+  request.tags = &action;
+  request.tag_count = 1;
+  EXPECT_TRUE(refused(request)) << "the action is outside its enum";
+  action = {nullptr, kOffload};
+  EXPECT_TRUE(refused(request)) << "the tag is NULL";
+  EXPECT_EQ(report, nullptr);
+}
+
+TEST_F(Abi, StructsOfAnotherVersionAreRefused) {
+  constexpr auto kInvalid = CUMEMPOOL_INVALID_ARGUMENT;
+  cumempool_allocator* allocator = nullptr;
+  cumempool_allocator_options options{sizeof options - 8, 0, 0};
+  EXPECT_EQ(cumempool_allocator_create(&host.table(), &options, &allocator), kInvalid);
+  options.size = sizeof options;
+  cumempool_driver table = host.table();
+  table.version += 1;
+  EXPECT_EQ(cumempool_allocator_create(&table, &options, &allocator), kInvalid);
+  table = host.table();
+  table.size -= 8;
+  EXPECT_EQ(cumempool_allocator_create(&table, &options, &allocator), kInvalid);
+  EXPECT_EQ(cumempool_allocator_create(nullptr, &options, &allocator), kInvalid);
+  EXPECT_EQ(cumempool_allocator_create(&host.table(), nullptr, &allocator), kInvalid);
+  EXPECT_EQ(cumempool_allocator_create(&host.table(), &options, nullptr), kInvalid);
+  EXPECT_EQ(allocator, nullptr);
+  const cumempool_driver* made = nullptr;
+  cumempool_host_driver_options host_options{};
+  EXPECT_EQ(cumempool_host_driver_create(&host_options, &made), kInvalid);
+  EXPECT_EQ(cumempool_host_driver_create(nullptr, &made), kInvalid);
+  EXPECT_EQ(made, nullptr);
+}
+
+TEST_F(Abi, R11_ProbingADeviceLeavesNothingBehind) {
+  cumempool_device_probe probe{};
+  probe.size = sizeof probe;
+  must(cumempool_probe_device(&host.table(), 1, &probe));
+  EXPECT_EQ(probe.size, sizeof probe);
+  EXPECT_EQ(probe.usable, 1) << probe.reason;
+  EXPECT_STREQ(probe.reason, "");
+  EXPECT_STREQ(probe.name, "cumempool host device 1");
+  EXPECT_EQ(probe.virtual_memory, 1);
+  EXPECT_EQ(probe.handle_types, static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD));
+  EXPECT_EQ(probe.handle_types_claimed, static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD));
+  EXPECT_EQ(probe.rdma + probe.rdma_claimed, 0);
+  EXPECT_EQ(probe.granularity, kGranule);
+  EXPECT_EQ(probe.free_bytes, kDeviceGranules * kGranule);
+  EXPECT_EQ(probe.total_bytes, kDeviceGranules * kGranule);
+  host.expect_empty();
+  EXPECT_NE(cumempool_probe_device(&host.table(), 2, &probe), CUMEMPOOL_OK);
+  probe.size = 4;
+  EXPECT_EQ(cumempool_probe_device(&host.table(), 0, &probe), CUMEMPOOL_INVALID_ARGUMENT);
+}
+
+TEST_F(Abi, R11_AnAllocatorThatIsNotUsedHoldsNothing) {
+  pool.declare("kv");
+  EXPECT_EQ(pool.snapshot().totals.reserved_address_bytes, 0U);
+  host.expect_empty();
+}
+
+}  // namespace
+}  // namespace cumempool::tests
