@@ -602,7 +602,7 @@ def _check_shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:
         given = size[0]
     shape = []
     for extent in given:
-        if not isinstance(extent, Integral) or isinstance(extent, bool):
+        if isinstance(extent, bool) or not isinstance(extent, Integral):
             raise InvalidTypeError(f"a shape is made of integers, not {extent!r}")
         count = int(extent)
         if count < 0:
