@@ -24,6 +24,7 @@ __all__ = [
     "ExpandableSegmentsOff",
     "PoolRoute",
     "build_kind",
+    "cached_bytes",
     "current_streams",
     "dead_ranges",
     "devices_in_use",
@@ -91,6 +92,16 @@ def empty_cache() -> None:
     """Gives torch's unused segments back, those of pools that are gone included."""
     if is_initialized():
         torch.cuda.empty_cache()
+
+
+def cached_bytes() -> int:
+    """Bytes of all devices that torch holds and no tensor uses."""
+    if not is_initialized():
+        return 0
+    return sum(
+        torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        for device in devices_in_use()
+    )
 
 
 def dead_ranges() -> list[tuple[int, int]]:

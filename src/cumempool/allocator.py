@@ -21,7 +21,7 @@ from cumempool.errors import (
     OutOfMemoryError,
 )
 from cumempool.probe import open_driver
-from cumempool.report import TransitionReport
+from cumempool.report import TransitionReport, format_bytes
 from cumempool.stats import AllocationInfo, Stats, TagStats
 
 if TYPE_CHECKING:
@@ -578,8 +578,17 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         if type(error).__name__ != "OutOfMemoryError" or not hasattr(error, "add_note"):
             return
         reason = self._allocator.stats().last_malloc_failure
-        if reason:
-            error.add_note(f"cumempool: {reason}")
+        if not reason:
+            return
+        error.add_note(f"cumempool: {reason}")
+        from cumempool import _torch
+
+        cached = _torch.cached_bytes()
+        if cached:
+            error.add_note(
+                f"cumempool: torch has {format_bytes(cached)} cached outside the pool, which it does "
+                "not free while a pool scope is open; torch.cuda.empty_cache() before it does"
+            )
 
 
 def _unbind(slot: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -162,6 +163,24 @@ def test_an_allocation_too_large_raises_and_the_process_goes_on(
         allocator.empty(2 * total, dtype=torch.uint8)
     assert int(allocator.empty(4, dtype=torch.int32).fill_(2).sum()) == 8
     assert allocator.stats().malloc_failures > 0
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes on exceptions came with Python 3.11")
+def test_running_out_in_a_scope_names_what_torch_has_cached_elsewhere(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    cached = torch.empty(int(free * 0.6), dtype=torch.uint8, device=gpu)
+    del cached
+    with pytest.raises(torch.OutOfMemoryError) as caught, allocator.use_memory_pool("weights"):
+        torch.empty(int(free * 0.6), dtype=torch.uint8, device=gpu)
+    notes = "\n".join(caught.value.__notes__)
+    assert "CUDA_ERROR_OUT_OF_MEMORY" in notes
+    assert "torch.cuda.empty_cache()" in notes
+    torch.cuda.empty_cache()
+    with allocator.use_memory_pool("weights"):
+        fits = torch.empty(int(free * 0.6), dtype=torch.uint8, device=gpu)
+    assert allocator.tag_of(fits) == "weights"
 
 
 def test_host_memory_is_reused_and_given_back(
