@@ -281,7 +281,7 @@ class Allocator {
   // memory is in use the allocator and its driver stay, for the rest of the process.
   ~Allocator() {
     if (cumempool_allocator_close(allocator_, 0) == CUMEMPOOL_IN_USE) {
-      static_cast<void>(new DriverPointer(driver_));
+      driver_->owned = false;  // a host driver is not destroyed, then
       return;
     }
     cumempool_allocator_destroy(allocator_);

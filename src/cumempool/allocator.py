@@ -586,8 +586,8 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         cached = _torch.cached_bytes()
         if cached:
             error.add_note(
-                f"cumempool: torch has {format_bytes(cached)} cached outside the pool, which it does "
-                "not free while a pool scope is open; torch.cuda.empty_cache() before it does"
+                f"cumempool: torch has {format_bytes(cached)} cached outside the pool, which it "
+                "does not free while a pool scope is open; torch.cuda.empty_cache() before it does"
             )
 
 
