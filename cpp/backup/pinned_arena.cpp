@@ -1,4 +1,5 @@
-// Pinned host memory for backups: registered blocks, handed out in spans and kept for the next sleep.
+// Pinned host memory for backups: registered blocks, handed out in spans and kept for the next
+// sleep.
 #include "backup/pinned_arena.hpp"
 
 #include <algorithm>
@@ -19,7 +20,9 @@ constexpr std::size_t kSmallBlockUnit = std::size_t{64} << 10;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kPage = std::size_t{4} << 10;
 
-std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+std::size_t round_up(std::size_t bytes, std::size_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
 
 // Blocks of a huge page or more are whole huge pages; what is left over is small.
 std::size_t block_bytes_for(std::size_t expected) {

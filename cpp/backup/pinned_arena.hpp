@@ -37,7 +37,8 @@ class PinnedArena {
   HostSpan acquire(int device, std::size_t bytes, std::size_t expected);
   void release(const HostSpan& span) noexcept;
 
-  // Unregisters and unmaps the blocks that hold nothing; returns their bytes. Inside a ContextScope.
+  // Unregisters and unmaps the blocks that hold nothing; returns their bytes. Inside a
+  // ContextScope.
   std::uint64_t trim(int device) noexcept;
 
   std::uint64_t held_bytes() const;

@@ -59,9 +59,9 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
     bury({});  // what the driver did not take back may be what is missing now
     const std::shared_ptr<Device> on = devices_.at(device);
     const std::size_t rounded = round_up(*on, bytes);
-    const auto record = std::make_shared<Record>(
-        shared_from_this(), tag, device, bytes,
-        vmm::Allocation(driver_, ledger_, on->kind().properties, rounded));
+    const auto record =
+        std::make_shared<Record>(shared_from_this(), tag, device, bytes,
+                                 vmm::Allocation(driver_, ledger_, on->kind().properties, rounded));
     publish(record);
     return record->address;
   } catch (Error& error) {
@@ -168,7 +168,8 @@ void Allocator::close(bool force) {
     devices_.close();
     return;
   }
-  Error error(CUMEMPOOL_DRIVER_ERROR, "the allocator is closed, but some memory was not given back");
+  Error error(CUMEMPOOL_DRIVER_ERROR,
+              "the allocator is closed, but some memory was not given back");
   error.operation = "close";
   error.bytes = ledger_.physical_bytes + arena_.held_bytes();
   error.advice = "close it again; where the driver refuses for good, end the process";

@@ -36,8 +36,8 @@ class Device {
   std::unique_ptr<backup::CopyQueue> queue_;
 };
 
-// Thread-safe. A device lives, with its context, as long as somebody holds on to it, so that closing
-// takes nothing away from a call in another thread.
+// Thread-safe. A device lives, with its context, as long as somebody holds on to it, so that
+// closing takes nothing away from a call in another thread.
 class DeviceTable {
  public:
   explicit DeviceTable(driver::Driver driver) : driver_(driver) {}

@@ -14,8 +14,8 @@ namespace cumempool::pool {
 
 class Allocator;
 
-// `memory` belongs to whoever claimed the record, or retired it; everything below the line is guarded
-// by the lock of the RecordSet.
+// `memory` belongs to whoever claimed the record, or retired it; everything below the line is
+// guarded by the lock of the RecordSet.
 struct Record {
   Record(std::shared_ptr<Allocator> owner_of, const Tag& under, int on_device,
          std::size_t bytes_requested, vmm::Allocation&& made)

@@ -110,7 +110,8 @@ class Sleep {
     return request_.drop_backups && discards(record) && record.backup;
   }
 
-  // Asleep, but its memory was not taken back: tried again, unless only that memory has its contents.
+  // Asleep, but its memory was not taken back: tried again, unless only that memory has its
+  // contents.
   bool releasable(const Record& record) const {
     return record.unreleased && (!record.intact || record.backup || discards(record) ||
                                  dead_.live_extents(record).empty());
@@ -158,8 +159,8 @@ class Sleep {
                });
   }
 
-  // Unmaps everything and releases nothing yet: until the last unmap has succeeded, all of it can be
-  // mapped again with its contents, without asking the device for memory.
+  // Unmaps everything and releases nothing yet: until the last unmap has succeeded, all of it can
+  // be mapped again with its contents, without asking the device for memory.
   void detach() {
     for (std::size_t i = 0; i < sleepers_.size(); ++i) {
       try {

@@ -17,8 +17,8 @@ struct SleepRequest {
   std::vector<cumempool_device_stream> streams;
 };
 
-// All or nothing (R4). Throws Error; then every allocation is awake with its contents as before, or,
-// where undoing failed as well, asleep with its contents kept, and the error says so.
+// All or nothing (R4). Throws Error; then every allocation is awake with its contents as before,
+// or, where undoing failed as well, asleep with its contents kept, and the error says so.
 Report sleep(Allocator& allocator, const SleepRequest& request);
 
 }  // namespace cumempool::pool

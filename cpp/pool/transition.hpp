@@ -40,10 +40,10 @@ class Transition {
   bool committed_ = false;
 };
 
-// Runs `work(index, queue)`, which enqueues copies and fills, for each of `records` (as claim() orders
-// them), one device after the other, inside its ContextScope; waits for them and enters the time per
-// row. On failure it
-// waits for what was enqueued before it throws, so that both sides of the copies may be let go.
+// Runs `work(index, queue)`, which enqueues copies and fills, for each of `records` (as claim()
+// orders them), one device after the other, inside its ContextScope; waits for them and enters the
+// time per row. On failure it waits for what was enqueued before it throws, so that both sides of
+// the copies may be let go.
 void run_copies(Allocator& allocator, const char* operation,
                 const std::vector<RecordPointer>& records, Report& report,
                 const std::function<void(std::size_t index, backup::CopyQueue& queue)>& work);

@@ -71,11 +71,13 @@ class Wake {
     error.problem = "the wake needs " + format_bytes(needed) + " on the device and had taken " +
                     format_bytes(mapped) + ", which it gave back";
     error.advice =
-        "free device memory (torch.cuda.empty_cache(), other tags, other processes) and wake again; "
+        "free device memory (torch.cuda.empty_cache(), other tags, other processes) and wake "
+        "again; "
         "everything is still asleep with its backup";
   }
 
-  // Copies were waited for, unless that failed as well: then they may still write to what is mapped.
+  // Copies were waited for, unless that failed as well: then they may still write to what is
+  // mapped.
   void wait_for_copies() {
     for (const RecordPointer& record : records_) {
       if (idle_.count(record->device) != 0 || busy_.count(record->device) != 0) continue;
@@ -114,26 +116,25 @@ class Wake {
   void copy_in() {
     std::map<const Tag*, bool> zero;
     for (const RecordPointer& record : records_) {
-      zero[record->tag] =
-          allocator_.tags().policy(*record->tag).on_wake == CUMEMPOOL_ON_WAKE_ZERO;
+      zero[record->tag] = allocator_.tags().policy(*record->tag).on_wake == CUMEMPOOL_ON_WAKE_ZERO;
     }
-    run_copies(allocator_, "wake", records_, report_,
-               [&](std::size_t index, backup::CopyQueue& queue) {
-                 Record& record = *records_[index];
-                 cumempool_report_row& row = report_.row(record);
-                 row.allocations += 1;
-                 if (!held_before_[index]) row.mapped_bytes += record.bytes;
-                 if (record.intact) return;  // its contents never left
-                 if (record.backup) {
-                   record.backup->restore(queue, record.address);
-                   row.restored_bytes += record.backup->bytes();
-                   if (!zero[record.tag]) return;
-                   row.zeroed_bytes += record.backup->zero_rest(queue, record.address, record.bytes);
-                 } else if (zero[record.tag]) {
-                   queue.fill_zero(record.address, record.bytes);
-                   row.zeroed_bytes += record.bytes;
-                 }
-               });
+    run_copies(
+        allocator_, "wake", records_, report_, [&](std::size_t index, backup::CopyQueue& queue) {
+          Record& record = *records_[index];
+          cumempool_report_row& row = report_.row(record);
+          row.allocations += 1;
+          if (!held_before_[index]) row.mapped_bytes += record.bytes;
+          if (record.intact) return;  // its contents never left
+          if (record.backup) {
+            record.backup->restore(queue, record.address);
+            row.restored_bytes += record.backup->bytes();
+            if (!zero[record.tag]) return;
+            row.zeroed_bytes += record.backup->zero_rest(queue, record.address, record.bytes);
+          } else if (zero[record.tag]) {
+            queue.fill_zero(record.address, record.bytes);
+            row.zeroed_bytes += record.bytes;
+          }
+        });
   }
 
   void commit() {

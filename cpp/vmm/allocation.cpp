@@ -5,10 +5,7 @@ namespace cumempool::vmm {
 
 Allocation::Allocation(driver::Driver driver, Ledger& ledger,
                        const cumempool_memory_properties& properties, std::size_t bytes)
-    : driver_(driver),
-      ledger_(&ledger),
-      properties_(properties),
-      range_(driver, ledger, bytes) {}
+    : driver_(driver), ledger_(&ledger), properties_(properties), range_(driver, ledger, bytes) {}
 
 void Allocation::map() {
   if (mapped()) return;

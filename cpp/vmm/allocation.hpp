@@ -2,8 +2,8 @@
 //
 //   reserved --map()--> mapped --unmap()--> detached --release_physical()--> reserved
 //
-// `detached` is unmapped with the physical memory (and so its contents) still held; map() from there
-// needs no memory and cannot run out of it, which is what makes a sleep reversible (R4).
+// `detached` is unmapped with the physical memory (and so its contents) still held; map() from
+// there needs no memory and cannot run out of it, which is what makes a sleep reversible (R4).
 #pragma once
 
 #include <cstddef>
@@ -37,8 +37,8 @@ class Allocation {
   // Gives the memory of a detached range back. On failure it stays held; may be repeated.
   cumempool_result release_physical() noexcept;
 
-  // Everything back, in reverse order. Stops at the first failure, with what is left still held, and
-  // may be repeated.
+  // Everything back, in reverse order. Stops at the first failure, with what is left still held,
+  // and may be repeated.
   cumempool_result teardown() noexcept;
 
  private:

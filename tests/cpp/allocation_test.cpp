@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <string>
+#include <utility>
 
 #include "driver/fault_driver.hpp"
 #include "host_fixture.hpp"

@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "backup/copy_queue.hpp"
 #include "driver/fault_driver.hpp"
@@ -23,12 +25,11 @@ class BackupTest : public ::testing::Test {
  protected:
   static constexpr std::size_t kBytes = 4 * kGranule;
 
-  ~BackupTest() override { arena.trim(0); }
-
   void SetUp() override {
     memory.map();
     write_pattern(memory.address(), kBytes, 1);
   }
+  void TearDown() override { arena.trim(0); }
 
   Host host;
   FaultDriver faults{host.table()};
@@ -73,6 +74,7 @@ TEST_F(BackupTest, R9_TakesOnlyTheExtentsItWasGiven) {
 
 TEST_F(BackupTest, MayBeScatteredOverManyBlocks) {
   std::vector<backup::HostSpan> holes;
+  holes.reserve(3);
   for (int i = 0; i < 3; ++i) holes.push_back(arena.acquire(0, kGranule, kGranule));
   for (const auto& hole : holes) arena.release(hole);
   ASSERT_EQ(host.counters().registrations, 3U);

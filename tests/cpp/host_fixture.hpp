@@ -35,7 +35,8 @@ inline std::uint8_t* bytes_at(cumempool_address address) {
 
 // Differs from place to place and from seed to seed.
 inline std::uint8_t pattern_byte(std::size_t index, std::uint32_t seed) {
-  return static_cast<std::uint8_t>(index * 31 + (index >> 8) * 7 + (index >> 16) * 13 + seed * 101);
+  return static_cast<std::uint8_t>(index * 31 + (index >> 8) * 7 + (index >> 16) * 13 +
+                                   std::size_t{seed} * 101);
 }
 
 inline void write_pattern(cumempool_address address, std::size_t bytes, std::uint32_t seed) {

@@ -23,7 +23,7 @@ constexpr std::size_t kPage = 4096;
 // Inside the context of device 0, as the arena's callers are.
 class PinnedArenaTest : public ::testing::Test {
  protected:
-  ~PinnedArenaTest() override {
+  void TearDown() override {
     faults.fail_nothing();
     arena.trim(0);
   }

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <vector>
+
 #include "host_fixture.hpp"
 
 namespace cumempool::tests {
@@ -41,6 +43,7 @@ TEST_F(RegistryTest, DoesNotFindWhatLiesBesideAnAllocation) {
 
 TEST_F(RegistryTest, FindsNeighboursApart) {
   std::vector<cumempool_address> addresses;
+  addresses.reserve(10);
   for (int i = 0; i < 10; ++i) addresses.push_back(pool.malloc("weights", kGranule));
   for (const auto address : addresses) {
     EXPECT_EQ(pool.find(address).address, address);

@@ -67,6 +67,7 @@ class Threads : public ::testing::Test {
 
   void run_for(std::chrono::milliseconds duration, const std::function<void()>& meanwhile) {
     std::vector<std::thread> threads;
+    threads.reserve(kThreads);
     for (int i = 0; i < kThreads; ++i) {
       pool.declare(("thread " + std::to_string(i % 4)).c_str());
       threads.emplace_back([this, i] { churn(i); });
@@ -114,6 +115,7 @@ TEST_F(Threads, R3_TransitionsOfSeveralThreadsTakeTurns) {
   const auto address = pool.malloc("weights", 2 * kGranule);
   write_pattern(address, 2 * kGranule, 1);
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&, i] {
       for (int cycle = 0; cycle < 20; ++cycle) {
@@ -135,6 +137,7 @@ TEST_F(Threads, R3_TransitionsOfSeveralThreadsTakeTurns) {
 TEST_F(Threads, R6_FreesOfSleepingAndWakingAllocationsRaceWell) {
   for (int cycle = 0; cycle < 30; ++cycle) {
     std::vector<cumempool_address> addresses;
+    addresses.reserve(12);
     for (int i = 0; i < 12; ++i) addresses.push_back(pool.malloc("weights", kGranule, i % 2));
     std::thread sleeper([&] {
       if (pool.sleep("weights", kOffload).status != CUMEMPOOL_OK) ++failures;
@@ -156,6 +159,7 @@ TEST_F(Threads, CloseByForceRacesWellWithAllocatingFreeingAndLooking) {
     Pool closing(host);
     closing.declare("weights");
     std::vector<std::thread> threads;
+    threads.reserve(4);
     std::atomic<int> made{0};
     for (int i = 0; i < 4; ++i) {
       threads.emplace_back([&, i] {

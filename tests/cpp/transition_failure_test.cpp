@@ -166,6 +166,10 @@ TEST_F(TransitionFailure, R4_SleepThatCannotBeUndoneEitherLosesNothing) {
   EXPECT_EQ(pool.find(last).state, CUMEMPOOL_AWAKE);
   EXPECT_EQ(pool.snapshot().tag("weights").unreleased_bytes, kGranule);
   expect_exact_numbers(pool, host);
+  faults.fail_nth("map", 2, 719);
+  EXPECT_EQ(pool.wake().status, CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(host.counters().charged_bytes, 3 * kGranule) << "what was held stays held";
+  expect_exact_numbers(pool, host);
   const Outcome woken = pool.wake();
   EXPECT_EQ(woken.row("weights").mapped_bytes + woken.row("weights").restored_bytes, 0U)
       << "the same memory, with its contents";
@@ -340,6 +344,27 @@ TEST_F(TransitionFailure, R6_FreeDuringAWakeOrAFailingTransitionIsCarriedOut) {
     EXPECT_TRUE(holds_pattern(kept, kGranule, 1));
     must(cumempool_free(kept));
   }
+}
+
+TEST_F(TransitionFailure, R5_FreeDuringAWakeWaitsForWorkInFlightWhenItIsCarriedOut) {
+  const auto kept = filled("weights", kGranule, 1);
+  const auto freed = filled("weights", kGranule, 2);
+  UserStream stream(host);
+  must(pool.sleep("weights", kOffload).status);
+  bool done = false;
+  faults.observe([&](const char* entry) {
+    if (std::string(entry) != "copy_to_device" || done) return;
+    done = true;
+    stream.fill(freed, kGranule, 7);
+    must(cumempool_free(freed));
+  });
+  must(pool.wake().status);
+  faults.observe(nullptr);
+  EXPECT_EQ(host.counters().queued_commands, 0U);
+  // Work into memory that had gone would have broken the device.
+  must(pool.sleep("weights", kOffload).status);
+  must(pool.wake().status);
+  EXPECT_TRUE(holds_pattern(kept, kGranule, 1));
 }
 
 TEST_F(TransitionFailure, R6_FreeThatTheDriverRefusesIsTriedAgain) {
