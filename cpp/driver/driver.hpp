@@ -1,5 +1,5 @@
-// A driver table with exceptions: each call either succeeds or throws Error with the call's name and
-// result. The table itself stays reachable for the few places that must not throw.
+// A driver table with exceptions: each call either succeeds or throws Error with the call's name
+// and result. The table itself stays reachable for the few places that must not throw.
 #pragma once
 
 #include <cstddef>
@@ -52,8 +52,8 @@ class Driver {
 
 // Throws the Error for a failed driver call; returns for success. `call` is the entry of the table
 // ("create"); messages name the CUDA function behind it where the driver is `cuda`.
-void check(const cumempool_driver& table, const char* call, cumempool_result result, int device = -1,
-           std::uint64_t bytes = 0);
+void check(const cumempool_driver& table, const char* call, cumempool_result result,
+           int device = -1, std::uint64_t bytes = 0);
 
 // Holds a device's primary context for as long as it lives.
 class RetainedContext {

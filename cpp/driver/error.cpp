@@ -45,6 +45,12 @@ void append(std::string& text, const char* separator, const std::string& part) {
 }  // namespace
 
 std::string Error::message() const {
+  std::string text = account();
+  append(text, ". ", advice);
+  return text;
+}
+
+std::string Error::account() const {
   std::string body = problem;
   append(body, "; ", failed_call(*this));
   if (total_bytes > 0) {
@@ -55,7 +61,6 @@ std::string Error::message() const {
   for (std::size_t i = 0; i < secondary.size(); ++i) {
     append(text, i == 0 ? "; then also failed: " : ", ", secondary[i]);
   }
-  append(text, ". ", advice);
   return text;
 }
 

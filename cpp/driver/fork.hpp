@@ -1,5 +1,5 @@
-// Whether this process is the forked child of one that had opened a driver: drivers do not survive a
-// fork, so nothing may be called there (R14).
+// Whether this process is the forked child of one that had opened a driver: drivers do not survive
+// a fork, so nothing may be called there (R14).
 #pragma once
 
 namespace cumempool::driver {

@@ -184,7 +184,7 @@ std::vector<std::string> Allocator::give_everything_back() {
       step();
     } catch (Error& error) {
       annotate(error, "close", record);
-      problems.push_back(error.message());
+      problems.push_back(error.account());
     }
   };
   const auto all = records_.claim([](const Record&) { return true; });

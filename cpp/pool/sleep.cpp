@@ -179,7 +179,7 @@ class Sleep {
     } catch (Error& error) {
       // Its handle still holds the contents: asleep, nothing lost, and wake maps the same memory.
       annotate(error, "sleep", sleeper.record.get());
-      failure.secondary.push_back(error.message());
+      failure.secondary.push_back(error.account());
       keep_asleep(sleeper);
     }
   }

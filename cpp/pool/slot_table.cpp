@@ -67,8 +67,8 @@ void* SlotTable::malloc(std::uint32_t number, std::size_t bytes, int device) noe
 }
 
 void SlotTable::free(void* address) noexcept {
-  const RecordPointer record =
-      Registry::instance().take(static_cast<cumempool_address>(reinterpret_cast<std::uintptr_t>(address)));
+  const RecordPointer record = Registry::instance().take(
+      static_cast<cumempool_address>(reinterpret_cast<std::uintptr_t>(address)));
   if (record == nullptr) return;
   const std::shared_ptr<Allocator> owner = record->owner;  // outlives its last record
   owner->free(record);

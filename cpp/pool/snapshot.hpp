@@ -19,8 +19,8 @@ struct Snapshot {
 
 Snapshot take_snapshot(Allocator& allocator, bool allocations);
 
-// What is known of the live allocation that holds `address`. Throws Error (CUMEMPOOL_NOT_OWNED) where
-// there is none, or where `allocator` is not null and it belongs to another.
+// What is known of the live allocation that holds `address`. Throws Error (CUMEMPOOL_NOT_OWNED)
+// where there is none, or where `allocator` is not null and it belongs to another.
 cumempool_allocation_info find_allocation(const Allocator* allocator, cumempool_address address);
 
 }  // namespace cumempool::pool

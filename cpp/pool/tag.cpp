@@ -54,7 +54,8 @@ void check_name(const std::string& name) {
 void check_policy(const TagPolicy& policy) {
   const auto sleep = static_cast<int>(policy.on_sleep);
   const auto wake = static_cast<int>(policy.on_wake);
-  if (sleep < 0 || sleep > CUMEMPOOL_ON_SLEEP_DISCARD || wake < 0 || wake > CUMEMPOOL_ON_WAKE_ZERO) {
+  if (sleep < 0 || sleep > CUMEMPOOL_ON_SLEEP_DISCARD || wake < 0 ||
+      wake > CUMEMPOOL_ON_WAKE_ZERO) {
     throw Error(CUMEMPOOL_INVALID_ARGUMENT, "the policy of the tag has a value outside its enum");
   }
 }
@@ -79,8 +80,8 @@ Tag& TagTable::find(const std::string& name) const {
   for (const auto& entry : tags_) known += (known.empty() ? "'" : ", '") + entry.first + "'";
   Error error(CUMEMPOOL_UNKNOWN_TAG, "no tag '" + name + "' was ever used");
   error.tag = name;
-  error.advice = known.empty() ? "no tag is known yet: allocate under one first"
-                               : "known tags: " + known;
+  error.advice =
+      known.empty() ? "no tag is known yet: allocate under one first" : "known tags: " + known;
   throw error;
 }
 

@@ -24,8 +24,8 @@ struct Tag {
 // The tags of one allocator. Thread-safe; a tag lives as long as the table, at the same address.
 class TagTable {
  public:
-  // Makes a tag known, or changes what `policy` sets. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a
-  // name that is empty, over 255 bytes or not UTF-8, and for policies outside their enums.
+  // Makes a tag known, or changes what `policy` sets. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for
+  // a name that is empty, over 255 bytes or not UTF-8, and for policies outside their enums.
   void declare(const std::string& name, TagPolicy policy);
 
   // Throws Error (CUMEMPOOL_UNKNOWN_TAG) that lists the known ones.

@@ -103,7 +103,7 @@ class DeviceCopies {
     try {
       queue.drain();
     } catch (Error& error) {
-      failure.secondary.push_back(error.message());
+      failure.secondary.push_back(error.account());
     }
   }
 

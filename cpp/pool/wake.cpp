@@ -107,7 +107,7 @@ class Wake {
                       record.device, record.bytes);
       } catch (Error& error) {
         annotate(error, "wake", &record);
-        if (failure != nullptr) failure->secondary.push_back(error.message());
+        if (failure != nullptr) failure->secondary.push_back(error.account());
         allocator_.records().update([&] { record.unreleased = true; });
       }
     }

@@ -1,5 +1,6 @@
-// The extension module cumempool._core: the C interface of cumempool.h as Python sees it. Failures are
-// raised as the classes of cumempool.errors; the GIL is released around every call that may wait.
+// The extension module cumempool._core: the C interface of cumempool.h as Python sees it. Failures
+// are raised as the classes of cumempool.errors; the GIL is released around every call that may
+// wait.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -315,9 +316,12 @@ class Allocator {
     // Integer to pointer: the address is the driver's.
     void* data = reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
         static_cast<std::uintptr_t>(lease->address));
-    lease->tensor.dl_tensor = {data,           {driver_->memory, on_cpu ? 0 : device},
-                               1,              {cumempool::python::kDlUnsigned, 8, 1},
-                               &lease->shape,  &lease->stride,
+    lease->tensor.dl_tensor = {data,
+                               {driver_->memory, on_cpu ? 0 : device},
+                               1,
+                               {cumempool::python::kDlUnsigned, 8, 1},
+                               &lease->shape,
+                               &lease->stride,
                                0};
     lease->tensor.manager_ctx = lease.get();
     lease->tensor.deleter = &end_lease;
@@ -431,11 +435,12 @@ PYBIND11_MODULE(_core, module) {
   module.def("open_cuda", &open_cuda);
   module.def("open_host", &open_host, py::arg("devices"), py::arg("bytes_per_device"),
              py::arg("granularity"), py::arg("rdma"));
-  module.def("free", [](std::uint64_t address) { call([&] { return cumempool_free(address); }); },
-             py::arg("address"));
-  module.def("unbind_slot",
-             [](std::uint32_t slot) { call([&] { return cumempool_unbind_slot(slot); }); },
-             py::arg("slot"));
+  module.def(
+      "free", [](std::uint64_t address) { call([&] { return cumempool_free(address); }); },
+      py::arg("address"));
+  module.def(
+      "unbind_slot", [](std::uint32_t slot) { call([&] { return cumempool_unbind_slot(slot); }); },
+      py::arg("slot"));
 
   py::class_<Driver, DriverPointer>(module, "Driver")
       .def_property_readonly("name", [](const Driver& driver) { return driver.table->name; })

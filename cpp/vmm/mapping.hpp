@@ -27,8 +27,8 @@ class Mapping {
   // Lets `device` read and write the range. Throws Error; then access is as before.
   void give_access(int device);
 
-  // Unmaps. The caller has made sure that no work in flight uses the range (R5). On failure it stays
-  // mapped and the call may be repeated.
+  // Unmaps. The caller has made sure that no work in flight uses the range (R5). On failure it
+  // stays mapped and the call may be repeated.
   cumempool_result release() noexcept;
 
  private:

@@ -6,8 +6,8 @@
 
 namespace cumempool::vmm {
 
-// Fills every field but `size`. Throws Error only for a device that does not exist; what fails while
-// trying ends up in `reason`. A context that was not there before is gone afterwards.
+// Fills every field but `size`. Throws Error only for a device that does not exist; what fails
+// while trying ends up in `reason`. A context that was not there before is gone afterwards.
 void probe_device(driver::Driver driver, int device, cumempool_device_probe& probe);
 
 }  // namespace cumempool::vmm

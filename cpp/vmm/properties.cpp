@@ -16,7 +16,8 @@ void try_export(driver::Driver driver, int device, cumempool_physical memory, st
   const auto& table = driver.table();
   if (type == CUMEMPOOL_HANDLE_POSIX_FD) {
     int fd = -1;
-    driver::check(table, "export_handle", table.export_handle(table.self, memory, type, &fd), device);
+    driver::check(table, "export_handle", table.export_handle(table.self, memory, type, &fd),
+                  device);
     ::close(fd);
     return;
   }

@@ -1,5 +1,5 @@
-// Which properties a device's memory can really have: found by creating and exporting a granule, not
-// by reading attributes, which promise what cuMemCreate then refuses (R8).
+// Which properties a device's memory can really have: found by creating and exporting a granule,
+// not by reading attributes, which promise what cuMemCreate then refuses (R8).
 #pragma once
 
 #include <cstddef>

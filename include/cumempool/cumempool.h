@@ -33,7 +33,8 @@ CUMEMPOOL_API const cumempool_error *cumempool_last_error(void);
 /* "CUDA_ERROR_OUT_OF_MEMORY" for 2; "CUDA_ERROR_UNRECOGNIZED" for numbers it does not know. */
 CUMEMPOOL_API const char *cumempool_result_name(cumempool_result result);
 
-/* ---- drivers ---------------------------------------------------------------------------------- */
+/* ---- drivers ----------------------------------------------------------------------------------
+ */
 
 /* The `cuda` driver of the process. Opens libcuda at the first call and initialises it; makes no
  * context. CUMEMPOOL_UNAVAILABLE where the library or a required symbol is missing or cuInit fails.
@@ -45,12 +46,13 @@ typedef struct cumempool_host_driver_options {
   int32_t device_count;      /* 1 to 64 */
   uint64_t bytes_per_device; /* memory of each device; a multiple of the granularity */
   uint64_t granularity;      /* a power of two, at least the page size */
-  uint32_t handle_types;     /* what create() and export_handle() grant; CUMEMPOOL_HANDLE_POSIX_FD */
-  uint32_t rdma;             /* 1 = create() grants memory for RDMA */
+  uint32_t handle_types; /* what create() and export_handle() grant; CUMEMPOOL_HANDLE_POSIX_FD */
+  uint32_t rdma;         /* 1 = create() grants memory for RDMA */
 } cumempool_host_driver_options;
 
-/* A new `host` driver: devices simulated in host memory, strict about the contract of driver.h. Lives
- * until cumempool_host_driver_destroy, which must come after every allocator on it is destroyed. */
+/* A new `host` driver: devices simulated in host memory, strict about the contract of driver.h.
+ * Lives until cumempool_host_driver_destroy, which must come after every allocator on it is
+ * destroyed and every address of theirs was freed. */
 CUMEMPOOL_API cumempool_status cumempool_host_driver_create(
     const cumempool_host_driver_options *options, const cumempool_driver **driver);
 CUMEMPOOL_API void cumempool_host_driver_destroy(const cumempool_driver *driver);
@@ -64,19 +66,20 @@ typedef struct cumempool_device_probe {
   int32_t usable;             /* a granule was created, mapped, written, read back and returned */
   uint32_t handle_types;      /* CUMEMPOOL_HANDLE_* that could be created and exported */
   uint32_t handle_types_claimed; /* the same by the device's attributes */
-  int32_t rdma;               /* memory for GPUDirect RDMA could be created */
+  int32_t rdma;                  /* memory for GPUDirect RDMA could be created */
   int32_t rdma_claimed;
   uint64_t granularity;
   uint64_t free_bytes;
   uint64_t total_bytes;
-  char reason[512];           /* why not usable, or "" */
+  char reason[512]; /* why not usable, or "" */
 } cumempool_device_probe;
 
 /* Tries a device for real. Leaves no context behind that was not there before. */
 CUMEMPOOL_API cumempool_status cumempool_probe_device(const cumempool_driver *driver, int device,
                                                       cumempool_device_probe *probe);
 
-/* ---- allocators ------------------------------------------------------------------------------- */
+/* ---- allocators -------------------------------------------------------------------------------
+ */
 
 typedef struct cumempool_allocator cumempool_allocator;
 
@@ -86,9 +89,9 @@ typedef struct cumempool_allocator_options {
   uint64_t host_backup_limit; /* most host bytes held for backups; 0 = no limit */
 } cumempool_allocator_options;
 
-CUMEMPOOL_API cumempool_status cumempool_allocator_create(const cumempool_driver *driver,
-                                                          const cumempool_allocator_options *options,
-                                                          cumempool_allocator **allocator);
+CUMEMPOOL_API cumempool_status cumempool_allocator_create(
+    const cumempool_driver *driver, const cumempool_allocator_options *options,
+    cumempool_allocator **allocator);
 
 /* Gives everything back. Refused with CUMEMPOOL_IN_USE while allocations live or slots are bound,
  * unless `force`: then physical memory and backups go at once, contents are lost, and the addresses
@@ -110,10 +113,10 @@ typedef enum cumempool_on_wake {
   CUMEMPOOL_ON_WAKE_ZERO = 2       /* discarded memory comes back filled with zero bytes */
 } cumempool_on_wake;
 
-/* Makes a tag known, or changes the policy of a known one; UNSET leaves what was set before. Tags are
- * 1 to 255 bytes of UTF-8. */
-CUMEMPOOL_API cumempool_status cumempool_declare_tag(cumempool_allocator *allocator, const char *tag,
-                                                     cumempool_on_sleep on_sleep,
+/* Makes a tag known, or changes the policy of a known one; UNSET leaves what was set before. Tags
+ * are 1 to 255 bytes of UTF-8. */
+CUMEMPOOL_API cumempool_status cumempool_declare_tag(cumempool_allocator *allocator,
+                                                     const char *tag, cumempool_on_sleep on_sleep,
                                                      cumempool_on_wake on_wake);
 
 /* `bytes` of device memory under a declared tag, rounded up to the granularity. */
@@ -121,12 +124,13 @@ CUMEMPOOL_API cumempool_status cumempool_malloc(cumempool_allocator *allocator, 
                                                 int device, size_t bytes,
                                                 cumempool_address *address);
 
-/* Frees by the address that malloc (or a slot) returned, awake or asleep, whichever allocator it came
- * from. Waits for work in flight on the device. While a transition is using the allocation, it goes
- * when the transition ends. */
+/* Frees by the address that malloc (or a slot) returned, awake or asleep, whichever allocator it
+ * came from. Waits for work in flight on the device. While a transition is using the allocation, it
+ * goes when the transition ends. */
 CUMEMPOOL_API cumempool_status cumempool_free(cumempool_address address);
 
-/* ---- slots: the functions that torch.cuda.memory.CUDAPluggableAllocator loads by name ----------- */
+/* ---- slots: the functions that torch.cuda.memory.CUDAPluggableAllocator loads by name -----------
+ */
 
 /* How many pairs cumempool_malloc_<n> / cumempool_free_<n> there are. */
 CUMEMPOOL_API uint32_t cumempool_slot_count(void);
@@ -139,7 +143,8 @@ CUMEMPOOL_API cumempool_status cumempool_bind_slot(cumempool_allocator *allocato
  * cumempool_free_<slot> goes on working for what was allocated. */
 CUMEMPOOL_API cumempool_status cumempool_unbind_slot(uint32_t slot);
 
-/* ---- transitions ------------------------------------------------------------------------------ */
+/* ---- transitions ------------------------------------------------------------------------------
+ */
 
 typedef struct cumempool_extent {
   cumempool_address address;
@@ -210,7 +215,8 @@ CUMEMPOOL_API cumempool_status cumempool_wake(cumempool_allocator *allocator,
 CUMEMPOOL_API cumempool_status cumempool_release_host_memory(cumempool_allocator *allocator,
                                                              uint64_t *released_bytes);
 
-/* ---- what there is ------------------------------------------------------------------------------ */
+/* ---- what there is ------------------------------------------------------------------------------
+ */
 
 typedef enum cumempool_state {
   CUMEMPOOL_AWAKE = 0,
@@ -272,7 +278,9 @@ typedef struct cumempool_totals {
 
 typedef struct cumempool_snapshot cumempool_snapshot;
 
-/* A consistent picture; with `allocations` = 0 it leaves single allocations out and is cheap. */
+/* A consistent picture of what lives; allocations that other threads are making or freeing at this
+ * moment may count in the totals alone. With `allocations` = 0 it leaves single allocations out and
+ * is cheap. */
 CUMEMPOOL_API cumempool_status cumempool_take_snapshot(cumempool_allocator *allocator,
                                                        int allocations,
                                                        cumempool_snapshot **snapshot);
@@ -282,7 +290,8 @@ CUMEMPOOL_API const cumempool_tag_stats *cumempool_snapshot_tags(const cumempool
 CUMEMPOOL_API const cumempool_allocation_info *cumempool_snapshot_allocations(
     const cumempool_snapshot *snapshot, size_t *count);
 /* Why the last malloc through a slot or cumempool_malloc failed, or "". */
-CUMEMPOOL_API const char *cumempool_snapshot_last_malloc_failure(const cumempool_snapshot *snapshot);
+CUMEMPOOL_API const char *cumempool_snapshot_last_malloc_failure(
+    const cumempool_snapshot *snapshot);
 CUMEMPOOL_API void cumempool_snapshot_destroy(cumempool_snapshot *snapshot);
 
 #ifdef __cplusplus

@@ -381,9 +381,7 @@ std::vector<Scenario> scenarios() {
                               nothing_is_pinned};
   const Scenario forget = sleep_scenario(
       "SleepDropBackups",
-      [](World&) {
-        return SleepCall{{{"kv", kDiscard}, {"weights", kOffload}}, {}, {}, true};
-      },
+      [](World&) { return SleepCall{{{"kv", kDiscard}, {"weights", kOffload}}, {}, {}, true}; },
       [](World& world) { must(world.pool.sleep("kv", kOffload).status); });
   return {
       first_malloc,
@@ -391,14 +389,8 @@ std::vector<Scenario> scenarios() {
       free_scenario("FreeAwake", 0, [](World&) {}),
       free_scenario("FreeBackedUp", 0, sleep_all),
       free_scenario("FreeDiscarded", 1, sleep_all),
-      sleep_scenario("SleepOffload",
-                     [](World&) {
-                       return SleepCall{{{"weights", kOffload}}};
-                     }),
-      sleep_scenario("SleepDiscard",
-                     [](World&) {
-                       return SleepCall{{{"zero", kDiscard}}};
-                     }),
+      sleep_scenario("SleepOffload", [](World&) { return SleepCall{{{"weights", kOffload}}}; }),
+      sleep_scenario("SleepDiscard", [](World&) { return SleepCall{{{"zero", kDiscard}}}; }),
       sleep_scenario("SleepMixed", [](World& world) { return world.mixed(); }),
       sleep_scenario(
           "SleepAgain", [](World& world) { return world.mixed(); }, cycle),
