@@ -60,8 +60,9 @@ cumempool_report* make_report(const cumempool_allocator& allocator, pool::Report
   auto made = std::make_unique<cumempool_report>();
   made->core = allocator.core;
   made->report = std::move(report);
-  for (const std::string& problem : made->report.problems)
+  for (const std::string& problem : made->report.problems) {
     made->problems.push_back(problem.c_str());
+  }
   return made.release();
 }
 

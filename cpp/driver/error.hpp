@@ -17,8 +17,7 @@ class Error : public std::exception {
   Error(cumempool_status code, std::string description)
       : status(code), problem(std::move(description)) {}
 
-  // "sleep of tag 'kv' on device 0 (2.0 MiB): cuMemCreate returned CUDA_ERROR_OUT_OF_MEMORY (2);
-  // ..."
+  // "sleep of tag 'kv' on device 0 (2.00 MiB): cuMemCreate returned CUDA_ERROR_OUT_OF_MEMORY (2)"
   std::string message() const;
   // The same without the advice, for a list of failures.
   std::string account() const;

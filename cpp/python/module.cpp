@@ -1,6 +1,5 @@
 // The extension module cumempool._core: the C interface of cumempool.h as Python sees it. Failures
-// are raised as the classes of cumempool.errors; the GIL is released around every call that may
-// wait.
+// are raised as the classes of cumempool.errors; the GIL is released around calls that may wait.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,7 +1,6 @@
 // The exported pairs cumempool_malloc_<n> / cumempool_free_<n>, with the signatures that
 // torch.cuda.memory.CUDAPluggableAllocator calls: void*(ssize_t, int, cudaStream_t) and
-// void(void*, ssize_t, int, cudaStream_t). They never throw, never enter Python and never exit
-// (R1).
+// void(void*, ssize_t, int, cudaStream_t). They never throw, enter Python or exit (R1).
 #include "cumempool/cumempool.h"
 #include "driver/fork.hpp"
 #include "pool/slot_table.hpp"
@@ -21,8 +20,7 @@ void slot_free(void* address) noexcept {
 
 }  // namespace
 
-// torch's streams are not needed: memory is usable at once on every stream, and a free waits for
-// all.
+// torch's streams are not needed: memory is usable at once on every stream; a free waits for all.
 #define CUMEMPOOL_SLOT(n)                                                                         \
   extern "C" CUMEMPOOL_API void* cumempool_malloc_##n(ssize_t bytes, int device, void*) noexcept; \
   extern "C" CUMEMPOOL_API void cumempool_free_##n(void* address, ssize_t, int, void*) noexcept;  \

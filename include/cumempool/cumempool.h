@@ -33,8 +33,7 @@ CUMEMPOOL_API const cumempool_error *cumempool_last_error(void);
 /* "CUDA_ERROR_OUT_OF_MEMORY" for 2; "CUDA_ERROR_UNRECOGNIZED" for numbers it does not know. */
 CUMEMPOOL_API const char *cumempool_result_name(cumempool_result result);
 
-/* ---- drivers ----------------------------------------------------------------------------------
- */
+/* ---- drivers ------------------------------------------------------------------------------ */
 
 /* The `cuda` driver of the process. Opens libcuda at the first call and initialises it; makes no
  * context. CUMEMPOOL_UNAVAILABLE where the library or a required symbol is missing or cuInit fails.
@@ -78,8 +77,7 @@ typedef struct cumempool_device_probe {
 CUMEMPOOL_API cumempool_status cumempool_probe_device(const cumempool_driver *driver, int device,
                                                       cumempool_device_probe *probe);
 
-/* ---- allocators -------------------------------------------------------------------------------
- */
+/* ---- allocators --------------------------------------------------------------------------- */
 
 typedef struct cumempool_allocator cumempool_allocator;
 
@@ -129,8 +127,7 @@ CUMEMPOOL_API cumempool_status cumempool_malloc(cumempool_allocator *allocator, 
  * goes when the transition ends. */
 CUMEMPOOL_API cumempool_status cumempool_free(cumempool_address address);
 
-/* ---- slots: the functions that torch.cuda.memory.CUDAPluggableAllocator loads by name -----------
- */
+/* ---- slots: the functions that torch.cuda.memory.CUDAPluggableAllocator loads by name ----- */
 
 /* How many pairs cumempool_malloc_<n> / cumempool_free_<n> there are. */
 CUMEMPOOL_API uint32_t cumempool_slot_count(void);
@@ -143,8 +140,7 @@ CUMEMPOOL_API cumempool_status cumempool_bind_slot(cumempool_allocator *allocato
  * cumempool_free_<slot> goes on working for what was allocated. */
 CUMEMPOOL_API cumempool_status cumempool_unbind_slot(uint32_t slot);
 
-/* ---- transitions ------------------------------------------------------------------------------
- */
+/* ---- transitions -------------------------------------------------------------------------- */
 
 typedef struct cumempool_extent {
   cumempool_address address;
@@ -215,8 +211,7 @@ CUMEMPOOL_API cumempool_status cumempool_wake(cumempool_allocator *allocator,
 CUMEMPOOL_API cumempool_status cumempool_release_host_memory(cumempool_allocator *allocator,
                                                              uint64_t *released_bytes);
 
-/* ---- what there is ------------------------------------------------------------------------------
- */
+/* ---- what there is ------------------------------------------------------------------------ */
 
 typedef enum cumempool_state {
   CUMEMPOOL_AWAKE = 0,

@@ -4,29 +4,34 @@
  *
  * Contract, valid for every entry:
  *
- *  C1  Results are numbered as CUresult; 0 is success. An entry never throws and never exits. On
- *      failure it has no effect, and its outputs are unspecified.
+ *  C1  Results are numbered as CUresult; 0 is success. An entry never throws and never exits.
+ *      On failure it has no effect, and its outputs are unspecified.
  *  C2  Entries may be called from any thread at the same time.
- *  C3  Groups of entries marked [context] need the calling thread's innermost context_enter to be
- * of that device; elsewhere they fail with CUMEMPOOL_RESULT_INVALID_CONTEXT. The others need only
- * init(). C4  Inside context_enter/context_leave, no entry disturbs a stream capture that is under
- * way on any stream of any thread. C5  Sizes and addresses of reserve, create, map, set_access,
- * unmap and unreserve are multiples of granularity(); others fail with
- * CUMEMPOOL_RESULT_INVALID_VALUE, as does 0 bytes. map takes a whole handle; part of one fails
- * (libcuda says CUMEMPOOL_RESULT_NOT_SUPPORTED). C6  unmap takes exactly one (address, bytes) pair
- * given to map, unreserve exactly one given by reserve; sub-ranges and unions of ranges fail. C7
- * release drops the handle at once; the memory goes back to the device when its last mapping is
- * gone as well. Exported descriptors and imported handles keep it alive too. C8  Bytes that were
- * mapped and had access set may be read and written by the device until unmap. New memory has
- * undefined contents. Contents follow the physical handle, not the address. C9  Copies and fills
- * are asynchronous: they may have no effect before their stream or an event recorded behind them is
- * synchronised, or fence() returns. The calling thread keeps both sides valid until then. Commands
- * of one stream run in order; streams do not wait for each other. The host side of a copy lies in a
- * single host_register range. C10 fence() returns when all work submitted to the device before the
- * call, on any stream, by any thread of the process, has finished. Captured work is not submitted
- * work. C11 unmap, release and unreserve do not wait for work in flight: the caller fences first.
- *  C12 Running out of device memory is CUMEMPOOL_RESULT_OUT_OF_MEMORY from create (on some drivers
- *      from map or set_access) and leaves the driver usable.
+ *  C3  Groups of entries marked [context] need the calling thread's innermost context_enter to
+ *      be of that device; elsewhere they fail with CUMEMPOOL_RESULT_INVALID_CONTEXT. The others
+ *      need only init().
+ *  C4  Inside context_enter/context_leave, no entry disturbs a stream capture that is under way
+ *      on any stream of any thread.
+ *  C5  Sizes and addresses of reserve, create, map, set_access, unmap and unreserve are
+ *      multiples of granularity(); others fail with CUMEMPOOL_RESULT_INVALID_VALUE, as does 0
+ *      bytes. map takes a whole handle; part of one fails (libcuda says
+ *      CUMEMPOOL_RESULT_NOT_SUPPORTED).
+ *  C6  unmap takes exactly one (address, bytes) pair given to map, unreserve exactly one given
+ *      by reserve; sub-ranges and unions of ranges fail.
+ *  C7  release drops the handle at once; the memory goes back to the device when its last
+ *      mapping is gone as well. Exported descriptors and imported handles keep it alive too.
+ *  C8  Bytes that were mapped and had access set may be read and written by the device until
+ *      unmap. New memory has undefined contents. Contents follow the physical handle, not the
+ *      address.
+ *  C9  Copies and fills are asynchronous: they may have no effect before their stream or an
+ *      event recorded behind them is synchronised, or fence() returns. The calling thread keeps
+ *      both sides valid until then. Commands of one stream run in order; streams do not wait
+ *      for each other. The host side of a copy lies in a single host_register range.
+ *  C10 fence() returns when all work submitted to the device before the call, on any stream, by
+ *      any thread of the process, has finished. Captured work is not submitted work.
+ *  C11 unmap, release and unreserve do not wait for work in flight: the caller fences first.
+ *  C12 Running out of device memory is CUMEMPOOL_RESULT_OUT_OF_MEMORY from create (on some
+ *      drivers from map or set_access) and leaves the driver usable.
  *  C13 After fork, the table is not used in the child.
  */
 #ifndef CUMEMPOOL_DRIVER_H
@@ -76,8 +81,7 @@ enum {
 /* Bits of cumempool_memory_properties.handle_types; values of CUmemAllocationHandleType. */
 enum { CUMEMPOOL_HANDLE_POSIX_FD = 1u, CUMEMPOOL_HANDLE_FABRIC = 8u };
 
-/* Bytes that export_handle writes for a fabric handle (CUmemFabricHandle); for a POSIX fd, an int.
- */
+/* Bytes that export_handle writes for a fabric handle (CUmemFabricHandle); a POSIX fd is an int. */
 enum { CUMEMPOOL_FABRIC_HANDLE_BYTES = 64 };
 
 typedef enum cumempool_device_attribute {
@@ -148,8 +152,7 @@ typedef struct cumempool_driver {
   /* Gives each listed device read and write access to a mapped range. */
   cumempool_result (*set_access)(void *self, cumempool_address address, size_t bytes,
                                  const int *devices, size_t device_count);
-  /* Writes an int (POSIX fd, close-on-exec, owned by the caller) or a fabric handle to `exported`.
-   */
+  /* Writes an int (POSIX fd, close-on-exec, owned by the caller) or a fabric handle. */
   cumempool_result (*export_handle)(void *self, cumempool_physical physical, uint32_t handle_type,
                                     void *exported);
   /* Makes a handle from what export_handle wrote, in this or another process; the caller keeps the
