@@ -9,6 +9,7 @@
 #include "cumempool/cumempool.h"
 #include "driver/builtin.hpp"
 #include "pool/allocator.hpp"
+#include "pool/prepare.hpp"
 #include "pool/registry.hpp"
 #include "pool/sleep.hpp"
 #include "pool/slot_table.hpp"
@@ -213,6 +214,16 @@ cumempool_status cumempool_sleep(cumempool_allocator* allocator,
     pool::Allocator& sleeping = core(allocator);
     sleeping.check_open("sleep");
     *report = make_report(*allocator, pool::sleep(sleeping, convert(sleeping, *request)));
+  });
+}
+
+cumempool_status cumempool_prepare(cumempool_allocator* allocator,
+                                   const cumempool_sleep_request* request, uint64_t* pinned_bytes) {
+  return guarded("prepare", [&] {
+    require(request != nullptr && pinned_bytes != nullptr, "an argument is NULL");
+    pool::Allocator& preparing = core(allocator);
+    preparing.check_open("prepare");
+    *pinned_bytes = pool::prepare(preparing, convert(preparing, *request));
   });
 }
 

@@ -15,18 +15,16 @@ Backup::~Backup() {
   for (const Piece& piece : pieces_) arena_->release(piece.span);
 }
 
-void Backup::save(CopyQueue& queue, cumempool_address address, const std::vector<Extent>& extents,
-                  std::size_t expected) {
+void Backup::save(CopyQueue& queue, cumempool_address address, const std::vector<Extent>& extents) {
   for (const Extent& extent : extents) {
     std::size_t done = 0;
     while (done < extent.bytes) {
       // The piece owns its span from the moment it is taken, whatever fails next.
       Piece& piece = pieces_.emplace_back(Piece{extent.offset + done, {}});
-      piece.span = arena_->acquire(queue.device(), extent.bytes - done, expected);
+      piece.span = arena_->acquire(queue.device(), extent.bytes - done);
       queue.to_host(piece.span.data(), address + piece.offset, piece.span.bytes);
       done += piece.span.bytes;
       bytes_ += piece.span.bytes;
-      expected -= std::min(expected, piece.span.bytes);
     }
   }
 }

@@ -25,12 +25,10 @@ class Backup {
   Backup(const Backup&) = delete;
   Backup& operator=(const Backup&) = delete;
 
-  // Enqueues the copies of `extents` of the allocation at `address`. `expected` as in
-  // PinnedArena::acquire; extents come in order of their offset. The backup holds the contents once
-  // the queue was waited for; it must not be destroyed before that, whether save() threw Error or
-  // not.
-  void save(CopyQueue& queue, cumempool_address address, const std::vector<Extent>& extents,
-            std::size_t expected);
+  // Enqueues the copies of `extents`, in order of their offset, of the allocation at `address`. The
+  // backup holds the contents once the queue was waited for; it must not be destroyed before that,
+  // whether save() threw Error or not.
+  void save(CopyQueue& queue, cumempool_address address, const std::vector<Extent>& extents);
 
   // Enqueues the copies back. The backup stays as it is.
   void restore(CopyQueue& queue, cumempool_address address) const;

@@ -1,7 +1,9 @@
-// A device's private stream: copies and fills in order.
+// A device's private stream: copies and fills in order, and marks that tell how far it has come.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <vector>
 
 #include "driver/driver.hpp"
 
@@ -26,10 +28,20 @@ class CopyQueue {
   // Waits until everything enqueued so far is done: throws Error for what failed in between.
   void drain();
 
+  // A point in the queue that can be waited for; gone after drain().
+  std::size_t mark();
+  void wait(std::size_t mark);
+
+  // Copies and fills enqueued so far, in all.
+  std::uint64_t enqueued() const noexcept { return enqueued_; }
+
  private:
   driver::Driver driver_;
   int device_;
   cumempool_stream stream_;
+  std::vector<cumempool_event> events_;
+  std::size_t used_events_ = 0;
+  std::uint64_t enqueued_ = 0;
 };
 
 }  // namespace cumempool::backup

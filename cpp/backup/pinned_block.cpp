@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <iterator>
 #include <string>
@@ -12,8 +13,24 @@
 namespace cumempool::backup {
 namespace {
 
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+// Fresh pages; from one huge page on they start at a border of huge pages, without which the kernel
+// would give small ones at both ends.
+void* map_aligned(std::size_t bytes) {
+  const std::size_t slack = bytes >= kHugePage ? kHugePage : 0;
+  void* mapped =
+      mmap(nullptr, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED || slack == 0) return mapped;
+  auto* first = static_cast<std::byte*>(mapped);
+  const std::size_t before = -reinterpret_cast<std::uintptr_t>(first) % kHugePage;
+  if (before != 0) munmap(first, before);
+  if (before != slack) munmap(first + before + bytes, slack - before);
+  return first + before;
+}
+
 std::byte* map_pages(std::size_t bytes) {
-  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* pages = map_aligned(bytes);
   if (pages == MAP_FAILED) {
     Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
                 "mmap of " + format_bytes(bytes) + " of host memory failed: " + strerror(errno));
@@ -30,20 +47,21 @@ std::byte* map_pages(std::size_t bytes) {
 
 }  // namespace
 
-PinnedBlock::PinnedBlock(driver::Driver driver, int device, std::size_t bytes, std::uint64_t order)
-    : driver_(driver), bytes_(bytes), order_(order), free_bytes_(bytes) {
-  data_ = map_pages(bytes);
+PinnedBlock::PinnedBlock(driver::Driver driver, std::size_t bytes)
+    : driver_(driver), data_(map_pages(bytes)), bytes_(bytes), free_bytes_(bytes) {
+  free_.emplace(0, bytes_);
+}
+
+void PinnedBlock::pin(int device) {
   try {
     driver_.host_register(device, data_, bytes_);
   } catch (Error& error) {
-    munmap(data_, bytes_);
     error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
     error.problem = "host memory for a backup could not be pinned";
     error.advice = "free host memory, or raise the limit on locked memory (ulimit -l)";
     throw;
   }
   registered_ = true;
-  free_.emplace(0, bytes_);
 }
 
 PinnedBlock::~PinnedBlock() {

@@ -12,9 +12,9 @@ namespace cumempool::backup {
 // Not thread-safe: the arena's lock guards the intervals.
 class PinnedBlock {
  public:
-  // Maps and registers `bytes`, a page multiple. Inside a ContextScope of `device`. Throws Error
+  // Maps `bytes`, a page multiple; nothing is touched or pinned yet. Throws Error
   // (CUMEMPOOL_OUT_OF_HOST_MEMORY).
-  PinnedBlock(driver::Driver driver, int device, std::size_t bytes, std::uint64_t order);
+  PinnedBlock(driver::Driver driver, std::size_t bytes);
   // Leaves memory that could not be unregistered mapped: the driver may still write to it.
   ~PinnedBlock();
   PinnedBlock(const PinnedBlock&) = delete;
@@ -22,9 +22,12 @@ class PinnedBlock {
 
   std::byte* data() const noexcept { return data_; }
   std::size_t bytes() const noexcept { return bytes_; }
-  std::uint64_t order() const noexcept { return order_; }
   bool empty() const noexcept { return free_bytes_ == bytes_; }
   bool full() const noexcept { return free_bytes_ == 0; }
+
+  // Registers it with the driver. Inside a ContextScope of `device`. Throws Error
+  // (CUMEMPOOL_OUT_OF_HOST_MEMORY); then it is as before.
+  void pin(int device);
 
   // Takes up to `bytes` from the first free interval; returns how many, and where.
   std::size_t take(std::size_t bytes, std::size_t& offset);
@@ -37,7 +40,6 @@ class PinnedBlock {
   driver::Driver driver_;
   std::byte* data_ = nullptr;
   std::size_t bytes_;
-  std::uint64_t order_;
   std::size_t free_bytes_;
   bool registered_ = false;
   std::map<std::size_t, std::size_t> free_;  // offset -> bytes, never adjacent

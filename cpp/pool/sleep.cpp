@@ -1,12 +1,11 @@
 // Puts tags to sleep: contents to the host or discarded, physical memory back to the device.
 #include "pool/sleep.hpp"
 
-#include <algorithm>
 #include <cstddef>
-#include <limits>
 #include <set>
 #include <utility>
 
+#include "pool/dead_ranges.hpp"
 #include "pool/transition.hpp"
 
 namespace cumempool::pool {
@@ -14,62 +13,11 @@ namespace {
 
 using backup::Extent;
 
-// Ranges that need no backup: disjoint, in order, looked up by address.
-class DeadRanges {
- public:
-  explicit DeadRanges(std::vector<cumempool_extent> ranges) {
-    constexpr cumempool_address kLast = std::numeric_limits<cumempool_address>::max();
-    std::sort(ranges.begin(), ranges.end(),
-              [](const auto& left, const auto& right) { return left.address < right.address; });
-    for (const auto& [begin, bytes] : ranges) {
-      const cumempool_address end = begin + std::min(bytes, kLast - begin);
-      if (!ranges_.empty() && begin <= ranges_.back().end) {
-        ranges_.back().end = std::max(ranges_.back().end, end);
-      } else {
-        ranges_.push_back({begin, end});
-      }
-    }
-  }
-
-  // What is left of a record, in order.
-  std::vector<Extent> live_extents(const Record& record) const {
-    std::vector<Extent> live;
-    const cumempool_address end = record.address + record.bytes;
-    cumempool_address at = record.address;
-    auto dead = std::lower_bound(
-        ranges_.begin(), ranges_.end(), record.address,
-        [](const Range& range, cumempool_address value) { return range.begin < value; });
-    if (dead != ranges_.begin()) --dead;  // may reach into the record from below
-    for (; dead != ranges_.end() && dead->begin < end; ++dead) {
-      const cumempool_address from = std::max(dead->begin, at);
-      const cumempool_address to = std::min(dead->end, end);
-      if (to <= from) continue;
-      if (from > at) live.push_back({at - record.address, from - at});
-      at = to;
-    }
-    if (at < end) live.push_back({at - record.address, end - at});
-    return live;
-  }
-
- private:
-  struct Range {
-    cumempool_address begin;
-    cumempool_address end;
-  };
-  std::vector<Range> ranges_;
-};
-
 // One record on its way to sleep. `saved` is handed to the record only when all have made it.
 struct Sleeper {
   RecordPointer record;
   std::vector<Extent> live;  // empty where it is discarded
   backup::Backup saved;
-
-  std::size_t live_bytes() const {
-    std::size_t bytes = 0;
-    for (const Extent& extent : live) bytes += extent.bytes;
-    return bytes;
-  }
 };
 
 class Sleep {
@@ -128,7 +76,7 @@ class Sleep {
       sleepers_.push_back({record,
                            discards(*record) ? std::vector<Extent>{} : dead_.live_extents(*record),
                            backup::Backup(allocator_.arena())});
-      expected_bytes_ += sleepers_.back().live_bytes();
+      expected_bytes_ += total_bytes(sleepers_.back().live);
     }
   }
 
@@ -151,12 +99,17 @@ class Sleep {
     std::vector<RecordPointer> records;
     records.reserve(sleepers_.size());
     for (const Sleeper& sleeper : sleepers_) records.push_back(sleeper.record);
-    run_copies(allocator_, "sleep", records, report_,
-               [this](std::size_t index, backup::CopyQueue& queue) {
-                 Sleeper& sleeper = sleepers_[index];
-                 sleeper.saved.save(queue, sleeper.record->address, sleeper.live, expected_bytes_);
-                 expected_bytes_ -= sleeper.saved.bytes();
-               });
+    try {
+      const backup::ArenaOrder order(allocator_.arena(), expected_bytes_);
+      run_copies(allocator_, "sleep", records, report_,
+                 [this](std::size_t index, backup::CopyQueue& queue) {
+                   Sleeper& sleeper = sleepers_[index];
+                   sleeper.saved.save(queue, sleeper.record->address, sleeper.live);
+                 });
+    } catch (Error& error) {
+      annotate(error, "sleep", records.empty() ? nullptr : records.front().get());
+      throw;
+    }
   }
 
   // Unmaps everything and releases nothing yet: until the last unmap has succeeded, all of it can
@@ -214,7 +167,7 @@ class Sleep {
     for (const Sleeper& sleeper : sleepers_) {
       Record& record = *sleeper.record;
       cumempool_report_row& row = report_.row(record);
-      const std::size_t backed_up = sleeper.live_bytes();
+      const std::size_t backed_up = total_bytes(sleeper.live);
       row.allocations += 1;
       row.backed_up_bytes += backed_up;
       row.discarded_bytes += record.bytes - backed_up;

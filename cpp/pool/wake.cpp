@@ -1,9 +1,11 @@
 // Wakes tags: physical memory mapped at the same addresses, contents restored.
 #include "pool/wake.hpp"
 
+#include <algorithm>
 #include <cstddef>
 #include <map>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "pool/transition.hpp"
@@ -23,16 +25,21 @@ class Wake {
       return record.asleep && !record.doomed &&
              (request_.all || request_.tags.count(record.tag) != 0);
     });
-    attach();
+    // What has a backup comes first: while it is copied, the rest is mapped.
+    std::stable_sort(records_.begin(), records_.end(), [](const auto& left, const auto& right) {
+      return std::make_tuple(left->device, !left->backup) <
+             std::make_tuple(right->device, !right->backup);
+    });
+    held_before_.reserve(records_.size());
     try {
       copy_in();
     } catch (Error& error) {
       wait_for_copies();
-      undo(records_.size(), &error);
+      undo(&error);
       throw;
     } catch (const std::exception&) {  // out of host memory for bookkeeping
       wait_for_copies();
-      undo(records_.size(), nullptr);
+      undo(nullptr);
       throw;
     }
     commit();
@@ -42,18 +49,14 @@ class Wake {
   }
 
  private:
-  void attach() {
-    held_before_.reserve(records_.size());
-    for (std::size_t i = 0; i < records_.size(); ++i) {
-      Record& record = *records_[i];
-      held_before_.push_back(record.memory.holds_physical());
-      try {
-        record.memory.map();
-      } catch (Error& error) {
-        explain(error, i);
-        undo(i + 1, &error);
-        throw;
-      }
+  void attach(std::size_t index) {
+    Record& record = *records_[index];
+    held_before_.push_back(record.memory.holds_physical());
+    try {
+      record.memory.map();
+    } catch (Error& error) {
+      explain(error, index);
+      throw;
     }
   }
 
@@ -91,13 +94,13 @@ class Wake {
     }
   }
 
-  // Takes back what this call mapped of the first `count` records. Memory that an earlier failure
-  // had left with its allocation stays with it, and so does what copies may still write to (R5).
-  void undo(std::size_t count, Error* failure) {
-    for (std::size_t i = count; i-- > 0;) {
+  // Takes back what this call has mapped so far. Memory that an earlier failure had left with its
+  // allocation stays with it, and so does what copies may still write to (R5).
+  void undo(Error* failure) {
+    for (std::size_t i = held_before_.size(); i-- > 0;) {
       Record& record = *records_[i];
       if (busy_.count(record.device) != 0) {
-        allocator_.records().update([&] { record.unreleased = true; });
+        allocator_.records().update([&] { record.unreleased = record.memory.holds_physical(); });
         continue;
       }
       try {
@@ -108,7 +111,7 @@ class Wake {
       } catch (Error& error) {
         annotate(error, "wake", &record);
         if (failure != nullptr) failure->secondary.push_back(error.account());
-        allocator_.records().update([&] { record.unreleased = true; });
+        allocator_.records().update([&] { record.unreleased = record.memory.holds_physical(); });
       }
     }
   }
@@ -121,6 +124,7 @@ class Wake {
     run_copies(
         allocator_, "wake", records_, report_, [&](std::size_t index, backup::CopyQueue& queue) {
           Record& record = *records_[index];
+          attach(index);
           cumempool_report_row& row = report_.row(record);
           row.allocations += 1;
           if (!held_before_[index]) row.mapped_bytes += record.bytes;
@@ -152,9 +156,9 @@ class Wake {
   const WakeRequest& request_;
   Transition transition_;
   std::vector<RecordPointer> records_;
-  std::vector<bool> held_before_;
-  std::set<int> idle_;  // devices whose copies are known to be over, after a failure
-  std::set<int> busy_;  // and those that could not be asked
+  std::vector<bool> held_before_;  // of the records attached so far
+  std::set<int> idle_;             // devices whose copies are known to be over, after a failure
+  std::set<int> busy_;             // and those that could not be asked
   Report report_;
 };
 

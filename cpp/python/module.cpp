@@ -264,9 +264,43 @@ void drop_capsule(PyObject* capsule) {
   tensor->deleter(tensor);
 }
 
+using Pair = std::pair<std::uint64_t, std::uint64_t>;
+
+// A cumempool_sleep_request and what it points to.
+class SleepRequest {
+ public:
+  SleepRequest(const std::vector<std::pair<std::string, int>>& tags, bool drop_backups,
+               const std::vector<Pair>& dead, std::vector<cumempool_device_stream> streams)
+      : streams_(std::move(streams)) {
+    actions_.reserve(tags.size());
+    for (const auto& [tag, action] : tags) {
+      actions_.push_back({tag_text(tag), static_cast<cumempool_on_sleep>(action)});
+    }
+    extents_.reserve(dead.size());
+    for (const auto& [address, bytes] : dead) extents_.push_back({address, bytes});
+    request_.size = sizeof request_;
+    request_.drop_backups = drop_backups ? 1 : 0;
+    request_.tags = actions_.data();
+    request_.tag_count = actions_.size();
+    request_.dead = extents_.data();
+    request_.dead_count = extents_.size();
+    request_.streams = streams_.data();
+    request_.stream_count = streams_.size();
+  }
+  SleepRequest(const SleepRequest&) = delete;
+  SleepRequest& operator=(const SleepRequest&) = delete;
+
+  const cumempool_sleep_request* get() const noexcept { return &request_; }
+
+ private:
+  std::vector<cumempool_tag_action> actions_;
+  std::vector<cumempool_extent> extents_;
+  std::vector<cumempool_device_stream> streams_;
+  cumempool_sleep_request request_{};
+};
+
 class Allocator {
  public:
-  using Pair = std::pair<std::uint64_t, std::uint64_t>;
   using Stream = std::pair<int, std::uint64_t>;
 
   Allocator(DriverPointer driver, std::uint64_t host_backup_limit) : driver_(std::move(driver)) {
@@ -342,27 +376,18 @@ class Allocator {
 
   py::dict sleep(const std::vector<std::pair<std::string, int>>& tags, bool drop_backups,
                  const std::vector<Pair>& dead, const std::vector<Stream>& streams) {
-    std::vector<cumempool_tag_action> actions;
-    actions.reserve(tags.size());
-    for (const auto& [tag, action] : tags) {
-      actions.push_back({tag_text(tag), static_cast<cumempool_on_sleep>(action)});
-    }
-    std::vector<cumempool_extent> extents;
-    extents.reserve(dead.size());
-    for (const auto& [address, bytes] : dead) extents.push_back({address, bytes});
-    const auto current = device_streams(streams);
-    cumempool_sleep_request request{};
-    request.size = sizeof request;
-    request.drop_backups = drop_backups ? 1 : 0;
-    request.tags = actions.data();
-    request.tag_count = actions.size();
-    request.dead = extents.data();
-    request.dead_count = extents.size();
-    request.streams = current.data();
-    request.stream_count = current.size();
+    const SleepRequest request(tags, drop_backups, dead, device_streams(streams));
     cumempool_report* report = nullptr;
-    call([&] { return cumempool_sleep(allocator_, &request, &report); });
+    call([&] { return cumempool_sleep(allocator_, request.get(), &report); });
     return report_fields(report);
+  }
+
+  std::uint64_t prepare(const std::vector<std::pair<std::string, int>>& tags,
+                        const std::vector<Pair>& dead) {
+    const SleepRequest request(tags, false, dead, {});
+    std::uint64_t pinned = 0;
+    call([&] { return cumempool_prepare(allocator_, request.get(), &pinned); });
+    return pinned;
   }
 
   py::dict wake(const std::optional<std::vector<std::string>>& tags,
@@ -460,6 +485,7 @@ PYBIND11_MODULE(_core, module) {
       .def("bind_slot", &Allocator::bind_slot, py::arg("tag"))
       .def("sleep", &Allocator::sleep, py::arg("tags"), py::arg("drop_backups"), py::arg("dead"),
            py::arg("streams"))
+      .def("prepare", &Allocator::prepare, py::arg("tags"), py::arg("dead"))
       .def("wake", &Allocator::wake, py::arg("tags"), py::arg("streams"))
       .def("release_host_memory", &Allocator::release_host_memory)
       .def("snapshot", &Allocator::snapshot, py::arg("allocations"))

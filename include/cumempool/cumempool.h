@@ -199,6 +199,13 @@ CUMEMPOOL_API cumempool_status cumempool_sleep(cumempool_allocator *allocator,
                                                const cumempool_sleep_request *request,
                                                cumempool_report **report);
 
+/* Pins the host memory that this sleep will need beyond what is free, so that the sleep only copies;
+ * writes the bytes pinned. A transition that starts meanwhile waits. On failure, what was pinned until
+ * then stays. */
+CUMEMPOOL_API cumempool_status cumempool_prepare(cumempool_allocator *allocator,
+                                                 const cumempool_sleep_request *request,
+                                                 uint64_t *pinned_bytes);
+
 /* Wakes every sleeping allocation of the tags (tags NULL = all): all or none. When it returns, the
  * restored bytes are visible to every stream. Backups are dropped only after the whole wake has
  * succeeded. */

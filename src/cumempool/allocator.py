@@ -8,12 +8,14 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from numbers import Integral
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 from cumempool.config import CuMemConfig
 from cumempool.errors import (
+    CumempoolError,
     InUseError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -274,6 +276,66 @@ class CuMemAllocator:
         actions, overrides = self._plan_sleep(offload_tags, tags)
         return self._run_sleep("sleep", actions, overrides, drop_backups=False)
 
+    @overload
+    def prepare(
+        self,
+        offload_tags: Sequence[str] | str | None = ...,
+        *,
+        tags: Sequence[str] | str | None = ...,
+        background: Literal[False] = ...,
+    ) -> int: ...
+
+    @overload
+    def prepare(
+        self,
+        offload_tags: Sequence[str] | str | None = ...,
+        *,
+        tags: Sequence[str] | str | None = ...,
+        background: Literal[True],
+    ) -> Future[int]: ...
+
+    def prepare(
+        self,
+        offload_tags: Sequence[str] | str | None = None,
+        *,
+        tags: Sequence[str] | str | None = None,
+        background: bool = False,
+    ) -> int | Future[int]:
+        """Pins the host memory that a `sleep` with the same arguments will need, ahead of it.
+
+        Pinning is what makes a first sleep slower than later ones. A transition that starts while
+        this runs waits for it.
+
+        Args:
+            offload_tags: As for `sleep`.
+            tags: As for `sleep`.
+            background: Run in a thread of its own and return at once.
+
+        Returns:
+            Bytes pinned beyond what was there; with `background`, a future of that number.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            OutOfHostMemoryError: There is not so much host memory, or it is over
+                ``host_backup_limit``.
+            TransitionInProgressError: Called from inside a transition.
+            ClosedError: The allocator is closed.
+        """
+        actions = list(self._plan_sleep(offload_tags, tags)[0].items())
+        dead = self._dead_ranges(actions)
+        if not background:
+            return self._core.prepare(actions, dead)
+        future: Future[int] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self._core.prepare(actions, dead))
+            except CumempoolError as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="cumempool-prepare", daemon=True).start()
+        return future
+
     def discard(self, tags: Sequence[str] | str) -> TransitionReport:
         """Puts tags to sleep without keeping their contents.
 
@@ -476,14 +538,19 @@ class CuMemAllocator:
         drop_backups: bool,
     ) -> TransitionReport:
         self._refuse_open_scopes(operation, actions)
-        dead: list[tuple[int, int]] = []
-        if self.config.driver == "cuda":
-            from cumempool import _torch
-
-            _torch.return_unused()
-            dead = _torch.dead_ranges() if _OFFLOAD in actions.values() else []
-        raw = self._core.sleep(list(actions.items()), drop_backups, dead, self._current_streams())
+        pairs = list(actions.items())
+        dead = self._dead_ranges(pairs)
+        raw = self._core.sleep(pairs, drop_backups, dead, self._current_streams())
         return _report(operation, raw, overrides)
+
+    def _dead_ranges(self, actions: Iterable[tuple[str, int]]) -> list[tuple[int, int]]:
+        """Ranges that need no backup, where there is anything to back up."""
+        if self.config.driver != "cuda":
+            return []
+        from cumempool import _torch
+
+        _torch.return_unused()
+        return _torch.dead_ranges() if any(a == _OFFLOAD for _, a in actions) else []
 
     def _refuse_open_scopes(self, operation: str, tags: Iterable[str]) -> None:
         with self._scopes_lock:

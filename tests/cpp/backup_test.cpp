@@ -44,7 +44,7 @@ class BackupTest : public ::testing::Test {
 
 TEST_F(BackupTest, HoldsTheContentsOnceTheQueueWasWaitedFor) {
   Backup saved(arena);
-  saved.save(queue, memory.address(), {{0, kBytes}}, kBytes);
+  saved.save(queue, memory.address(), {{0, kBytes}});
   queue.drain();
   write_pattern(memory.address(), kBytes, 2);
   for (int round = 0; round < 2; ++round) {  // it stays as it is
@@ -58,7 +58,7 @@ TEST_F(BackupTest, HoldsTheContentsOnceTheQueueWasWaitedFor) {
 
 TEST_F(BackupTest, R9_TakesOnlyTheExtentsItWasGiven) {
   Backup saved(arena);
-  saved.save(queue, memory.address(), {{0, 100}, {kGranule, 3}, {kBytes - 1, 1}}, 104);
+  saved.save(queue, memory.address(), {{0, 100}, {kGranule, 3}, {kBytes - 1, 1}});
   queue.drain();
   EXPECT_EQ(saved.bytes(), 104U);
   EXPECT_EQ(arena.used_bytes(), 104U);
@@ -75,11 +75,11 @@ TEST_F(BackupTest, R9_TakesOnlyTheExtentsItWasGiven) {
 TEST_F(BackupTest, MayBeScatteredOverManyBlocks) {
   std::vector<backup::HostSpan> holes;
   holes.reserve(3);
-  for (int i = 0; i < 3; ++i) holes.push_back(arena.acquire(0, kGranule, kGranule));
+  for (int i = 0; i < 3; ++i) holes.push_back(arena.acquire(0, kGranule));
   for (const auto& hole : holes) arena.release(hole);
   ASSERT_EQ(host.counters().registrations, 3U);
   Backup saved(arena);
-  saved.save(queue, memory.address(), {{1, kBytes - 1}}, kBytes - 1);
+  saved.save(queue, memory.address(), {{1, kBytes - 1}});
   queue.drain();
   EXPECT_EQ(host.counters().registrations, 4U) << "three blocks that were there, and the rest";
   write_pattern(memory.address(), kBytes, 2);
@@ -91,7 +91,7 @@ TEST_F(BackupTest, MayBeScatteredOverManyBlocks) {
 TEST_F(BackupTest, R13_GivesItsMemoryBackOnceHoweverOftenItMoves) {
   {
     Backup first(arena);
-    first.save(queue, memory.address(), {{0, kBytes}}, kBytes);
+    first.save(queue, memory.address(), {{0, kBytes}});
     queue.drain();
     const Backup second = std::move(first);
     EXPECT_EQ(second.bytes(), kBytes);
@@ -106,9 +106,8 @@ TEST_F(BackupTest, R13_ASaveThatFailsHalfwayGivesItsMemoryBack) {
       Backup saved(arena);
       faults.fail_nth(entry, entry == std::string("copy_to_host") ? 2 : 1,
                       CUMEMPOOL_RESULT_OUT_OF_MEMORY);
-      EXPECT_THROW(
-          saved.save(queue, memory.address(), {{0, kGranule}, {2 * kGranule, kGranule}}, kGranule),
-          Error)
+      EXPECT_THROW(saved.save(queue, memory.address(), {{0, kGranule}, {2 * kGranule, kGranule}}),
+                   Error)
           << entry;
       queue.drain();
     }

@@ -379,6 +379,15 @@ std::vector<Scenario> scenarios() {
                               },
                               {},
                               nothing_is_pinned};
+  const Scenario prepare{"Prepare",
+                         [](World& world) { world.add_blocks(); },
+                         [](World& world) {
+                           std::uint64_t pinned = 0;
+                           return world.pool.prepare(
+                               SleepCall{{{"weights", kOffload}, {"kv", kDiscard}}}, pinned);
+                         },
+                         {},
+                         {}};
   const Scenario forget = sleep_scenario(
       "SleepDropBackups",
       [](World&) { return SleepCall{{{"kv", kDiscard}, {"weights", kOffload}}, {}, {}, true}; },
@@ -398,6 +407,7 @@ std::vector<Scenario> scenarios() {
       wake_all,
       wake_one,
       release_host,
+      prepare,
       close_scenario(
           "CloseUnused",
           [cycle](World& world) {

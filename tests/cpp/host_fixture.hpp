@@ -230,7 +230,7 @@ class Pool {
     return address;
   }
 
-  Outcome sleep(const SleepCall& call) const {
+  static cumempool_sleep_request request_for(const SleepCall& call) {
     cumempool_sleep_request request{};
     request.size = sizeof request;
     request.drop_backups = call.drop_backups ? 1 : 0;
@@ -240,6 +240,16 @@ class Pool {
     request.dead_count = call.dead.size();
     request.streams = call.streams.data();
     request.stream_count = call.streams.size();
+    return request;
+  }
+
+  cumempool_status prepare(const SleepCall& call, std::uint64_t& pinned) const {
+    const cumempool_sleep_request request = request_for(call);
+    return cumempool_prepare(allocator_, &request, &pinned);
+  }
+
+  Outcome sleep(const SleepCall& call) const {
+    const cumempool_sleep_request request = request_for(call);
     cumempool_report* report = nullptr;
     const cumempool_status status = cumempool_sleep(allocator_, &request, &report);
     return outcome(status, report);

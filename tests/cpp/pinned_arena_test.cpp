@@ -31,7 +31,7 @@ class PinnedArenaTest : public ::testing::Test {
   std::vector<HostSpan> take(PinnedArena& from, std::size_t bytes) const {
     std::vector<HostSpan> spans;
     for (std::size_t left = bytes; left > 0; left -= spans.back().bytes) {
-      spans.push_back(from.acquire(0, left, left));
+      spans.push_back(from.acquire(0, left));
     }
     return spans;
   }
@@ -69,9 +69,9 @@ TEST_F(PinnedArenaTest, ABlockIsNotMuchLargerThanWhatIsExpected) {
 TEST_F(PinnedArenaTest, ReleasedSpansAreJoinedAndReused) {
   auto first = take(arena, 40 * kPage);
   arena.release(first.front());
-  const auto a = arena.acquire(0, 10 * kPage, 10 * kPage);
-  const auto b = arena.acquire(0, 10 * kPage, 10 * kPage);
-  const auto c = arena.acquire(0, 10 * kPage, 10 * kPage);
+  const auto a = arena.acquire(0, 10 * kPage);
+  const auto b = arena.acquire(0, 10 * kPage);
+  const auto c = arena.acquire(0, 10 * kPage);
   EXPECT_NE(a.data(), b.data());
   EXPECT_NE(b.data(), c.data());
   for (const HostSpan& span : {c, a, b}) arena.release(span);
@@ -79,6 +79,43 @@ TEST_F(PinnedArenaTest, ReleasedSpansAreJoinedAndReused) {
   EXPECT_EQ(whole.size(), 1U) << "what was split is one piece again";
   EXPECT_EQ(host.counters().registrations, 1U);
   give(arena, whole);
+}
+
+TEST_F(PinnedArenaTest, AnOrderIsDeliveredThenCancelled) {
+  arena.order(70 * kMiB);
+  EXPECT_EQ(arena.held_bytes(), 70 * kMiB) << "on order counts as held: the limit covers it";
+  EXPECT_EQ(host.counters().registered_bytes, 0U);
+  const auto spans = take(arena, 33 * kMiB);
+  EXPECT_EQ(host.counters().registered_bytes, 64 * kMiB);
+  arena.cancel_order();
+  EXPECT_EQ(arena.held_bytes(), 64 * kMiB) << "what was not delivered is given back";
+  EXPECT_EQ(arena.used_bytes(), 33 * kMiB);
+  give(arena, spans);
+}
+
+TEST_F(PinnedArenaTest, AnOrderCountsWhatIsFreeAlready) {
+  give(arena, take(arena, 32 * kMiB));
+  const backup::ArenaOrder order(arena, 40 * kMiB);
+  EXPECT_EQ(arena.held_bytes(), 40 * kMiB);
+}
+
+TEST_F(PinnedArenaTest, PinOrderPinsAllOfIt) {
+  arena.order(40 * kMiB);
+  arena.pin_order(0);
+  arena.cancel_order();
+  EXPECT_EQ(host.counters().registered_bytes, 40 * kMiB);
+  EXPECT_EQ(arena.used_bytes(), 0U);
+  give(arena, take(arena, 40 * kMiB));
+  EXPECT_EQ(arena.held_bytes(), 40 * kMiB) << "nothing more was needed";
+}
+
+TEST_F(PinnedArenaTest, R13_AFailedPinOfAnOrderKeepsTheNumbersExact) {
+  arena.order(70 * kMiB);
+  faults.fail_nth("host_register", 2, CUMEMPOOL_RESULT_OUT_OF_MEMORY);
+  EXPECT_THROW(arena.pin_order(0), Error);
+  arena.cancel_order();
+  EXPECT_EQ(arena.held_bytes(), 32 * kMiB);
+  EXPECT_EQ(host.counters().registered_bytes, 32 * kMiB);
 }
 
 TEST_F(PinnedArenaTest, TrimReturnsOnlyBlocksThatHoldNothing) {

@@ -426,5 +426,34 @@ TEST_F(SleepWake, SnapshotsAndReportsOutliveTheAllocatorHandle) {
   cumempool_snapshot_destroy(snapshot);
 }
 
+TEST_F(SleepWake, PreparePinsWhatTheSleepNeedsAndNoMore) {
+  const auto kept = pool.malloc("weights", 8 * kGranule);
+  pool.malloc("kv", 4 * kGranule);
+  write_pattern(kept, 8 * kGranule, 9);
+  const SleepCall call{{{"weights", kOffload}, {"kv", kDiscard}}, {{kept, kGranule}}};
+  std::uint64_t pinned = 0;
+  must(pool.prepare(call, pinned));
+  EXPECT_GE(pinned, 7 * kGranule) << "dead ranges need no room";
+  EXPECT_EQ(host.counters().registered_bytes, pinned);
+  EXPECT_EQ(pool.snapshot().totals.host_used_bytes, 0U);
+  const auto registrations = host.counters().registrations;
+  must(pool.sleep(call).status);
+  EXPECT_EQ(host.counters().registrations, registrations) << "the sleep only copies";
+  must(pool.wake().status);
+  EXPECT_TRUE(holds_pattern(kept, kGranule, 7 * kGranule, 9));
+  must(pool.prepare(call, pinned));
+  EXPECT_EQ(pinned, 0U) << "there is room already";
+}
+
+TEST_F(SleepWake, PrepareRefusesWhatSleepWouldRefuse) {
+  pool.malloc("weights", kGranule);
+  std::uint64_t pinned = 77;
+  EXPECT_EQ(pool.prepare(SleepCall{{{"nobody", kOffload}}}, pinned), CUMEMPOOL_UNKNOWN_TAG);
+  EXPECT_EQ(cumempool_prepare(pool.get(), nullptr, &pinned), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(pinned, 77U);
+  must(pool.prepare(SleepCall{{{"weights", kDiscard}}}, pinned));
+  EXPECT_EQ(pinned, 0U);
+}
+
 }  // namespace
 }  // namespace cumempool::tests

@@ -351,10 +351,9 @@ TEST_F(TransitionFailure, R5_FreeDuringAWakeWaitsForWorkInFlightWhenItIsCarriedO
   const auto freed = filled("weights", kGranule, 2);
   UserStream stream(host);
   must(pool.sleep("weights", kOffload).status);
-  bool done = false;
+  int copies = 0;
   faults.observe([&](const char* entry) {
-    if (std::string(entry) != "copy_to_device" || done) return;
-    done = true;
+    if (std::string(entry) != "copy_to_device" || ++copies != 2) return;  // both are mapped now
     stream.fill(freed, kGranule, 7);
     must(cumempool_free(freed));
   });

@@ -17,6 +17,7 @@ from cumempool import (
     OutOfMemoryError,
     TagReport,
     TransitionReport,
+    UnknownTagError,
 )
 
 EVERY_DTYPE = sorted(
@@ -494,3 +495,43 @@ def test_a_keyboard_interrupt_during_a_sleep_comes_when_the_sleep_is_done(
     assert states(allocator) == {"t": "backed_up"}
     allocator.wake_up()
     assert int(tensor[::4096].sum()) == 9 * (256 * MIB // 4096)
+
+
+# ---- prepare
+
+
+def test_prepare_pins_ahead_what_a_sleep_needs(alloc: CuMemAllocator) -> None:
+    tensor = alloc.empty(8 * MIB, dtype=torch.uint8, tag="weights").fill_(3)
+    pinned = alloc.prepare("weights")
+    assert pinned == 8 * MIB
+    assert alloc.stats().host_bytes == pinned
+    assert alloc.stats().host_used_bytes == 0
+    alloc.sleep("weights")
+    assert alloc.stats().host_bytes == pinned
+    alloc.wake_up()
+    assert bool((tensor == 3).all())
+    assert alloc.prepare("weights") == 0
+    assert alloc.release_host_memory() == pinned
+
+
+def test_prepare_in_the_background_gives_a_future(alloc: CuMemAllocator) -> None:
+    tensor = alloc.empty(8 * MIB, dtype=torch.uint8, tag="weights").fill_(3)
+    future = alloc.prepare(tags="weights", background=True)
+    alloc.sleep("weights")  # waits for its turn
+    assert future.result(timeout=60) == 8 * MIB
+    alloc.wake_up()
+    assert bool((tensor == 3).all())
+
+
+def test_prepare_refuses_unknown_tags_and_too_much(make_allocator: MakeAllocator) -> None:
+    limited = make_allocator(limit=MIB)
+    with pytest.raises(UnknownTagError):
+        limited.prepare("nobody")
+    tensor = limited.empty(8 * MIB, dtype=torch.uint8, tag="weights")
+    with pytest.raises(OutOfHostMemoryError, match="host_backup_limit"):
+        limited.prepare("weights")
+    failed = limited.prepare("weights", background=True)
+    with pytest.raises(OutOfHostMemoryError, match="host_backup_limit"):
+        failed.result(timeout=60)
+    assert limited.stats().host_bytes == 0
+    del tensor

@@ -1,0 +1,75 @@
+// Has several threads fault memory in, in order, ahead of the thread that pins it.
+#include "backup/first_touch.hpp"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <system_error>
+#include <utility>
+
+namespace cumempool::backup {
+namespace {
+
+// In <sys/mman.h> from glibc 2.35 on, in the kernel from 5.14 on.
+constexpr int kPopulateWrite = 23;
+
+void touch(const PageRange& range) {
+  if (madvise(range.data, range.bytes, kPopulateWrite) == 0) return;
+  // An older kernel: a byte per page does the same. Memory that is not there shows up as the
+  // failure of whoever pins it.
+  static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  for (std::size_t at = 0; at < range.bytes; at += page) {
+    *const_cast<volatile std::byte*>(range.data + at) = std::byte{0};
+  }
+}
+
+}  // namespace
+
+FirstTouch::FirstTouch(std::vector<PageRange> ranges, unsigned threads)
+    : ranges_(std::move(ranges)), touched_(ranges_.size()) {
+  const std::size_t count = std::min<std::size_t>(threads, ranges_.size());
+  threads_.reserve(count);
+  try {
+    while (threads_.size() < count) threads_.emplace_back([this] { work(); });
+  } catch (const std::system_error&) {
+    // No more threads are to be had: those that there are do it, or wait() itself.
+  }
+}
+
+FirstTouch::~FirstTouch() {
+  stop_ = true;
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void FirstTouch::work() {
+  while (!stop_ && touch_next()) {
+  }
+}
+
+bool FirstTouch::touch_next() {
+  const std::size_t index = next_++;
+  if (index >= ranges_.size()) return false;
+  touch(ranges_[index]);
+  {
+    const std::lock_guard lock(mutex_);
+    touched_[index] = true;
+  }
+  done_.notify_all();
+  return true;
+}
+
+void FirstTouch::wait(std::size_t index) {
+  if (threads_.empty()) {
+    while (next_ <= index && touch_next()) {
+    }
+  }
+  std::unique_lock lock(mutex_);
+  done_.wait(lock, [&] { return touched_[index]; });
+}
+
+unsigned FirstTouch::default_threads() noexcept {
+  return std::clamp(std::thread::hardware_concurrency() / 2, 1U, 16U);
+}
+
+}  // namespace cumempool::backup
