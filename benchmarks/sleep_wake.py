@@ -142,8 +142,8 @@ def run_tms(retain: bool) -> dict[str, Any]:
     from torch_memory_saver import torch_memory_saver as saver
 
     saver.hook_mode = "torch"
-    options = {"retain_cpu_backup": True} if retain else {}
-    with saver.region(tag="weights", enable_cpu_backup=True, **options):
+    saver.retain_cpu_backup = retain
+    with saver.region(tag="weights", enable_cpu_backup=True):
         weights = make_weights()
     expected = digest(weights)
     result = cycles(lambda: saver.pause("weights"), lambda: saver.resume("weights"))

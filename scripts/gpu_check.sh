@@ -41,12 +41,28 @@ conformance() {
     --gtest_output="json:$work/conformance.json"
 }
 
-# One process per file, so that a crash in one leaves the others to speak.
+# One process per file, so that a crash in one leaves the others to speak. What reads the memory of the
+# whole device or times calls runs alone; the others run side by side.
+alone="test_memory test_cost"
+
+pytest_file() {
+  (cd "$root" && "$python" -m pytest "tests/gpu/$1.py" -p no:cacheprovider -s -q \
+    --junitxml="$work/pytest/$1.xml") >"$work/$1.log" 2>&1
+}
+
 pytest_gpu() {
-  local file code=0
+  local file name code=0 names=()
   for file in "$root"/tests/gpu/test_*.py; do
-    (cd "$root" && "$python" -m pytest "$file" -p no:cacheprovider -s -q \
-      --junitxml="$work/pytest/$(basename "$file" .py).xml") || code=1
+    name=$(basename "$file" .py)
+    names+=("$name")
+    [[ " $alone " == *" $name "* ]] || pytest_file "$name" &
+  done
+  wait
+  for name in $alone; do pytest_file "$name"; done
+  for name in "${names[@]}"; do
+    echo "---- $name"
+    cat "$work/$name.log"
+    tail -n 1 "$work/$name.log" | grep -q 'failed\|error' && code=1
   done
   return $code
 }

@@ -148,8 +148,9 @@ class CuMemAllocator:
         """A context manager: what this thread allocates inside comes from a pool under `tag`.
 
         Scopes nest, and the innermost one counts; a tag may be entered again. Other threads are not
-        affected. On leaving, unused segments go back at once; segments whose tensors die later go
-        back at ``torch.cuda.empty_cache()``. On the ``host`` driver torch cannot be routed: there,
+        affected. On leaving, unused segments go back at once (where other scopes are open, with the
+        last of them, since torch frees nothing before); segments whose tensors die later go back at
+        ``torch.cuda.empty_cache()``. On the ``host`` driver torch cannot be routed: there,
         the scope sets the tag that `empty` takes when it is given none.
 
         Args:
