@@ -200,3 +200,17 @@ def test_host_memory_is_reused_and_given_back(
     assert allocator.release_host_memory() == held
     assert allocator.stats().host_bytes == 0
     assert torch.equal(tensor, expected)
+
+
+def test_prepare_pins_what_a_sleep_needs_ahead_of_it(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    with allocator.use_memory_pool("weights"):
+        tensor = torch.randn(64 * MIB, device=gpu)
+    expected = tensor.clone()
+    pinned = allocator.prepare("weights", background=True).result(timeout=60)
+    assert tensor.nbytes <= pinned <= tensor.nbytes * 1.02
+    allocator.sleep("weights")
+    assert allocator.stats().host_bytes == pinned
+    allocator.wake_up()
+    assert torch.equal(tensor, expected)
