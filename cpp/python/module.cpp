@@ -287,6 +287,7 @@ class SleepRequest {
     request_.streams = streams_.data();
     request_.stream_count = streams_.size();
   }
+  ~SleepRequest() = default;
   SleepRequest(const SleepRequest&) = delete;
   SleepRequest& operator=(const SleepRequest&) = delete;
 

@@ -199,9 +199,9 @@ CUMEMPOOL_API cumempool_status cumempool_sleep(cumempool_allocator *allocator,
                                                const cumempool_sleep_request *request,
                                                cumempool_report **report);
 
-/* Pins the host memory that this sleep will need beyond what is free, so that the sleep only copies;
- * writes the bytes pinned. A transition that starts meanwhile waits. On failure, what was pinned until
- * then stays. */
+/* Pins the host memory that this sleep will need beyond what is free, so that the sleep only
+ * copies, and writes the bytes pinned. A transition that starts meanwhile waits. On failure, what
+ * was pinned until then stays. */
 CUMEMPOOL_API cumempool_status cumempool_prepare(cumempool_allocator *allocator,
                                                  const cumempool_sleep_request *request,
                                                  uint64_t *pinned_bytes);
