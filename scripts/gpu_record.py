@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -81,6 +82,13 @@ def read_malloc_path(path: Path) -> dict[str, object]:
     return result
 
 
+def driver_release() -> str:
+    """The release of the kernel driver, such as ``580.159.04``; ``""`` where it does not say."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text()) if path.exists() else None
+    return found[0] if found else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commit", required=True)
@@ -97,9 +105,7 @@ def main() -> None:
         "commit": arguments.commit,
         "device": probe.devices[0].name if probe.devices else "",
         "device_count": len(probe.devices),
-        "driver": Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-        if Path("/proc/driver/nvidia/version").exists()
-        else "",
+        "driver": driver_release(),
         "cuda_driver_version": probe.driver_version,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
