@@ -10,10 +10,10 @@ each. Host memory is touched once before, since some virtual machines grow it on
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import mmap
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -173,8 +173,6 @@ def run_one(contender: str) -> None:
     result["link_gb_per_s"] = rates
     result["over_floor"] = {name: result[f"{name}_s"] / floor for name, floor in floors.items()}
     print(json.dumps(result), flush=True)
-    gc.collect()
-    sys.stdout.flush()
     os._exit(0)  # some peers end the process with an error of their own
 
 
@@ -193,6 +191,17 @@ def run_all(contenders: list[str], peers: str | None) -> dict[str, Any]:
         results[contender] = json.loads(lines[-1]) if lines else {"error": done.stderr[-2000:]}
         print(contender, json.dumps(results[contender]), flush=True)
     return results
+
+
+def commit() -> str:
+    """The commit that is measured; "unknown" outside a checkout."""
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or os.environ.get("CUMEMPOOL_COMMIT", "unknown")
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -226,6 +235,8 @@ def main() -> None:
         "workload": "llama8b",
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "commit": commit(),
+        "command": shlex.join(["python", *sys.argv]),
         "results": run_all(chosen, arguments.peers),
     }
     print_table(record["results"])
