@@ -14,12 +14,13 @@ struct CallName {
 };
 
 // The CUDA function that does the work of each entry of the table.
-constexpr std::array<CallName, 35> cuda_calls = {{
+constexpr std::array<CallName, 40> cuda_calls = {{
     {"init", "cuInit"},
     {"driver_version", "cuDriverGetVersion"},
     {"device_count", "cuDeviceGetCount"},
     {"device_name", "cuDeviceGetName"},
     {"device_attribute", "cuDeviceGetAttribute"},
+    {"peer_access", "cuDeviceCanAccessPeer"},
     {"memory_info", "cuMemGetInfo"},
     {"context_active", "cuDevicePrimaryCtxGetState"},
     {"context_retain", "cuDevicePrimaryCtxRetain"},
@@ -46,9 +47,13 @@ constexpr std::array<CallName, 35> cuda_calls = {{
     {"event_destroy", "cuEventDestroy"},
     {"event_record", "cuEventRecord"},
     {"event_synchronize", "cuEventSynchronize"},
+    {"event_query", "cuEventQuery"},
+    {"stream_wait_event", "cuStreamWaitEvent"},
     {"copy_to_host", "cuMemcpyDtoHAsync"},
     {"copy_to_device", "cuMemcpyHtoDAsync"},
+    {"copy_on_device", "cuMemcpyDtoDAsync"},
     {"fill", "cuMemsetD8Async"},
+    {"digest", "cuLaunchKernel"},
     // fence() pins and unpins one page; both wait.
     {"fence", "cuMemHostRegister"},
 }};
@@ -98,6 +103,11 @@ const char* advice_for(const char* call, cumempool_result result) {
              "allocations live.";
     case CUMEMPOOL_RESULT_NOT_PERMITTED:
     case CUMEMPOOL_RESULT_NOT_SUPPORTED:
+      if (std::strcmp(call, "digest") == 0) {
+        return "The NVIDIA driver cannot compile the digest kernel for this device: update it, or "
+               "go "
+               "without comparing contents.";
+      }
       return "The device or driver does not grant this kind of memory; cumempool probe says what "
              "it "
              "grants.";
@@ -193,6 +203,12 @@ int Driver::device_attribute(int device, cumempool_device_attribute attribute) c
   return value;
 }
 
+bool Driver::peer_access(int device, int peer) const {
+  int possible = 0;
+  check(*table_, "peer_access", table_->peer_access(table_->self, device, peer, &possible), device);
+  return possible != 0;
+}
+
 void Driver::memory_info(int device, std::uint64_t& free_bytes, std::uint64_t& total_bytes) const {
   check(*table_, "memory_info",
         table_->memory_info(table_->self, device, &free_bytes, &total_bytes), device);
@@ -226,6 +242,13 @@ void Driver::map(cumempool_address address, std::size_t bytes, cumempool_physica
 void Driver::set_access(cumempool_address address, std::size_t bytes, int device) const {
   check(*table_, "set_access", table_->set_access(table_->self, address, bytes, &device, 1), device,
         bytes);
+}
+
+void Driver::set_access(cumempool_address address, std::size_t bytes,
+                        const std::vector<int>& devices) const {
+  check(*table_, "set_access",
+        table_->set_access(table_->self, address, bytes, devices.data(), devices.size()),
+        devices.empty() ? -1 : devices.front(), bytes);
 }
 
 void Driver::host_register(int device, void* pointer, std::size_t bytes) const {
@@ -266,6 +289,18 @@ void Driver::event_synchronize(int device, cumempool_event event) const {
         device);
 }
 
+bool Driver::event_query(int device, cumempool_event event) const {
+  const cumempool_result result = table_->event_query(table_->self, device, event);
+  if (result == CUMEMPOOL_RESULT_NOT_READY) return false;
+  check(*table_, "event_query", result, device);
+  return true;
+}
+
+void Driver::stream_wait_event(int device, cumempool_stream stream, cumempool_event event) const {
+  check(*table_, "stream_wait_event",
+        table_->stream_wait_event(table_->self, device, stream, event), device);
+}
+
 void Driver::copy_to_host(int device, void* destination, cumempool_address source,
                           std::size_t bytes, cumempool_stream stream) const {
   check(*table_, "copy_to_host",
@@ -280,10 +315,23 @@ void Driver::copy_to_device(int device, cumempool_address destination, const voi
         bytes);
 }
 
+void Driver::copy_on_device(int device, cumempool_address destination, cumempool_address source,
+                            std::size_t bytes, cumempool_stream stream) const {
+  check(*table_, "copy_on_device",
+        table_->copy_on_device(table_->self, device, destination, source, bytes, stream), device,
+        bytes);
+}
+
 void Driver::fill(int device, cumempool_address destination, std::uint8_t byte, std::size_t bytes,
                   cumempool_stream stream) const {
   check(*table_, "fill", table_->fill(table_->self, device, destination, byte, bytes, stream),
         device, bytes);
+}
+
+void Driver::digest(int device, std::uint64_t seed, const cumempool_extent* extents,
+                    std::size_t count, cumempool_digest* digests, cumempool_stream stream) const {
+  check(*table_, "digest",
+        table_->digest(table_->self, device, seed, extents, count, digests, stream), device);
 }
 
 void Driver::fence(int device) const {

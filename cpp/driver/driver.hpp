@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cumempool/driver.h"
 #include "driver/error.hpp"
@@ -23,6 +24,7 @@ class Driver {
   int device_count() const;
   std::string device_name(int device) const;
   int device_attribute(int device, cumempool_device_attribute attribute) const;
+  bool peer_access(int device, int peer) const;
   void memory_info(int device, std::uint64_t& free_bytes, std::uint64_t& total_bytes) const;
 
   std::size_t granularity(const cumempool_memory_properties& properties) const;
@@ -30,6 +32,9 @@ class Driver {
   cumempool_physical create(std::size_t bytes, const cumempool_memory_properties& properties) const;
   void map(cumempool_address address, std::size_t bytes, cumempool_physical physical) const;
   void set_access(cumempool_address address, std::size_t bytes, int device) const;
+  // For the first device and its peers.
+  void set_access(cumempool_address address, std::size_t bytes,
+                  const std::vector<int>& devices) const;
 
   void host_register(int device, void* pointer, std::size_t bytes) const;
   cumempool_stream stream_create(int device) const;
@@ -38,12 +43,18 @@ class Driver {
   cumempool_event event_create(int device) const;
   void event_record(int device, cumempool_event event, cumempool_stream stream) const;
   void event_synchronize(int device, cumempool_event event) const;
+  bool event_query(int device, cumempool_event event) const;  // whether it is done
+  void stream_wait_event(int device, cumempool_stream stream, cumempool_event event) const;
   void copy_to_host(int device, void* destination, cumempool_address source, std::size_t bytes,
                     cumempool_stream stream) const;
   void copy_to_device(int device, cumempool_address destination, const void* source,
                       std::size_t bytes, cumempool_stream stream) const;
+  void copy_on_device(int device, cumempool_address destination, cumempool_address source,
+                      std::size_t bytes, cumempool_stream stream) const;
   void fill(int device, cumempool_address destination, std::uint8_t byte, std::size_t bytes,
             cumempool_stream stream) const;
+  void digest(int device, std::uint64_t seed, const cumempool_extent* extents, std::size_t count,
+              cumempool_digest* digests, cumempool_stream stream) const;
   void fence(int device) const;
 
  private:

@@ -13,6 +13,7 @@
   X(device_count)                   \
   X(device_name)                    \
   X(device_attribute)               \
+  X(peer_access)                    \
   X(memory_info)                    \
   X(context_active)                 \
   X(context_retain)                 \
@@ -39,9 +40,13 @@
   X(event_destroy)                  \
   X(event_record)                   \
   X(event_synchronize)              \
+  X(event_query)                    \
+  X(stream_wait_event)              \
   X(copy_to_host)                   \
   X(copy_to_device)                 \
+  X(copy_on_device)                 \
   X(fill)                           \
+  X(digest)                         \
   X(fence)
 
 namespace cumempool::driver {

@@ -1,19 +1,21 @@
 // The simulated devices of one host driver.
 #include "driver/host_devices.hpp"
 
+#include <algorithm>
 #include <string>
+
+#include "driver/digest.hpp"
 
 namespace cumempool::driver {
 
 HostDevices::HostDevices(const cumempool_host_driver_options& options)
     : options_(options), contexts_(options.device_count), memory_(options) {
   for (int device = 0; device < options.device_count; ++device) {
-    works_.push_back(std::make_unique<HostWork>(device, state_, memory_));
+    works_.push_back(std::make_unique<HostWork>(device, state_, memory_, works_));
   }
 }
 
-// ---- devices and contexts
-// -------------------------------------------------------------------------
+// ---- devices and contexts -------------------------------------------------------------------
 
 cumempool_result HostDevices::check_device(int device) const {
   if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
@@ -27,13 +29,13 @@ cumempool_result HostDevices::check_context(int device) {
 }
 
 cumempool_result HostDevices::init() {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   initialised_ = true;
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
 cumempool_result HostDevices::driver_version(int* version) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
   if (version == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   *version = 13000;  // the CUDA version whose behaviour it follows
@@ -41,7 +43,7 @@ cumempool_result HostDevices::driver_version(int* version) {
 }
 
 cumempool_result HostDevices::device_count(int* count) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
   if (count == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   *count = options_.device_count;
@@ -49,7 +51,7 @@ cumempool_result HostDevices::device_count(int* count) {
 }
 
 cumempool_result HostDevices::device_name(int device, char* name, std::size_t bytes) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_device(device)) return result;
   if (name == nullptr || bytes == 0) return CUMEMPOOL_RESULT_INVALID_VALUE;
   const std::string text = "cumempool host device " + std::to_string(device);
@@ -59,7 +61,7 @@ cumempool_result HostDevices::device_name(int device, char* name, std::size_t by
 
 cumempool_result HostDevices::device_attribute(int device, cumempool_device_attribute attribute,
                                                int* value) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_device(device)) return result;
   if (value == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   switch (attribute) {
@@ -77,13 +79,25 @@ cumempool_result HostDevices::device_attribute(int device, cumempool_device_attr
     case CUMEMPOOL_ATTRIBUTE_COMPUTE_MINOR:
       *value = 0;
       return CUMEMPOOL_RESULT_SUCCESS;
+    case CUMEMPOOL_ATTRIBUTE_HOST_NUMA:
+      *value = -1;
+      return CUMEMPOOL_RESULT_SUCCESS;
   }
   return CUMEMPOOL_RESULT_INVALID_VALUE;
 }
 
+cumempool_result HostDevices::peer_access(int device, int peer, int* possible) {
+  const std::lock_guard<std::mutex> lock(state_.mutex);
+  if (const auto result = check_device(device)) return result;
+  if (const auto result = check_device(peer)) return result;
+  if (possible == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  *possible = device == peer || memory_.peers() ? 1 : 0;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
 cumempool_result HostDevices::memory_info(int device, std::uint64_t* free_bytes,
                                           std::uint64_t* total_bytes) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   if (free_bytes == nullptr || total_bytes == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   *free_bytes = memory_.free_bytes(device);
@@ -92,7 +106,7 @@ cumempool_result HostDevices::memory_info(int device, std::uint64_t* free_bytes,
 }
 
 cumempool_result HostDevices::context_active(int device, int* active) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_device(device)) return result;
   if (active == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   *active = contexts_.active(device) ? 1 : 0;
@@ -100,14 +114,14 @@ cumempool_result HostDevices::context_active(int device, int* active) {
 }
 
 cumempool_result HostDevices::context_retain(int device) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_device(device)) return result;
   contexts_.retain(device);
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
 cumempool_result HostDevices::context_release(int device) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_device(device)) return result;
   if (!contexts_.active(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
   if (contexts_.release(device)) work(device).lose_context();
@@ -115,26 +129,25 @@ cumempool_result HostDevices::context_release(int device) {
 }
 
 cumempool_result HostDevices::context_enter(int device, cumempool_context_token* token) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_device(device)) return result;
   if (token == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   return contexts_.enter(device, *token);
 }
 
 cumempool_result HostDevices::context_leave(const cumempool_context_token* token) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
   if (token == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   return contexts_.leave(*token);
 }
 
-// ---- memory
-// ---------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------
 
 cumempool_result HostDevices::create(std::size_t bytes,
                                      const cumempool_memory_properties* properties,
                                      cumempool_physical* physical) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (properties == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   if (const auto result = check_device(properties->device)) return result;
   if (const auto result = work(properties->device).error()) return result;
@@ -142,7 +155,7 @@ cumempool_result HostDevices::create(std::size_t bytes,
 }
 
 cumempool_result HostDevices::host_register(int device, void* pointer, std::size_t bytes) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   return registrations_.add(pointer, bytes);
 }
@@ -158,7 +171,7 @@ std::optional<std::pair<int, HostMark>> HostDevices::last_use(const void* pointe
 
 cumempool_result HostDevices::host_unregister(int device, void* pointer) {
   for (;;) {
-    std::unique_lock<std::mutex> lock(state_);
+    std::unique_lock<std::mutex> lock(state_.mutex);
     if (const auto result = check_context(device)) return result;
     const std::size_t bytes = registrations_.bytes_at(pointer);
     if (bytes == 0) return CUMEMPOOL_RESULT_HOST_MEMORY_NOT_REGISTERED;
@@ -173,11 +186,10 @@ cumempool_result HostDevices::host_unregister(int device, void* pointer) {
   }
 }
 
-// ---- streams and events
-// ---------------------------------------------------------------------------
+// ---- streams and events ---------------------------------------------------------------------
 
 cumempool_result HostDevices::stream_create(int device, cumempool_stream* stream) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   if (stream == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   work(device).add_stream(next_object_);
@@ -186,13 +198,13 @@ cumempool_result HostDevices::stream_create(int device, cumempool_stream* stream
 }
 
 cumempool_result HostDevices::stream_destroy(int device, cumempool_stream stream) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   return work(device).destroy_stream(stream);
 }
 
 cumempool_result HostDevices::stream_synchronize(int device, cumempool_stream stream) {
-  std::unique_lock<std::mutex> lock(state_);
+  std::unique_lock<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   if (const auto result = work(device).check_stream(stream)) return result;
   const HostMark mark = work(device).mark_of_stream(stream);
@@ -202,7 +214,7 @@ cumempool_result HostDevices::stream_synchronize(int device, cumempool_stream st
 
 cumempool_result HostDevices::stream_is_capturing(int device, cumempool_stream stream,
                                                   int* capturing) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   if (capturing == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   if (!work(device).has_stream(stream)) return CUMEMPOOL_RESULT_INVALID_HANDLE;
@@ -211,7 +223,7 @@ cumempool_result HostDevices::stream_is_capturing(int device, cumempool_stream s
 }
 
 cumempool_result HostDevices::event_create(int device, cumempool_event* event) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   if (event == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   work(device).add_event(next_object_);
@@ -220,20 +232,20 @@ cumempool_result HostDevices::event_create(int device, cumempool_event* event) {
 }
 
 cumempool_result HostDevices::event_destroy(int device, cumempool_event event) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   return work(device).destroy_event(event);
 }
 
 cumempool_result HostDevices::event_record(int device, cumempool_event event,
                                            cumempool_stream stream) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   return work(device).record(event, stream);
 }
 
 cumempool_result HostDevices::event_synchronize(int device, cumempool_event event) {
-  std::unique_lock<std::mutex> lock(state_);
+  std::unique_lock<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   const auto mark = work(device).mark_of(event);
   if (!mark) return CUMEMPOOL_RESULT_INVALID_HANDLE;
@@ -241,55 +253,142 @@ cumempool_result HostDevices::event_synchronize(int device, cumempool_event even
   return work(device).run(*mark);
 }
 
-// ---- work
-// -----------------------------------------------------------------------------------------
+// Runs one command at a time, so that work stays deferred and polling comes to an end.
+cumempool_result HostDevices::event_query(int device, cumempool_event event) {
+  std::unique_lock<std::mutex> lock(state_.mutex);
+  if (const auto result = check_context(device)) return result;
+  const auto mark = work(device).mark_of(event);
+  if (!mark) return CUMEMPOOL_RESULT_INVALID_HANDLE;
+  if (!work(device).pending(*mark)) return CUMEMPOOL_RESULT_SUCCESS;
+  const auto result = work(device).run_one(*mark, lock);
+  return result != CUMEMPOOL_RESULT_SUCCESS ? result : CUMEMPOOL_RESULT_NOT_READY;
+}
+
+std::optional<HostMark> HostDevices::mark_of(cumempool_event event) const {
+  for (const auto& work : works_) {
+    if (const auto mark = work->mark_of(event)) return mark;
+  }
+  return std::nullopt;
+}
+
+cumempool_result HostDevices::stream_wait_event(int device, cumempool_stream stream,
+                                                cumempool_event event) {
+  const std::lock_guard<std::mutex> lock(state_.mutex);
+  if (const auto result = check_context(device)) return result;
+  if (const auto result = work(device).check_stream(stream)) return result;
+  const auto mark = mark_of(event);
+  if (!mark) return CUMEMPOOL_RESULT_INVALID_HANDLE;
+  if (const auto result = work(mark->device).error()) return result;
+  if (!work(mark->device).pending(*mark)) return CUMEMPOOL_RESULT_SUCCESS;
+  HostCommand wait{HostCommand::Kind::kWait};
+  wait.wait = *mark;
+  return work(device).submit(stream, wait);
+}
+
+// ---- work -----------------------------------------------------------------------------------
+
+bool HostDevices::registered(const void* pointer, std::size_t bytes) const {
+  return pointer != nullptr && registrations_.holds(pointer, bytes);
+}
+
+bool HostDevices::good_digests(int device, const HostCommand& command) const {
+  const auto places = reinterpret_cast<std::uintptr_t>(command.extents) |
+                      reinterpret_cast<std::uintptr_t>(command.digests);
+  constexpr std::size_t most = ~std::size_t{0} / sizeof(cumempool_extent);
+  if (places % alignof(cumempool_extent) != 0 || command.count > most ||
+      !registered(command.extents, command.count * sizeof(cumempool_extent)) ||
+      !registered(command.digests, command.count * sizeof(cumempool_digest))) {
+    return false;
+  }
+  return std::all_of(
+      command.extents, command.extents + command.count, [&](const cumempool_extent& extent) {
+        return digest_takes(extent.address, extent.bytes) &&
+               memory_.resolve(extent.address, extent.bytes, device, command.epoch, nullptr);
+      });
+}
+
+bool HostDevices::good_operands(int device, const HostCommand& command) const {
+  const auto mapped = [&](cumempool_address address) {
+    return memory_.resolve(address, command.bytes, device, command.epoch, nullptr);
+  };
+  switch (command.kind) {
+    case HostCommand::Kind::kCopyToHost:
+    case HostCommand::Kind::kCopyToDevice:
+      return registered(command.host, command.bytes) && mapped(command.address);
+    case HostCommand::Kind::kCopyOnDevice: {
+      const auto distance = command.address > command.source ? command.address - command.source
+                                                             : command.source - command.address;
+      return distance >= command.bytes && mapped(command.address) && mapped(command.source);
+    }
+    case HostCommand::Kind::kFill:
+      return mapped(command.address);
+    case HostCommand::Kind::kDigest:
+      return good_digests(device, command);
+    case HostCommand::Kind::kWait:
+      break;
+  }
+  return true;
+}
 
 // Refuses what is wrong already; what goes wrong later is found when the command runs.
 cumempool_result HostDevices::submit(int device, HostCommand command, cumempool_stream stream) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   if (const auto result = work(device).check_stream(stream)) return result;
-  if (command.bytes == 0) return CUMEMPOOL_RESULT_SUCCESS;
-  const bool copies = command.kind != HostCommand::Kind::kFill;
+  if (command.bytes == 0 && command.count == 0) return CUMEMPOOL_RESULT_SUCCESS;
   command.epoch = memory_.epoch();
-  if ((copies && !registrations_.holds(command.host, command.bytes)) ||
-      !memory_.resolve(command.address, command.bytes, device, command.epoch, nullptr)) {
-    return CUMEMPOOL_RESULT_INVALID_VALUE;
-  }
+  if (!good_operands(device, command)) return CUMEMPOOL_RESULT_INVALID_VALUE;
   return work(device).submit(stream, command);
 }
 
 cumempool_result HostDevices::copy_to_host(int device, void* destination, cumempool_address source,
                                            std::size_t bytes, cumempool_stream stream) {
-  return submit(device, {HostCommand::Kind::kCopyToHost, source, destination, 0, bytes, 0, 0},
-                stream);
+  return submit(device, {HostCommand::Kind::kCopyToHost, source, bytes, destination}, stream);
 }
 
 cumempool_result HostDevices::copy_to_device(int device, cumempool_address destination,
                                              const void* source, std::size_t bytes,
                                              cumempool_stream stream) {
-  return submit(device, {HostCommand::Kind::kCopyToDevice, destination, source, 0, bytes, 0, 0},
-                stream);
+  return submit(device, {HostCommand::Kind::kCopyToDevice, destination, bytes, source}, stream);
+}
+
+cumempool_result HostDevices::copy_on_device(int device, cumempool_address destination,
+                                             cumempool_address source, std::size_t bytes,
+                                             cumempool_stream stream) {
+  HostCommand command{HostCommand::Kind::kCopyOnDevice, destination, bytes};
+  command.source = source;
+  return submit(device, command, stream);
 }
 
 cumempool_result HostDevices::fill(int device, cumempool_address destination, std::uint8_t byte,
                                    std::size_t bytes, cumempool_stream stream) {
-  return submit(device, {HostCommand::Kind::kFill, destination, nullptr, byte, bytes, 0, 0},
-                stream);
+  HostCommand command{HostCommand::Kind::kFill, destination, bytes};
+  command.byte = byte;
+  return submit(device, command, stream);
+}
+
+cumempool_result HostDevices::digest(int device, std::uint64_t seed,
+                                     const cumempool_extent* extents, std::size_t count,
+                                     cumempool_digest* digests, cumempool_stream stream) {
+  HostCommand command{HostCommand::Kind::kDigest};
+  command.extents = extents;
+  command.count = count;
+  command.digests = digests;
+  command.seed = seed;
+  return submit(device, command, stream);
 }
 
 cumempool_result HostDevices::fence(int device) {
-  std::unique_lock<std::mutex> lock(state_);
+  std::unique_lock<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
   lock.unlock();
   return work(device).run_all();
 }
 
-// ---- for tests
-// ------------------------------------------------------------------------------------
+// ---- for tests ------------------------------------------------------------------------------
 
 HostDriverCounters HostDevices::counters() {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   HostDriverCounters counters;
   memory_.count(counters);
   counters.registrations = registrations_.count();
@@ -301,8 +400,13 @@ HostDriverCounters HostDevices::counters() {
 }
 
 bool HostDevices::set_capturing(int device, cumempool_stream stream, bool capturing) {
-  const std::lock_guard<std::mutex> lock(state_);
+  const std::lock_guard<std::mutex> lock(state_.mutex);
   return exists(device) && work(device).set_capturing(stream, capturing);
+}
+
+void HostDevices::set_peer_access(bool possible) {
+  const std::lock_guard<std::mutex> lock(state_.mutex);
+  memory_.set_peers(possible);
 }
 
 }  // namespace cumempool::driver

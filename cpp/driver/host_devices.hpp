@@ -29,6 +29,7 @@ class HostDevices {
   cumempool_result device_count(int* count);
   cumempool_result device_name(int device, char* name, std::size_t bytes);
   cumempool_result device_attribute(int device, cumempool_device_attribute attribute, int* value);
+  cumempool_result peer_access(int device, int peer, int* possible);
   cumempool_result memory_info(int device, std::uint64_t* free_bytes, std::uint64_t* total_bytes);
   cumempool_result context_active(int device, int* active);
   cumempool_result context_retain(int device);
@@ -47,24 +48,32 @@ class HostDevices {
   cumempool_result event_destroy(int device, cumempool_event event);
   cumempool_result event_record(int device, cumempool_event event, cumempool_stream stream);
   cumempool_result event_synchronize(int device, cumempool_event event);
+  cumempool_result event_query(int device, cumempool_event event);
+  cumempool_result stream_wait_event(int device, cumempool_stream stream, cumempool_event event);
   cumempool_result copy_to_host(int device, void* destination, cumempool_address source,
                                 std::size_t bytes, cumempool_stream stream);
   cumempool_result copy_to_device(int device, cumempool_address destination, const void* source,
                                   std::size_t bytes, cumempool_stream stream);
+  cumempool_result copy_on_device(int device, cumempool_address destination,
+                                  cumempool_address source, std::size_t bytes,
+                                  cumempool_stream stream);
   cumempool_result fill(int device, cumempool_address destination, std::uint8_t byte,
                         std::size_t bytes, cumempool_stream stream);
+  cumempool_result digest(int device, std::uint64_t seed, const cumempool_extent* extents,
+                          std::size_t count, cumempool_digest* digests, cumempool_stream stream);
   cumempool_result fence(int device);
 
   // The entries that HostMemory answers as they are.
   template <auto Method, typename... Args>
   cumempool_result in_memory(Args... args) {
-    const std::lock_guard<std::mutex> lock(state_);
+    const std::lock_guard<std::mutex> lock(state_.mutex);
     return initialised_ ? (memory_.*Method)(args...) : CUMEMPOOL_RESULT_NOT_INITIALIZED;
   }
 
   // For tests; see host_driver.hpp.
   HostDriverCounters counters();
   bool set_capturing(int device, cumempool_stream stream, bool capturing);
+  void set_peer_access(bool possible);
 
  private:
   bool exists(int device) const noexcept { return device >= 0 && device < options_.device_count; }
@@ -72,10 +81,14 @@ class HostDevices {
   cumempool_result check_device(int device) const;
   cumempool_result check_context(int device);
   cumempool_result submit(int device, HostCommand command, cumempool_stream stream);
+  bool good_operands(int device, const HostCommand& command) const;
+  bool good_digests(int device, const HostCommand& command) const;
+  bool registered(const void* pointer, std::size_t bytes) const;
+  std::optional<HostMark> mark_of(cumempool_event event) const;
   std::optional<std::pair<int, HostMark>> last_use(const void* pointer, std::size_t bytes) const;
 
   const cumempool_host_driver_options options_;
-  std::mutex state_;  // guards everything below; given up while bytes move (R7)
+  HostState state_;  // guards everything below; given up while bytes move (R7)
   bool initialised_ = false;
   HostContexts contexts_;
   HostMemory memory_;

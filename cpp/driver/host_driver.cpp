@@ -2,10 +2,13 @@
 // contract, so that programs can be developed and tested where there is no GPU.
 //
 // What it does differently from a GPU on purpose:
-//  - Copies and fills run only when somebody waits for them: stream_synchronize, event_synchronize,
-//    fence, or host_unregister of memory that they use. A missing wait fails every time.
+//  - Commands run only when somebody waits for them: stream_synchronize, event_synchronize, fence,
+//    host_unregister of memory that they use, or another stream's stream_wait_event that is waited
+//    for itself. event_query runs one command, and says NOT_READY also for the last one. A missing
+//    wait fails every time.
 //  - Work whose device memory was unmapped, even if mapped again since, breaks the device with 700
-//    (CUDA_ERROR_ILLEGAL_ADDRESS) when it runs. Unregistered host memory is refused in copies.
+//    (CUDA_ERROR_ILLEGAL_ADDRESS) when it runs; so does work that waits for a device that broke.
+//    Unregistered host memory is refused in copies and digests, and so are copies that overlap.
 //  - New memory is not zero. map takes a physical handle as a whole, inside one reservation.
 // What it cannot do:
 //  - A descriptor sent to another process, or duplicated, keeps the pages but not their charge: the
@@ -77,6 +80,7 @@ void fill_table(HostDriver& driver) {
   table.device_count = Entry<&HostDevices::device_count>::call;
   table.device_name = Entry<&HostDevices::device_name>::call;
   table.device_attribute = Entry<&HostDevices::device_attribute>::call;
+  table.peer_access = Entry<&HostDevices::peer_access>::call;
   table.memory_info = Entry<&HostDevices::memory_info>::call;
   table.context_active = Entry<&HostDevices::context_active>::call;
   table.context_retain = Entry<&HostDevices::context_retain>::call;
@@ -103,9 +107,13 @@ void fill_table(HostDriver& driver) {
   table.event_destroy = Entry<&HostDevices::event_destroy>::call;
   table.event_record = Entry<&HostDevices::event_record>::call;
   table.event_synchronize = Entry<&HostDevices::event_synchronize>::call;
+  table.event_query = Entry<&HostDevices::event_query>::call;
+  table.stream_wait_event = Entry<&HostDevices::stream_wait_event>::call;
   table.copy_to_host = Entry<&HostDevices::copy_to_host>::call;
   table.copy_to_device = Entry<&HostDevices::copy_to_device>::call;
+  table.copy_on_device = Entry<&HostDevices::copy_on_device>::call;
   table.fill = Entry<&HostDevices::fill>::call;
+  table.digest = Entry<&HostDevices::digest>::call;
   table.fence = Entry<&HostDevices::fence>::call;
 }
 
@@ -156,6 +164,10 @@ HostDriverCounters host_driver_counters(const cumempool_driver* driver) {
 bool host_driver_set_capturing(const cumempool_driver* driver, int device, cumempool_stream stream,
                                bool capturing) {
   return host_driver(driver).devices.set_capturing(device, stream, capturing);
+}
+
+void host_driver_set_peer_access(const cumempool_driver* driver, bool possible) {
+  host_driver(driver).devices.set_peer_access(possible);
 }
 
 }  // namespace cumempool::driver

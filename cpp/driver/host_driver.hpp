@@ -36,4 +36,8 @@ HostDriverCounters host_driver_counters(const cumempool_driver* driver);
 bool host_driver_set_capturing(const cumempool_driver* driver, int device, cumempool_stream stream,
                                bool capturing);
 
+// Lets peer_access answer 0, and set_access refuse devices that did not create the memory, as where
+// no link joins the devices. They can reach each other at first.
+void host_driver_set_peer_access(const cumempool_driver* driver, bool possible);
+
 }  // namespace cumempool::driver

@@ -212,6 +212,12 @@ cumempool_result HostMemory::unmap(cumempool_address address, std::size_t bytes)
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
+// Imported memory may be anybody's, and is granted.
+bool HostMemory::may_access(const HostPhysical& memory, std::uint64_t devices) const noexcept {
+  if (peers_ || memory.device < 0) return true;
+  return devices == std::uint64_t{1} << static_cast<unsigned>(memory.device);
+}
+
 cumempool_result HostMemory::set_access(cumempool_address address, std::size_t bytes,
                                         const int* devices, std::size_t device_count) {
   if (!granules(bytes) || !granules(address) || devices == nullptr || device_count == 0) {
@@ -228,6 +234,7 @@ cumempool_result HostMemory::set_access(cumempool_address address, std::size_t b
   cumempool_address covered = address;
   auto last = first;
   while (last != mappings_.end() && last->first == covered && covered < end) {
+    if (!may_access(*last->second.memory, access)) return CUMEMPOOL_RESULT_INVALID_DEVICE;
     covered += last->second.bytes;
     ++last;
   }

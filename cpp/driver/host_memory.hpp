@@ -80,6 +80,10 @@ class HostMemory {
 
   std::uint64_t free_bytes(int device);
 
+  // Whether devices can be given access to each other's memory.
+  bool peers() const noexcept { return peers_; }
+  void set_peers(bool possible) noexcept { peers_ = possible; }
+
   // A number that grows with each map; see resolve.
   std::uint64_t epoch() const noexcept { return epoch_; }
 
@@ -102,6 +106,7 @@ class HostMemory {
   bool device_exists(int device) const noexcept;
   cumempool_result check_properties(const cumempool_memory_properties* properties) const;
   cumempool_result check_grants(const cumempool_memory_properties& properties) const;
+  bool may_access(const HostPhysical& memory, std::uint64_t devices) const noexcept;
   bool overlaps_mapping(cumempool_address address, std::size_t bytes) const;
   bool inside_reservation(cumempool_address address, std::size_t bytes) const;
   void settle(HostPhysical& memory);
@@ -112,6 +117,7 @@ class HostMemory {
   const std::size_t granularity_;
   const std::uint32_t handle_types_;
   const bool rdma_;
+  bool peers_ = true;
 
   std::vector<std::uint64_t> charged_;  // per device
   std::map<cumempool_address, std::size_t> reservations_;

@@ -1,73 +1,44 @@
-// Deferred work of the host driver. Bytes move through the file behind the memory, not through its
-// mapping, so that work into memory that is gone ends in an error and never in a SIGSEGV.
+// Deferred work of the host driver.
 #include "driver/host_work.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <array>
-#include <cerrno>
-#include <functional>
+#include <iterator>
 
 namespace cumempool::driver {
 namespace {
 
-// Calls transfer(done) until it has moved all bytes; false where the kernel refuses.
-bool move_all(std::size_t bytes, const std::function<ssize_t(std::size_t done)>& transfer) {
-  for (std::size_t done = 0; done < bytes;) {
-    const ssize_t moved = transfer(done);
-    if (moved > 0) {
-      done += static_cast<std::size_t>(moved);
-    } else if (moved == 0 || errno != EINTR) {
-      return false;
-    }
+// Marks a stream whose command is running, without the lock until the bytes have moved. Where there
+// is no memory to run it, the command stays queued.
+class Running {
+ public:
+  Running(bool& flag, std::unique_lock<std::mutex>& lock, std::condition_variable& over)
+      : flag_(flag), lock_(lock), over_(over) {
+    flag_ = true;
+    lock_.unlock();
   }
-  return true;
-}
-
-bool fill_segment(const HostSegment& segment, std::uint8_t byte) {
-  std::array<std::uint8_t, 65536> pattern{};
-  pattern.fill(byte);
-  return move_all(segment.bytes, [&](std::size_t done) {
-    return pwrite(segment.memory->descriptor.get(), pattern.data(),
-                  std::min(pattern.size(), segment.bytes - done),
-                  static_cast<off_t>(segment.offset + done));
-  });
-}
-
-bool execute(const HostCommand& command, const std::vector<HostSegment>& segments) {
-  auto* host = static_cast<unsigned char*>(const_cast<void*>(command.host));  // NOLINT
-  for (const HostSegment& segment : segments) {
-    const int file = segment.memory->descriptor.get();
-    bool moved = false;
-    if (command.kind == HostCommand::Kind::kFill) {
-      moved = fill_segment(segment, command.byte);
-    } else {
-      const bool reads = command.kind == HostCommand::Kind::kCopyToHost;
-      moved = move_all(segment.bytes, [&](std::size_t done) {
-        const auto offset = static_cast<off_t>(segment.offset + done);
-        const std::size_t left = segment.bytes - done;
-        return reads ? pread(file, host + done, left, offset)
-                     : pwrite(file, host + done, left, offset);
-      });
-      host += segment.bytes;
-    }
-    if (!moved) return false;
+  ~Running() {
+    stop_moving();
+    flag_ = false;
+    over_.notify_all();
   }
-  return true;
-}
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
 
-bool uses(const HostCommand& command, const void* pointer, std::size_t bytes) {
-  if (command.host == nullptr) return false;
-  const auto begin = reinterpret_cast<std::uintptr_t>(pointer);
-  const auto host = reinterpret_cast<std::uintptr_t>(command.host);
-  return host < begin + bytes && begin < host + command.bytes;
-}
+  void stop_moving() {
+    if (!lock_.owns_lock()) lock_.lock();
+  }
+
+ private:
+  bool& flag_;
+  std::unique_lock<std::mutex>& lock_;
+  std::condition_variable& over_;
+};
 
 }  // namespace
 
-HostWork::HostWork(int device, std::mutex& state, const HostMemory& memory)
-    : device_(device), state_(state), memory_(memory) {
+HostWork::HostWork(int device, HostState& state, const HostMemory& memory,
+                   const std::vector<std::unique_ptr<HostWork>>& devices)
+    : device_(device), state_(state), memory_(memory), devices_(devices) {
   streams_.try_emplace(0);  // the legacy default stream
 }
 
@@ -79,7 +50,7 @@ cumempool_result HostWork::destroy_stream(cumempool_stream stream) {
   if (stream == 0 || !has_stream(stream)) return CUMEMPOOL_RESULT_INVALID_HANDLE;
   const auto found = streams_.find(stream);
   found->second.alive = false;
-  if (found->second.queue.empty()) streams_.erase(found);
+  if (found->second.queue.empty() && !found->second.running) streams_.erase(found);
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
@@ -109,11 +80,11 @@ cumempool_result HostWork::check_stream(cumempool_stream stream) const {
   return capturing(stream) ? CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED : CUMEMPOOL_RESULT_SUCCESS;
 }
 
-cumempool_result HostWork::submit(cumempool_stream stream, HostCommand command) {
+cumempool_result HostWork::submit(cumempool_stream stream, const HostCommand& command) {
   if (const auto result = check_stream(stream)) return result;
-  command.sequence = sequence_ + 1;
-  streams_.at(stream).queue.push_back(command);
-  ++sequence_;
+  auto& queue = streams_.at(stream).queue;
+  queue.push_back(command);
+  queue.back().sequence = ++sequence_;
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
@@ -130,12 +101,27 @@ std::optional<HostMark> HostWork::mark_of(cumempool_event event) const {
   return found->second.mark;
 }
 
+bool HostWork::pending(const HostMark& mark) const {
+  const auto stream = streams_.find(mark.stream);
+  return stream != streams_.end() && !stream->second.queue.empty() &&
+         stream->second.queue.front().sequence <= mark.sequence;
+}
+
+bool HostWork::next_is_running(const HostMark& mark) const {
+  if (!pending(mark)) return false;
+  const Stream& stream = streams_.at(mark.stream);
+  const HostCommand& next = stream.queue.front();
+  return stream.running ||
+         (next.kind == HostCommand::Kind::kWait &&
+          devices_[static_cast<std::size_t>(next.wait.device)]->next_is_running(next.wait));
+}
+
 std::optional<HostMark> HostWork::last_use(const void* pointer, std::size_t bytes) const {
   for (const auto& [handle, stream] : streams_) {
     const auto found =
         std::find_if(stream.queue.rbegin(), stream.queue.rend(),
                      [&](const HostCommand& command) { return uses(command, pointer, bytes); });
-    if (found != stream.queue.rend()) return HostMark{handle, found->sequence};
+    if (found != stream.queue.rend()) return HostMark{device_, handle, found->sequence};
   }
   return std::nullopt;
 }
@@ -147,56 +133,83 @@ void HostWork::lose_context() {
 }
 
 cumempool_result HostWork::run(const HostMark& mark) {
-  const std::lock_guard<std::mutex> execution(execution_);
-  return run_in_order(mark);
+  Lock lock(state_.mutex);
+  while (error_ == CUMEMPOOL_RESULT_SUCCESS && pending(mark)) {
+    if (next_is_running(mark)) {
+      state_.ran.wait(lock);
+    } else if (const auto result = run_one(mark, lock)) {
+      return result;
+    }
+  }
+  return error_;
 }
 
 cumempool_result HostWork::run_all() {
   std::vector<HostMark> marks;
   {
-    const std::lock_guard<std::mutex> state(state_);
+    const Lock lock(state_.mutex);
     for (const auto& stream : streams_) marks.push_back(mark_of_stream(stream.first));
   }
-  const std::lock_guard<std::mutex> execution(execution_);
   for (const HostMark& mark : marks) {
-    if (const auto result = run_in_order(mark)) return result;
+    if (const auto result = run(mark)) return result;
   }
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-// Needs execution_.
-cumempool_result HostWork::run_in_order(const HostMark& mark) {
-  for (;;) {
-    std::unique_lock<std::mutex> state(state_);
-    if (error_ != CUMEMPOOL_RESULT_SUCCESS) return error_;
-    const auto stream = streams_.find(mark.stream);
-    if (stream == streams_.end()) return CUMEMPOOL_RESULT_SUCCESS;
-    auto& queue = stream->second.queue;
-    if (queue.empty() || queue.front().sequence > mark.sequence) return CUMEMPOOL_RESULT_SUCCESS;
-
-    const HostCommand command = queue.front();
-    const auto still_mapped = [&](std::vector<HostSegment>* segments) {
-      return memory_.resolve(command.address, command.bytes, device_, command.epoch, segments);
-    };
-    std::vector<HostSegment> segments;
-    if (!still_mapped(&segments)) return fail();
-    state.unlock();
-    const bool moved = execute(command, segments);
-    state.lock();
-    // Unmapping while the command ran is as wrong as unmapping before.
-    if (!moved || !still_mapped(nullptr)) return fail();
-    queue.pop_front();
-    if (queue.empty() && !stream->second.alive) streams_.erase(stream);
-  }
+cumempool_result HostWork::run_one(const HostMark& mark, Lock& lock) {
+  if (error_ != CUMEMPOOL_RESULT_SUCCESS || !pending(mark)) return error_;
+  const auto stream = streams_.find(mark.stream);
+  if (stream->second.running) return CUMEMPOOL_RESULT_SUCCESS;
+  return stream->second.queue.front().kind == HostCommand::Kind::kWait ? run_wait(stream, lock)
+                                                                       : run_command(stream, lock);
 }
 
-// Breaks the device; its unfinished work is gone. Needs execution_ and the state lock.
+// An event stands for work that was submitted before the wait, so this comes to an end.
+cumempool_result HostWork::run_wait(Streams::iterator stream, Lock& lock) {
+  const HostCommand wait = stream->second.queue.front();
+  HostWork& other = *devices_[static_cast<std::size_t>(wait.wait.device)];
+  const bool over = !other.pending(wait.wait);
+  const auto result = over ? other.error() : other.run_one(wait.wait, lock);
+  if (error_ != CUMEMPOOL_RESULT_SUCCESS) return error_;
+  // What was waited for is lost, and so is what relies on it.
+  if (result != CUMEMPOOL_RESULT_SUCCESS) return fail();
+  if (over) pop(stream, wait.sequence);
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostWork::run_command(Streams::iterator stream, Lock& lock) {
+  const HostCommand command = stream->second.queue.front();
+  HostOperands operands;
+  if (!operands.read(command) || !operands.resolve(memory_, device_, command.epoch)) return fail();
+  {
+    Running running(stream->second.running, lock, state_.ran);
+    const bool moved = operands.execute(command);
+    running.stop_moving();
+    // Unmapping while the command ran is as wrong as unmapping before.
+    const bool good = moved && operands.resolve(memory_, device_, command.epoch);
+    if (!good && error_ == CUMEMPOOL_RESULT_SUCCESS) fail();
+  }
+  pop(stream, command.sequence);
+  return error_;
+}
+
+// Takes a command that is over from its queue, unless the device broke meanwhile.
+void HostWork::pop(Streams::iterator stream, std::uint64_t sequence) {
+  auto& queue = stream->second.queue;
+  if (!queue.empty() && queue.front().sequence == sequence) queue.pop_front();
+  if (queue.empty() && !stream->second.alive) streams_.erase(stream);
+  state_.ran.notify_all();
+}
+
+// Breaks the device; its unfinished work is gone. A stream whose command is running goes with it.
 cumempool_result HostWork::fail() {
   error_ = kIllegalAddress;
   for (auto stream = streams_.begin(); stream != streams_.end();) {
     stream->second.queue.clear();
-    stream = stream->second.alive ? std::next(stream) : streams_.erase(stream);
+    const bool gone = !stream->second.alive && !stream->second.running;
+    stream = gone ? streams_.erase(stream) : std::next(stream);
   }
+  state_.ran.notify_all();
   return error_;
 }
 

@@ -2,42 +2,39 @@
 // them, which run only when somebody waits for them.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
 
 #include "cumempool/driver.h"
+#include "driver/host_command.hpp"
 #include "driver/host_driver.hpp"
 #include "driver/host_memory.hpp"
 
 namespace cumempool::driver {
 
-struct HostCommand {
-  enum class Kind { kCopyToHost, kCopyToDevice, kFill };
-  Kind kind;
-  cumempool_address address;
-  const void* host;  // null for a fill
-  std::uint8_t byte;
-  std::size_t bytes;
-  std::uint64_t epoch;     // the mappings that it was submitted for; HostMemory::resolve
-  std::uint64_t sequence;  // set by submit
+// Guards all state of a host driver.
+struct HostState {
+  std::mutex mutex;
+  std::condition_variable ran;  // a command has run
 };
 
-// A place in a stream: its commands up to and including `sequence`.
-struct HostMark {
-  cumempool_stream stream;
-  std::uint64_t sequence;
-};
-
-// Every function but run and run_all needs the driver's state lock; those two take it themselves,
-// and give it up while bytes move (R7).
+// Every function needs the driver's state locked, but run and run_all, which lock it themselves.
+// Nothing is locked while bytes move (R7), nor while one device runs work of another that its own
+// waits for. So no two threads can wait for each other: who waits, waits for moving bytes only.
 class HostWork {
  public:
-  HostWork(int device, std::mutex& state, const HostMemory& memory);
+  using Lock = std::unique_lock<std::mutex>;
+
+  // `devices` are the work of each device, this one included.
+  HostWork(int device, HostState& state, const HostMemory& memory,
+           const std::vector<std::unique_ptr<HostWork>>& devices);
 
   // Handles come from the caller, and are never 0.
   void add_stream(cumempool_stream stream);
@@ -52,12 +49,14 @@ class HostWork {
   bool capturing(cumempool_stream stream) const;
   bool set_capturing(cumempool_stream stream, bool capturing);
 
-  cumempool_result submit(cumempool_stream stream, HostCommand command);
+  cumempool_result submit(cumempool_stream stream, const HostCommand& command);
   cumempool_result record(cumempool_event event, cumempool_stream stream);
   // Where an event stands; sequence 0 where it was never recorded.
   std::optional<HostMark> mark_of(cumempool_event event) const;
   // All that was submitted to the stream so far.
-  HostMark mark_of_stream(cumempool_stream stream) const { return {stream, sequence_}; }
+  HostMark mark_of_stream(cumempool_stream stream) const { return {device_, stream, sequence_}; }
+  // Whether a command of the mark has not run yet.
+  bool pending(const HostMark& mark) const;
   // The last unfinished command that uses the host range, if one does.
   std::optional<HostMark> last_use(const void* pointer, std::size_t bytes) const;
 
@@ -70,6 +69,9 @@ class HostWork {
   cumempool_result run(const HostMark& mark);
   // Runs what was submitted on any stream before the call.
   cumempool_result run_all();
+  // Runs the next command of the mark, or of what that one waits for; nothing where another thread
+  // is running it. `lock` is on the state, and given up while bytes move.
+  cumempool_result run_one(const HostMark& mark, Lock& lock);
 
   void count(HostDriverCounters& counters) const;
 
@@ -78,22 +80,27 @@ class HostWork {
     bool alive = true;  // not destroyed
     bool lost = false;
     bool capturing = false;
+    bool running = false;           // the front of the queue, by some thread
     std::deque<HostCommand> queue;  // the front stays until it has run
   };
+  using Streams = std::map<cumempool_stream, Stream>;
   struct Event {
     bool lost = false;
-    HostMark mark{0, 0};
+    HostMark mark{};
   };
 
-  cumempool_result run_in_order(const HostMark& mark);
+  bool next_is_running(const HostMark& mark) const;
+  cumempool_result run_wait(Streams::iterator stream, Lock& lock);
+  cumempool_result run_command(Streams::iterator stream, Lock& lock);
+  void pop(Streams::iterator stream, std::uint64_t sequence);
   cumempool_result fail();
 
   const int device_;
-  std::mutex& state_;
+  HostState& state_;
   const HostMemory& memory_;
-  std::mutex execution_;  // one thread runs commands; taken before state_
+  const std::vector<std::unique_ptr<HostWork>>& devices_;
 
-  std::map<cumempool_stream, Stream> streams_;
+  Streams streams_;
   std::map<cumempool_event, Event> events_;
   std::uint64_t sequence_ = 0;
   cumempool_result error_ = CUMEMPOOL_RESULT_SUCCESS;

@@ -81,10 +81,29 @@ CUMEMPOOL_API cumempool_status cumempool_probe_device(const cumempool_driver *dr
 
 typedef struct cumempool_allocator cumempool_allocator;
 
-typedef struct cumempool_allocator_options {
-  uint32_t size;              /* sizeof(cumempool_allocator_options) */
+/* Where the contents of sleeping memory are kept. */
+typedef enum cumempool_backup_tier {
+  CUMEMPOOL_BACKUP_UNSET = 0,
+  CUMEMPOOL_BACKUP_PINNED = 1,   /* pinned host memory: at the speed of the link */
+  CUMEMPOOL_BACKUP_PAGEABLE = 2, /* host memory that the system may swap out */
+  CUMEMPOOL_BACKUP_FILE = 3,     /* a file that has no name and goes with the process */
+  CUMEMPOOL_BACKUP_PEER = 4      /* memory of another device, which must be able to reach it */
+} cumempool_backup_tier;
+
+typedef struct cumempool_backup_policy {
+  uint32_t size;              /* sizeof(cumempool_backup_policy) */
+  cumempool_backup_tier tier; /* UNSET leaves what was set before */
+  const char *directory;      /* FILE: where the file is made; else NULL */
+  int32_t peer_device;        /* PEER: the other device; else 0 */
   uint32_t reserved;          /* 0 */
-  uint64_t host_backup_limit; /* most host bytes held for backups; 0 = no limit */
+} cumempool_backup_policy;
+
+typedef struct cumempool_allocator_options {
+  uint32_t size;           /* sizeof(cumempool_allocator_options) */
+  uint32_t retain_backups; /* 1 = keep backups while awake, and copy only what has changed since */
+  uint64_t host_backup_limit; /* most pinned host bytes held for backups; 0 = no limit */
+  /* What takes backups that the limit leaves no room for: PAGEABLE or FILE; UNSET refuses them. */
+  cumempool_backup_policy overflow;
 } cumempool_allocator_options;
 
 CUMEMPOOL_API cumempool_status cumempool_allocator_create(
@@ -117,6 +136,11 @@ CUMEMPOOL_API cumempool_status cumempool_declare_tag(cumempool_allocator *alloca
                                                      const char *tag, cumempool_on_sleep on_sleep,
                                                      cumempool_on_wake on_wake);
 
+/* Where backups of a declared tag go from its next sleep on; what was never set is PINNED. Refused
+ * with CUMEMPOOL_UNSUPPORTED where no device can reach the peer. */
+CUMEMPOOL_API cumempool_status cumempool_set_backup(cumempool_allocator *allocator, const char *tag,
+                                                    const cumempool_backup_policy *policy);
+
 /* `bytes` of device memory under a declared tag, rounded up to the granularity. */
 CUMEMPOOL_API cumempool_status cumempool_malloc(cumempool_allocator *allocator, const char *tag,
                                                 int device, size_t bytes,
@@ -141,11 +165,6 @@ CUMEMPOOL_API cumempool_status cumempool_bind_slot(cumempool_allocator *allocato
 CUMEMPOOL_API cumempool_status cumempool_unbind_slot(uint32_t slot);
 
 /* ---- transitions -------------------------------------------------------------------------- */
-
-typedef struct cumempool_extent {
-  cumempool_address address;
-  uint64_t bytes;
-} cumempool_extent;
 
 typedef struct cumempool_device_stream {
   int32_t device;
@@ -177,7 +196,8 @@ typedef struct cumempool_report_row {
   uint64_t allocations;     /* allocations that changed state */
   uint64_t freed_bytes;     /* device memory given back */
   uint64_t mapped_bytes;    /* device memory taken */
-  uint64_t backed_up_bytes; /* copied to the host */
+  uint64_t backed_up_bytes; /* contents kept: those copied now, and the clean ones */
+  uint64_t clean_bytes;     /* contents kept without a copy: a retained backup has them */
   uint64_t restored_bytes;  /* copied back */
   uint64_t discarded_bytes; /* given up without a copy: discarded allocations and dead ranges */
   uint64_t zeroed_bytes;
@@ -214,7 +234,64 @@ CUMEMPOOL_API cumempool_status cumempool_wake(cumempool_allocator *allocator,
                                               const cumempool_device_stream *streams,
                                               size_t stream_count, cumempool_report **report);
 
-/* Returns pinned host memory that holds no backup at present. */
+typedef struct cumempool_swap_request {
+  uint32_t size;     /* sizeof(cumempool_swap_request) */
+  uint32_t reserved; /* 0 */
+  const cumempool_sleep_request *sleep;
+  const char *const *wake_tags; /* NULL = all that the sleep does not name */
+  size_t wake_tag_count;
+} cumempool_swap_request;
+
+/* Puts tags to sleep and wakes others in one transition, all or none, with both directions of the
+ * link busy. Takes no more device memory than what is free and what the sleep gives back. No tag
+ * may be in both. */
+CUMEMPOOL_API cumempool_status cumempool_swap(cumempool_allocator *allocator,
+                                              const cumempool_swap_request *request,
+                                              cumempool_report **report);
+
+/* A wake under way in a thread of its own. */
+typedef struct cumempool_waking cumempool_waking;
+
+/* Begins a wake as cumempool_wake() does it, in the order of allocation, `first` before the rest,
+ * and returns once it is sure to have the memory it needs unless others take it meanwhile. */
+CUMEMPOOL_API cumempool_status cumempool_wake_begin(cumempool_allocator *allocator,
+                                                    const char *const *tags, size_t tag_count,
+                                                    const cumempool_address *first,
+                                                    size_t first_count,
+                                                    const cumempool_device_stream *streams,
+                                                    size_t stream_count, cumempool_waking **waking);
+/* Makes later work of the stream wait until the allocation that holds `address` has its contents;
+ * returns as soon as that is arranged. No effect where it is awake. */
+CUMEMPOOL_API cumempool_status cumempool_waking_wait(cumempool_waking *waking,
+                                                     cumempool_address address,
+                                                     cumempool_device_stream stream);
+/* 1 once the wake has ended, well or not. */
+CUMEMPOOL_API int cumempool_waking_done(const cumempool_waking *waking);
+/* Waits for the end. On failure everything is asleep as before, and memory that was handed to a
+ * stream meanwhile is gone again. May be called again: then it fails the same way, or `report` is
+ * NULL. */
+CUMEMPOOL_API cumempool_status cumempool_waking_finish(cumempool_waking *waking,
+                                                       cumempool_report **report);
+/* Waits for the end, and drops the handle. */
+CUMEMPOOL_API void cumempool_waking_destroy(cumempool_waking *waking);
+
+/* A lease on the backup of sleeping memory. */
+typedef struct cumempool_backup_view {
+  void *data;     /* host memory that holds the bytes, without a copy */
+  uint64_t bytes; /* as asked for */
+  void *lease;    /* for cumempool_end_backup_view */
+} cumempool_backup_view;
+
+/* The backup of `bytes` at an address of sleeping memory. `writable` = 1: what is written there is
+ * what the next wake restores. The view stays valid, and keeps its host memory, until it is ended;
+ * after the wake it shows what was restored. CUMEMPOOL_UNSUPPORTED for backups on a peer. */
+CUMEMPOOL_API cumempool_status cumempool_view_backup(cumempool_allocator *allocator,
+                                                     cumempool_address address, uint64_t bytes,
+                                                     int writable, cumempool_backup_view *view);
+CUMEMPOOL_API void cumempool_end_backup_view(void *lease);
+
+/* Returns host memory that holds no contents of sleeping memory: free room, retained backups of
+ * memory that is awake, buffers. */
 CUMEMPOOL_API cumempool_status cumempool_release_host_memory(cumempool_allocator *allocator,
                                                              uint64_t *released_bytes);
 
@@ -234,8 +311,10 @@ typedef struct cumempool_allocation_info {
   int32_t device;
   cumempool_state state;
   uint64_t generation;   /* grows at each wake: physical pages changed, registrations are stale */
-  uint64_t backup_bytes; /* host bytes that hold its contents */
-  uint64_t sequence;     /* order of allocation */
+  uint64_t backup_bytes; /* bytes of the backup that has its contents, or those of its last sleep */
+  cumempool_backup_tier backup_tier; /* of that backup; UNSET where there is none */
+  uint32_t reserved;
+  uint64_t sequence; /* order of allocation */
 } cumempool_allocation_info;
 
 /* The live allocation that holds an address, anywhere inside it. `allocator` NULL = any allocator;
@@ -259,7 +338,10 @@ typedef struct cumempool_tag_stats {
   uint64_t backed_up_bytes; /* sizes of allocations asleep with a backup */
   uint64_t discarded_allocations;
   uint64_t discarded_bytes;
-  uint64_t backup_bytes;     /* host bytes that hold contents */
+  uint64_t backup_bytes;   /* bytes of backups that hold contents */
+  uint64_t retained_bytes; /* bytes of backups kept while awake */
+  cumempool_backup_tier backup_tier;
+  uint32_t reserved2;
   uint64_t unreleased_bytes; /* asleep, but the driver would not take the memory back */
 } cumempool_tag_stats;
 
@@ -268,13 +350,18 @@ typedef struct cumempool_totals {
   uint64_t physical_bytes;         /* memory held from the driver = created - released */
   uint64_t mapped_bytes;
   uint64_t pending_free_bytes; /* freed by the program, held until a transition ends or a retry */
-  uint64_t host_bytes;         /* pinned host memory held */
-  uint64_t host_used_bytes;    /* the part that holds backups */
+  uint64_t host_bytes;         /* pinned host memory held for backups */
+  uint64_t host_used_bytes;    /* the part that holds backups, retained ones included */
+  uint64_t pageable_bytes;     /* pageable host memory held for backups */
+  uint64_t file_bytes;         /* of backup files */
+  uint64_t peer_bytes;         /* device memory held for backups of other devices */
+  uint64_t staging_bytes;      /* pinned host memory held for buffers and digests */
   uint64_t malloc_calls;
   uint64_t malloc_failures;
   uint64_t free_calls;
   uint64_t sleeps; /* transitions that were committed */
   uint64_t wakes;
+  uint64_t swaps;
   uint64_t failed_transitions;
 } cumempool_totals;
 

@@ -26,13 +26,17 @@
  *  C9  Copies and fills are asynchronous: they may have no effect before their stream or an
  *      event recorded behind them is synchronised, or fence() returns. The calling thread keeps
  *      both sides valid until then. Commands of one stream run in order; streams do not wait
- *      for each other. The host side of a copy lies in a single host_register range.
+ *      for each other unless they are told to (stream_wait_event). The host side of a copy lies
+ *      in a single host_register range.
  *  C10 fence() returns when all work submitted to the device before the call, on any stream, by
  *      any thread of the process, has finished. Captured work is not submitted work.
  *  C11 unmap, release and unreserve do not wait for work in flight: the caller fences first.
  *  C12 Running out of device memory is CUMEMPOOL_RESULT_OUT_OF_MEMORY from create (on some
  *      drivers from map or set_access) and leaves the driver usable.
  *  C13 After fork, the table is not used in the child.
+ *  C14 digest() gives the same 128 bits for the same seed and bytes on every driver, and on equal
+ *      numbers of bytes different ones for different bytes: bytes that nobody chose with knowledge
+ *      of the seed collide with a probability of about 2^-126. cpp/driver/digest.hpp defines it.
  */
 #ifndef CUMEMPOOL_DRIVER_H
 #define CUMEMPOOL_DRIVER_H
@@ -54,6 +58,18 @@ typedef uint64_t cumempool_physical;
 typedef uint64_t cumempool_stream;
 /* A CUevent. */
 typedef uint64_t cumempool_event;
+
+/* A range of device memory. */
+typedef struct cumempool_extent {
+  cumempool_address address;
+  uint64_t bytes;
+} cumempool_extent;
+
+/* 128 bits that tell contents apart. */
+typedef struct cumempool_digest {
+  uint64_t low;
+  uint64_t high;
+} cumempool_digest;
 
 enum {
   CUMEMPOOL_RESULT_SUCCESS = 0,
@@ -90,7 +106,8 @@ typedef enum cumempool_device_attribute {
   CUMEMPOOL_ATTRIBUTE_FABRIC = 2,         /* says it can export fabric handles */
   CUMEMPOOL_ATTRIBUTE_RDMA = 3,           /* says it can make memory for GPUDirect RDMA */
   CUMEMPOOL_ATTRIBUTE_COMPUTE_MAJOR = 4,
-  CUMEMPOOL_ATTRIBUTE_COMPUTE_MINOR = 5
+  CUMEMPOOL_ATTRIBUTE_COMPUTE_MINOR = 5,
+  CUMEMPOOL_ATTRIBUTE_HOST_NUMA = 6 /* NUMA node of the nearest host memory; -1 = not known */
 } cumempool_device_attribute;
 
 /* What create() makes; granularity() depends on it. */
@@ -108,7 +125,10 @@ typedef struct cumempool_context_token {
   int32_t device;
 } cumempool_context_token;
 
-#define CUMEMPOOL_DRIVER_VERSION 1u
+#define CUMEMPOOL_DRIVER_VERSION 2u
+
+/* Addresses and sizes that digest() takes are multiples of this. */
+enum { CUMEMPOOL_DIGEST_ALIGNMENT = 16 };
 
 typedef struct cumempool_driver {
   uint32_t version; /* CUMEMPOOL_DRIVER_VERSION */
@@ -123,6 +143,8 @@ typedef struct cumempool_driver {
   cumempool_result (*device_name)(void *self, int device, char *name, size_t bytes);
   cumempool_result (*device_attribute)(void *self, int device, cumempool_device_attribute attribute,
                                        int *value);
+  /* Whether `device` can be given access to memory of another device. */
+  cumempool_result (*peer_access)(void *self, int device, int peer, int *possible);
   /* [context] Bytes free and in total on the device. */
   cumempool_result (*memory_info)(void *self, int device, uint64_t *free_bytes,
                                   uint64_t *total_bytes);
@@ -178,14 +200,32 @@ typedef struct cumempool_driver {
   cumempool_result (*event_record)(void *self, int device, cumempool_event event,
                                    cumempool_stream stream);
   cumempool_result (*event_synchronize)(void *self, int device, cumempool_event event);
+  /* [context] CUMEMPOOL_RESULT_NOT_READY while work recorded in the event has not finished. Success
+   * is as good as event_synchronize; asking again and again comes to an end on every driver. */
+  cumempool_result (*event_query)(void *self, int device, cumempool_event event);
+  /* [context] Later work of the stream waits for what was recorded in the event; the calling thread
+   * does not. The event may be of another device. */
+  cumempool_result (*stream_wait_event)(void *self, int device, cumempool_stream stream,
+                                        cumempool_event event);
 
   /* [context] Asynchronous (C9). Device ranges lie in mapped memory with access set. */
   cumempool_result (*copy_to_host)(void *self, int device, void *destination,
                                    cumempool_address source, size_t bytes, cumempool_stream stream);
   cumempool_result (*copy_to_device)(void *self, int device, cumempool_address destination,
                                      const void *source, size_t bytes, cumempool_stream stream);
+  /* [context] Between device ranges that do not overlap, of one device or of two; `device` has
+   * access to both. */
+  cumempool_result (*copy_on_device)(void *self, int device, cumempool_address destination,
+                                     cumempool_address source, size_t bytes,
+                                     cumempool_stream stream);
   cumempool_result (*fill)(void *self, int device, cumempool_address destination, uint8_t byte,
                            size_t bytes, cumempool_stream stream);
+  /* [context] Asynchronous (C9). Writes the digest of each extent (C14); extents have from 16 to
+   * 2^32 bytes. Both arrays lie in host_register memory, aligned as their elements are. Takes no
+   * memory of the device beyond the code that computes, which a call with 0 extents only makes
+   * ready; CUMEMPOOL_RESULT_NOT_SUPPORTED where the device cannot run it. */
+  cumempool_result (*digest)(void *self, int device, uint64_t seed, const cumempool_extent *extents,
+                             size_t count, cumempool_digest *digests, cumempool_stream stream);
   /* [context] Waits for all submitted work of the device (C10). */
   cumempool_result (*fence)(void *self, int device);
 } cumempool_driver;

@@ -26,7 +26,10 @@ typedef enum cumempool_status {
   CUMEMPOOL_FORKED = 11,            /* called in a forked child */
   CUMEMPOOL_OUT_OF_SLOTS = 12,      /* every torch slot is bound */
   CUMEMPOOL_DRIVER_ERROR = 13,      /* a driver call failed for any other reason */
-  CUMEMPOOL_INTERNAL = 14           /* a defect of this library */
+  CUMEMPOOL_INTERNAL = 14,          /* a defect of this library */
+  CUMEMPOOL_BACKUP_FAILED = 15,     /* a backup file could not be made, written or read */
+  CUMEMPOOL_BACKUP_DAMAGED = 16,    /* a backup file does not hold what was written to it */
+  CUMEMPOOL_UNSUPPORTED = 17        /* the hardware or system cannot do what was asked for */
 } cumempool_status;
 
 /* What went wrong. Numbers that do not apply are -1 (device) or 0; texts are never NULL. */

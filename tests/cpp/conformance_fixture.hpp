@@ -45,6 +45,22 @@ inline std::ostream& operator<<(std::ostream& out, const DriverUnderTest& driver
   return out << driver.name;
 }
 
+inline std::vector<DriverUnderTest> host_drivers() {
+  return {{"host", 2u << 20}, {"host_of_small_granules", 64u << 10}};
+}
+
+// The cuda driver where there may be a GPU. It is opened by the tests, not here: this runs also
+// where tests are only listed.
+inline std::vector<DriverUnderTest> cuda_drivers() {
+  const bool gpu = access("/dev/nvidiactl", F_OK) == 0 || access("/dev/dxg", F_OK) == 0;
+  if (!gpu && !gpu_required()) return {};
+  return {{"cuda", 0}};
+}
+
+inline std::string name_of_driver(const ::testing::TestParamInfo<DriverUnderTest>& info) {
+  return info.param.name;
+}
+
 // The calling thread inside a device's context.
 class Inside {
  public:
@@ -192,6 +208,20 @@ inline void write_pattern(std::uint8_t* data, std::size_t bytes, std::uint32_t s
     state = state * 1664525u + 1013904223u;
     data[i] = static_cast<std::uint8_t>(state >> 24);
   }
+}
+
+// The digests of extents, asked for and waited for on one stream. The arrays lie in one buffer.
+inline std::vector<cumempool_digest> digests_of(const cumempool_driver& table, std::uint64_t seed,
+                                                const std::vector<cumempool_extent>& extents,
+                                                cumempool_stream stream = 0) {
+  const std::size_t bytes = extents.size() * sizeof(cumempool_extent);
+  const HostBuffer buffer(table, (2 * bytes + 4095) / 4096 * 4096);
+  auto* const arguments = reinterpret_cast<cumempool_extent*>(buffer.data());
+  auto* const results = reinterpret_cast<cumempool_digest*>(buffer.data() + bytes);
+  std::copy(extents.begin(), extents.end(), arguments);
+  must(CALL(table, digest, 0, seed, arguments, extents.size(), results, stream), "digest");
+  must(CALL(table, stream_synchronize, 0, stream), "stream_synchronize");
+  return {results, results + extents.size()};
 }
 
 class DriverConformance : public ::testing::TestWithParam<DriverUnderTest> {

@@ -1,9 +1,9 @@
 // The contract of driver.h held to account on any driver, first part: results, threads, contexts
-// and memory (C1 to C8, C12). conformance_work_test.cpp has the rest.
+// and memory (C1 to C8, C12). conformance_work_test.cpp has the work (C9 to C11).
 //
-// Not here: a stream capture (C4) cannot be started through the table; the GPU tests of the Python
-// package capture real graphs around these calls. C13 forbids use, so there is nothing to call.
-// Misuse that may crash libcuda, such as releasing a handle twice, is in host_driver_test.cpp.
+// Not here: C4 is in conformance_capture_test.cpp, C14 in conformance_digest_test.cpp. C13 forbids
+// use, so there is nothing to call. Misuse that may crash libcuda, such as releasing a handle
+// twice, is in host_driver_test.cpp.
 #include <fcntl.h>
 
 #include <array>
@@ -15,26 +15,12 @@
 namespace cumempool::conformance {
 namespace {
 
-// The cuda driver where there may be a GPU. It is opened by the tests, not here: this runs also
-// where tests are only listed.
-std::vector<DriverUnderTest> cuda_drivers() {
-  const bool gpu = access("/dev/nvidiactl", F_OK) == 0 || access("/dev/dxg", F_OK) == 0;
-  if (!gpu && !gpu_required()) return {};
-  return {{"cuda", 0}};
-}
+INSTANTIATE_TEST_SUITE_P(Host, DriverConformance, ::testing::ValuesIn(host_drivers()),
+                         name_of_driver);
+INSTANTIATE_TEST_SUITE_P(Gpu, DriverConformance, ::testing::ValuesIn(cuda_drivers()),
+                         name_of_driver);
 
-std::string name_of(const ::testing::TestParamInfo<DriverUnderTest>& info) {
-  return info.param.name;
-}
-
-INSTANTIATE_TEST_SUITE_P(Host, DriverConformance,
-                         ::testing::Values(DriverUnderTest{"host", 2u << 20},
-                                           DriverUnderTest{"host_of_small_granules", 64u << 10}),
-                         name_of);
-INSTANTIATE_TEST_SUITE_P(Gpu, DriverConformance, ::testing::ValuesIn(cuda_drivers()), name_of);
-
-// ---- the table, devices and contexts
-// --------------------------------------------------------------
+// ---- the table, devices and contexts --------------------------------------------------------
 
 TEST_P(DriverConformance, TableSaysItsVersionAndSize) {
   EXPECT_EQ(table().version, CUMEMPOOL_DRIVER_VERSION);
@@ -64,6 +50,22 @@ TEST_P(DriverConformance, DevicesDescribeThemselves) {
                    &value),
               CUMEMPOOL_RESULT_SUCCESS);
     EXPECT_GE(value, 0);
+  }
+  int node = -2;
+  EXPECT_EQ(CALL(table(), device_attribute, 0, CUMEMPOOL_ATTRIBUTE_HOST_NUMA, &node),
+            CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_GE(node, -1);
+}
+
+TEST_P(DriverConformance, DevicesReachThemselves) {
+  int count = 0;
+  must(CALL(table(), device_count, &count), "device_count");
+  for (int device = 0; device < count; ++device) {
+    for (int peer = 0; peer < count; ++peer) {
+      int possible = -1;
+      EXPECT_EQ(CALL(table(), peer_access, device, peer, &possible), CUMEMPOOL_RESULT_SUCCESS);
+      EXPECT_TRUE(possible == 1 || (possible == 0 && device != peer));
+    }
   }
 }
 
@@ -101,6 +103,8 @@ TEST_P(DriverConformance, C1_DevicesThatDoNotExistAreErrors) {
               CUMEMPOOL_RESULT_SUCCESS);
     EXPECT_NE(CALL(table(), device_attribute, device, CUMEMPOOL_ATTRIBUTE_RDMA, &value),
               CUMEMPOOL_RESULT_SUCCESS);
+    EXPECT_NE(CALL(table(), peer_access, device, 0, &value), CUMEMPOOL_RESULT_SUCCESS);
+    EXPECT_NE(CALL(table(), peer_access, 0, device, &value), CUMEMPOOL_RESULT_SUCCESS);
   }
 }
 
@@ -140,13 +144,18 @@ TEST_P(DriverConformance, C2_ThreadsUseTheTableAtTheSameTime) {
   EXPECT_EQ(good, std::vector<int>(thread_count, rounds));
 }
 
+constexpr int kContextEntries = 17;
+
 // Calls every [context] entry with what would be good arguments inside; returns how many said 201.
 int count_invalid_context(const cumempool_driver& table, const Block& block,
                           const HostBuffer& pages, const Stream& stream, const Event& event) {
   std::uint64_t bytes = 0;
   int flag = 0;
   std::uint64_t made = 0;
-  const std::array<cumempool_result, 13> results{
+  auto* const extents = reinterpret_cast<cumempool_extent*>(pages.data());
+  auto* const digests = reinterpret_cast<cumempool_digest*>(extents + 1);
+  *extents = {block.address(), 16};
+  const std::array<cumempool_result, kContextEntries> results{
       CALL(table, memory_info, 0, &bytes, &bytes),
       CALL(table, host_register, 0, pages.data(), std::size_t{65536}),
       CALL(table, host_unregister, 0, pages.data()),
@@ -156,8 +165,13 @@ int count_invalid_context(const cumempool_driver& table, const Block& block,
       CALL(table, event_record, 0, event.get(), stream.get()),
       CALL(table, copy_to_host, 0, pages.data(), block.address(), std::size_t{1}, stream.get()),
       CALL(table, copy_to_device, 0, block.address(), pages.data(), std::size_t{1}, stream.get()),
+      CALL(table, copy_on_device, 0, block.address(), block.address() + 1, std::size_t{1},
+           stream.get()),
       CALL(table, fill, 0, block.address(), std::uint8_t{1}, std::size_t{1}, stream.get()),
+      CALL(table, digest, 0, std::uint64_t{1}, extents, std::size_t{1}, digests, stream.get()),
       CALL(table, fence, 0),
+      CALL(table, event_query, 0, event.get()),
+      CALL(table, stream_wait_event, 0, stream.get(), event.get()),
       CALL(table, stream_synchronize, 0, stream.get()),
       CALL(table, event_synchronize, 0, event.get())};
   return static_cast<int>(
@@ -173,7 +187,7 @@ TEST_P(DriverConformance, C3_ContextEntriesFailOutsideTheContext) {
   std::thread([&] {
     refused = count_invalid_context(table(), block, pages, stream, event);
   }).join();
-  EXPECT_EQ(refused, 13);
+  EXPECT_EQ(refused, kContextEntries);
 }
 
 TEST_P(DriverConformance, C3_ContextEntriesFailInsideAnotherDevicesContext) {
@@ -187,7 +201,7 @@ TEST_P(DriverConformance, C3_ContextEntriesFailInsideAnotherDevicesContext) {
   must(CALL(table(), context_retain, 1), "context_retain");
   {
     const Inside other(table(), 1);
-    EXPECT_EQ(count_invalid_context(table(), block, pages, stream, event), 13);
+    EXPECT_EQ(count_invalid_context(table(), block, pages, stream, event), kContextEntries);
     const Inside again(table(), 0);
     EXPECT_EQ(CALL(table(), fence, 0), CUMEMPOOL_RESULT_SUCCESS);
   }
@@ -219,8 +233,7 @@ TEST_P(DriverConformance, C3_RetainsAreCountedAndContextsNest) {
   EXPECT_EQ(CALL(table(), fence, 0), CUMEMPOOL_RESULT_SUCCESS);
 }
 
-// ---- granularity and exact pairs
-// ------------------------------------------------------------------
+// ---- granularity and exact pairs ------------------------------------------------------------
 
 TEST_P(DriverConformance, GranularityIsAPowerOfTwoOfPages) {
   EXPECT_EQ(granule() & (granule() - 1), 0u);
@@ -301,8 +314,7 @@ TEST_P(DriverConformance, C6_UnreserveTakesExactlyTheReservedPair) {
   EXPECT_EQ(CALL(table(), unreserve, address, 2 * granule()), CUMEMPOOL_RESULT_SUCCESS);
 }
 
-// ---- the life of physical memory
-// ------------------------------------------------------------------
+// ---- the life of physical memory ------------------------------------------------------------
 
 TEST_P(DriverConformance, C7_MemoryGoesBackWithItsLastMapping) {
   const std::size_t bytes = kManyGranules * granule();

@@ -80,6 +80,174 @@ TEST_P(DriverConformance, C9_EventsOutliveTheirStream) {
   EXPECT_TRUE(back.all_are(5));
 }
 
+// Asks until it is done; returns what was said last.
+cumempool_result poll(const cumempool_driver& table, cumempool_event event) {
+  cumempool_result result = CUMEMPOOL_RESULT_NOT_READY;
+  while (result == CUMEMPOOL_RESULT_NOT_READY) result = CALL(table, event_query, 0, event);
+  return result;
+}
+
+TEST_P(DriverConformance, C9_PollingAnEventComesToAnEnd) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer back(table(), granule());
+  const Stream stream(table());
+  const Event event(table());
+  EXPECT_EQ(CALL(table(), event_query, 0, event.get()), CUMEMPOOL_RESULT_SUCCESS)
+      << "never recorded";
+  for (std::uint8_t round = 1; round <= 3; ++round) {
+    must(CALL(table(), fill, 0, block.address(), round, granule(), stream.get()), "fill");
+    must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
+         "copy_to_host");
+    must(CALL(table(), event_record, 0, event.get(), stream.get()), "event_record");
+    EXPECT_EQ(poll(table(), event.get()), CUMEMPOOL_RESULT_SUCCESS);
+    EXPECT_TRUE(back.all_are(round)) << "a query that says done is as good as a wait";
+  }
+}
+
+TEST_P(DriverConformance, C9_StreamsWaitForEventsOfOtherStreams) {
+  const std::size_t bytes = 16 * granule();
+  const Block block(table(), bytes, properties());
+  const HostBuffer back(table(), bytes);
+  const Stream first(table());
+  const Stream second(table());
+  const Event filled(table());
+  const Event copied(table());
+  for (std::uint8_t round = 1; round <= 8; ++round) {
+    must(CALL(table(), stream_wait_event, 0, first.get(), copied.get()), "stream_wait_event");
+    must(CALL(table(), fill, 0, block.address(), round, bytes, first.get()), "fill");
+    must(CALL(table(), event_record, 0, filled.get(), first.get()), "event_record");
+    must(CALL(table(), stream_wait_event, 0, second.get(), filled.get()), "stream_wait_event");
+    must(CALL(table(), copy_to_host, 0, back.data(), block.address(), bytes, second.get()), "copy");
+    must(CALL(table(), event_record, 0, copied.get(), second.get()), "event_record");
+    if (round % 4 == 0) {
+      must(CALL(table(), stream_synchronize, 0, second.get()), "stream_synchronize");
+      EXPECT_TRUE(back.all_are(round)) << int{round};
+    }
+  }
+}
+
+TEST_P(DriverConformance, C9_AWaitStandsForTheEventAsItWasThen) {
+  const Block block(table(), granule(), properties());
+  const HostBuffer back(table(), granule());
+  const Stream first(table());
+  const Stream second(table());
+  {
+    const Event event(table());
+    must(CALL(table(), fill, 0, block.address(), std::uint8_t{1}, granule(), first.get()), "fill");
+    must(CALL(table(), event_record, 0, event.get(), first.get()), "event_record");
+    must(CALL(table(), stream_wait_event, 0, second.get(), event.get()), "stream_wait_event");
+    must(CALL(table(), event_record, 0, event.get(), second.get()), "event_record");
+  }
+  must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), second.get()),
+       "copy_to_host");
+  must(CALL(table(), stream_synchronize, 0, second.get()), "stream_synchronize");
+  EXPECT_TRUE(back.all_are(1)) << "recorded again and destroyed since";
+}
+
+TEST_P(DriverConformance, C9_CopiesOnTheDeviceMoveBytesInStreamOrder) {
+  const Block block(table(), 2 * granule(), properties());
+  const HostBuffer out(table(), granule());
+  const HostBuffer back(table(), granule());
+  const Stream stream(table());
+  const cumempool_address there = block.address() + granule();
+  write_pattern(out.data(), granule(), 10);
+  must(CALL(table(), copy_to_device, 0, block.address(), out.data(), granule(), stream.get()),
+       "copy_to_device");
+  must(CALL(table(), fill, 0, there, std::uint8_t{0}, granule(), stream.get()), "fill");
+  must(CALL(table(), copy_on_device, 0, there + 3, block.address() + 100, std::size_t{5000},
+            stream.get()),
+       "copy_on_device");
+  must(CALL(table(), fill, 0, block.address(), std::uint8_t{1}, granule(), stream.get()), "fill");
+  must(CALL(table(), copy_to_host, 0, back.data(), there, granule(), stream.get()), "copy");
+  must(CALL(table(), stream_synchronize, 0, stream.get()), "stream_synchronize");
+  EXPECT_TRUE(back.all_are(0, 3, 0));
+  EXPECT_EQ(std::memcmp(back.data() + 3, out.data() + 100, 5000), 0);
+  EXPECT_TRUE(back.all_are(5003, granule() - 5003, 0));
+}
+
+TEST_P(DriverConformance, C9_CopiesOnTheDeviceCrossMappings) {
+  constexpr std::size_t count = 3;
+  const Range range(table(), 2 * count * granule());
+  for (std::size_t i = 0; i < 2 * count; ++i) {
+    const cumempool_physical physical = create(granule());
+    map_at(table(), range.address() + i * granule(), granule(), physical);
+    must(CALL(table(), release, physical), "release");
+  }
+  const std::size_t bytes = count * granule() - 100;
+  const HostBuffer out(table(), count * granule());
+  const HostBuffer back(table(), count * granule());
+  write_pattern(out.data(), bytes, 11);
+  upload(range.address() + 100, out, bytes);
+  must(CALL(table(), copy_on_device, 0, range.address() + count * granule() + 7,
+            range.address() + 100, bytes, kLegacyStream),
+       "copy_on_device");
+  download(back, range.address() + count * granule() + 7, bytes);
+  EXPECT_EQ(std::memcmp(out.data(), back.data(), bytes), 0);
+  for (std::size_t i = 0; i < 2 * count; ++i) {
+    EXPECT_EQ(CALL(table(), unmap, range.address() + i * granule(), granule()),
+              CUMEMPOOL_RESULT_SUCCESS);
+  }
+}
+
+TEST_P(DriverConformance, C9_CopiesOnTheDeviceDoNotOverlap) {
+  const Block block(table(), 2 * granule(), properties());
+  EXPECT_EQ(CALL(table(), copy_on_device, 0, block.address() + 1, block.address(), granule(),
+                 kLegacyStream),
+            CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table(), copy_on_device, 0, block.address(), block.address() + granule() - 1,
+                 granule(), kLegacyStream),
+            CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table(), copy_on_device, 0, block.address(), block.address(), std::size_t{0},
+                 kLegacyStream),
+            CUMEMPOOL_RESULT_SUCCESS);
+}
+
+// Memory of device 1, a stream and an event there, with access for device 0.
+TEST_P(DriverConformance, C9_DevicesWithAccessCopyAndWaitAcross) {
+  int count = 0;
+  must(CALL(table(), device_count, &count), "device_count");
+  if (count < 2) GTEST_SKIP() << "needs two devices";
+  int possible = 0;
+  must(CALL(table(), peer_access, 0, 1, &possible), "peer_access");
+  if (possible == 0) GTEST_SKIP() << "device 0 cannot reach device 1";
+
+  cumempool_memory_properties elsewhere = properties();
+  elsewhere.device = 1;
+  const Block here(table(), granule(), properties());
+  const Block there(table(), granule(), elsewhere);
+  const std::array<int, 2> both{0, 1};
+  must(CALL(table(), set_access, there.address(), granule(), both.data(), both.size()),
+       "set_access");
+  const HostBuffer out(table(), granule());
+  const HostBuffer back(table(), granule());
+  const Stream stream(table());
+  write_pattern(out.data(), granule(), 12);
+  must(CALL(table(), context_retain, 1), "context_retain");
+  {
+    cumempool_stream other_stream = 0;
+    cumempool_event arrived = 0;
+    {
+      const Inside other(table(), 1);
+      must(CALL(table(), stream_create, 1, &other_stream), "stream_create");
+      must(CALL(table(), event_create, 1, &arrived), "event_create");
+      must(CALL(table(), copy_to_device, 1, there.address(), out.data(), granule(), other_stream),
+           "copy_to_device");
+      must(CALL(table(), event_record, 1, arrived, other_stream), "event_record");
+    }
+    must(CALL(table(), stream_wait_event, 0, stream.get(), arrived), "stream_wait_event");
+    must(CALL(table(), copy_on_device, 0, here.address(), there.address(), granule(), stream.get()),
+         "copy_on_device");
+    must(CALL(table(), copy_to_host, 0, back.data(), here.address(), granule(), stream.get()),
+         "copy_to_host");
+    must(CALL(table(), stream_synchronize, 0, stream.get()), "stream_synchronize");
+    EXPECT_EQ(std::memcmp(out.data(), back.data(), granule()), 0);
+    const Inside other(table(), 1);
+    EXPECT_EQ(CALL(table(), event_destroy, 1, arrived), CUMEMPOOL_RESULT_SUCCESS);
+    EXPECT_EQ(CALL(table(), stream_destroy, 1, other_stream), CUMEMPOOL_RESULT_SUCCESS);
+  }
+  EXPECT_EQ(CALL(table(), context_release, 1), CUMEMPOOL_RESULT_SUCCESS);
+}
+
 TEST_P(DriverConformance, C9_HostSideLiesInOneRegisteredRange) {
   const Block block(table(), granule(), properties());
   const std::size_t half = granule() / 2;

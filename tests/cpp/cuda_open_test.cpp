@@ -1,10 +1,11 @@
 // How the `cuda` driver opens libcuda, on a fake one: what it says when it cannot, that it tries
-// again, and which symbols it can do without. Each case runs in a child process, since libcuda is
-// never closed.
+// again, which symbols it can do without, and what it does with the digest kernel. Each case runs
+// in a child process, since libcuda is never closed.
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -16,11 +17,13 @@ namespace cumempool::driver {
 namespace {
 
 // A library that is loaded already is found by the name that it gives itself.
-void load_fake() {
-  if (dlopen(FAKE_LIBCUDA, RTLD_NOW | RTLD_LOCAL) == nullptr) {
+void* load_fake() {
+  void* const library = dlopen(FAKE_LIBCUDA, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
     std::fprintf(stderr, "%s\n", dlerror());
     _exit(2);
   }
+  return library;
 }
 
 std::string failure_to_open() {
@@ -94,6 +97,71 @@ std::string failure_to_open() {
   say_and_exit(std::to_string(outside) + " " + std::to_string(not_held));
 }
 
+// Where the fake finds nothing pinned.
+cumempool_digest* pointer_to_lowest_page() {
+  return reinterpret_cast<cumempool_digest*>(std::uintptr_t{64});  // NOLINT
+}
+
+// Digests of two extents, inside context_enter of device 0.
+std::string digest_result(const cumempool_driver& table, std::uint64_t address = 4096,
+                          bool pinned = true) {
+  static cumempool_extent extents[2];
+  static cumempool_digest digests[2];
+  extents[0] = extents[1] = {address, 4096};
+  auto* const to = pinned ? digests : pointer_to_lowest_page();
+  return std::to_string(table.digest(table.self, 0, 1, extents, 2, to, 0)) + " ";
+}
+
+// Calls `use` inside device 0's context, and says its results and what it did with modules.
+[[noreturn]] void use_digests(const char* variable, const char* value,
+                              std::string (*use)(const cumempool_driver&)) {
+  setenv(variable, value, 1);
+  void* const library = load_fake();
+  const cumempool_driver& table = cuda_driver();
+  cumempool_context_token token{};
+  table.context_retain(table.self, 0);
+  table.context_enter(table.self, 0, &token);
+  std::string text = use(table);
+  table.context_leave(table.self, &token);
+  table.context_release(table.self, 0);
+  const auto calls = reinterpret_cast<const char* (*)()>(dlsym(library, "fake_calls"));
+  say_and_exit(text + "| " + calls() + ".");
+}
+
+std::string twice(const cumempool_driver& table) {
+  return digest_result(table) + digest_result(table);
+}
+
+std::string in_two_contexts(const cumempool_driver& table) {
+  cumempool_context_token token{};
+  std::string text = digest_result(table);
+  const cumempool_context_token left{0, 0, -1};
+  table.context_leave(table.self, &left);
+  table.context_release(table.self, 0);
+  table.context_retain(table.self, 0);
+  table.context_enter(table.self, 0, &token);
+  return text + digest_result(table);
+}
+
+std::string with_bad_arguments(const cumempool_driver& table) {
+  return digest_result(table, 4104) + digest_result(table, 4096, false) +
+         std::to_string(table.digest(table.self, 0, 1, nullptr, 0, nullptr, 0)) + " " +
+         std::to_string(table.copy_on_device(table.self, 0, 4096, 4097, 2, 0)) + " ";
+}
+
+[[noreturn]] void ask_what_older_drivers_do_not_know() {
+  load_fake();
+  const cumempool_driver& table = cuda_driver();
+  int fabric = 7;
+  int node = 7;
+  int self_access = 7;
+  table.device_attribute(table.self, 0, CUMEMPOOL_ATTRIBUTE_FABRIC, &fabric);
+  table.device_attribute(table.self, 0, CUMEMPOOL_ATTRIBUTE_HOST_NUMA, &node);
+  table.peer_access(table.self, 0, 0, &self_access);
+  say_and_exit(std::to_string(fabric) + " " + std::to_string(node) + " " +
+               std::to_string(self_access));
+}
+
 const testing::ExitedWithCode normally(0);
 
 TEST(CudaOpenDeathTest, FailingInitSaysResultAndAdvice) {
@@ -126,6 +194,43 @@ TEST(CudaOpenDeathTest, C6UnmapTakesExactlyOneMapping) {
 
 TEST(CudaOpenDeathTest, C3ContextEntriesFailOutsideAContext) {
   EXPECT_EXIT(use_context_without_entering(), normally, "201 201");
+}
+
+TEST(CudaOpenDeathTest, DigestCodeIsLoadedOnceAndUnloadedWithTheContext) {
+  EXPECT_EXIT(use_digests("FAKE_MODULE", "0", twice), normally,
+              "0 0 \\| load cumempool_digest_kernel launch\\(2,256,0\\) launch\\(2,256,0\\) unload "
+              "\\.");
+}
+
+TEST(CudaOpenDeathTest, DigestCodeIsLoadedAgainIntoANewContext) {
+  EXPECT_EXIT(use_digests("FAKE_MODULE", "0", in_two_contexts), normally,
+              "0 0 \\| load cumempool_digest_kernel launch\\(2,256,0\\) unload "
+              "load cumempool_digest_kernel launch\\(2,256,0\\) unload \\.");
+}
+
+TEST(CudaOpenDeathTest, RefusedDigestCodeIsNotSupportedForGood) {
+  for (const char* refusal : {"200", "209", "218", "221", "222", "223", "801"}) {
+    EXPECT_EXIT(use_digests("FAKE_MODULE", refusal, twice), normally, "801 801 \\| load \\.");
+  }
+}
+
+TEST(CudaOpenDeathTest, DigestCodeThatFailsToLoadOtherwiseIsTriedAgain) {
+  EXPECT_EXIT(use_digests("FAKE_MODULE", "2", twice), normally, "2 2 \\| load load \\.");
+}
+
+TEST(CudaOpenDeathTest, DigestsAreNotSupportedWithoutTheSymbols) {
+  for (const char* symbol : {"cuModuleLoadDataEx", "cuModuleGetFunction", "cuModuleUnload",
+                             "cuLaunchKernel", "cuPointerGetAttribute"}) {
+    EXPECT_EXIT(use_digests("FAKE_MISSING", symbol, twice), normally, "801 801 \\| \\.");
+  }
+}
+
+TEST(CudaOpenDeathTest, BadArgumentsReachNoKernel) {
+  EXPECT_EXIT(use_digests("FAKE_MODULE", "0", with_bad_arguments), normally, "1 1 0 1 \\| \\.");
+}
+
+TEST(CudaOpenDeathTest, OlderDriversKnowNeitherFabricNorNumaNode) {
+  EXPECT_EXIT(ask_what_older_drivers_do_not_know(), normally, "0 -1 1");
 }
 
 }  // namespace

@@ -87,6 +87,15 @@ TEST_F(FaultDriverTest, FailsTheNthCallOfAnEntryOnce) {
   EXPECT_EQ(host_driver_counters(host_).reservations, 3u) << "a failed call has no effect";
 }
 
+TEST_F(FaultDriverTest, ADriverThatComputesNoDigestsIsMadeByFailingThem) {
+  faults_.fail_nth("digest", 1, CUMEMPOOL_RESULT_NOT_SUPPORTED, FaultDriver::Repeat::kFromThenOn);
+  for (int call = 0; call < 2; ++call) {
+    EXPECT_EQ(CALL(faults_.table(), digest, 0, std::uint64_t{1}, nullptr, std::size_t{0}, nullptr,
+                   cumempool_stream{0}),
+              CUMEMPOOL_RESULT_NOT_SUPPORTED);
+  }
+}
+
 TEST_F(FaultDriverTest, FailsFromThenOnUntilToldToFailNothing) {
   faults_.fail_nth("reserve", 2, CUMEMPOOL_RESULT_OPERATING_SYSTEM,
                    FaultDriver::Repeat::kFromThenOn);

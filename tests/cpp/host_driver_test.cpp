@@ -5,12 +5,16 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "conformance_fixture.hpp"
 #include "driver/builtin.hpp"
+#include "driver/digest.hpp"
+#include "driver/driver.hpp"
 #include "driver/error.hpp"
 
 namespace cumempool::driver {
@@ -71,8 +75,7 @@ class HostDriverTest : public ::testing::Test {
   cumempool_context_token token_{};
 };
 
-// ---- options
-// --------------------------------------------------------------------------------------
+// ---- options --------------------------------------------------------------------------------
 
 std::string refusal(const cumempool_host_driver_options& options) {
   try {
@@ -138,8 +141,7 @@ TEST_F(HostDriverTest, GrantsOnlyWhatItsOptionsSay) {
   destroy_host_driver(other);
 }
 
-// ---- the budget
-// -----------------------------------------------------------------------------------
+// ---- the budget -----------------------------------------------------------------------------
 
 TEST_F(HostDriverTest, C12_EachDeviceHasItsOwnBudget) {
   const cumempool_physical all = create(kBudget);
@@ -218,8 +220,7 @@ TEST_F(HostDriverTest, CountersSayWhatIsHeld) {
   EXPECT_EQ(held.entered_contexts, 1u);
 }
 
-// ---- misuse of memory
-// -----------------------------------------------------------------------------
+// ---- misuse of memory -----------------------------------------------------------------------
 
 TEST_F(HostDriverTest, HandlesAreReleasedOnceAndNeverReused) {
   const cumempool_physical physical = create(kGranule);
@@ -313,8 +314,7 @@ TEST_F(HostDriverTest, C8_NewMemoryIsNotZero) {
   EXPECT_NE(first_byte(block), 0) << "it would hide a missing fill";
 }
 
-// ---- contexts
-// -------------------------------------------------------------------------------------
+// ---- contexts -------------------------------------------------------------------------------
 
 TEST_F(HostDriverTest, ContextsAreEnteredRetainedAndLeftInOrder) {
   cumempool_context_token inner{};
@@ -358,8 +358,7 @@ TEST_F(HostDriverTest, StreamsAndEventsBelongToOneDevice) {
   EXPECT_EQ(CALL(table_, stream_destroy, 0, kLegacyStream), CUMEMPOOL_RESULT_INVALID_HANDLE);
 }
 
-// ---- deferred work
-// --------------------------------------------------------------------------------
+// ---- deferred work --------------------------------------------------------------------------
 
 TEST_F(HostDriverTest, C9_NothingRunsBeforeSomebodyWaits) {
   const Block block(table_, kGranule, properties_);
@@ -387,6 +386,67 @@ TEST_F(HostDriverTest, C9_EventsRunNothingThatWasSubmittedAfterThem) {
   EXPECT_EQ(first_byte(block), 1);
   must(CALL(table_, fence, 0), "fence");
   EXPECT_EQ(first_byte(block), 2);
+}
+
+TEST_F(HostDriverTest, C9_EachQueryRunsOneCommandOfTheEvent) {
+  const Block block(table_, kGranule, properties_);
+  const Event event(table_);
+  must(fill(block.address(), 1), "fill");
+  must(fill(block.address(), 2), "fill");
+  must(CALL(table_, event_record, 0, event.get(), kLegacyStream), "event_record");
+  must(fill(block.address(), 3), "fill");
+  EXPECT_EQ(CALL(table_, event_query, 0, event.get()), CUMEMPOOL_RESULT_NOT_READY);
+  EXPECT_EQ(first_byte(block), 1);
+  EXPECT_EQ(CALL(table_, event_query, 0, event.get()), CUMEMPOOL_RESULT_NOT_READY);
+  EXPECT_EQ(first_byte(block), 2);
+  EXPECT_EQ(CALL(table_, event_query, 0, event.get()), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(first_byte(block), 2) << "not what came after";
+  must(CALL(table_, fence, 0), "fence");
+}
+
+TEST_F(HostDriverTest, C9_AStreamThatWaitsRunsWhatItWaitsForAndNoMore) {
+  const Block block(table_, 2 * kGranule, properties_);
+  const Stream first(table_);
+  const Stream second(table_);
+  const Event event(table_);
+  must(fill(block.address(), 1, kGranule, first.get()), "fill");
+  must(CALL(table_, event_record, 0, event.get(), first.get()), "event_record");
+  must(fill(block.address(), 2, kGranule, first.get()), "fill");
+  must(CALL(table_, stream_wait_event, 0, second.get(), event.get()), "stream_wait_event");
+  EXPECT_NE(first_byte(block), 1) << "waiting is deferred too";
+  must(fill(block.address() + kGranule, 3, kGranule, second.get()), "fill");
+  must(CALL(table_, stream_synchronize, 0, second.get()), "stream_synchronize");
+  EXPECT_EQ(first_byte(block), 1);
+  EXPECT_EQ(host_driver_counters(&table_).queued_commands, 1u);
+  must(CALL(table_, fence, 0), "fence");
+}
+
+TEST_F(HostDriverTest, WaitsForWhatIsDoneLeaveNoWork) {
+  const Block block(table_, kGranule, properties_);
+  const Stream stream(table_);
+  const Event event(table_);
+  must(CALL(table_, stream_wait_event, 0, stream.get(), event.get()), "never recorded");
+  must(fill(block.address(), 1), "fill");
+  must(CALL(table_, event_record, 0, event.get(), kLegacyStream), "event_record");
+  must(CALL(table_, event_synchronize, 0, event.get()), "event_synchronize");
+  must(CALL(table_, stream_wait_event, 0, stream.get(), event.get()), "stream_wait_event");
+  EXPECT_EQ(host_driver_counters(&table_).queued_commands, 0u);
+}
+
+TEST_F(HostDriverTest, C9_ADigestReadsAndWritesWhenItRuns) {
+  const Block block(table_, kGranule, properties_);
+  const HostBuffer arrays(table_, 4096);
+  auto* const extent = reinterpret_cast<cumempool_extent*>(arrays.data());
+  auto* const result = reinterpret_cast<cumempool_digest*>(extent + 1);
+  *extent = {block.address(), kGranule};
+  must(CALL(table_, digest, 0, std::uint64_t{1}, extent, std::size_t{1}, result, kLegacyStream),
+       "digest");
+  EXPECT_EQ(*result, cumempool_digest{}) << "deferred";
+  extent->bytes = 32;
+  std::memset(reinterpret_cast<void*>(block.address()), 5, 32);  // NOLINT
+  must(CALL(table_, fence, 0), "fence");
+  const std::vector<std::byte> fives(32, std::byte{5});
+  EXPECT_EQ(*result, digest(1, fives.data(), fives.size()));
 }
 
 TEST_F(HostDriverTest, C10_FenceIsForOneDevice) {
@@ -469,8 +529,184 @@ TEST_F(HostDriverTest, CapturingStreamsTakeNoWork) {
   must(CALL(table_, fence, 0), "fence");
 }
 
-// ---- work into memory that is gone
-// ----------------------------------------------------------------
+TEST_F(HostDriverTest, CapturingStreamsNeitherWaitNorComputeDigests) {
+  const Block block(table_, 2 * kGranule, properties_);
+  const HostBuffer arrays(table_, 4096);
+  const Stream stream(table_);
+  const Event event(table_);
+  auto* const extent = reinterpret_cast<cumempool_extent*>(arrays.data());
+  *extent = {block.address(), 16};
+  ASSERT_TRUE(host_driver_set_capturing(&table_, 0, stream.get(), true));
+  EXPECT_EQ(CALL(table_, stream_wait_event, 0, stream.get(), event.get()),
+            CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(CALL(table_, copy_on_device, 0, block.address(), block.address() + kGranule, kGranule,
+                 stream.get()),
+            CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(CALL(table_, digest, 0, std::uint64_t{1}, extent, std::size_t{1},
+                 reinterpret_cast<cumempool_digest*>(extent + 1), stream.get()),
+            CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED);
+  ASSERT_TRUE(host_driver_set_capturing(&table_, 0, stream.get(), false));
+}
+
+// ---- several devices ------------------------------------------------------------------------
+
+// Device 1 with a stream and an event; its context is entered by whoever uses them.
+class TwoHostDevicesTest : public HostDriverTest {
+ protected:
+  TwoHostDevicesTest() {
+    must(CALL(table_, context_retain, 1), "context_retain");
+    const Inside other(table_, 1);
+    must(CALL(table_, stream_create, 1, &stream_), "stream_create");
+    must(CALL(table_, event_create, 1, &event_), "event_create");
+  }
+
+  cumempool_memory_properties elsewhere_{1, 0, 0, 0};
+  cumempool_stream stream_ = 0;
+  cumempool_event event_ = 0;
+};
+
+TEST_F(TwoHostDevicesTest, C8_ACopyNeedsAccessOnBothSides) {
+  const Block here(table_, kGranule, properties_);
+  const Block there(table_, kGranule, elsewhere_);
+  const auto copy = [&](cumempool_address to, cumempool_address from) {
+    return CALL(table_, copy_on_device, 0, to, from, kGranule, kLegacyStream);
+  };
+  EXPECT_EQ(copy(here.address(), there.address()), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(copy(there.address(), here.address()), CUMEMPOOL_RESULT_INVALID_VALUE);
+  const int first = 0;
+  must(CALL(table_, set_access, there.address(), kGranule, &first, std::size_t{1}), "set_access");
+  must(copy(here.address(), there.address()), "copy_on_device");
+  must(CALL(table_, fence, 0), "fence");
+}
+
+TEST_F(TwoHostDevicesTest, C8_ADigestNeedsAccessOfItsDevice) {
+  const Block there(table_, kGranule, elsewhere_);
+  const HostBuffer arrays(table_, 4096);
+  auto* const extent = reinterpret_cast<cumempool_extent*>(arrays.data());
+  *extent = {there.address(), 16};
+  EXPECT_EQ(CALL(table_, digest, 0, std::uint64_t{1}, extent, std::size_t{1},
+                 reinterpret_cast<cumempool_digest*>(extent + 1), kLegacyStream),
+            CUMEMPOOL_RESULT_INVALID_VALUE);
+}
+
+TEST_F(TwoHostDevicesTest, DevicesWithoutALinkDoNotReachEachOther) {
+  int possible = 0;
+  must(CALL(table_, peer_access, 0, 1, &possible), "peer_access");
+  EXPECT_EQ(possible, 1);
+  host_driver_set_peer_access(&table_, false);
+  must(CALL(table_, peer_access, 0, 1, &possible), "peer_access");
+  EXPECT_EQ(possible, 0);
+  must(CALL(table_, peer_access, 1, 1, &possible), "peer_access");
+  EXPECT_EQ(possible, 1);
+  const Block here(table_, kGranule, properties_);
+  const std::array<int, 2> both{0, 1};
+  EXPECT_EQ(CALL(table_, set_access, here.address(), kGranule, both.data(), both.size()),
+            CUMEMPOOL_RESULT_INVALID_DEVICE);
+}
+
+TEST_F(TwoHostDevicesTest, EventsOfAnotherDeviceAreWaitedForButNotAskedAbout) {
+  const Block there(table_, kGranule, elsewhere_);
+  const Stream stream(table_);
+  {
+    const Inside other(table_, 1);
+    must(CALL(table_, fill, 1, there.address(), std::uint8_t{1}, kGranule, stream_), "fill");
+    must(CALL(table_, event_record, 1, event_, stream_), "event_record");
+  }
+  EXPECT_EQ(CALL(table_, event_query, 0, event_), CUMEMPOOL_RESULT_INVALID_HANDLE);
+  must(CALL(table_, stream_wait_event, 0, stream.get(), event_), "stream_wait_event");
+  EXPECT_NE(first_byte(there), 1);
+  must(CALL(table_, fence, 0), "fence");
+  EXPECT_EQ(first_byte(there), 1) << "the fence of one device ran what its work waits for";
+  EXPECT_EQ(CALL(table_, stream_wait_event, 0, stream.get(), cumempool_event{1}),
+            CUMEMPOOL_RESULT_INVALID_HANDLE);
+}
+
+TEST_F(TwoHostDevicesTest, C11_WorkThatWaitsForABrokenDeviceBreaksToo) {
+  const Range range(table_, kGranule);
+  const cumempool_physical physical = create(kGranule);
+  const int second = 1;
+  must(CALL(table_, map, range.address(), kGranule, physical), "map");
+  must(CALL(table_, set_access, range.address(), kGranule, &second, std::size_t{1}), "set_access");
+  cumempool_stream stream = 0;
+  must(CALL(table_, stream_create, 0, &stream), "stream_create");
+  {
+    const Inside other(table_, 1);
+    must(CALL(table_, fill, 1, range.address(), std::uint8_t{1}, kGranule, stream_), "fill");
+    must(CALL(table_, event_record, 1, event_, stream_), "event_record");
+  }
+  must(CALL(table_, stream_wait_event, 0, stream, event_), "stream_wait_event");
+  must(CALL(table_, unmap, range.address(), kGranule), "unmap");
+  EXPECT_EQ(CALL(table_, stream_synchronize, 0, stream), kIllegalAddress);
+  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
+  const Inside other(table_, 1);
+  EXPECT_EQ(CALL(table_, fence, 1), kIllegalAddress);
+}
+
+TEST_F(TwoHostDevicesTest, DriverPassesWorkOnAndSaysWhetherAnEventIsDone) {
+  const Driver driver(table_);
+  const Block here(table_, kGranule, properties_);
+  const Block there(table_, kGranule, elsewhere_);
+  const HostBuffer arrays(table_, 4096);
+  const Stream stream(table_);
+  const Event event(table_);
+  EXPECT_TRUE(driver.peer_access(0, 1));
+  driver.set_access(there.address(), kGranule, std::vector<int>{1, 0});
+  driver.fill(0, there.address(), 6, kGranule, kLegacyStream);
+  driver.event_record(0, event.get(), kLegacyStream);
+  EXPECT_FALSE(driver.event_query(0, event.get()));
+  EXPECT_TRUE(driver.event_query(0, event.get()));
+  driver.stream_wait_event(0, stream.get(), event.get());
+  driver.copy_on_device(0, here.address(), there.address(), kGranule, stream.get());
+  auto* const extent = reinterpret_cast<cumempool_extent*>(arrays.data());
+  auto* const result = reinterpret_cast<cumempool_digest*>(extent + 1);
+  *extent = {here.address(), kGranule};
+  driver.digest(0, 1, extent, 1, result, stream.get());
+  driver.stream_synchronize(0, stream.get());
+  const std::vector<std::byte> sixes(kGranule, std::byte{6});
+  EXPECT_EQ(*result, digest(1, sixes.data(), sixes.size()));
+  EXPECT_THROW(driver.set_access(there.address(), kGranule, std::vector<int>{}), Error);
+  EXPECT_THROW(driver.event_query(0, cumempool_event{1}), Error);
+}
+
+// Two devices that hand a block to and fro, each waited for by a thread of its own: neither thread
+// may wait for the other for ever.
+TEST_F(TwoHostDevicesTest, C2_DevicesThatWaitForEachOtherComeToAnEnd) {
+  constexpr int rounds = 200;
+  const Block block(table_, kGranule, properties_);
+  const std::array<int, 2> both{0, 1};
+  must(CALL(table_, set_access, block.address(), kGranule, both.data(), both.size()), "set_access");
+  const Stream stream(table_);
+  const Event event(table_);
+  for (int round = 0; round < rounds; ++round) {
+    const auto byte = static_cast<std::uint8_t>(round);
+    must(fill(block.address(), byte, kGranule, stream.get()), "fill");
+    must(CALL(table_, event_record, 0, event.get(), stream.get()), "event_record");
+    {
+      const Inside other(table_, 1);
+      must(CALL(table_, stream_wait_event, 1, stream_, event.get()), "stream_wait_event");
+      must(CALL(table_, fill, 1, block.address(), byte, kGranule, stream_), "fill");
+      must(CALL(table_, event_record, 1, event_, stream_), "event_record");
+    }
+    must(CALL(table_, stream_wait_event, 0, stream.get(), event_), "stream_wait_event");
+  }
+  std::vector<std::thread> threads;
+  threads.reserve(4);
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&, device = i % 2] {
+      try {
+        const Inside inside(table_, device);
+        EXPECT_EQ(CALL(table_, fence, device), CUMEMPOOL_RESULT_SUCCESS);
+      } catch (const std::runtime_error& error) {
+        ADD_FAILURE() << error.what();
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(host_driver_counters(&table_).queued_commands, 0u);
+  EXPECT_EQ(first_byte(block), rounds - 1);
+}
+
+// ---- work into memory that is gone ----------------------------------------------------------
 
 TEST_F(HostDriverTest, C9_DeviceSideLiesInMappedMemory) {
   const Range nothing_mapped(table_, kGranule);
@@ -526,8 +762,37 @@ TEST_F(HostDriverTest, C9_HostMemoryThatIsGoneBreaksTheDeviceNotTheProcess) {
   EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
 }
 
-// ---- bad pointers
-// ---------------------------------------------------------------------------------
+TEST_F(HostDriverTest, C11_ADigestOfUnmappedMemoryBreaksTheDevice) {
+  const Range range(table_, kGranule);
+  const cumempool_physical physical = create(kGranule);
+  map_at(table_, range.address(), kGranule, physical);
+  const HostBuffer arrays(table_, 4096);
+  auto* const extent = reinterpret_cast<cumempool_extent*>(arrays.data());
+  auto* const result = reinterpret_cast<cumempool_digest*>(extent + 1);
+  *extent = {range.address(), kGranule};
+  must(CALL(table_, digest, 0, std::uint64_t{1}, extent, std::size_t{1}, result, kLegacyStream),
+       "digest");
+  must(CALL(table_, unmap, range.address(), kGranule), "unmap");
+  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
+  EXPECT_EQ(*result, cumempool_digest{});
+  must(CALL(table_, context_release, 0), "context_release");
+  must(CALL(table_, context_retain, 0), "context_retain");  // for the owners above
+}
+
+TEST_F(HostDriverTest, C9_ADigestWhoseArraysAreGoneBreaksTheDeviceNotTheProcess) {
+  const Block block(table_, kGranule, properties_);
+  void* pages = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  must(CALL(table_, host_register, 0, pages, std::size_t{4096}), "host_register");
+  auto* const extent = static_cast<cumempool_extent*>(pages);
+  *extent = {block.address(), kGranule};
+  must(CALL(table_, digest, 0, std::uint64_t{1}, extent, std::size_t{1},
+            reinterpret_cast<cumempool_digest*>(extent + 1), kLegacyStream),
+       "digest");
+  munmap(pages, 4096);
+  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
+}
+
+// ---- bad pointers ---------------------------------------------------------------------------
 
 TEST_F(HostDriverTest, NullOutputsAreErrors) {
   EXPECT_EQ(CALL(table_, device_count, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
@@ -538,6 +803,7 @@ TEST_F(HostDriverTest, NullOutputsAreErrors) {
   EXPECT_EQ(CALL(table_, context_enter, 0, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
   EXPECT_EQ(CALL(table_, context_leave, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
   EXPECT_EQ(CALL(table_, host_register, 0, nullptr, kGranule), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, peer_access, 0, 1, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
 }
 
 }  // namespace

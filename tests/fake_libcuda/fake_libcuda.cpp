@@ -1,14 +1,22 @@
-// A library that calls itself libcuda.so.1, to test how the `cuda` driver opens it: FAKE_CUINIT is
-// what cuInit returns, FAKE_MISSING names a symbol that it does not have, FAKE_DEVICES counts
-// devices.
+// A library that calls itself libcuda.so.1, to test how the `cuda` driver opens and uses it:
+// FAKE_CUINIT is what cuInit returns, FAKE_MISSING names a symbol that it does not have,
+// FAKE_DEVICES counts devices, FAKE_MODULE is what cuModuleLoadDataEx returns. fake_calls() tells
+// what was done with modules.
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 namespace {
 
 int number(const char* variable, int otherwise) {
   const char* text = std::getenv(variable);
   return text == nullptr ? otherwise : std::atoi(text);
+}
+
+std::string& calls() {
+  static std::string text;
+  return text;
 }
 
 int fake_init(unsigned int) { return number("FAKE_CUINIT", 0); }
@@ -28,7 +36,82 @@ int fake_device_name(char* name, int bytes, int device) {
   return 0;
 }
 
+// Knows the attributes of CUDA 11.8, and says 1 to all of them.
+int fake_device_attribute(int* value, int attribute, int) {
+  *value = 1;
+  return attribute < 125 ? 0 : 1;  // CUDA_ERROR_INVALID_VALUE
+}
+
+int fake_retain(void** context, int) {
+  static int there = 0;
+  *context = &there;
+  return 0;
+}
+
+// Host memory is pinned, and found at its own address, but for the lowest page.
+int fake_pointer_attribute(void* data, int, std::uint64_t pointer) {
+  std::memcpy(data, &pointer, sizeof(pointer));
+  return pointer >= 4096 ? 0 : 1;
+}
+
+int fake_module_load(void** module, const void* image, unsigned int, int*, void**) {
+  static int there = 0;
+  *module = &there;
+  const bool ptx = std::strstr(static_cast<const char*>(image), ".version 6.3") != nullptr;
+  calls() += ptx ? "load " : "load? ";
+  return number("FAKE_MODULE", 0);
+}
+
+int fake_module_function(void** function, void*, const char* name) {
+  static int there = 0;
+  *function = &there;
+  calls() += std::string(name) + " ";
+  return 0;
+}
+
+int fake_module_unload(void*) {
+  calls() += "unload ";
+  return 0;
+}
+
+int fake_launch(void*, unsigned int blocks, unsigned int, unsigned int, unsigned int threads,
+                unsigned int, unsigned int, unsigned int shared_bytes, void*, void**, void**) {
+  calls() += "launch(" + std::to_string(blocks) + "," + std::to_string(threads) + "," +
+             std::to_string(shared_bytes) + ") ";
+  return 0;
+}
+
 int fake_success() { return 0; }
+
+struct Symbol {
+  const char* name;
+  void* address;
+};
+
+template <typename Function>
+void* address_of(Function* function) {
+  return reinterpret_cast<void*>(function);
+}
+
+void* find(const char* name) {
+  const Symbol symbols[] = {
+      {"cuInit", address_of(fake_init)},
+      {"cuDeviceGetCount", address_of(fake_device_count)},
+      {"cuDeviceGet", address_of(fake_device_get)},
+      {"cuDeviceGetName", address_of(fake_device_name)},
+      {"cuDeviceGetAttribute", address_of(fake_device_attribute)},
+      {"cuDevicePrimaryCtxRetain", address_of(fake_retain)},
+      {"cuPointerGetAttribute", address_of(fake_pointer_attribute)},
+      {"cuModuleLoadDataEx", address_of(fake_module_load)},
+      {"cuModuleGetFunction", address_of(fake_module_function)},
+      {"cuModuleUnload", address_of(fake_module_unload)},
+      {"cuLaunchKernel", address_of(fake_launch)},
+  };
+  for (const Symbol& symbol : symbols) {
+    if (std::strcmp(symbol.name, name) == 0) return symbol.address;
+  }
+  return address_of(fake_success);
+}
 
 }  // namespace
 
@@ -41,16 +124,10 @@ extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const 
     *address = nullptr;
     return 500;  // CUDA_ERROR_NOT_FOUND
   }
-  if (std::strcmp(symbol, "cuInit") == 0) {
-    *address = reinterpret_cast<void*>(fake_init);
-  } else if (std::strcmp(symbol, "cuDeviceGetCount") == 0) {
-    *address = reinterpret_cast<void*>(fake_device_count);
-  } else if (std::strcmp(symbol, "cuDeviceGet") == 0) {
-    *address = reinterpret_cast<void*>(fake_device_get);
-  } else if (std::strcmp(symbol, "cuDeviceGetName") == 0) {
-    *address = reinterpret_cast<void*>(fake_device_name);
-  } else {
-    *address = reinterpret_cast<void*>(fake_success);
-  }
+  *address = find(symbol);
   return 0;
+}
+
+extern "C" __attribute__((visibility("default"))) const char* fake_calls() {
+  return calls().c_str();
 }

@@ -1,0 +1,235 @@
+// The entries of the `cuda` driver for devices and their primary contexts.
+#include <algorithm>
+#include <climits>
+
+#include "driver/cuda_state.hpp"
+
+namespace cumempool::driver {
+namespace {
+
+cumempool_result init(void* self) { return result_of(driver_of(self).cu.cuInit(0)); }
+
+cumempool_result driver_version(void* self, int* version) {
+  return result_of(driver_of(self).cu.cuDriverGetVersion(version));
+}
+
+cumempool_result device_count(void* self, int* count) {
+  *count = driver_of(self).device_count;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result device_name(void* self, int device, char* name, std::size_t bytes) {
+  const CudaDriver& driver = driver_of(self);
+  const PrimaryContext* found = driver.find(device);
+  if (found == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  const int length = static_cast<int>(std::min<std::size_t>(bytes, INT_MAX));
+  return result_of(driver.cu.cuDeviceGetName(name, length, found->device));
+}
+
+// By number: CUDA 11.8 lacks the names of some.
+int attribute_number(cumempool_device_attribute attribute) {
+  switch (attribute) {
+    case CUMEMPOOL_ATTRIBUTE_VIRTUAL_MEMORY:
+      return 102;  // VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    case CUMEMPOOL_ATTRIBUTE_POSIX_FD:
+      return 103;  // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+    case CUMEMPOOL_ATTRIBUTE_FABRIC:
+      return 128;  // HANDLE_TYPE_FABRIC_SUPPORTED
+    case CUMEMPOOL_ATTRIBUTE_RDMA:
+      return 110;  // GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
+    case CUMEMPOOL_ATTRIBUTE_COMPUTE_MAJOR:
+      return CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    case CUMEMPOOL_ATTRIBUTE_COMPUTE_MINOR:
+      return CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+    case CUMEMPOOL_ATTRIBUTE_HOST_NUMA:
+      return 134;  // HOST_NUMA_ID
+  }
+  return -1;
+}
+
+cumempool_result device_attribute(void* self, int device, cumempool_device_attribute attribute,
+                                  int* value) {
+  const CudaDriver& driver = driver_of(self);
+  const PrimaryContext* found = driver.find(device);
+  const int number = attribute_number(attribute);
+  if (found == nullptr || number < 0) {
+    return found == nullptr ? CUMEMPOOL_RESULT_INVALID_DEVICE : CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  const CUresult result =
+      driver.cu.cuDeviceGetAttribute(value, static_cast<CUdevice_attribute>(number), found->device);
+  // A driver from before 12.3 knows neither of these questions.
+  if (result == CUDA_ERROR_INVALID_VALUE &&
+      (attribute == CUMEMPOOL_ATTRIBUTE_FABRIC || attribute == CUMEMPOOL_ATTRIBUTE_HOST_NUMA)) {
+    *value = attribute == CUMEMPOOL_ATTRIBUTE_FABRIC ? 0 : -1;
+    return CUMEMPOOL_RESULT_SUCCESS;
+  }
+  return result_of(result);
+}
+
+// CUDA says that a device is no peer of itself.
+cumempool_result peer_access(void* self, int device, int peer, int* possible) {
+  const CudaDriver& driver = driver_of(self);
+  const PrimaryContext* found = driver.find(device);
+  const PrimaryContext* other = driver.find(peer);
+  if (found == nullptr || other == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  *possible = 1;
+  return found == other
+             ? CUMEMPOOL_RESULT_SUCCESS
+             : result_of(driver.cu.cuDeviceCanAccessPeer(possible, found->device, other->device));
+}
+
+cumempool_result memory_info(void* self, int device, std::uint64_t* free_bytes,
+                             std::uint64_t* total_bytes) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  std::size_t free_size = 0;
+  std::size_t total_size = 0;
+  const CUresult result = driver_of(self).cu.cuMemGetInfo(&free_size, &total_size);
+  *free_bytes = free_size;
+  *total_bytes = total_size;
+  return result_of(result);
+}
+
+cumempool_result context_active(void* self, int device, int* active) {
+  const CudaDriver& driver = driver_of(self);
+  const PrimaryContext* found = driver.find(device);
+  if (found == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  unsigned int flags = 0;
+  return result_of(driver.cu.cuDevicePrimaryCtxGetState(found->device, &flags, active));
+}
+
+// CUDA counts retains as well. Ours is kept to know the context, and when it is no longer ours.
+cumempool_result context_retain(void* self, int device) {
+  CudaDriver& driver = driver_of(self);
+  PrimaryContext* found = driver.find(device);
+  if (found == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  const std::lock_guard<std::mutex> lock(found->mutex);
+  if (found->count == 0) {
+    CUcontext context = nullptr;
+    const CUresult result = driver.cu.cuDevicePrimaryCtxRetain(&context, found->device);
+    if (result != CUDA_SUCCESS) {
+      return result_of(result);
+    }
+    found->context.store(context);
+  }
+  ++found->count;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+// Makes `context` current where it is not; `pushed` says whether there is one to pop later.
+CUresult make_current(const Symbols& cu, CUcontext context, bool& pushed) {
+  CUcontext current = nullptr;
+  pushed = false;
+  CUresult result = cu.cuCtxGetCurrent(&current);
+  if (result == CUDA_SUCCESS && current != context) {
+    result = cu.cuCtxPushCurrent(context);
+    pushed = result == CUDA_SUCCESS;
+  }
+  return result;
+}
+
+// In RELAXED mode the calls of this table leave every capture, of this and of other threads,
+// intact; in the default mode pinning memory or making a stream would break a capture of another
+// thread.
+cumempool_result context_enter(void* self, int device, cumempool_context_token* token) {
+  const CudaDriver& driver = driver_of(self);
+  const PrimaryContext* found = driver.find(device);
+  if (found == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  CUcontext context = found->context.load();
+  if (context == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  CUresult result = driver.cu.cuThreadExchangeStreamCaptureMode(&mode);
+  if (result != CUDA_SUCCESS) {
+    return result_of(result);
+  }
+  bool pushed = false;
+  result = make_current(driver.cu, context, pushed);
+  if (result != CUDA_SUCCESS) {
+    driver.cu.cuThreadExchangeStreamCaptureMode(&mode);
+    return result_of(result);
+  }
+  token->context = pushed ? number_of(context) : 0;
+  token->capture_mode = static_cast<std::int32_t>(mode);
+  token->device = entered_device;
+  entered_device = device;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+// Undoes both, even where undoing the first fails.
+cumempool_result context_leave(void* self, const cumempool_context_token* token) {
+  const CudaDriver& driver = driver_of(self);
+  CUresult popped = CUDA_SUCCESS;
+  if (token->context != 0) {
+    CUcontext context = nullptr;
+    popped = driver.cu.cuCtxPopCurrent(&context);
+  }
+  auto mode = static_cast<CUstreamCaptureMode>(token->capture_mode);
+  const CUresult exchanged = driver.cu.cuThreadExchangeStreamCaptureMode(&mode);
+  entered_device = token->device;
+  return result_of(popped != CUDA_SUCCESS ? popped : exchanged);
+}
+
+// The context may live on for others; what was loaded into it goes.
+void unload_digest(void* self, int device, PrimaryContext& context) {
+  cumempool_context_token token{};
+  if (context_enter(self, device, &token) != CUMEMPOOL_RESULT_SUCCESS) {
+    context.digest.forget();
+    return;
+  }
+  context.digest.unload(driver_of(self).cu);
+  context_leave(self, &token);
+}
+
+cumempool_result context_release(void* self, int device) {
+  CudaDriver& driver = driver_of(self);
+  PrimaryContext* found = driver.find(device);
+  if (found == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  const std::lock_guard<std::mutex> lock(found->mutex);
+  if (found->count == 0) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  if (found->count == 1) {
+    unload_digest(self, device, *found);
+    const CUresult result = driver.cu.cuDevicePrimaryCtxRelease(found->device);
+    if (result != CUDA_SUCCESS) {
+      return result_of(result);
+    }
+    found->context.store(nullptr);
+  }
+  --found->count;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+}  // namespace
+
+void fill_cuda_device_entries(cumempool_driver& table) {
+  table.init = init;
+  table.driver_version = driver_version;
+  table.device_count = device_count;
+  table.device_name = device_name;
+  table.device_attribute = device_attribute;
+  table.peer_access = peer_access;
+  table.memory_info = memory_info;
+  table.context_active = context_active;
+  table.context_retain = context_retain;
+  table.context_release = context_release;
+  table.context_enter = context_enter;
+  table.context_leave = context_leave;
+}
+
+}  // namespace cumempool::driver

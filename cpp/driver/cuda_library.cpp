@@ -1,0 +1,141 @@
+// Opening libcuda, and what to do where that fails.
+#include "driver/cuda_library.hpp"
+
+#include <dlfcn.h>
+
+#include <string>
+
+namespace cumempool::driver {
+namespace {
+
+#define CUMEMPOOL_TEXT(text) #text
+#define CUMEMPOOL_LINKAGE_NAME(symbol) CUMEMPOOL_TEXT(symbol)
+
+constexpr const char* host_driver_advice =
+    " To try cumempool without a GPU, ask for driver='host' (CUMEMPOOL_DRIVER=host).";
+
+[[nodiscard]] Error unavailable(const std::string& problem, const std::string& advice) {
+  Error error(CUMEMPOOL_UNAVAILABLE, problem);
+  error.operation = "opening the CUDA driver";
+  error.advice = advice;
+  return error;
+}
+
+void* open_library() {
+  // Never closed: libcuda runs threads and exit handlers of its own.
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    const char* reason = dlerror();
+    throw unavailable(
+        std::string("libcuda.so.1 cannot be opened (") +
+            (reason != nullptr ? reason : "no reason given") + ")",
+        std::string("Install the NVIDIA driver, or start the container with its GPUs "
+                    "(docker run --gpus all); LD_LIBRARY_PATH must lead to libcuda.so.1.") +
+            host_driver_advice);
+  }
+  return library;
+}
+
+// How symbols are asked for: through cuGetProcAddress where the driver has it, which gives just the
+// form that is named by its version, else by linkage name.
+class SymbolSource {
+ public:
+  explicit SymbolSource(void* library) : library_(library) {
+    // The bootstrap is typed here: cuda.h names only one of the two forms, depending on its
+    // version.
+    v2_ = reinterpret_cast<GetProcAddressV2>(dlsym(library, "cuGetProcAddress_v2"));
+    v1_ = reinterpret_cast<GetProcAddressV1>(dlsym(library, "cuGetProcAddress"));
+  }
+
+  void* find(const char* name, const char* linkage_name, int version) const {
+    void* address = nullptr;
+    if (v2_ != nullptr) {
+      int status = 0;
+      if (v2_(name, &address, version, CU_GET_PROC_ADDRESS_DEFAULT, &status) == CUDA_SUCCESS &&
+          address != nullptr) {
+        return address;
+      }
+    } else if (v1_ != nullptr &&
+               v1_(name, &address, version, CU_GET_PROC_ADDRESS_DEFAULT) == CUDA_SUCCESS &&
+               address != nullptr) {
+      return address;
+    }
+    return dlsym(library_, linkage_name);
+  }
+
+ private:
+  using GetProcAddressV1 = CUresult(CUDAAPI*)(const char*, void**, int, cuuint64_t);
+  using GetProcAddressV2 = CUresult(CUDAAPI*)(const char*, void**, int, cuuint64_t, int*);
+  void* library_;
+  GetProcAddressV1 v1_ = nullptr;
+  GetProcAddressV2 v2_ = nullptr;
+};
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+enum class Need { REQUIRED, OPTIONAL };
+
+template <typename Function>
+void load(const SymbolSource& source, Function& function, const char* name,
+          const char* linkage_name, int version, Need need) {
+  function = reinterpret_cast<Function>(source.find(name, linkage_name, version));
+  if (function == nullptr && need == Need::REQUIRED) {
+    throw unavailable(
+        "libcuda.so.1 has no " + std::string(name) + ", which came with CUDA " +
+            version_text(version),
+        "Install an NVIDIA driver for CUDA 11.8 or later." + std::string(host_driver_advice));
+  }
+}
+
+Symbols load_symbols(const SymbolSource& source) {
+  Symbols cu;
+#define CUMEMPOOL_SYMBOL(symbol, version, need) \
+  load(source, cu.symbol, #symbol, CUMEMPOOL_LINKAGE_NAME(symbol), version, Need::need);
+#include "driver/cuda_symbols.inc"
+#undef CUMEMPOOL_SYMBOL
+  return cu;
+}
+
+std::string init_advice(CUresult result) {
+  switch (static_cast<int>(result)) {
+    case 34:  // CUDA_ERROR_STUB_LIBRARY
+      return "The toolkit's stub of libcuda was opened: take its stubs folder out of "
+             "LD_LIBRARY_PATH.";
+    case CUDA_ERROR_NO_DEVICE:
+      return std::string("Check CUDA_VISIBLE_DEVICES and what nvidia-smi lists.") +
+             host_driver_advice;
+    case 802:  // CUDA_ERROR_SYSTEM_NOT_READY
+      return "Start nvidia-fabricmanager (systems with NVSwitch need it) and try again.";
+    case 803:  // CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+      return "libcuda and the kernel module differ in version: reboot after the driver update, or "
+             "start the container again.";
+    case CUDA_ERROR_NOT_INITIALIZED:
+      return "Was the process forked after CUDA was used? Use the spawn start method.";
+    default:
+      return std::string(
+                 "Check nvidia-smi, the device files /dev/nvidia*, and that the module "
+                 "nvidia_uvm is loaded.") +
+             host_driver_advice;
+  }
+}
+
+Error failed_to_open(CUresult result, const char* call) {
+  Error error = unavailable("", init_advice(result));
+  error.driver_call = call;
+  error.result = static_cast<cumempool_result>(result);
+  return error;
+}
+
+}  // namespace
+
+Symbols open_libcuda() { return load_symbols(SymbolSource(open_library())); }
+
+void require(CUresult result, const char* call) {
+  if (result != CUDA_SUCCESS) {
+    throw failed_to_open(result, call);
+  }
+}
+
+}  // namespace cumempool::driver

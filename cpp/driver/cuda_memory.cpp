@@ -1,0 +1,185 @@
+// The entries of the `cuda` driver for virtual memory; none needs a context.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstring>
+
+#include "driver/cuda_state.hpp"
+
+namespace cumempool::driver {
+namespace {
+
+CUmemLocation location_of(CUdevice device) {
+  CUmemLocation location{};
+  location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  location.id = device;
+  return location;
+}
+
+cumempool_result allocation_prop(const CudaDriver& driver,
+                                 const cumempool_memory_properties& properties,
+                                 CUmemAllocationProp& prop) {
+  const PrimaryContext* found = driver.find(properties.device);
+  if (found == nullptr) {
+    return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  prop = {};
+  prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  prop.location = location_of(found->device);
+  prop.requestedHandleTypes = static_cast<CUmemAllocationHandleType>(properties.handle_types);
+  prop.allocFlags.gpuDirectRDMACapable = properties.rdma != 0 ? 1 : 0;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result granularity(void* self, const cumempool_memory_properties* properties,
+                             std::size_t* bytes) {
+  const CudaDriver& driver = driver_of(self);
+  CUmemAllocationProp prop;
+  const cumempool_result result = allocation_prop(driver, *properties, prop);
+  if (result != CUMEMPOOL_RESULT_SUCCESS) {
+    return result;
+  }
+  return result_of(
+      driver.cu.cuMemGetAllocationGranularity(bytes, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM));
+}
+
+cumempool_result reserve(void* self, std::size_t bytes, cumempool_address* address) {
+  CUdeviceptr pointer = 0;
+  const CUresult result = driver_of(self).cu.cuMemAddressReserve(&pointer, bytes, 0, 0, 0);
+  *address = pointer;
+  return result_of(result);
+}
+
+cumempool_result unreserve(void* self, cumempool_address address, std::size_t bytes) {
+  return result_of(driver_of(self).cu.cuMemAddressFree(address, bytes));
+}
+
+cumempool_result create(void* self, std::size_t bytes,
+                        const cumempool_memory_properties* properties,
+                        cumempool_physical* physical) {
+  const CudaDriver& driver = driver_of(self);
+  CUmemAllocationProp prop;
+  const cumempool_result result = allocation_prop(driver, *properties, prop);
+  if (result != CUMEMPOOL_RESULT_SUCCESS) {
+    return result;
+  }
+  CUmemGenericAllocationHandle handle = 0;
+  const CUresult created = driver.cu.cuMemCreate(&handle, bytes, &prop, 0);
+  *physical = handle;
+  return result_of(created);
+}
+
+cumempool_result release(void* self, cumempool_physical physical) {
+  return result_of(driver_of(self).cu.cuMemRelease(physical));
+}
+
+cumempool_result map(void* self, cumempool_address address, std::size_t bytes,
+                     cumempool_physical physical) {
+  CudaDriver& driver = driver_of(self);
+  const CUresult result = driver.cu.cuMemMap(address, bytes, 0, physical, 0);
+  if (result == CUDA_SUCCESS && !driver.mapped.add(address, bytes)) {
+    driver.cu.cuMemUnmap(address, bytes);
+    return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+  }
+  return result_of(result);
+}
+
+cumempool_result unmap(void* self, cumempool_address address, std::size_t bytes) {
+  CudaDriver& driver = driver_of(self);
+  return driver.mapped.remove(address, bytes, [&driver, address, bytes] {
+    return result_of(driver.cu.cuMemUnmap(address, bytes));
+  });
+}
+
+cumempool_result set_access(void* self, cumempool_address address, std::size_t bytes,
+                            const int* devices, std::size_t device_count) {
+  const CudaDriver& driver = driver_of(self);
+  std::array<CUmemAccessDesc, 64> access{};
+  if (device_count > access.size()) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  for (std::size_t i = 0; i < device_count; ++i) {
+    const PrimaryContext* found = driver.find(devices[i]);
+    if (found == nullptr) {
+      return CUMEMPOOL_RESULT_INVALID_DEVICE;
+    }
+    access[i].location = location_of(found->device);
+    access[i].flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  }
+  return result_of(driver.cu.cuMemSetAccess(address, bytes, access.data(), device_count));
+}
+
+// The driver's descriptor does not say close-on-exec; a started program must not keep the memory.
+cumempool_result export_fd(const Symbols& cu, cumempool_physical physical, void* exported) {
+  int fd = -1;
+  const CUresult result =
+      cu.cuMemExportToShareableHandle(&fd, physical, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+  if (result != CUDA_SUCCESS) {
+    return result_of(result);
+  }
+  if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) {
+    close(fd);
+    return CUMEMPOOL_RESULT_OPERATING_SYSTEM;
+  }
+  std::memcpy(exported, &fd, sizeof(fd));
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result export_handle(void* self, cumempool_physical physical, std::uint32_t handle_type,
+                               void* exported) {
+  const Symbols& cu = driver_of(self).cu;
+  if (cu.cuMemExportToShareableHandle == nullptr) {
+    return CUMEMPOOL_RESULT_NOT_SUPPORTED;
+  }
+  if (handle_type == CUMEMPOOL_HANDLE_POSIX_FD) {
+    return export_fd(cu, physical, exported);
+  }
+  if (handle_type != CUMEMPOOL_HANDLE_FABRIC) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  return result_of(cu.cuMemExportToShareableHandle(
+      exported, physical, static_cast<CUmemAllocationHandleType>(CUMEMPOOL_HANDLE_FABRIC), 0));
+}
+
+cumempool_result import_handle(void* self, const void* exported, std::uint32_t handle_type,
+                               cumempool_physical* physical) {
+  const Symbols& cu = driver_of(self).cu;
+  if (cu.cuMemImportFromShareableHandle == nullptr) {
+    return CUMEMPOOL_RESULT_NOT_SUPPORTED;
+  }
+  std::array<unsigned char, CUMEMPOOL_FABRIC_HANDLE_BYTES> fabric{};
+  void* handle = fabric.data();
+  if (handle_type == CUMEMPOOL_HANDLE_POSIX_FD) {
+    int fd = -1;
+    std::memcpy(&fd, exported, sizeof(fd));
+    // CUDA takes the number itself in place of a pointer.
+    handle = pointer_of<void*>(static_cast<std::uint64_t>(fd));
+  } else if (handle_type == CUMEMPOOL_HANDLE_FABRIC) {
+    std::memcpy(fabric.data(), exported, fabric.size());
+  } else {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  CUmemGenericAllocationHandle imported = 0;
+  const CUresult result = cu.cuMemImportFromShareableHandle(
+      &imported, handle, static_cast<CUmemAllocationHandleType>(handle_type));
+  *physical = imported;
+  return result_of(result);
+}
+
+}  // namespace
+
+void fill_cuda_memory_entries(cumempool_driver& table) {
+  table.granularity = granularity;
+  table.reserve = reserve;
+  table.unreserve = unreserve;
+  table.create = create;
+  table.release = release;
+  table.map = map;
+  table.unmap = unmap;
+  table.set_access = set_access;
+  table.export_handle = export_handle;
+  table.import_handle = import_handle;
+}
+
+}  // namespace cumempool::driver

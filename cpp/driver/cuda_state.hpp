@@ -1,0 +1,71 @@
+// What the files of the `cuda` driver share: its devices, and the table's numbers as CUDA's
+// handles.
+#pragma once
+
+#include <cuda.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "cumempool/driver.h"
+#include "driver/cuda_digest.hpp"
+#include "driver/cuda_library.hpp"
+#include "driver/mapped_ranges.hpp"
+
+namespace cumempool::driver {
+
+// A device's primary context, while anyone holds it.
+struct PrimaryContext {
+  CUdevice device = 0;
+  std::mutex mutex;  // guards the count, and the context's change with it
+  int count = 0;
+  std::atomic<CUcontext> context{nullptr};
+  CudaDigest digest;
+};
+
+struct CudaDriver {
+  Symbols cu;
+  int device_count = 0;
+  std::unique_ptr<PrimaryContext[]> devices;
+  MappedRanges mapped;
+  cumempool_driver table{};
+
+  PrimaryContext* find(int device) const {
+    return device >= 0 && device < device_count ? &devices[static_cast<std::size_t>(device)]
+                                                : nullptr;
+  }
+};
+
+// The device whose context_enter this thread is inside, or -1 (C3).
+inline thread_local int entered_device = -1;
+
+inline CudaDriver& driver_of(void* self) { return *static_cast<CudaDriver*>(self); }
+
+inline cumempool_result result_of(CUresult result) { return static_cast<cumempool_result>(result); }
+
+// The table carries CUDA's handles as numbers, so that its header needs none of CUDA's types.
+template <typename Pointer>
+Pointer pointer_of(std::uint64_t number) {
+  return reinterpret_cast<Pointer>(number);  // NOLINT(performance-no-int-to-ptr)
+}
+
+inline CUstream stream_of(cumempool_stream stream) { return pointer_of<CUstream>(stream); }
+
+inline CUevent event_of(cumempool_event event) { return pointer_of<CUevent>(event); }
+
+template <typename Handle>
+std::uint64_t number_of(Handle handle) {
+  return static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(handle));
+}
+
+inline bool inside(int device) { return device >= 0 && entered_device == device; }
+
+// The entries of the table, from the file that is named alike.
+void fill_cuda_device_entries(cumempool_driver& table);
+void fill_cuda_memory_entries(cumempool_driver& table);
+void fill_cuda_work_entries(cumempool_driver& table);
+
+}  // namespace cumempool::driver

@@ -1,0 +1,216 @@
+// The entries of the `cuda` driver for host memory, streams, events, copies and digests; each needs
+// its device's context.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "driver/cuda_state.hpp"
+
+namespace cumempool::driver {
+namespace {
+
+cumempool_result host_register(void* self, int device, void* pointer, std::size_t bytes) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  // PORTABLE pins for every device; DEVICEMAP lets kernels use it, as digest() does.
+  return result_of(driver_of(self).cu.cuMemHostRegister(
+      pointer, bytes, CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP));
+}
+
+cumempool_result host_unregister(void* self, int device, void* pointer) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuMemHostUnregister(pointer));
+}
+
+cumempool_result stream_create(void* self, int device, cumempool_stream* stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  CUstream created = nullptr;
+  const CUresult result = driver_of(self).cu.cuStreamCreate(&created, CU_STREAM_NON_BLOCKING);
+  *stream = number_of(created);
+  return result_of(result);
+}
+
+cumempool_result stream_destroy(void* self, int device, cumempool_stream stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuStreamDestroy(stream_of(stream)));
+}
+
+cumempool_result stream_synchronize(void* self, int device, cumempool_stream stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuStreamSynchronize(stream_of(stream)));
+}
+
+// The legacy stream cannot be captured; asking about it while another stream is fails with 906.
+cumempool_result stream_is_capturing(void* self, int device, cumempool_stream stream,
+                                     int* capturing) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  if (stream == 0 || stream_of(stream) == CU_STREAM_LEGACY) {
+    *capturing = 0;
+    return CUMEMPOOL_RESULT_SUCCESS;
+  }
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  const CUresult result = driver_of(self).cu.cuStreamIsCapturing(stream_of(stream), &status);
+  *capturing = status != CU_STREAM_CAPTURE_STATUS_NONE ? 1 : 0;
+  return result_of(result);
+}
+
+// Waiting spins: a blocking wait (CU_EVENT_BLOCKING_SYNC) wakes up late between short copies.
+cumempool_result event_create(void* self, int device, cumempool_event* event) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  CUevent created = nullptr;
+  const CUresult result = driver_of(self).cu.cuEventCreate(&created, CU_EVENT_DISABLE_TIMING);
+  *event = number_of(created);
+  return result_of(result);
+}
+
+cumempool_result event_destroy(void* self, int device, cumempool_event event) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuEventDestroy(event_of(event)));
+}
+
+cumempool_result event_record(void* self, int device, cumempool_event event,
+                              cumempool_stream stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuEventRecord(event_of(event), stream_of(stream)));
+}
+
+cumempool_result event_synchronize(void* self, int device, cumempool_event event) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuEventSynchronize(event_of(event)));
+}
+
+cumempool_result event_query(void* self, int device, cumempool_event event) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuEventQuery(event_of(event)));
+}
+
+cumempool_result stream_wait_event(void* self, int device, cumempool_stream stream,
+                                   cumempool_event event) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuStreamWaitEvent(stream_of(stream), event_of(event), 0));
+}
+
+cumempool_result copy_to_host(void* self, int device, void* destination, cumempool_address source,
+                              std::size_t bytes, cumempool_stream stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(
+      driver_of(self).cu.cuMemcpyDtoHAsync(destination, source, bytes, stream_of(stream)));
+}
+
+cumempool_result copy_to_device(void* self, int device, cumempool_address destination,
+                                const void* source, std::size_t bytes, cumempool_stream stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(
+      driver_of(self).cu.cuMemcpyHtoDAsync(destination, source, bytes, stream_of(stream)));
+}
+
+cumempool_result copy_on_device(void* self, int device, cumempool_address destination,
+                                cumempool_address source, std::size_t bytes,
+                                cumempool_stream stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  const auto distance = destination > source ? destination - source : source - destination;
+  if (distance < bytes) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  return result_of(
+      driver_of(self).cu.cuMemcpyDtoDAsync(destination, source, bytes, stream_of(stream)));
+}
+
+cumempool_result fill(void* self, int device, cumempool_address destination, std::uint8_t byte,
+                      std::size_t bytes, cumempool_stream stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  return result_of(driver_of(self).cu.cuMemsetD8Async(destination, byte, bytes, stream_of(stream)));
+}
+
+cumempool_result digest(void* self, int device, std::uint64_t seed, const cumempool_extent* extents,
+                        std::size_t count, cumempool_digest* digests, cumempool_stream stream) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  CudaDriver& driver = driver_of(self);
+  return driver.find(device)->digest.submit(driver.cu, seed, extents, count, digests,
+                                            stream_of(stream));
+}
+
+// Pins and unpins one page. Both wait for all work in flight on every stream of the device, and in
+// RELAXED mode neither touches a capture; cuCtxSynchronize and cuCtxRecordEvent would break every
+// capture under way, in any mode. It takes no device memory, so it works on a full device.
+cumempool_result fence(void* self, int device) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  const Symbols& cu = driver_of(self).cu;
+  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  // A page of its own for each call: threads that fence different devices do not wait for each
+  // other.
+  void* page =
+      mmap(nullptr, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED) {
+    return CUMEMPOOL_RESULT_OPERATING_SYSTEM;
+  }
+  CUresult result = cu.cuMemHostRegister(page, page_bytes, 0);
+  if (result == CUDA_SUCCESS) {
+    result = cu.cuMemHostUnregister(page);
+    if (result != CUDA_SUCCESS) {
+      // The driver may still hold the page; giving its address away would confuse a later pinning.
+      return result_of(result);
+    }
+  }
+  munmap(page, page_bytes);
+  return result_of(result);
+}
+
+}  // namespace
+
+void fill_cuda_work_entries(cumempool_driver& table) {
+  table.host_register = host_register;
+  table.host_unregister = host_unregister;
+  table.stream_create = stream_create;
+  table.stream_destroy = stream_destroy;
+  table.stream_synchronize = stream_synchronize;
+  table.stream_is_capturing = stream_is_capturing;
+  table.event_create = event_create;
+  table.event_destroy = event_destroy;
+  table.event_record = event_record;
+  table.event_synchronize = event_synchronize;
+  table.event_query = event_query;
+  table.stream_wait_event = stream_wait_event;
+  table.copy_to_host = copy_to_host;
+  table.copy_to_device = copy_to_device;
+  table.copy_on_device = copy_on_device;
+  table.fill = fill;
+  table.digest = digest;
+  table.fence = fence;
+}
+
+}  // namespace cumempool::driver

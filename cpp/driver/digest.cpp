@@ -1,0 +1,71 @@
+// The digest of contents on the CPU.
+#include "driver/digest.hpp"
+
+#include <iterator>
+
+namespace cumempool::driver {
+namespace {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the digest reads little-endian words");
+
+// The n-th output, from 1, of splitmix64.
+std::uint64_t splitmix64(std::uint64_t seed, std::uint64_t n) {
+  std::uint64_t hash = seed + n * 0x9e3779b97f4a7c15u;
+  hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
+  hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;
+  return hash ^ (hash >> 31);
+}
+
+// The four streams of a tile are too short for a CPU to see them coming.
+constexpr std::size_t kPrefetchBytes = 4096;
+
+void prefetch_tile(const unsigned char* address) {
+  constexpr std::size_t line = 64;
+  for (std::size_t i = 0; i < kDigestTileBytes; i += line) __builtin_prefetch(address + i);
+}
+
+}  // namespace
+
+DigestKeys digest_keys(std::uint64_t seed) {
+  DigestKeys keys{};
+  std::uint64_t n = 0;
+  for (std::size_t i = 0; i < std::size(keys.nh); i += 2) {
+    const std::uint64_t both = splitmix64(seed, ++n);
+    keys.nh[i] = static_cast<std::uint32_t>(both);
+    keys.nh[i + 1] = static_cast<std::uint32_t>(both >> 32);
+  }
+  for (std::uint64_t& key : keys.position) key = splitmix64(seed, ++n) | 1;
+  for (std::uint64_t& key : keys.finish) key = splitmix64(seed, ++n);
+  return keys;
+}
+
+void Digester::add(const std::byte* data, std::size_t bytes) noexcept {
+  const auto* address = reinterpret_cast<const unsigned char*>(data);
+  auto tile = static_cast<std::uint32_t>(bytes_ / kDigestTileBytes);
+  bytes_ += bytes;
+  for (; bytes >= kDigestTileBytes; bytes -= kDigestTileBytes, address += kDigestTileBytes) {
+    if (bytes >= kPrefetchBytes + std::size_t{2} * kDigestTileBytes)
+      prefetch_tile(address + kPrefetchBytes);
+    for (std::uint32_t lane = 0; lane < kDigestUnitsPerTile; ++lane) {
+      digest_lane(address, kDigestTileBytes, tile, lane, keys_, sums_);
+    }
+    ++tile;
+  }
+  if (bytes == 0) return;
+  for (std::uint32_t lane = 0; lane < kDigestUnitsPerTile; ++lane) {
+    digest_lane(address, static_cast<std::uint32_t>(bytes), tile, lane, keys_, sums_);
+  }
+}
+
+cumempool_digest Digester::finish() const noexcept {
+  return {digest_finish(sums_.low, keys_.finish[0], bytes_),
+          digest_finish(sums_.high, keys_.finish[1], bytes_)};
+}
+
+cumempool_digest digest(std::uint64_t seed, const std::byte* data, std::size_t bytes) noexcept {
+  Digester digester(seed);
+  digester.add(data, bytes);
+  return digester.finish();
+}
+
+}  // namespace cumempool::driver

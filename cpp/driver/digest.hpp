@@ -1,0 +1,47 @@
+// The digest of contents on the CPU; digest_definition.hpp says what it is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cumempool/driver.h"
+#include "driver/digest_definition.hpp"
+
+namespace cumempool::driver {
+
+DigestKeys digest_keys(std::uint64_t seed);
+
+// A digest of bytes that come in parts.
+class Digester {
+ public:
+  explicit Digester(std::uint64_t seed) : keys_(digest_keys(seed)) {}
+
+  // All parts but the last are multiples of kDigestTileBytes, the last one of
+  // CUMEMPOOL_DIGEST_ALIGNMENT; all together have at most 2^32 bytes.
+  void add(const std::byte* data, std::size_t bytes) noexcept;
+  cumempool_digest finish() const noexcept;
+
+ private:
+  DigestKeys keys_;
+  DigestSums sums_{0, 0};
+  std::uint64_t bytes_ = 0;
+};
+
+// The digest of a multiple of CUMEMPOOL_DIGEST_ALIGNMENT bytes, at most 2^32.
+cumempool_digest digest(std::uint64_t seed, const std::byte* data, std::size_t bytes) noexcept;
+
+// Whether a device takes an extent of this address and size; there is no digest of nothing.
+constexpr bool digest_takes(std::uint64_t address, std::uint64_t bytes) noexcept {
+  constexpr std::uint64_t most = std::uint64_t{1} << 32;
+  return (address | bytes) % CUMEMPOOL_DIGEST_ALIGNMENT == 0 && bytes != 0 && bytes <= most;
+}
+
+}  // namespace cumempool::driver
+
+// In the namespace of the struct, where they are found from anywhere.
+inline bool operator==(const cumempool_digest& a, const cumempool_digest& b) noexcept {
+  return a.low == b.low && a.high == b.high;
+}
+inline bool operator!=(const cumempool_digest& a, const cumempool_digest& b) noexcept {
+  return !(a == b);
+}
