@@ -1,247 +1,321 @@
-"""Sleep and wake of an 8B-parameter model and its KV cache, beside the link and beside peers.
+"""Sleep and wake beside the link's own rate, the bare driver calls, and peers.
 
-Every contender runs in a process of its own, one after another, with the link's rate measured in
-each. Host memory is touched once before, since some virtual machines grow it on first use.
+    python benchmarks/sleep_wake.py --output RESULT.json
+    python benchmarks/sleep_wake.py --peers PEERS --programs BUILD --output RESULT.json
+    python benchmarks/sleep_wake.py --small     # a dry run without a GPU
 
-    python benchmarks/sleep_wake.py --output result.json
-    python benchmarks/sleep_wake.py --peers DIRECTORY   # with the peers' packages in it
+Each part runs once per contender, in a process of its own, one after another, with the link's rate
+measured in each before and after. Host memory is touched before anything is timed, by a process of
+its own and again in each, since some virtual machines grow it on first use; after every transition
+there is a pause, since some drivers scrub what was released. The record is written after every process.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import mmap
 import os
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import bars
+import contenders
+import host_memory
+import machine
+import table
+from bench import GIB, PAUSE_S, Bench, Settings, summary
+from link import Link
+from parts import PARTS, Part
 
-GIB = 1024**3
-MIB = 1024**2
-#: bf16 embedding and head, and 32 layers of an 8B model: 14.96 GiB.
-LLAMA8B = [(128256, 4096)] * 2 + [
-    shape
-    for _ in range(32)
-    for shape in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (4096,), (4096,))
+NOTES = [
+    "Medians; every sample is listed. Floors are bytes over the pinned rate of that direction, "
+    "measured in the same process before and after.",
+    f"{PAUSE_S} s pass after every sleep and every wake, for every contender.",
+    "First sleeps of cumempool: each sample is of a process of its own.",
+    "Peak device bytes are sampled every millisecond during a cycle that is not timed.",
 ]
-KV = [int(1.25 * GIB)] * 32
-CYCLES = 5
-CONTENDERS = ("cumempool", "cumempool-prepared", "vllm", "tms", "tms-retain")
 
+#: As much as the parts take between them; processes get memory that others have given back.
+WARM_UP_BYTES = 72 * GIB
 
-def touch_host_memory(size: int) -> None:
-    """Has a growing virtual machine get its memory before anything is timed."""
-    with mmap.mmap(-1, size) as memory:
-        for at in range(0, size, mmap.PAGESIZE):
-            memory[at] = 1
-
-
-def timed(call: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def link_rates() -> dict[str, float]:
-    """GB/s of pinned copies in 32 MiB pieces, the median of five gigabytes each way."""
-    host = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(GIB, dtype=torch.uint8, device="cuda")
-
-    def move(target: torch.Tensor, source: torch.Tensor) -> None:
-        for at in range(0, GIB, 32 * MIB):
-            target[at : at + 32 * MIB].copy_(source[at : at + 32 * MIB], non_blocking=True)
-
-    def median(target: torch.Tensor, source: torch.Tensor) -> float:
-        move(target, source)
-        return statistics.median(GIB / timed(lambda: move(target, source)) / 1e9 for _ in range(5))
-
-    rates = {"to_host": median(host, device), "to_device": median(device, host)}
-    del host, device
-    torch.cuda.empty_cache()
-    torch._C._host_emptyCache()
-    return rates
-
-
-def make_weights() -> list[torch.Tensor]:
-    weights = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in LLAMA8B]
-    for weight in weights:
-        weight.view(torch.int16).random_()
-    return weights
-
-
-def make_kv() -> list[torch.Tensor]:
-    return [torch.empty(size, dtype=torch.uint8, device="cuda") for size in KV]
-
-
-def digest(tensors: list[torch.Tensor]) -> int:
-    return sum(int(t.view(torch.int16).sum(dtype=torch.int64)) for t in tensors)
-
-
-def cycles(sleep: Callable[[], object], wake: Callable[[], object]) -> dict[str, Any]:
-    first = timed(sleep)
-    wakes, sleeps = [timed(wake)], []
-    for _ in range(CYCLES):
-        sleeps.append(timed(sleep))
-        wakes.append(timed(wake))
-    return {
-        "first_sleep_s": first,
-        "later_sleep_s": statistics.median(sleeps),
-        "wake_s": statistics.median(wakes),
-    }
-
-
-def run_cumempool(prepared: bool) -> dict[str, Any]:
-    import cumempool
-
-    allocator = cumempool.CuMemAllocator()
-    with allocator.use_memory_pool("weights"):
-        weights = make_weights()
-    expected = digest(weights)
-    result: dict[str, Any] = {}
-    if prepared:
-        result["prepare_s"] = timed(lambda: allocator.prepare("weights"))
-    result |= cycles(lambda: allocator.sleep("weights"), allocator.wake_up)
-    stats = allocator.stats()
-    result["host_bytes_per_backup_byte"] = stats.host_bytes / sum(w.nbytes for w in weights)
-    result["contents_equal"] = digest(weights) == expected
-    with allocator.use_memory_pool("kv_cache"):
-        kv = make_kv()
-    remaps = [
-        (timed(lambda: allocator.discard("kv_cache")), timed(lambda: allocator.wake_up("kv_cache")))
-        for _ in range(CYCLES)
-    ]
-    result["discard_kv_s"] = statistics.median(a for a, _ in remaps)
-    result["remap_kv_s"] = statistics.median(b for _, b in remaps)
-    del kv
-    return result
-
-
-def run_vllm() -> dict[str, Any]:
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    allocator = CuMemAllocator.get_instance()
-    with allocator.use_memory_pool(tag="weights"):
-        weights = make_weights()
-    expected = digest(weights)
-    result = cycles(lambda: allocator.sleep(offload_tags=("weights",)), allocator.wake_up)
-    result["contents_equal"] = digest(weights) == expected
-    return result
-
-
-def run_tms(retain: bool) -> dict[str, Any]:
-    from torch_memory_saver import torch_memory_saver as saver
-
-    saver.hook_mode = "torch"
-    saver.retain_cpu_backup = retain
-    with saver.region(tag="weights", enable_cpu_backup=True):
-        weights = make_weights()
-    expected = digest(weights)
-    result = cycles(lambda: saver.pause("weights"), lambda: saver.resume("weights"))
-    result["contents_equal"] = digest(weights) == expected
-    return result
-
-
-RUNNERS: dict[str, Callable[[], dict[str, Any]]] = {
-    "cumempool": lambda: run_cumempool(prepared=False),
-    "cumempool-prepared": lambda: run_cumempool(prepared=True),
-    "vllm": run_vllm,
-    "tms": lambda: run_tms(retain=False),
-    "tms-retain": lambda: run_tms(retain=True),
+#: Options that take a path, and what stands for it in records.
+PATHS = {
+    "--peers": "PEERS",
+    "--programs": "BUILD",
+    "--directory": "DIRECTORY",
+    "--output": "RESULT.json",
 }
 
+# ---- one process ---------------------------------------------------------------------------------
 
-def run_one(contender: str) -> None:
-    touch_host_memory(20 * GIB)
-    rates = link_rates()
-    result = RUNNERS[contender]()
-    size = sum(2 * torch.Size(shape).numel() for shape in LLAMA8B)
-    floors = {
-        "first_sleep": size / rates["to_host"] / 1e9,
-        "later_sleep": size / rates["to_host"] / 1e9,
-        "wake": size / rates["to_device"] / 1e9,
-    }
-    result["link_gb_per_s"] = rates
-    result["over_floor"] = {name: result[f"{name}_s"] / floor for name, floor in floors.items()}
-    print(json.dumps(result), flush=True)
+
+def add_floors(result: dict[str, Any], link: Link) -> None:
+    """Sets sleeps and wakes against the time that the link needs for their bytes."""
+    result["link_gb_per_s"] = link.rates()
+    size = result.get("bytes") or result.get("workload", {}).get("bytes")
+    for phase in result.values():
+        if size and isinstance(phase, dict) and {"sleep_s", "wake_s"} <= set(phase):
+            phase["over_floor"] = {
+                "sleep": phase["sleep_s"]["median"] / link.floor("to_host", size),
+                "wake": phase["wake_s"]["median"] / link.floor("to_device", size),
+            }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """All at once, so that a process that is ended leaves the last whole state."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def run_one(part: str, contender: str, settings: Settings, result_path: Path) -> None:
+    """Measures, and writes what it has found so far again and again."""
+    if part == "machine":
+        write(result_path, machine.describe(settings))
+        return
+    if part == "warm-up":
+        for _ in range(3):  # a machine that grows shows more of its memory each time
+            host_memory.touch(min(WARM_UP_BYTES, int(0.7 * (host_memory.available_bytes() or 0))))
+        write(result_path, {})
+        return
+    bench = Bench(settings)
+    host_memory.touch(8 * 1024**2 if bench.small else PARTS[part].host_gib * GIB)
+    link = Link(bench)
+    link.measure()
+    result: dict[str, Any] = {}
+    for found in PARTS[part].run(bench, contender):
+        result |= found
+        add_floors(result, link)
+        write(result_path, result)
+    link.measure()
+    add_floors(result, link)
+    write(result_path, result)
+    sys.stdout.flush()
     os._exit(0)  # some peers end the process with an error of their own
 
 
-def run_all(contenders: list[str], peers: str | None) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    path = os.pathsep.join(filter(None, [peers, os.environ.get("PYTHONPATH")]))
-    for contender in contenders:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", contender],
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        results[contender] = json.loads(lines[-1]) if lines else {"error": done.stderr[-2000:]}
-        print(contender, json.dumps(results[contender]), flush=True)
-    return results
+# ---- all processes -------------------------------------------------------------------------------
 
 
-def commit() -> str:
-    """The commit that is measured; "unknown" outside a checkout."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
+@dataclass
+class Runner:
+    """Runs parts in processes of their own until the time is over."""
+
+    settings: Settings
+    time_limit_s: float
+    started: float = field(default_factory=time.monotonic)
+
+    def run(self, part: str, contender: str, limit_s: float) -> dict[str, Any]:
+        left = self.time_limit_s - (time.monotonic() - self.started)
+        if left <= 0:
+            return {"error": f"not run: the time limit of {self.time_limit_s:.0f} s was over"}
+        with tempfile.TemporaryDirectory() as folder:
+            return self._run(part, contender, min(limit_s, left), Path(folder))
+
+    def _run(self, part: str, contender: str, limit_s: float, folder: Path) -> dict[str, Any]:
+        result_path, log_path = folder / "result.json", folder / "log"
+        one = ["--one", part, contender, json.dumps(self.settings.to_dict()), str(result_path)]
+        error, start = None, time.monotonic()
+        with log_path.open("w") as log:
+            try:
+                done = subprocess.run(
+                    [sys.executable, __file__, *one],
+                    env=self._environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit_s,
+                    check=False,
+                )
+                if done.returncode != 0:
+                    error = f"ended with {done.returncode}"
+            except subprocess.TimeoutExpired:
+                error = f"ended by the time limit, after {limit_s:.0f} s"
+        result: dict[str, Any] = json.loads(result_path.read_text()) if result_path.exists() else {}
+        result["process_s"] = round(time.monotonic() - start, 1)
+        if error is not None:
+            result["error"] = f"{error}: {log_path.read_text(errors='replace')[-2000:]}"
+        return result
+
+    def _environment(self) -> dict[str, str]:
+        paths = [self.settings.peers, os.environ.get("PYTHONPATH")]
+        return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def reason_against(part: Part, settings: Settings, found: dict[str, Any]) -> str | None:
+    """Why a part cannot run on the machine, or None where it can."""
+    if settings.driver != "cuda":
+        return None if settings.small else "full sizes need the cuda driver"
+    devices = found["machine"]["devices"]
+    if len(devices) < part.devices:
+        return f"needs {part.devices} GPUs"
+    if devices[0]["bytes"] < part.device_gib * GIB:
+        return f"needs {part.device_gib} GiB of device memory"
+    available = found["machine"]["host_memory_available_bytes"]
+    if available is not None and available < part.host_gib * GIB:
+        return f"needs {part.host_gib} GiB of host memory"
+    return None
+
+
+def chosen_contenders(part: Part, settings: Settings, asked: list[str] | None) -> list[str]:
+    names = [
+        name
+        for name in part.contenders
+        if (settings.peers is not None or name not in contenders.PEERS)
+        and (settings.driver == "cuda" or name != "bare")
+    ]
+    return [name for name in names if asked is None or name in asked]
+
+
+def command_line() -> str:
+    """The command as others would give it: with names where paths of this machine were."""
+    words, placeholder = ["python", "benchmarks/sleep_wake.py"], None
+    for word in sys.argv[1:]:
+        flag, _, value = word.partition("=")
+        words.append(placeholder or (f"{flag}={PATHS[flag]}" if flag in PATHS and value else word))
+        placeholder = PATHS.get(word)
+    return shlex.join(words)
+
+
+def new_record(settings: Settings, found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "benchmark": "sleep_wake",
+        "format": 2,
+        "command": command_line(),
+        "commit": machine.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "settings": {"driver": settings.driver, "small": settings.small},
+        "machine": found.get("machine", {}),
+        "versions": found.get("versions", {}),
+        "notes": NOTES,
+        "parts": {},
+        "bars": [],
+    }
+
+
+def kept_parts(output: Path | None) -> dict[str, Any]:
+    """The parts of an earlier record, which say which command made them."""
+    if output is None or not output.exists():
+        return {}
+    earlier = json.loads(output.read_text())
+    return dict(earlier["parts"]) if earlier.get("format") == 2 else {}
+
+
+def add_first(result: dict[str, Any], again: dict[str, Any]) -> None:
+    """Adds the first sleep of another process to the samples; the floors are of each process."""
+    if "first" not in result or "first" not in again:
+        result.setdefault("error", again.get("error", "a first sleep was not measured"))
+        return
+    for kind, key in (("sleep_s", "sleep"), ("wake_s", "wake")):
+        samples = [*result["first"][kind]["samples"], *again["first"][kind]["samples"]]
+        result["first"][kind] = summary(samples)
+        ratios = result["first"].setdefault("over_floor_samples", {})
+        ratios.setdefault(key, [result["first"]["over_floor"][key]])
+        ratios[key].append(again["first"]["over_floor"][key])
+        result["first"]["over_floor"][key] = statistics.median(ratios[key])
+
+
+def run_parts(
+    runner: Runner, record: dict[str, Any], names: list[str], arguments: argparse.Namespace
+) -> None:
+    for name in names:
+        part = PARTS[name]
+        content: dict[str, Any] = {
+            "title": part.title,
+            "command": record["command"],
+            "commit": record["commit"],
+            "results": {},
+        }
+        record["parts"][name] = content
+        for contender in chosen_contenders(part, runner.settings, arguments.contenders):
+            result = runner.run(name, contender, part.limit_s)
+            if contender == "cumempool":
+                for _ in range(0 if runner.settings.small else part.first_again):
+                    add_first(result, runner.run(name, "cumempool-first", part.limit_s))
+            content["results"][contender] = result
+            state = "failed" if "error" in result else f"{result['process_s']} s"
+            print(f"{name}, {contender}: {state}", flush=True)
+            if not runner.settings.small:
+                record["bars"] = bars.results(record)
+            if arguments.output:
+                write(arguments.output, record)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return done.stdout.strip() or os.environ.get("CUMEMPOOL_COMMIT", "unknown")
+    parser.add_argument("--parts", type=lambda text: text.split(","), help="such as llama8b,kv")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), help="only these")
+    parser.add_argument("--list", action="store_true", help="list the parts and end")
+    parser.add_argument("--small", action="store_true", help="tiny sizes; no figures to rely on")
+    parser.add_argument("--driver", choices=("cuda", "host"), help="host with --small, else cuda")
+    parser.add_argument("--peers", help="a directory to import peers from")
+    parser.add_argument("--vllm-version", help="of the vLLM there, where its metadata is missing")
+    parser.add_argument("--programs", help="the build folder with the C++ benchmarks")
+    parser.add_argument("--directory", default=tempfile.gettempdir(), help="for the file tier")
+    parser.add_argument("--output", type=Path, help="the record; the plot goes beside it")
+    parser.add_argument("--keep", action="store_true", help="keep parts of OUTPUT not run now")
+    parser.add_argument("--time-limit", type=float, default=3600, metavar="SECONDS")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.parts or ()) - set(PARTS)):
+        parser.error(f"no such parts: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    return arguments
 
 
-def print_table(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "", "first sleep", "later sleep", "wake", "of the link's time", title="llama8b, ms"
-    )
-    for name, result in results.items():
-        if "error" in result:
-            table.add_row(name, "failed")
-            continue
-        times = (f"{result[key] * 1e3:.0f}" for key in ("first_sleep_s", "later_sleep_s", "wake_s"))
-        table.add_row(name, *times, " / ".join(f"{r:.2f}x" for r in result["over_floor"].values()))
-    Console(width=110).print(table)
+def draw(record_path: Path) -> None:
+    """The plot beside the record, where matplotlib is there."""
+    try:
+        import plot
+    except ImportError as error:
+        print(f"no plot ({error}); elsewhere: python benchmarks/plot.py {record_path}")
+        return
+    print(plot.draw(record_path))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
-    parser.add_argument("--peers", help="a directory to import peers from")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse()
     if arguments.one:
-        run_one(arguments.one)
-    chosen = arguments.contenders or list(CONTENDERS if arguments.peers else CONTENDERS[:2])
-    record = {
-        "benchmark": "sleep_wake",
-        "workload": "llama8b",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "results": run_all(chosen, arguments.peers),
-    }
-    print_table(record["results"])
+        part, contender, settings_text, result_path = arguments.one
+        run_one(part, contender, Settings(**json.loads(settings_text)), Path(result_path))
+        return
+    settings = Settings(
+        driver=arguments.driver or ("host" if arguments.small else "cuda"),
+        small=arguments.small,
+        directory=arguments.directory,
+        programs=arguments.programs,
+        peers=arguments.peers,
+        vllm_version=arguments.vllm_version,
+    )
+    runner = Runner(settings, arguments.time_limit)
+    found = runner.run("machine", "", limit_s=120)
+    if "error" in found:
+        sys.exit(f"the machine cannot be described: {found['error']}")
+    against = {name: reason_against(part, settings, found) for name, part in PARTS.items()}
+    if arguments.list:
+        for name, part in PARTS.items():
+            print(f"{name}: {part.title}{f' ({against[name]})' if against[name] else ''}")
+        return
+    if not settings.small:
+        runner.run("warm-up", "", limit_s=120)
+    record = new_record(settings, found)
+    if arguments.keep:
+        record["parts"] = kept_parts(arguments.output)
+    names = arguments.parts or [name for name in PARTS if against[name] is None]
+    run_parts(runner, record, names, arguments)
+    print(table.text(record))
     if arguments.output:
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        draw(arguments.output)
+    sys.exit(1 if table.failures(record) else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the README's table of measured numbers from the records in benchmarks/results.
+"""Writes the README's tables of measured numbers from the records in benchmarks/results.
 
 python scripts/readme_figures.py [--check]
 """
@@ -14,58 +14,220 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-NAMES = {
-    "cumempool": "cumempool",
-    "cumempool-prepared": "cumempool after `prepare()`",
-    "vllm": "vLLM 0.33.0's allocator",
-    "tms": "torch_memory_saver 0.0.10",
-    "tms-retain": "torch_memory_saver 0.0.10, backup retained",
+#: Workloads that sleep and wake, and what they are.
+WORKLOADS = {
+    "llama8b": "weights of an 8B model, 14.96 GiB in 194 tensors",
+    "small": "2000 tensors of 3 MiB",
+    "huge": "4 tensors of 16 GiB",
+}
+#: (phase, direction) of each column.
+COLUMNS = {
+    "first sleep": ("first", "sleep"),
+    "later sleep": ("dirty", "sleep"),
+    "10% changed": ("tenth_tensors", "sleep"),
+    "unchanged": ("clean", "sleep"),
+    "wake": ("dirty", "wake"),
 }
 
+Record = dict[str, Any]
 
-def sleep_wake_table(record: dict[str, Any]) -> list[str]:
-    """Milliseconds, and multiples of the time that the link needs for the bytes."""
+
+def name_of(contender: str, versions: dict[str, str]) -> str:
+    """A contender as people call it, with the version that was measured."""
+    saver = f"torch_memory_saver {versions.get('torch_memory_saver', '')}".strip()
+    names = {
+        "cumempool-prepared": "cumempool after `prepare()`",
+        "cumempool-copy": "cumempool, `retain_backups=False`",
+        "vllm": f"vLLM {versions.get('vllm', '')}'s allocator",
+        "tms": saver,
+        "tms-retain": f"{saver}, backup retained",
+    }
+    return names.get(contender, contender)
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+
+    return [line(header), "|" + "---|" * len(header), *map(line, rows), ""]
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
+
+
+# ---- sleep and wake ------------------------------------------------------------------------------
+
+
+def cycle_cell(result: Record, phase: str, direction: str) -> str:
+    """Time, and in brackets the multiple of the link's time; "" where it was not measured."""
+    if phase not in result or "over_floor" not in result[phase]:
+        return ""
+    seconds = result[phase][f"{direction}_s"]["median"]
+    return f"{milliseconds(seconds)} ({result[phase]['over_floor'][direction]:.2f}x)"
+
+
+def sleep_wake_tables(record: Record) -> list[str]:
+    device, versions = record["machine"]["devices"][0]["name"], record["versions"]
     lines = [
-        f"Weights of an 8B model, 14.96 GiB in 194 tensors, {record['device']}, torch "
-        f"{record['torch']}; medians, each contender in a process of its own; in brackets the "
-        "multiple of what the link needs, measured in the same process.",
+        f"{device}, driver {record['machine']['kernel_driver']}, torch {versions['torch']}. "
+        "Medians; each contender in a process of its own. In brackets: multiples of what the link "
+        "needs for the bytes, its rate measured in the same process. Later sleeps follow a change "
+        "of all contents, of 10% of them, or of nothing.",
         "",
-        "| | first sleep | later sleep | wake |",
-        "|---|---|---|---|",
     ]
-    for key, result in record["results"].items():
-        if "error" in result:
+    for part, title in WORKLOADS.items():
+        if part not in record["parts"]:
             continue
-        cells = [
-            f"{result[f'{name}_s'] * 1e3:.0f} ms ({result['over_floor'][name]:.2f}x)"
-            for name in ("first_sleep", "later_sleep", "wake")
+        rows = [
+            [name_of(name, versions), *(cycle_cell(result, *at) for at in COLUMNS.values())]
+            for name, result in record["parts"][part]["results"].items()
+            if "first" in result
         ]
-        lines.append(f"| {NAMES[key]} | {' | '.join(cells)} |")
-    return [*lines, "", "`python benchmarks/sleep_wake.py --peers DIRECTORY`", ""]
+        lines += table([title, *COLUMNS], rows)
+    if (RESULTS / "sleep_wake.png").exists():
+        lines += ["![The same figures, and how cost grows](benchmarks/results/sleep_wake.png)", ""]
+    return lines
 
 
-def malloc_table(record: dict[str, Any]) -> list[str]:
-    """A segment malloc beside the same driver calls made bare."""
-    lines = [
-        f"One segment malloc through a slot beside the same four driver calls made bare, "
-        f"{record['device']}; medians.",
-        "",
-        "| segment | bare | through the pool | ratio |",
-        "|---|---|---|---|",
+# ---- one line each -------------------------------------------------------------------------------
+
+
+def first_result(record: Record, part: str, contender: str = "cumempool") -> Record:
+    """What a contender of a part found; {} where the part was not run."""
+    results = record["parts"].get(part, {}).get("results", {})
+    found: Record = results.get(contender, {})
+    return found
+
+
+def kv_rows(record: Record) -> list[list[str]]:
+    kv = first_result(record, "kv").get("kv", {})
+    if "over_bare" not in kv:
+        return []
+    return [
+        [
+            "discard and remap 40 GiB of KV cache",
+            f"{milliseconds(kv['discard_s']['median'])} + {milliseconds(kv['remap_s']['median'])}",
+            f"{kv['over_bare']['both']:.2f}x the bare driver calls",
+        ]
     ]
-    for size in record["malloc_path"]["sizes"]:
-        lines.append(
-            f"| {size['bytes'] // 1024**2} MiB | {size['bare_malloc_us']:.1f} us "
-            f"| {size['pool_malloc_us']:.1f} us | {size['malloc_ratio']:.2f} |"
-        )
-    return [*lines, "", "`scripts/gpu_check.sh`"]
+
+
+def swap_rows(record: Record) -> list[list[str]]:
+    swap = first_result(record, "swap")
+    if "swap_s" not in swap:
+        return []
+    ratio = f"{swap['over_sleep_then_wake']:.2f}x a sleep and then a wake"
+    return [["swap one 8B model for another", milliseconds(swap["swap_s"]["median"]), ratio]]
+
+
+def asynchronous_rows(record: Record) -> list[list[str]]:
+    titles = {
+        "layers-first": "first layer ready, in order of allocation",
+        "first-named": "first layer ready, asked for first",
+    }
+    rows = []
+    for contender, title in titles.items():
+        result = first_result(record, "async", contender)
+        if "first_layer_s" in result:
+            ratio = f"{result['first_layer_over_whole'] * 100:.1f}% of the whole wake"
+            rows.append([title, milliseconds(result["first_layer_s"]["median"]), ratio])
+    return rows
+
+
+def tier_rows(record: Record) -> list[list[str]]:
+    titles = {
+        "pageable": "8 GiB to pageable memory and back",
+        "file": "8 GiB to a file and back",
+        "peer": "16 GiB to another GPU and back",
+    }
+    rows = []
+    for part, title in titles.items():
+        result = first_result(record, part)
+        if "gb_per_s" not in result:
+            continue
+        rates = [f"{result['gb_per_s'][way]:.1f}" for way in ("sleep", "wake")]
+        beside = ""
+        if "rate_over_plain" in result:
+            beside = " and ".join(f"{result['rate_over_plain'][w]:.2f}x" for w in ("sleep", "wake"))
+            beside += " the rate of plain direct I/O"
+        elif "plain_gb_per_s" in result:
+            plain = [f"{result['plain_gb_per_s'][way]:.1f}" for way in ("sleep", "wake")]
+            beside = f"plain copies: {' and '.join(plain)} GB/s"
+        rows.append([title, f"{' and '.join(rates)} GB/s", beside])
+    return rows
+
+
+def scaling_rows(record: Record) -> list[list[str]]:
+    titles = {
+        "bytes": "per GiB, from 4 GiB on, largest over smallest",
+        "allocations": "per allocation, from 100 on, largest over smallest",
+    }
+    rows = []
+    for contender, title in titles.items():
+        straight = first_result(record, "scaling", contender).get("largest_over_smallest")
+        if straight:
+            each = (
+                f"{key.removesuffix('_s').replace('_', ' ')} {value:.2f}"
+                for key, value in straight.items()
+            )
+            rows.append([title, f"{max(straight.values()):.2f}", ", ".join(each)])
+    return rows
+
+
+def other_table(record: Record) -> list[str]:
+    rows = [
+        row
+        for rows_of in (kv_rows, swap_rows, asynchronous_rows, tier_rows, scaling_rows)
+        for row in rows_of(record)
+    ]
+    lines = table(["cumempool", "", "in the same run"], rows) if rows else []
+    return [*lines, f"`{record['command']}`", ""]
+
+
+# ---- malloc --------------------------------------------------------------------------------------
+
+
+def malloc_tables(record: Record, check: Record) -> list[str]:
+    """A segment malloc beside the same driver calls made bare, and through torch beside peers."""
+    device = record["machine"]["devices"][0]["name"]
+    sizes = first_result(record, "malloc", "bare").get("sizes") or check["malloc_path"]["sizes"]
+    lines = [
+        f"One segment malloc through a slot beside the same four driver calls made bare, {device}; "
+        "medians.",
+        "",
+    ]
+    rows = [
+        [
+            f"{size['bytes'] // 1024**2} MiB",
+            f"{size['bare_malloc_us']:.1f} us",
+            f"{size['pool_malloc_us']:.1f} us",
+            f"{size['malloc_ratio']:.2f}",
+        ]
+        for size in sizes
+    ]
+    lines += table(["segment", "bare", "through the pool", "ratio"], rows)
+    through_torch = [
+        [
+            name_of(name, record["versions"]),
+            *(f"{result[f'malloc_{mib}_mib_us']['median']:.1f} us" for mib in (20, 512)),
+        ]
+        for name, result in record["parts"].get("malloc", {}).get("results", {}).items()
+        if "malloc_512_mib_us" in result
+    ]
+    if through_torch:
+        lines += table(["`torch.empty` of a fresh segment", "20 MiB", "512 MiB"], through_torch)
+    return lines
 
 
 def figures() -> str:
     """The text between the markers."""
-    sleep_wake = json.loads((RESULTS / "sleep_wake.json").read_text())
+    record = json.loads((RESULTS / "sleep_wake.json").read_text())
+    if record.get("format") != 2:
+        sys.exit("benchmarks/results/sleep_wake.json is of an old form: record it again")
     check = json.loads((RESULTS / "gpu_check.json").read_text())
-    return "\n".join([*sleep_wake_table(sleep_wake), *malloc_table(check)])
+    lines = [*sleep_wake_tables(record), *other_table(record), *malloc_tables(record, check)]
+    return "\n".join(lines).rstrip()
 
 
 def main() -> None:

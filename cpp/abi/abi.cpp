@@ -1,6 +1,7 @@
 // The C interface of cumempool.h: argument checks, conversions, nothing else.
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -9,13 +10,19 @@
 #include "cumempool/cumempool.h"
 #include "driver/builtin.hpp"
 #include "pool/allocator.hpp"
+#include "pool/backup_view.hpp"
+#include "pool/places.hpp"
 #include "pool/prepare.hpp"
 #include "pool/registry.hpp"
+#include "pool/sharing.hpp"
 #include "pool/sleep.hpp"
 #include "pool/slot_table.hpp"
 #include "pool/snapshot.hpp"
+#include "pool/swap.hpp"
 #include "pool/wake.hpp"
+#include "pool/waking.hpp"
 #include "vmm/probe.hpp"
+#include "vmm/shared_mapping.hpp"
 
 using cumempool::Error;
 using cumempool::abi::guarded;
@@ -82,7 +89,21 @@ pool::SleepRequest convert(pool::Allocator& allocator, const cumempool_sleep_req
   return converted;
 }
 
+pool::WakeRequest convert(pool::Allocator& allocator, const char* const* tags, size_t tag_count) {
+  pool::WakeRequest request;
+  request.all = tags == nullptr;
+  for (std::size_t i = 0; tags != nullptr && i < tag_count; ++i) {
+    request.tags.insert(&allocator.tags().find(text(tags[i], "a tag is NULL")));
+  }
+  return request;
+}
+
 }  // namespace
+
+struct cumempool_waking {
+  std::shared_ptr<pool::Allocator> core;
+  std::unique_ptr<pool::Waking> waking;
+};
 
 const char* cumempool_version(void) { return CUMEMPOOL_VERSION; }
 
@@ -167,6 +188,53 @@ cumempool_status cumempool_declare_tag(cumempool_allocator* allocator, const cha
   });
 }
 
+cumempool_status cumempool_set_backup(cumempool_allocator* allocator, const char* tag,
+                                      const cumempool_backup_policy* policy) {
+  return guarded("set_backup", [&] {
+    require(policy != nullptr, "policy is NULL");
+    require(policy->size == sizeof *policy, "backup policy: size is not that of this version");
+    pool::Allocator& open = core(allocator);
+    open.check_open("set_backup");
+    pool::Tag& known = open.tags().find(text(tag, "tag is NULL"));
+    if (policy->tier == CUMEMPOOL_BACKUP_UNSET) return;
+    const pool::BackupChoice choice = pool::backup_choice(*policy);
+    pool::check_peer(open, choice);
+    open.tags().set_backup(known, choice);
+  });
+}
+
+cumempool_status cumempool_set_memory(cumempool_allocator* allocator, const char* tag,
+                                      const cumempool_memory_policy* policy) {
+  return guarded("set_memory", [&] {
+    require(policy != nullptr, "policy is NULL");
+    require(policy->size == sizeof *policy, "memory policy: size is not that of this version");
+    require(policy->peers != nullptr || policy->peer_count == 0, "peers is NULL");
+    pool::Allocator& open = core(allocator);
+    open.check_open("set_memory");
+    cumempool_memory_policy full = *policy;
+    if (full.backing == CUMEMPOOL_BACKING_UNSET) full.backing = CUMEMPOOL_BACKING_VMM;
+    open.set_memory(open.tags().find(text(tag, "tag is NULL")), pool::memory_choice(full));
+  });
+}
+
+cumempool_status cumempool_pin(cumempool_allocator* allocator, const char* tag, const char* holder,
+                               uint64_t* pin) {
+  return guarded("pin", [&] {
+    require(pin != nullptr, "pin is NULL");
+    pool::Allocator& open = core(allocator);
+    open.check_open("pin");
+    pool::Tag& known = open.tags().find(text(tag, "tag is NULL"));
+    const std::string name = text(holder, "holder is NULL");
+    const pool::Turnstile::Turn turn(open.turnstile(), "pin");
+    *pin = open.tags().pin(known, name);
+  });
+}
+
+cumempool_status cumempool_unpin(cumempool_allocator* allocator, uint64_t pin) {
+  return guarded("unpin",
+                 [&] { require(core(allocator).tags().unpin(pin), "there is no such pin"); });
+}
+
 cumempool_status cumempool_malloc(cumempool_allocator* allocator, const char* tag, int device,
                                   size_t bytes, cumempool_address* address) {
   return guarded("malloc", [&] {
@@ -234,14 +302,94 @@ cumempool_status cumempool_wake(cumempool_allocator* allocator, const char* cons
     require(report != nullptr, "report is NULL");
     pool::Allocator& waking = core(allocator);
     waking.check_open("wake");
-    pool::WakeRequest request;
-    request.all = tags == nullptr;
-    for (std::size_t i = 0; tags != nullptr && i < tag_count; ++i) {
-      request.tags.insert(&waking.tags().find(text(tags[i], "a tag is NULL")));
-    }
+    pool::WakeRequest request = convert(waking, tags, tag_count);
     request.streams = items(streams, stream_count, "streams is NULL");
     *report = make_report(*allocator, pool::wake(waking, request));
   });
+}
+
+cumempool_status cumempool_swap(cumempool_allocator* allocator,
+                                const cumempool_swap_request* request, cumempool_report** report) {
+  return guarded("swap", [&] {
+    require(request != nullptr && report != nullptr && request->sleep != nullptr,
+            "an argument is NULL");
+    require(request->size == sizeof *request, "swap request: size is not that of this version");
+    pool::Allocator& swapping = core(allocator);
+    swapping.check_open("swap");
+    const pool::SleepRequest sleep = convert(swapping, *request->sleep);
+    const pool::WakeRequest wake = convert(swapping, request->wake_tags, request->wake_tag_count);
+    for (const pool::Tag* tag : wake.tags) {
+      require(sleep.actions.count(tag) == 0, "a tag is to sleep and to wake");
+    }
+    *report = make_report(*allocator, pool::swap(swapping, sleep, wake));
+  });
+}
+
+cumempool_status cumempool_wake_begin(cumempool_allocator* allocator, const char* const* tags,
+                                      size_t tag_count, const cumempool_address* first,
+                                      size_t first_count, const cumempool_device_stream* streams,
+                                      size_t stream_count, cumempool_waking** waking) {
+  return guarded("wake", [&] {
+    require(waking != nullptr, "waking is NULL");
+    pool::Allocator& sleeping = core(allocator);
+    sleeping.check_open("wake");
+    pool::WakeRequest request = convert(sleeping, tags, tag_count);
+    request.streams = items(streams, stream_count, "streams is NULL");
+    for (const cumempool_address address : items(first, first_count, "first is NULL")) {
+      const pool::RecordPointer record = pool::Registry::instance().find(address);
+      if (record == nullptr || record->owner != allocator->core) {
+        throw Error(CUMEMPOOL_NOT_OWNED, "an address of `first` lies in no allocation");
+      }
+      request.first.insert(record.get());
+    }
+    auto made = std::make_unique<cumempool_waking>();
+    made->core = allocator->core;
+    made->waking = std::make_unique<pool::Waking>(allocator->core, std::move(request));
+    *waking = made.release();
+  });
+}
+
+cumempool_status cumempool_waking_wait(cumempool_waking* waking, cumempool_address address,
+                                       cumempool_device_stream stream) {
+  return guarded("wait", [&] {
+    require(waking != nullptr, "waking is NULL");
+    waking->waking->wait(address, stream);
+  });
+}
+
+int cumempool_waking_done(const cumempool_waking* waking) {
+  return waking != nullptr && waking->waking->done() ? 1 : 0;
+}
+
+cumempool_status cumempool_waking_finish(cumempool_waking* waking, cumempool_report** report) {
+  return guarded("wake", [&] {
+    require(waking != nullptr && report != nullptr, "an argument is NULL");
+    std::optional<pool::Report> ended = waking->waking->finish();
+    *report = ended ? make_report({waking->core}, std::move(*ended)) : nullptr;
+  });
+}
+
+void cumempool_waking_destroy(cumempool_waking* waking) {
+  // A forked child has not the thread that its parent's wake runs in.
+  if (waking == nullptr || cumempool::driver::in_forked_child()) return;
+  delete waking;
+}
+
+cumempool_status cumempool_view_backup(cumempool_allocator* allocator, cumempool_address address,
+                                       uint64_t bytes, int writable, cumempool_backup_view* view) {
+  return guarded("read_backup", [&] {
+    require(view != nullptr, "view is NULL");
+    core(allocator).check_open("read_backup");
+    auto made = std::make_unique<pool::BackupView>(allocator->core, address, bytes, writable != 0);
+    view->data = made->data();
+    view->bytes = bytes;
+    view->lease = made.release();
+  });
+}
+
+void cumempool_end_backup_view(void* lease) {
+  if (lease == nullptr || cumempool::driver::in_forked_child()) return;
+  delete static_cast<pool::BackupView*>(lease);
 }
 
 double cumempool_report_seconds(const cumempool_report* report) { return report->report.seconds; }
@@ -264,6 +412,59 @@ cumempool_status cumempool_release_host_memory(cumempool_allocator* allocator,
     require(released_bytes != nullptr, "released_bytes is NULL");
     *released_bytes = core(allocator).release_host_memory();
   });
+}
+
+// ---- sharing -----------------------------------------------------------------------------------
+
+struct cumempool_shared {
+  std::unique_ptr<cumempool::vmm::SharedMapping> mapping;
+};
+
+cumempool_status cumempool_export(cumempool_allocator* allocator, cumempool_address address,
+                                  uint32_t handle_type, void* exported,
+                                  cumempool_allocation_info* info) {
+  return guarded("export", [&] {
+    require(exported != nullptr && info != nullptr, "an argument is NULL");
+    core(allocator).check_open("export");
+    *info = pool::export_memory(*allocator->core, address, handle_type, exported);
+  });
+}
+
+cumempool_status cumempool_shared_open(const cumempool_driver* driver, int device,
+                                       uint32_t handle_type, const void* exported, uint64_t bytes,
+                                       cumempool_access access, cumempool_shared** shared) {
+  return guarded("open_shared", [&] {
+    require(driver != nullptr && exported != nullptr && shared != nullptr, "an argument is NULL");
+    require(access == CUMEMPOOL_ACCESS_READ || access == CUMEMPOOL_ACCESS_READ_WRITE,
+            "the access has a value outside its enum");
+    require(bytes != 0, "0 bytes cannot be shared");
+    auto made = std::make_unique<cumempool_shared>();
+    try {
+      made->mapping = std::make_unique<cumempool::vmm::SharedMapping>(
+          Driver(*driver), device, handle_type, exported, bytes, access);
+    } catch (Error& error) {
+      if (error.result == CUMEMPOOL_RESULT_NOT_SUPPORTED) error.status = CUMEMPOOL_UNSUPPORTED;
+      throw;
+    }
+    *shared = made.release();
+  });
+}
+
+cumempool_address cumempool_shared_address(const cumempool_shared* shared) {
+  return shared->mapping->address();
+}
+
+cumempool_status cumempool_shared_close(cumempool_shared* shared) {
+  return guarded("close_shared", [&] {
+    require(shared != nullptr, "shared is NULL");
+    shared->mapping->close();
+  });
+}
+
+void cumempool_shared_destroy(cumempool_shared* shared) {
+  // A forked child has the parent's addresses, and none of its mappings.
+  if (shared == nullptr || cumempool::driver::in_forked_child()) return;
+  delete shared;
 }
 
 // ---- what there is -----------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-// A device's private stream: copies and fills in order, and marks that tell how far it has come.
+// A device's private stream: copies, fills and digests in order, and marks that tell how far it has
+// come.
 #include "backup/copy_queue.hpp"
 
 namespace cumempool::backup {
@@ -23,25 +24,50 @@ void CopyQueue::to_device(cumempool_address destination, const std::byte* source
   ++enqueued_;
 }
 
+void CopyQueue::on_device(cumempool_address destination, cumempool_address source,
+                          std::size_t bytes) {
+  driver_.copy_on_device(device_, destination, source, bytes, stream_);
+  ++enqueued_;
+}
+
 void CopyQueue::fill_zero(cumempool_address destination, std::size_t bytes) {
   driver_.fill(device_, destination, 0, bytes, stream_);
   ++enqueued_;
 }
 
+void CopyQueue::digest(std::uint64_t seed, const cumempool_extent* extents, std::size_t count,
+                       cumempool_digest* digests) {
+  driver_.digest(device_, seed, extents, count, digests, stream_);
+  ++enqueued_;
+}
+
 void CopyQueue::drain() {
   driver_.stream_synchronize(device_, stream_);
-  used_events_ = 0;
+  free_marks_.clear();
+  for (std::size_t mark = 0; mark < events_.size(); ++mark) free_marks_.push_back(mark);
 }
 
 std::size_t CopyQueue::mark() {
-  if (used_events_ == events_.size()) {
-    events_.reserve(events_.size() + 1);
+  if (free_marks_.empty()) {
+    // Room for every mark, so that ending one cannot fail.
+    const std::size_t room = events_.size() + 1;
+    if (free_marks_.capacity() < room) free_marks_.reserve(2 * room);
+    if (events_.capacity() < room) events_.reserve(2 * room);
     events_.push_back(driver_.event_create(device_));
+    free_marks_.push_back(events_.size() - 1);
   }
-  driver_.event_record(device_, events_[used_events_], stream_);
-  return used_events_++;
+  const std::size_t taken = free_marks_.back();
+  driver_.event_record(device_, events_[taken], stream_);
+  free_marks_.pop_back();
+  return taken;
 }
 
 void CopyQueue::wait(std::size_t mark) { driver_.event_synchronize(device_, events_[mark]); }
+
+bool CopyQueue::done(std::size_t mark) { return driver_.event_query(device_, events_[mark]); }
+
+void CopyQueue::end_mark(std::size_t mark) noexcept { free_marks_.push_back(mark); }
+
+void CopyQueue::record(cumempool_event event) { driver_.event_record(device_, event, stream_); }
 
 }  // namespace cumempool::backup

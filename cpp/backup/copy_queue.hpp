@@ -1,4 +1,5 @@
-// A device's private stream: copies and fills in order, and marks that tell how far it has come.
+// A device's private stream: copies, fills and digests in order, and marks that tell how far it has
+// come.
 #pragma once
 
 #include <cstddef>
@@ -23,16 +24,26 @@ class CopyQueue {
   // Enqueue; throw Error. Both sides stay valid until a later drain() has returned.
   void to_host(std::byte* destination, cumempool_address source, std::size_t bytes);
   void to_device(cumempool_address destination, const std::byte* source, std::size_t bytes);
+  void on_device(cumempool_address destination, cumempool_address source, std::size_t bytes);
   void fill_zero(cumempool_address destination, std::size_t bytes);
+  // Both arrays are registered host memory.
+  void digest(std::uint64_t seed, const cumempool_extent* extents, std::size_t count,
+              cumempool_digest* digests);
 
-  // Waits until everything enqueued so far is done: throws Error for what failed in between.
+  // Waits until everything enqueued so far is done: throws Error for what failed in between. Ends
+  // all marks.
   void drain();
 
-  // A point in the queue that can be waited for; gone after drain().
+  // A point in the queue that can be waited for and asked for, until end_mark() or drain().
   std::size_t mark();
   void wait(std::size_t mark);
+  bool done(std::size_t mark);
+  void end_mark(std::size_t mark) noexcept;
 
-  // Copies and fills enqueued so far, in all.
+  // Records an event of the caller's behind what was enqueued so far.
+  void record(cumempool_event event);
+
+  // Copies, fills and digests enqueued so far, in all.
   std::uint64_t enqueued() const noexcept { return enqueued_; }
 
  private:
@@ -40,7 +51,7 @@ class CopyQueue {
   int device_;
   cumempool_stream stream_;
   std::vector<cumempool_event> events_;
-  std::size_t used_events_ = 0;
+  std::vector<std::size_t> free_marks_;  // has room for all of them
   std::uint64_t enqueued_ = 0;
 };
 

@@ -1,7 +1,6 @@
 // Has several threads fault memory in, in order, ahead of the thread that pins it.
 #include "backup/first_touch.hpp"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,13 +10,10 @@
 namespace cumempool::backup {
 namespace {
 
-// In <sys/mman.h> from glibc 2.35 on, in the kernel from 5.14 on.
-constexpr int kPopulateWrite = 23;
-
+// A byte per page: MADV_POPULATE_WRITE would hold the lock of the whole address space meanwhile,
+// and with it everybody who maps or pins memory. Memory that is not there shows up as the failure
+// of whoever pins it.
 void touch(const PageRange& range) {
-  if (madvise(range.data, range.bytes, kPopulateWrite) == 0) return;
-  // An older kernel: a byte per page does the same. Memory that is not there shows up as the
-  // failure of whoever pins it.
   static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   for (std::size_t at = 0; at < range.bytes; at += page) {
     *const_cast<volatile std::byte*>(range.data + at) = std::byte{0};
@@ -69,7 +65,7 @@ void FirstTouch::wait(std::size_t index) {
 }
 
 unsigned FirstTouch::default_threads() noexcept {
-  return std::clamp(std::thread::hardware_concurrency() / 2, 1U, 16U);
+  return std::clamp(std::thread::hardware_concurrency() * 3 / 4, 1U, 16U);
 }
 
 }  // namespace cumempool::backup

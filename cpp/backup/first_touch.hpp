@@ -1,5 +1,5 @@
 // Has several threads fault memory in, in order, ahead of the thread that pins it: the kernel
-// clears pages at a fraction of the link's rate with one thread, and at more than it with eight.
+// clears pages at a fraction of the link's rate with one thread, and at nearly it with twelve.
 #pragma once
 
 #include <atomic>
@@ -30,7 +30,7 @@ class FirstTouch {
   // Returns when range `index` has been touched.
   void wait(std::size_t index);
 
-  // As many threads as pay: half of the processors, at most 16.
+  // As many threads as pay, beside the one that pins: three quarters of the processors, at most 16.
   static unsigned default_threads() noexcept;
 
  private:

@@ -18,6 +18,8 @@ static_assert(static_cast<int>(CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED) ==
               CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
 static_assert(static_cast<int>(CUMEMPOOL_HANDLE_POSIX_FD) ==
               CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+static_assert(static_cast<int>(CUMEMPOOL_ACCESS_READ) == CU_MEM_ACCESS_FLAGS_PROT_READ);
+static_assert(static_cast<int>(CUMEMPOOL_ACCESS_READ_WRITE) == CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
 static_assert(sizeof(cumempool_address) == sizeof(CUdeviceptr));
 static_assert(sizeof(cumempool_physical) == sizeof(CUmemGenericAllocationHandle));
 static_assert(sizeof(cumempool_stream) == sizeof(CUstream));

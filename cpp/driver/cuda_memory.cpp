@@ -93,10 +93,11 @@ cumempool_result unmap(void* self, cumempool_address address, std::size_t bytes)
 }
 
 cumempool_result set_access(void* self, cumempool_address address, std::size_t bytes,
-                            const int* devices, std::size_t device_count) {
+                            const int* devices, std::size_t device_count, cumempool_access access) {
   const CudaDriver& driver = driver_of(self);
-  std::array<CUmemAccessDesc, 64> access{};
-  if (device_count > access.size()) {
+  std::array<CUmemAccessDesc, 64> descriptions{};
+  if (device_count > descriptions.size() ||
+      (access != CUMEMPOOL_ACCESS_READ && access != CUMEMPOOL_ACCESS_READ_WRITE)) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
   }
   for (std::size_t i = 0; i < device_count; ++i) {
@@ -104,10 +105,10 @@ cumempool_result set_access(void* self, cumempool_address address, std::size_t b
     if (found == nullptr) {
       return CUMEMPOOL_RESULT_INVALID_DEVICE;
     }
-    access[i].location = location_of(found->device);
-    access[i].flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    descriptions[i].location = location_of(found->device);
+    descriptions[i].flags = static_cast<CUmemAccess_flags>(access);
   }
-  return result_of(driver.cu.cuMemSetAccess(address, bytes, access.data(), device_count));
+  return result_of(driver.cu.cuMemSetAccess(address, bytes, descriptions.data(), device_count));
 }
 
 // The driver's descriptor does not say close-on-exec; a started program must not keep the memory.

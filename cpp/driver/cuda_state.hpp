@@ -13,7 +13,7 @@
 #include "cumempool/driver.h"
 #include "driver/cuda_digest.hpp"
 #include "driver/cuda_library.hpp"
-#include "driver/mapped_ranges.hpp"
+#include "driver/exact_pairs.hpp"
 
 namespace cumempool::driver {
 
@@ -30,7 +30,8 @@ struct CudaDriver {
   Symbols cu;
   int device_count = 0;
   std::unique_ptr<PrimaryContext[]> devices;
-  MappedRanges mapped;
+  ExactPairs mapped;     // address, bytes
+  ExactPairs allocated;  // address, device
   cumempool_driver table{};
 
   PrimaryContext* find(int device) const {

@@ -1,5 +1,5 @@
-// The entries of the `cuda` driver for host memory, streams, events, copies and digests; each needs
-// its device's context.
+// The entries of the `cuda` driver for ordinary device memory, host memory, streams, events, copies
+// and digests; each needs its device's context.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -7,6 +7,33 @@
 
 namespace cumempool::driver {
 namespace {
+
+cumempool_result allocate(void* self, int device, std::size_t bytes, cumempool_address* address) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  CudaDriver& driver = driver_of(self);
+  CUdeviceptr pointer = 0;
+  const CUresult result = driver.cu.cuMemAlloc(&pointer, bytes);
+  if (result == CUDA_SUCCESS && !driver.allocated.add(pointer, static_cast<unsigned>(device))) {
+    driver.cu.cuMemFree(pointer);
+    return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+  }
+  *address = pointer;
+  return result_of(result);
+}
+
+// cuMemFree waits for all work in flight on every stream of the device; in RELAXED mode, it leaves
+// captures intact.
+cumempool_result deallocate(void* self, int device, cumempool_address address) {
+  if (!inside(device)) {
+    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  }
+  CudaDriver& driver = driver_of(self);
+  return driver.allocated.remove(address, static_cast<unsigned>(device), [&driver, address] {
+    return result_of(driver.cu.cuMemFree(address));
+  });
+}
 
 cumempool_result host_register(void* self, int device, void* pointer, std::size_t bytes) {
   if (!inside(device)) {
@@ -193,6 +220,8 @@ cumempool_result fence(void* self, int device) {
 }  // namespace
 
 void fill_cuda_work_entries(cumempool_driver& table) {
+  table.allocate = allocate;
+  table.deallocate = deallocate;
   table.host_register = host_register;
   table.host_unregister = host_unregister;
   table.stream_create = stream_create;

@@ -14,7 +14,7 @@ struct CallName {
 };
 
 // The CUDA function that does the work of each entry of the table.
-constexpr std::array<CallName, 40> cuda_calls = {{
+constexpr std::array<CallName, 42> cuda_calls = {{
     {"init", "cuInit"},
     {"driver_version", "cuDriverGetVersion"},
     {"device_count", "cuDeviceGetCount"},
@@ -37,6 +37,8 @@ constexpr std::array<CallName, 40> cuda_calls = {{
     {"set_access", "cuMemSetAccess"},
     {"export_handle", "cuMemExportToShareableHandle"},
     {"import_handle", "cuMemImportFromShareableHandle"},
+    {"allocate", "cuMemAlloc"},
+    {"deallocate", "cuMemFree"},
     {"host_register", "cuMemHostRegister"},
     {"host_unregister", "cuMemHostUnregister"},
     {"stream_create", "cuStreamCreate"},
@@ -239,16 +241,18 @@ void Driver::map(cumempool_address address, std::size_t bytes, cumempool_physica
   check(*table_, "map", table_->map(table_->self, address, bytes, physical), -1, bytes);
 }
 
-void Driver::set_access(cumempool_address address, std::size_t bytes, int device) const {
-  check(*table_, "set_access", table_->set_access(table_->self, address, bytes, &device, 1), device,
-        bytes);
+void Driver::set_access(cumempool_address address, std::size_t bytes,
+                        const std::vector<int>& devices, cumempool_access access) const {
+  check(*table_, "set_access",
+        table_->set_access(table_->self, address, bytes, devices.data(), devices.size(), access),
+        devices.empty() ? -1 : devices.front(), bytes);
 }
 
-void Driver::set_access(cumempool_address address, std::size_t bytes,
-                        const std::vector<int>& devices) const {
-  check(*table_, "set_access",
-        table_->set_access(table_->self, address, bytes, devices.data(), devices.size()),
-        devices.empty() ? -1 : devices.front(), bytes);
+cumempool_address Driver::allocate(int device, std::size_t bytes) const {
+  cumempool_address address = 0;
+  check(*table_, "allocate", table_->allocate(table_->self, device, bytes, &address), device,
+        bytes);
+  return address;
 }
 
 void Driver::host_register(int device, void* pointer, std::size_t bytes) const {

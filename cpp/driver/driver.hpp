@@ -31,10 +31,10 @@ class Driver {
   cumempool_address reserve(std::size_t bytes) const;
   cumempool_physical create(std::size_t bytes, const cumempool_memory_properties& properties) const;
   void map(cumempool_address address, std::size_t bytes, cumempool_physical physical) const;
-  void set_access(cumempool_address address, std::size_t bytes, int device) const;
-  // For the first device and its peers.
-  void set_access(cumempool_address address, std::size_t bytes,
-                  const std::vector<int>& devices) const;
+  // Errors name the first device.
+  void set_access(cumempool_address address, std::size_t bytes, const std::vector<int>& devices,
+                  cumempool_access access = CUMEMPOOL_ACCESS_READ_WRITE) const;
+  cumempool_address allocate(int device, std::size_t bytes) const;
 
   void host_register(int device, void* pointer, std::size_t bytes) const;
   cumempool_stream stream_create(int device) const;

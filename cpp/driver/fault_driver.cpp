@@ -30,6 +30,8 @@
   X(set_access)                     \
   X(export_handle)                  \
   X(import_handle)                  \
+  X(allocate)                       \
+  X(deallocate)                     \
   X(host_register)                  \
   X(host_unregister)                \
   X(stream_create)                  \

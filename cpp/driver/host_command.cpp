@@ -109,6 +109,20 @@ void* writable(const void* host) { return const_cast<void*>(host); }  // NOLINT:
 
 }  // namespace
 
+cumempool_access access_to_address(const HostCommand& command) {
+  switch (command.kind) {
+    case HostCommand::Kind::kCopyToDevice:
+    case HostCommand::Kind::kCopyOnDevice:
+    case HostCommand::Kind::kFill:
+      return CUMEMPOOL_ACCESS_READ_WRITE;
+    case HostCommand::Kind::kCopyToHost:
+    case HostCommand::Kind::kDigest:
+    case HostCommand::Kind::kWait:
+      return CUMEMPOOL_ACCESS_READ;
+  }
+  return CUMEMPOOL_ACCESS_READ_WRITE;
+}
+
 bool uses(const HostCommand& command, const void* pointer, std::size_t bytes) {
   switch (command.kind) {
     case HostCommand::Kind::kCopyToHost:
@@ -141,11 +155,13 @@ bool HostOperands::read(const HostCommand& command) {
   return true;
 }
 
-bool HostOperands::resolve(const HostMemory& memory, int device, std::uint64_t epoch) {
+bool HostOperands::resolve(const HostMemory& memory, int device, const HostCommand& command) {
   std::vector<Segments> found;
+  HostAccess access{device, command.epoch, access_to_address(command)};
   for (const cumempool_extent& extent : extents_) {
     found.emplace_back();
-    if (!memory.resolve(extent.address, extent.bytes, device, epoch, &found.back())) return false;
+    if (!memory.resolve(extent.address, extent.bytes, access, &found.back())) return false;
+    access.kind = CUMEMPOOL_ACCESS_READ;  // only the first is ever written
   }
   segments_ = std::move(found);
   return true;

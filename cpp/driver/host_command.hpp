@@ -34,6 +34,9 @@ struct HostCommand {
   std::uint64_t sequence = 0;  // set by HostWork::submit
 };
 
+// What the command does with device memory at `address`.
+cumempool_access access_to_address(const HostCommand& command);
+
 // Whether the command uses any byte of the host range.
 bool uses(const HostCommand& command, const void* pointer, std::size_t bytes);
 
@@ -42,9 +45,9 @@ class HostOperands {
  public:
   // Says false where host memory that says what is meant is gone, or makes no sense.
   bool read(const HostCommand& command);
-  // Whether all of it is mapped with access for the device since the command was submitted. Keeps
-  // the memory behind it.
-  bool resolve(const HostMemory& memory, int device, std::uint64_t epoch);
+  // Whether all of it is mapped with the access that the device needs since the command was
+  // submitted. Keeps the memory behind it.
+  bool resolve(const HostMemory& memory, int device, const HostCommand& command);
   // Moves the bytes; false where the kernel refuses, as for host memory that is gone.
   bool execute(const HostCommand& command) const;
 

@@ -124,7 +124,10 @@ cumempool_result HostDevices::context_release(int device) {
   const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_device(device)) return result;
   if (!contexts_.active(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
-  if (contexts_.release(device)) work(device).lose_context();
+  if (contexts_.release(device)) {
+    work(device).lose_context();
+    memory_.lose_allocations(device);
+  }
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
@@ -152,6 +155,22 @@ cumempool_result HostDevices::create(std::size_t bytes,
   if (const auto result = check_device(properties->device)) return result;
   if (const auto result = work(properties->device).error()) return result;
   return memory_.create(bytes, properties, physical);
+}
+
+cumempool_result HostDevices::allocate(int device, std::size_t bytes, cumempool_address* address) {
+  const std::lock_guard<std::mutex> lock(state_.mutex);
+  if (const auto result = check_context(device)) return result;
+  return memory_.allocate(device, bytes, address);
+}
+
+cumempool_result HostDevices::deallocate(int device, cumempool_address address) {
+  std::unique_lock<std::mutex> lock(state_.mutex);
+  if (const auto result = check_context(device)) return result;
+  if (!memory_.allocated(device, address)) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  lock.unlock();
+  if (const auto result = work(device).run_all()) return result;
+  lock.lock();
+  return memory_.deallocate(device, address);
 }
 
 cumempool_result HostDevices::host_register(int device, void* pointer, std::size_t bytes) {
@@ -300,28 +319,31 @@ bool HostDevices::good_digests(int device, const HostCommand& command) const {
       !registered(command.digests, command.count * sizeof(cumempool_digest))) {
     return false;
   }
-  return std::all_of(
-      command.extents, command.extents + command.count, [&](const cumempool_extent& extent) {
-        return digest_takes(extent.address, extent.bytes) &&
-               memory_.resolve(extent.address, extent.bytes, device, command.epoch, nullptr);
-      });
+  return std::all_of(command.extents, command.extents + command.count,
+                     [&](const cumempool_extent& extent) {
+                       const HostAccess access{device, command.epoch, CUMEMPOOL_ACCESS_READ};
+                       return digest_takes(extent.address, extent.bytes) &&
+                              memory_.resolve(extent.address, extent.bytes, access, nullptr);
+                     });
 }
 
 bool HostDevices::good_operands(int device, const HostCommand& command) const {
-  const auto mapped = [&](cumempool_address address) {
-    return memory_.resolve(address, command.bytes, device, command.epoch, nullptr);
+  const auto mapped = [&](cumempool_address address, cumempool_access kind) {
+    return memory_.resolve(address, command.bytes, {device, command.epoch, kind}, nullptr);
   };
+  const cumempool_access kind = access_to_address(command);
   switch (command.kind) {
     case HostCommand::Kind::kCopyToHost:
     case HostCommand::Kind::kCopyToDevice:
-      return registered(command.host, command.bytes) && mapped(command.address);
+      return registered(command.host, command.bytes) && mapped(command.address, kind);
     case HostCommand::Kind::kCopyOnDevice: {
       const auto distance = command.address > command.source ? command.address - command.source
                                                              : command.source - command.address;
-      return distance >= command.bytes && mapped(command.address) && mapped(command.source);
+      return distance >= command.bytes && mapped(command.address, kind) &&
+             mapped(command.source, CUMEMPOOL_ACCESS_READ);
     }
     case HostCommand::Kind::kFill:
-      return mapped(command.address);
+      return mapped(command.address, kind);
     case HostCommand::Kind::kDigest:
       return good_digests(device, command);
     case HostCommand::Kind::kWait:

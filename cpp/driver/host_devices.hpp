@@ -38,6 +38,8 @@ class HostDevices {
   cumempool_result context_leave(const cumempool_context_token* token);
   cumempool_result create(std::size_t bytes, const cumempool_memory_properties* properties,
                           cumempool_physical* physical);
+  cumempool_result allocate(int device, std::size_t bytes, cumempool_address* address);
+  cumempool_result deallocate(int device, cumempool_address address);
   cumempool_result host_register(int device, void* pointer, std::size_t bytes);
   cumempool_result host_unregister(int device, void* pointer);
   cumempool_result stream_create(int device, cumempool_stream* stream);

@@ -3,12 +3,16 @@
 //
 // What it does differently from a GPU on purpose:
 //  - Commands run only when somebody waits for them: stream_synchronize, event_synchronize, fence,
-//    host_unregister of memory that they use, or another stream's stream_wait_event that is waited
-//    for itself. event_query runs one command, and says NOT_READY also for the last one. A missing
-//    wait fails every time.
+//    deallocate, host_unregister of memory that they use, or another stream's stream_wait_event
+//    that is waited for itself. event_query runs one command, and says NOT_READY also for the last
+//    one. A missing wait fails every time.
 //  - Work whose device memory was unmapped, even if mapped again since, breaks the device with 700
 //    (CUDA_ERROR_ILLEGAL_ADDRESS) when it runs; so does work that waits for a device that broke.
 //    Unregistered host memory is refused in copies and digests, and so are copies that overlap.
+//  - Read-only access is enforced: work that writes all the same is refused or, where access was
+//    taken away later, breaks the device. The CPU may write what some device may write.
+//  - allocate takes whole granules of the budget, but only its bytes may be used, and by its device
+//    alone.
 //  - New memory is not zero. map takes a physical handle as a whole, inside one reservation.
 // What it cannot do:
 //  - A descriptor sent to another process, or duplicated, keeps the pages but not their charge: the
@@ -97,6 +101,8 @@ void fill_table(HostDriver& driver) {
   table.set_access = Entry<&HostMemory::set_access>::call;
   table.export_handle = Entry<&HostMemory::export_handle>::call;
   table.import_handle = Entry<&HostMemory::import_handle>::call;
+  table.allocate = Entry<&HostDevices::allocate>::call;
+  table.deallocate = Entry<&HostDevices::deallocate>::call;
   table.host_register = Entry<&HostDevices::host_register>::call;
   table.host_unregister = Entry<&HostDevices::host_unregister>::call;
   table.stream_create = Entry<&HostDevices::stream_create>::call;

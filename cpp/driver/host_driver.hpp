@@ -18,6 +18,7 @@ struct HostDriverCounters {
   std::uint64_t handles = 0;  // created or imported, and not released
   std::uint64_t mappings = 0;
   std::uint64_t mapped_bytes = 0;
+  std::uint64_t allocations = 0;    // of allocate; also those whose context is gone
   std::uint64_t charged_bytes = 0;  // taken from the budgets of all devices
   std::uint64_t registrations = 0;
   std::uint64_t registered_bytes = 0;

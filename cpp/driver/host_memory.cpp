@@ -1,5 +1,6 @@
 // Device memory of the host driver. A reservation is PROT_NONE address space, physical memory a
-// sealed memfd, and a mapping that memfd at a fixed address.
+// sealed memfd, and a mapping that memfd at a fixed address. An allocation is a mapping with
+// address space of its own and no handle.
 #include "driver/host_memory.hpp"
 
 #include <fcntl.h>
@@ -41,6 +42,55 @@ bool poison(int descriptor, std::size_t bytes, std::size_t granularity) {
   return true;
 }
 
+// Address space at a multiple of the granularity, given back unless it is kept.
+class AddressSpace {
+ public:
+  AddressSpace(std::size_t bytes, std::size_t granularity) : bytes_(bytes) {
+    const std::size_t padded = bytes + granularity;
+    void* const range =
+        mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED) return;
+    const cumempool_address first = address_of(range);
+    begin_ = (first + granularity - 1) / granularity * granularity;
+    if (begin_ > first) munmap(range, begin_ - first);
+    munmap(pointer(begin_ + bytes), first + padded - (begin_ + bytes));
+  }
+  ~AddressSpace() {
+    if (begin_ != 0) munmap(pointer(begin_), bytes_);
+  }
+  AddressSpace(const AddressSpace&) = delete;
+  AddressSpace(AddressSpace&&) = delete;
+  AddressSpace& operator=(const AddressSpace&) = delete;
+  AddressSpace& operator=(AddressSpace&&) = delete;
+
+  // 0 where the kernel refused; errno says why.
+  cumempool_address begin() const noexcept { return begin_; }
+  cumempool_address keep() noexcept { return std::exchange(begin_, 0); }
+
+ private:
+  std::size_t bytes_;
+  cumempool_address begin_ = 0;
+};
+
+bool map_file(cumempool_address address, std::size_t bytes, int file, int protection) {
+  return mmap(pointer(address), bytes, protection, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, file,
+              0) != MAP_FAILED;
+}
+
+// Leaves address space with nothing in it.
+bool map_nothing(cumempool_address address, std::size_t bytes) {
+  return mmap(pointer(address), bytes, PROT_NONE,
+              MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+}
+
+// What the CPU may do with memory that devices may read or write: it stands in for them.
+int protection(std::uint64_t readers, std::uint64_t writers) {
+  if (readers == 0) return PROT_NONE;
+  return writers == 0 ? PROT_READ : PROT_READ | PROT_WRITE;
+}
+
+std::uint64_t bit_of(int device) { return std::uint64_t{1} << static_cast<unsigned>(device); }
+
 bool same_file(int first, int second) {
   struct stat a {};
   struct stat b {};
@@ -72,10 +122,17 @@ HostMemory::HostMemory(const cumempool_host_driver_options& options)
 
 HostMemory::~HostMemory() {
   for (const auto& [address, bytes] : reservations_) munmap(pointer(address), bytes);
+  for (const auto& [address, mapping] : mappings_) {
+    if (mapping.allocated) munmap(pointer(address), whole_granules(mapping.bytes));
+  }
 }
 
 bool HostMemory::granules(std::uint64_t value) const noexcept {
   return value != 0 && value % granularity_ == 0;
+}
+
+std::size_t HostMemory::whole_granules(std::size_t bytes) const noexcept {
+  return (bytes + granularity_ - 1) / granularity_ * granularity_;
 }
 
 bool HostMemory::device_exists(int device) const noexcept {
@@ -109,24 +166,13 @@ cumempool_result HostMemory::granularity(const cumempool_memory_properties* prop
 }
 
 cumempool_result HostMemory::reserve(std::size_t bytes, cumempool_address* address) {
-  const std::size_t padded = bytes + granularity_;
-  if (!granules(bytes) || padded < bytes || address == nullptr) {
+  if (!granules(bytes) || bytes + granularity_ < bytes || address == nullptr) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
   }
-  void* const range =
-      mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (range == MAP_FAILED) return from_errno(errno);
-  const cumempool_address begin = address_of(range);
-  const cumempool_address aligned = (begin + granularity_ - 1) / granularity_ * granularity_;
-  try {
-    reservations_.emplace(aligned, bytes);
-  } catch (const std::bad_alloc&) {
-    munmap(range, padded);
-    return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
-  }
-  if (aligned > begin) munmap(range, aligned - begin);
-  munmap(pointer(aligned + bytes), begin + padded - (aligned + bytes));
-  *address = aligned;
+  AddressSpace space(bytes, granularity_);
+  if (space.begin() == 0) return from_errno(errno);
+  reservations_.emplace(space.begin(), bytes);
+  *address = space.keep();
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
@@ -140,6 +186,22 @@ cumempool_result HostMemory::unreserve(cumempool_address address, std::size_t by
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
+// Null where the kernel refuses; errno says why.
+std::shared_ptr<HostPhysical> HostMemory::make_physical(std::size_t bytes, int device,
+                                                        std::uint32_t handle_types) const {
+  Descriptor file(memfd_create("cumempool-host", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (file.get() < 0 || ftruncate(file.get(), static_cast<off_t>(bytes)) != 0 ||
+      !poison(file.get(), bytes, granularity_) || fcntl(file.get(), F_ADD_SEALS, kSeals) != 0) {
+    return nullptr;
+  }
+  return std::make_shared<HostPhysical>(std::move(file), bytes, device, handle_types);
+}
+
+void HostMemory::charge(HostPhysical& memory) {
+  memory.charged = true;
+  charged_[static_cast<std::size_t>(memory.device)] += memory.bytes;
+}
+
 cumempool_result HostMemory::create(std::size_t bytes,
                                     const cumempool_memory_properties* properties,
                                     cumempool_physical* physical) {
@@ -148,17 +210,11 @@ cumempool_result HostMemory::create(std::size_t bytes,
   if (const auto result = check_grants(*properties)) return result;
   if (bytes > free_bytes(properties->device)) return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
 
-  Descriptor file(memfd_create("cumempool-host", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (file.get() < 0 || ftruncate(file.get(), static_cast<off_t>(bytes)) != 0 ||
-      !poison(file.get(), bytes, granularity_) || fcntl(file.get(), F_ADD_SEALS, kSeals) != 0) {
-    return from_errno(errno);
-  }
-  const auto memory = std::make_shared<HostPhysical>(std::move(file), bytes, properties->device,
-                                                     properties->handle_types);
+  const auto memory = make_physical(bytes, properties->device, properties->handle_types);
+  if (memory == nullptr) return from_errno(errno);
   handles_.emplace(next_handle_, memory);
   memory->handles = 1;
-  memory->charged = true;
-  charged_[static_cast<std::size_t>(properties->device)] += bytes;
+  charge(*memory);
   *physical = next_handle_++;
   return CUMEMPOOL_RESULT_SUCCESS;
 }
@@ -183,9 +239,8 @@ cumempool_result HostMemory::map(cumempool_address address, std::size_t bytes,
   }
   if (overlaps_mapping(address, bytes)) return CUMEMPOOL_RESULT_ALREADY_MAPPED;
 
-  const auto mapping = mappings_.emplace(address, Mapping{bytes, memory, 0, epoch_ + 1}).first;
-  if (mmap(pointer(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,
-           memory->descriptor.get(), 0) == MAP_FAILED) {
+  const auto mapping = mappings_.emplace(address, Mapping{bytes, memory, epoch_ + 1}).first;
+  if (!map_file(address, bytes, memory->descriptor.get(), PROT_NONE)) {
     const int error = errno;
     mappings_.erase(mapping);
     return from_errno(error);
@@ -198,14 +253,11 @@ cumempool_result HostMemory::map(cumempool_address address, std::size_t bytes,
 cumempool_result HostMemory::unmap(cumempool_address address, std::size_t bytes) {
   if (!granules(bytes) || !granules(address)) return CUMEMPOOL_RESULT_INVALID_VALUE;
   const auto found = mappings_.find(address);
-  if (found == mappings_.end() || found->second.bytes != bytes) {
+  if (found == mappings_.end() || found->second.bytes != bytes || found->second.allocated) {
     return overlaps_mapping(address, bytes) ? CUMEMPOOL_RESULT_INVALID_VALUE
                                             : CUMEMPOOL_RESULT_NOT_MAPPED;
   }
-  if (mmap(pointer(address), bytes, PROT_NONE,
-           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED) {
-    return from_errno(errno);
-  }
+  if (!map_nothing(address, bytes)) return from_errno(errno);
   --found->second.memory->mappings;
   settle(*found->second.memory);
   mappings_.erase(found);
@@ -215,33 +267,113 @@ cumempool_result HostMemory::unmap(cumempool_address address, std::size_t bytes)
 // Imported memory may be anybody's, and is granted.
 bool HostMemory::may_access(const HostPhysical& memory, std::uint64_t devices) const noexcept {
   if (peers_ || memory.device < 0) return true;
-  return devices == std::uint64_t{1} << static_cast<unsigned>(memory.device);
+  return devices == bit_of(memory.device);
+}
+
+cumempool_result HostMemory::device_bits(const int* devices, std::size_t device_count,
+                                         std::uint64_t& bits) const {
+  bits = 0;
+  for (std::size_t i = 0; i < device_count; ++i) {
+    if (!device_exists(devices[i])) return CUMEMPOOL_RESULT_INVALID_DEVICE;
+    bits |= bit_of(devices[i]);
+  }
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+// Lets the CPU do what the devices will be able to do, with all the mappings or none.
+cumempool_result HostMemory::protect(Mappings::iterator first, Mappings::iterator last,
+                                     std::uint64_t devices, cumempool_access access) {
+  for (auto mapping = first; mapping != last; ++mapping) {
+    const auto& [address, range] = *mapping;
+    const int wanted = protection(devices, range.writers_after(devices, access));
+    if (mprotect(pointer(address), range.bytes, wanted) == 0) continue;
+    const int error = errno;
+    for (auto done = first; done != mapping; ++done) {
+      const auto& [at, back] = *done;
+      mprotect(pointer(at), back.bytes, protection(back.readers, back.writers));
+    }
+    return from_errno(error);
+  }
+  return CUMEMPOOL_RESULT_SUCCESS;
 }
 
 cumempool_result HostMemory::set_access(cumempool_address address, std::size_t bytes,
-                                        const int* devices, std::size_t device_count) {
-  if (!granules(bytes) || !granules(address) || devices == nullptr || device_count == 0) {
+                                        const int* devices, std::size_t device_count,
+                                        cumempool_access access) {
+  if (!granules(bytes) || !granules(address) || devices == nullptr || device_count == 0 ||
+      (access != CUMEMPOOL_ACCESS_READ && access != CUMEMPOOL_ACCESS_READ_WRITE)) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
   }
-  std::uint64_t access = 0;
-  for (std::size_t i = 0; i < device_count; ++i) {
-    if (!device_exists(devices[i])) return CUMEMPOOL_RESULT_INVALID_DEVICE;
-    access |= std::uint64_t{1} << static_cast<unsigned>(devices[i]);
-  }
+  std::uint64_t bits = 0;
+  if (const auto result = device_bits(devices, device_count, bits)) return result;
   if (!overlaps_mapping(address, bytes)) return CUMEMPOOL_RESULT_NOT_MAPPED;
   const cumempool_address end = address + bytes;
   const auto first = mappings_.find(address);
   cumempool_address covered = address;
   auto last = first;
-  while (last != mappings_.end() && last->first == covered && covered < end) {
-    if (!may_access(*last->second.memory, access)) return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  while (last != mappings_.end() && last->first == covered && covered < end &&
+         !last->second.allocated) {
+    if (!may_access(*last->second.memory, bits)) return CUMEMPOOL_RESULT_INVALID_DEVICE;
     covered += last->second.bytes;
     ++last;
   }
   if (covered != end) return CUMEMPOOL_RESULT_INVALID_VALUE;
-  if (mprotect(pointer(address), bytes, PROT_READ | PROT_WRITE) != 0) return from_errno(errno);
-  for (auto mapping = first; mapping != last; ++mapping) mapping->second.access |= access;
+  if (const auto result = protect(first, last, bits, access)) return result;
+  for (auto mapping = first; mapping != last; ++mapping) {
+    Mapping& range = mapping->second;
+    range.writers = range.writers_after(bits, access);
+    range.readers |= bits;
+  }
   return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostMemory::allocate(int device, std::size_t bytes, cumempool_address* address) {
+  if (bytes == 0 || address == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  // Budgets are whole granules, so what fits fits rounded up as well.
+  if (bytes > free_bytes(device)) return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+  const std::size_t size = whole_granules(bytes);
+  const auto memory = make_physical(size, device, 0);
+  if (memory == nullptr) return from_errno(errno);
+  AddressSpace space(size, granularity_);
+  if (space.begin() == 0 ||
+      !map_file(space.begin(), size, memory->descriptor.get(), PROT_READ | PROT_WRITE)) {
+    return from_errno(errno);
+  }
+  mappings_.emplace(space.begin(),
+                    Mapping{bytes, memory, epoch_ + 1, true, bit_of(device), bit_of(device)});
+  ++epoch_;
+  ++memory->mappings;
+  charge(*memory);
+  *address = space.keep();
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+bool HostMemory::allocated(int device, cumempool_address address) const {
+  const auto found = mappings_.find(address);
+  return found != mappings_.end() && found->second.allocated && found->second.memory != nullptr &&
+         found->second.memory->device == device;
+}
+
+cumempool_result HostMemory::deallocate(int device, cumempool_address address) {
+  if (!allocated(device, address)) return CUMEMPOOL_RESULT_INVALID_VALUE;
+  const auto found = mappings_.find(address);
+  if (munmap(pointer(address), whole_granules(found->second.bytes)) != 0) return from_errno(errno);
+  --found->second.memory->mappings;
+  settle(*found->second.memory);
+  mappings_.erase(found);
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+// The address space stays, so that no later memory is taken for the lost one.
+void HostMemory::lose_allocations(int device) {
+  for (auto& [address, mapping] : mappings_) {
+    if (!allocated(device, address)) continue;
+    (void)map_nothing(address, whole_granules(mapping.bytes));  // nobody has access any more
+    mapping.readers = mapping.writers = 0;
+    --mapping.memory->mappings;
+    settle(*mapping.memory);
+    mapping.memory = nullptr;
+  }
 }
 
 cumempool_result HostMemory::export_handle(cumempool_physical physical, std::uint32_t handle_type,
@@ -303,11 +435,11 @@ std::uint64_t HostMemory::free_bytes(int device) {
   return bytes_per_device_ - charged_[static_cast<std::size_t>(device)];
 }
 
-bool HostMemory::resolve(cumempool_address address, std::size_t bytes, int device,
-                         std::uint64_t epoch, std::vector<HostSegment>* segments) const {
+bool HostMemory::resolve(cumempool_address address, std::size_t bytes, const HostAccess& access,
+                         std::vector<HostSegment>* segments) const {
   if (address + bytes < address) return false;
   const cumempool_address end = address + bytes;
-  const std::uint64_t bit = std::uint64_t{1} << static_cast<unsigned>(device);
+  const std::uint64_t bit = bit_of(access.device);
   auto next = mappings_.upper_bound(address);
   if (next == mappings_.begin()) return false;
   auto mapping = std::prev(next);
@@ -315,7 +447,8 @@ bool HostMemory::resolve(cumempool_address address, std::size_t bytes, int devic
     if (mapping == mappings_.end() || mapping->first > cursor) return false;
     const Mapping& range = mapping->second;
     const cumempool_address range_end = mapping->first + range.bytes;
-    if (cursor >= range_end || (range.access & bit) == 0 || range.epoch > epoch) return false;
+    const auto granted = access.kind == CUMEMPOOL_ACCESS_READ ? range.readers : range.writers;
+    if (cursor >= range_end || (granted & bit) == 0 || range.epoch > access.epoch) return false;
     const std::size_t part = std::min(end, range_end) - cursor;
     if (segments != nullptr) segments->push_back({range.memory, cursor - mapping->first, part});
     cursor += part;
@@ -362,9 +495,11 @@ void HostMemory::count(HostDriverCounters& counters) {
   settle_exported();
   counters.handles = handles_.size();
   counters.reservations = reservations_.size();
-  counters.mappings = mappings_.size();
   for (const auto& reservation : reservations_) counters.reserved_bytes += reservation.second;
-  for (const auto& mapping : mappings_) counters.mapped_bytes += mapping.second.bytes;
+  for (const auto& [address, mapping] : mappings_) {
+    ++(mapping.allocated ? counters.allocations : counters.mappings);
+    if (!mapping.allocated) counters.mapped_bytes += mapping.bytes;
+  }
   for (const auto bytes : charged_) counters.charged_bytes += bytes;
 }
 

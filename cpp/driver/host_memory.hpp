@@ -1,5 +1,5 @@
-// Device memory of the host driver: address ranges, physical memory within a budget, and mappings,
-// made of mmap and memfd. Not thread-safe; the driver locks.
+// Device memory of the host driver: address ranges, physical memory within a budget, mappings, and
+// allocations that are all three in one, made of mmap and memfd. Not thread-safe; the driver locks.
 #pragma once
 
 #include <cstddef>
@@ -53,6 +53,13 @@ struct HostSegment {
   std::size_t bytes;
 };
 
+// Who uses device memory, and how: by mappings made no later than `epoch`.
+struct HostAccess {
+  int device;
+  std::uint64_t epoch;
+  cumempool_access kind;
+};
+
 class HostMemory {
  public:
   explicit HostMemory(const cumempool_host_driver_options& options);
@@ -72,11 +79,19 @@ class HostMemory {
   cumempool_result map(cumempool_address address, std::size_t bytes, cumempool_physical physical);
   cumempool_result unmap(cumempool_address address, std::size_t bytes);
   cumempool_result set_access(cumempool_address address, std::size_t bytes, const int* devices,
-                              std::size_t device_count);
+                              std::size_t device_count, cumempool_access access);
   cumempool_result export_handle(cumempool_physical physical, std::uint32_t handle_type,
                                  void* exported);
   cumempool_result import_handle(const void* exported, std::uint32_t handle_type,
                                  cumempool_physical* physical);
+
+  // The entries of the same name, for a device that exists; deallocate does not wait.
+  cumempool_result allocate(int device, std::size_t bytes, cumempool_address* address);
+  cumempool_result deallocate(int device, cumempool_address address);
+  // Whether deallocate would take the pair.
+  bool allocated(int device, cumempool_address address) const;
+  // The device's context is gone, and the memory of its allocations with it.
+  void lose_allocations(int device);
 
   std::uint64_t free_bytes(int device);
 
@@ -87,9 +102,9 @@ class HostMemory {
   // A number that grows with each map; see resolve.
   std::uint64_t epoch() const noexcept { return epoch_; }
 
-  // Whether the whole range is mapped with access for the device, by mappings made no later than
-  // `epoch`. Fills `segments`, if given, with the memory behind it.
-  bool resolve(cumempool_address address, std::size_t bytes, int device, std::uint64_t epoch,
+  // Whether the whole range is mapped with this access. Fills `segments`, if given, with the memory
+  // behind it.
+  bool resolve(cumempool_address address, std::size_t bytes, const HostAccess& access,
                std::vector<HostSegment>* segments) const;
 
   void count(HostDriverCounters& counters);
@@ -97,16 +112,32 @@ class HostMemory {
  private:
   struct Mapping {
     std::size_t bytes;
-    std::shared_ptr<HostPhysical> memory;
-    std::uint64_t access;  // bit per device
+    std::shared_ptr<HostPhysical> memory;  // null: of an allocation whose context is gone
     std::uint64_t epoch;
+    bool allocated = false;     // by allocate, with address space of its own
+    std::uint64_t readers = 0;  // bit per device
+    std::uint64_t writers = 0;
+
+    // The writers once the devices with these bits were given access.
+    std::uint64_t writers_after(std::uint64_t devices, cumempool_access access) const noexcept {
+      return access == CUMEMPOOL_ACCESS_READ ? writers & ~devices : writers | devices;
+    }
   };
+  using Mappings = std::map<cumempool_address, Mapping>;
 
   bool granules(std::uint64_t value) const noexcept;
   bool device_exists(int device) const noexcept;
   cumempool_result check_properties(const cumempool_memory_properties* properties) const;
   cumempool_result check_grants(const cumempool_memory_properties& properties) const;
+  std::size_t whole_granules(std::size_t bytes) const noexcept;
+  std::shared_ptr<HostPhysical> make_physical(std::size_t bytes, int device,
+                                              std::uint32_t handle_types) const;
+  void charge(HostPhysical& memory);
   bool may_access(const HostPhysical& memory, std::uint64_t devices) const noexcept;
+  cumempool_result device_bits(const int* devices, std::size_t device_count,
+                               std::uint64_t& bits) const;
+  cumempool_result protect(Mappings::iterator first, Mappings::iterator last, std::uint64_t devices,
+                           cumempool_access access);
   bool overlaps_mapping(cumempool_address address, std::size_t bytes) const;
   bool inside_reservation(cumempool_address address, std::size_t bytes) const;
   void settle(HostPhysical& memory);
@@ -121,7 +152,7 @@ class HostMemory {
 
   std::vector<std::uint64_t> charged_;  // per device
   std::map<cumempool_address, std::size_t> reservations_;
-  std::map<cumempool_address, Mapping> mappings_;
+  Mappings mappings_;
   std::map<cumempool_physical, std::shared_ptr<HostPhysical>> handles_;
   std::vector<std::shared_ptr<HostPhysical>> exported_;
   cumempool_physical next_handle_ = 0x1000;  // never reused, so that a stale handle is noticed

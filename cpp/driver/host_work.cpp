@@ -180,13 +180,13 @@ cumempool_result HostWork::run_wait(Streams::iterator stream, Lock& lock) {
 cumempool_result HostWork::run_command(Streams::iterator stream, Lock& lock) {
   const HostCommand command = stream->second.queue.front();
   HostOperands operands;
-  if (!operands.read(command) || !operands.resolve(memory_, device_, command.epoch)) return fail();
+  if (!operands.read(command) || !operands.resolve(memory_, device_, command)) return fail();
   {
     Running running(stream->second.running, lock, state_.ran);
     const bool moved = operands.execute(command);
     running.stop_moving();
     // Unmapping while the command ran is as wrong as unmapping before.
-    const bool good = moved && operands.resolve(memory_, device_, command.epoch);
+    const bool good = moved && operands.resolve(memory_, device_, command);
     if (!good && error_ == CUMEMPOOL_RESULT_SUCCESS) fail();
   }
   pop(stream, command.sequence);

@@ -1,7 +1,10 @@
-// An allocator: tags, devices, live records and pinned host memory over one driver.
+// An allocator: tags, devices, live records and the stores of backups over one driver.
 #include "pool/allocator.hpp"
 
+#include <algorithm>
+#include <exception>
 #include <map>
+#include <random>
 #include <utility>
 
 #include "pool/registry.hpp"
@@ -10,6 +13,21 @@ namespace cumempool::pool {
 namespace {
 
 constexpr std::size_t kLargest = std::size_t{1} << 62;
+
+std::optional<BackupChoice> overflow_of(const cumempool_allocator_options& options) {
+  if (options.overflow.tier == CUMEMPOOL_BACKUP_UNSET) return std::nullopt;
+  BackupChoice choice = backup_choice(options.overflow);
+  if (choice.tier == CUMEMPOOL_BACKUP_PINNED || choice.tier == CUMEMPOOL_BACKUP_PEER) {
+    throw Error(CUMEMPOOL_INVALID_ARGUMENT,
+                "backups over the limit can go to pageable memory or a file only");
+  }
+  return choice;
+}
+
+std::uint64_t random_seed() {
+  std::random_device source;
+  return (std::uint64_t{source()} << 32) | source();
+}
 
 }  // namespace
 
@@ -21,16 +39,21 @@ void annotate(Error& error, const char* operation, const Record* record) {
 }
 
 Allocator::Allocator(driver::Driver driver, const cumempool_allocator_options& options)
-    : driver_(driver), devices_(driver), arena_(driver, options.host_backup_limit) {
+    : driver_(driver),
+      retains_backups_(options.retain_backups != 0),
+      overflow_(overflow_of(options)),
+      digest_seed_(random_seed()),
+      devices_(driver),
+      stores_(driver, options.host_backup_limit) {
   driver_.init();
 }
 
 Allocator::~Allocator() {
   // Only reached once no record is left. Contexts must still be there to unpin host memory.
   try {
-    trim_arena();
+    trim_stores();
   } catch (const Error&) {
-    // The contexts are gone; PinnedBlock leaves memory mapped that may still be pinned.
+    // The contexts are gone; HostArena leaves memory mapped that may still be pinned.
     return;
   }
 }
@@ -59,9 +82,8 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
     bury({});  // what the driver did not take back may be what is missing now
     const std::shared_ptr<Device> on = devices_.at(device);
     const std::size_t rounded = round_up(*on, bytes);
-    const auto record =
-        std::make_shared<Record>(shared_from_this(), tag, device, bytes,
-                                 vmm::Allocation(driver_, ledger_, on->kind().properties, rounded));
+    const auto record = std::make_shared<Record>(shared_from_this(), tag, device, bytes,
+                                                 make_memory(tag, *on, rounded));
     publish(record);
     return record->address;
   } catch (Error& error) {
@@ -72,6 +94,50 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
     note_malloc_failure(error.message());
     throw;
   }
+}
+
+void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
+  const Turnstile::Turn turn(turnstile_, "set_memory");
+  if (tags_.memory(tag) == choice) return;
+  std::uint64_t bytes = 0;
+  records_.for_each([&](const Record& record) { bytes += record.tag == &tag ? record.bytes : 0; });
+  if (bytes != 0) {
+    Error error(CUMEMPOOL_IN_USE,
+                format_bytes(bytes) + " of the tag live that were made otherwise");
+    error.tag = tag.name;
+    error.advice = "choose backing and peers before the first allocation of the tag";
+    throw error;
+  }
+  tags_.set_memory(tag, choice);
+}
+
+vmm::Allocation Allocator::make_memory(const Tag& tag, const Device& on, std::size_t bytes) {
+  const MemoryChoice choice = tags_.memory(tag);
+  if (choice.backing == CUMEMPOOL_BACKING_CUDA_MALLOC) {
+    return {driver_, vmm::OrdinaryMemory(driver_, ledger_, on.ordinal(), bytes), on.ordinal(),
+            bytes};
+  }
+  return {driver_, ledger_, on.kind().properties, bytes, users_of(choice, on.ordinal())};
+}
+
+// The device that the memory is on, and its peers.
+std::vector<int> Allocator::users_of(const MemoryChoice& choice, int device) const {
+  std::vector<int> users{device};
+  const int count = choice.all_peers ? driver_.device_count() : 0;
+  for (int other = 0; other < count; ++other) {
+    if (other != device && driver_.peer_access(other, device)) users.push_back(other);
+  }
+  for (const int peer : choice.peers) {
+    if (std::find(users.begin(), users.end(), peer) != users.end()) continue;
+    if (!driver_.peer_access(peer, device)) {
+      Error error(CUMEMPOOL_UNSUPPORTED,
+                  "device " + std::to_string(peer) + " cannot reach memory of the device");
+      error.advice = "leave it out of peers; nvidia-smi topo -p2p rw says which reach each other";
+      throw error;
+    }
+    users.push_back(peer);
+  }
+  return users;
 }
 
 void Allocator::publish(const RecordPointer& record) {
@@ -104,6 +170,7 @@ void Allocator::free(const RecordPointer& record) noexcept {
 }
 
 void Allocator::bury(std::vector<RecordPointer> records) noexcept {
+  if (records.empty() && buried_ == 0) return;
   {
     const std::lock_guard lock(aside_mutex_);
     records.insert(records.end(), graveyard_.begin(), graveyard_.end());
@@ -113,9 +180,9 @@ void Allocator::bury(std::vector<RecordPointer> records) noexcept {
   for (RecordPointer& record : records) {
     if (!tear_down(*record)) left.push_back(std::move(record));
   }
-  if (left.empty()) return;
   const std::lock_guard lock(aside_mutex_);
   graveyard_.insert(graveyard_.end(), left.begin(), left.end());
+  buried_ = graveyard_.size();  // those of other threads included
 }
 
 bool Allocator::tear_down(Record& record) noexcept {
@@ -127,7 +194,7 @@ bool Allocator::tear_down(Record& record) noexcept {
       return false;  // work may still be in flight (R5): tried again later
     }
   }
-  record.backup.reset();
+  record.image.reset();
   return record.memory.teardown() == CUMEMPOOL_RESULT_SUCCESS;
 }
 
@@ -138,20 +205,71 @@ std::uint64_t Allocator::pending_free_bytes() const {
   return bytes;
 }
 
-std::uint64_t Allocator::trim_arena() {
+std::uint64_t Allocator::trim_stores() {
+  release_leftovers();
   std::uint64_t released = 0;
   for (const auto& device : devices_.used()) {
     const driver::ContextScope scope(driver_, device->ordinal());
-    released += arena_.trim(device->ordinal());
-    if (arena_.held_bytes() == 0) break;
+    released += device->release_buffers();
+    released += stores_.trim(device->ordinal());
   }
   return released;
+}
+
+bool Allocator::drop_retained(std::uint64_t bytes) {
+  std::vector<std::shared_ptr<backup::Image>> dropped;  // outside of the records' lock
+  std::uint64_t room = stores_.pinned_bytes() - stores_.pinned_used_bytes();
+  records_.for_each([&](Record& record) {
+    if (record.asleep || record.claimed || record.image == nullptr || room >= bytes) return;
+    if (record.image->tier() != CUMEMPOOL_BACKUP_PINNED) return;
+    room += record.image->bytes();
+    dropped.push_back(std::move(record.image));
+  });
+  return !dropped.empty();
+}
+
+void Allocator::strand(const std::shared_ptr<backup::Image>& image) noexcept {
+  const std::lock_guard lock(aside_mutex_);
+  for (const backup::Image* one = stranded_.get(); one != nullptr; one = one->next.get()) {
+    if (one == image.get()) return;  // by an earlier failure
+  }
+  image->next = std::move(stranded_);
+  stranded_ = image;
+}
+
+void Allocator::release_leftovers() noexcept {
+  stores_.peers().retry();
+  {
+    const std::lock_guard lock(aside_mutex_);
+    if (stranded_ == nullptr) return;
+  }
+  try {
+    for (const auto& device : devices_.used()) {
+      const driver::ContextScope scope(driver_, device->ordinal());
+      device->settle();
+      driver_.fence(device->ordinal());
+    }
+  } catch (const std::exception&) {
+    return;
+  }
+  std::shared_ptr<backup::Image> stranded;
+  {
+    const std::lock_guard lock(aside_mutex_);
+    stranded.swap(stranded_);
+  }
+  while (stranded != nullptr) stranded = std::exchange(stranded->next, nullptr);
 }
 
 std::uint64_t Allocator::release_host_memory() {
   const Turnstile::Turn turn(turnstile_, "release_host_memory");
   check_open("release_host_memory");
-  return trim_arena();
+  {
+    std::vector<std::shared_ptr<backup::Image>> dropped;  // outside of the records' lock
+    records_.for_each([&](Record& record) {
+      if (!record.asleep && record.image != nullptr) dropped.push_back(std::move(record.image));
+    });
+  }
+  return trim_stores();
 }
 
 void Allocator::close(bool force) {
@@ -164,14 +282,14 @@ void Allocator::close(bool force) {
   }
   // From here on a repeated close goes on where this one fails.
   const std::vector<std::string> problems = give_everything_back();
-  if (problems.empty() && pending_free_bytes() == 0 && arena_.held_bytes() == 0) {
+  if (problems.empty() && pending_free_bytes() == 0 && holds_nothing()) {
     devices_.close();
     return;
   }
   Error error(CUMEMPOOL_DRIVER_ERROR,
               "the allocator is closed, but some memory was not given back");
   error.operation = "close";
-  error.bytes = ledger_.physical_bytes + arena_.held_bytes();
+  error.bytes = ledger_.physical_bytes + stores_.pinned_bytes();
   error.advice = "close it again; where the driver refuses for good, end the process";
   error.secondary = problems;
   throw error;
@@ -190,22 +308,28 @@ std::vector<std::string> Allocator::give_everything_back() {
   const auto all = records_.claim([](const Record&) { return true; });
   for (const RecordPointer& record : all) attempt(record.get(), [&] { vacate(*record); });
   bury(records_.unclaim(all));
-  attempt(nullptr, [&] { trim_arena(); });
-  for (const auto& device : devices_.used()) attempt(nullptr, [&] { device->drop_queue(); });
+  attempt(nullptr, [&] { trim_stores(); });
+  for (const auto& device : devices_.used()) attempt(nullptr, [&] { device->drop_streams(); });
   return problems;
+}
+
+bool Allocator::holds_nothing() const {
+  return stores_.pinned_bytes() == 0 && stores_.peers().empty();
 }
 
 void Allocator::refuse_close_in_use() {
   const auto bound = counters_.bound_slots.load();
+  const auto views = counters_.open_views.load();
   std::map<std::string, std::uint64_t> bytes_by_tag;
   // Sealed only when nothing lives, so that no allocation can slip in after the check.
-  if (bound == 0 && records_.seal(true)) return;
+  if (bound == 0 && views == 0 && records_.seal(true)) return;
   records_.for_each([&](const Record& record) { bytes_by_tag[record.tag->name] += record.bytes; });
   std::string what;
   for (const auto& [tag, bytes] : bytes_by_tag) {
     what += (what.empty() ? "" : ", ") + format_bytes(bytes) + " under '" + tag + "'";
   }
   if (bound != 0) what += (what.empty() ? "" : ", ") + std::to_string(bound) + " open scope(s)";
+  if (views != 0) what += (what.empty() ? "" : ", ") + std::to_string(views) + " open view(s)";
   Error error(CUMEMPOOL_IN_USE, "still in use: " + what);
   error.operation = "close";
   error.advice = "leave the scopes and delete the tensors, or close with force";
@@ -218,12 +342,19 @@ void Allocator::vacate(Record& record) {
     const driver::ContextScope scope(driver_, record.device);
     driver_.fence(record.device);
   }
+  if (record.memory.is_ordinary()) {
+    driver::check(driver_.table(), "deallocate", record.memory.teardown(), record.device,
+                  record.bytes);
+    records_.update([&] { record.asleep = true; });
+    return;
+  }
   record.memory.unmap();
+  std::shared_ptr<backup::Image> dropped;
   records_.update([&] {
     record.asleep = true;
     record.unreleased = record.memory.holds_physical();
     record.intact = false;
-    record.backup.reset();
+    dropped.swap(record.image);
   });
   driver::check(driver_.table(), "release", record.memory.release_physical(), record.device,
                 record.bytes);

@@ -1,5 +1,5 @@
-// An allocator: tags, devices, live records and pinned host memory over one driver. Transitions
-// (sleep.hpp, wake.hpp) work on it from outside.
+// An allocator: tags, devices, live records and the stores of backups over one driver. Transitions
+// (sleep.hpp, wake.hpp, swap.hpp) work on it from outside.
 #pragma once
 
 #include <atomic>
@@ -7,10 +7,12 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "backup/pinned_arena.hpp"
+#include "backup/image.hpp"
+#include "backup/stores.hpp"
 #include "cumempool/cumempool.h"
 #include "driver/driver.hpp"
 #include "pool/device.hpp"
@@ -27,8 +29,10 @@ struct Counters {
   std::atomic<std::uint64_t> free_calls{0};
   std::atomic<std::uint64_t> sleeps{0};
   std::atomic<std::uint64_t> wakes{0};
+  std::atomic<std::uint64_t> swaps{0};
   std::atomic<std::uint64_t> failed_transitions{0};
   std::atomic<std::uint64_t> bound_slots{0};
+  std::atomic<std::uint64_t> open_views{0};  // of backups
 };
 
 // Shared: every live record keeps its allocator alive, so that torch may free whenever it likes.
@@ -43,6 +47,10 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // then nothing is held.
   cumempool_address malloc(const Tag& tag, int device, std::size_t bytes);
 
+  // Changes what later memory of a tag is made of. Throws Error (CUMEMPOOL_IN_USE) while memory
+  // that was made otherwise lives: all memory of a tag is alike (R8).
+  void set_memory(Tag& tag, const MemoryChoice& choice);
+
   // What the registry found at an address that the program frees. Never fails: what the driver does
   // not take back now is kept and tried again.
   void free(const RecordPointer& record) noexcept;
@@ -53,8 +61,18 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // Throws Error (CUMEMPOOL_CLOSED).
   void check_open(const char* operation) const;
 
-  // Unregisters and unmaps pinned memory that holds no backup; returns its bytes.
+  // Gives back host memory that holds no contents of sleeping memory; returns its bytes.
   std::uint64_t release_host_memory();
+
+  // Drops retained backups of memory that is awake, until `bytes` of pinned memory are free or none
+  // is left; returns whether any went. For the transition under way, which keeps those it claimed.
+  bool drop_retained(std::uint64_t bytes);
+
+  // An image that copies may still be using: it stays until every device could be waited for (R5).
+  void strand(const std::shared_ptr<backup::Image>& image) noexcept;
+  // Tries again to give back what earlier failures have left: such images, and memory of peers. For
+  // the transition under way.
+  void release_leftovers() noexcept;
 
   // Tears down what transitions hand back and what earlier attempts left over.
   void bury(std::vector<RecordPointer> records) noexcept;
@@ -68,31 +86,45 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   DeviceTable& devices() noexcept { return devices_; }
   RecordSet& records() noexcept { return records_; }
   Turnstile& turnstile() noexcept { return turnstile_; }
-  backup::PinnedArena& arena() noexcept { return arena_; }
+  backup::Stores& stores() noexcept { return stores_; }
+  // Whether backups are kept while awake, and only what has changed since is copied.
+  bool retains_backups() const noexcept { return retains_backups_; }
+  // What takes backups that the limit on pinned memory leaves no room for, where anything does.
+  const std::optional<BackupChoice>& overflow() const noexcept { return overflow_; }
+  // Of digests; nobody outside the process knows it.
+  std::uint64_t digest_seed() const noexcept { return digest_seed_; }
   const vmm::Ledger& ledger() const noexcept { return ledger_; }
   Counters& counters() noexcept { return counters_; }
 
  private:
   std::size_t round_up(const Device& device, std::size_t bytes) const;
+  vmm::Allocation make_memory(const Tag& tag, const Device& on, std::size_t bytes);
+  std::vector<int> users_of(const MemoryChoice& choice, int device) const;
   bool tear_down(Record& record) noexcept;
   void refuse_close_in_use();
   void publish(const RecordPointer& record);
   std::vector<std::string> give_everything_back();
   void vacate(Record& record);
-  std::uint64_t trim_arena();
+  std::uint64_t trim_stores();
+  bool holds_nothing() const;
 
   driver::Driver driver_;
+  const bool retains_backups_;
+  const std::optional<BackupChoice> overflow_;
+  const std::uint64_t digest_seed_;
   vmm::Ledger ledger_;
   Counters counters_;
   TagTable tags_;
   DeviceTable devices_;
-  backup::PinnedArena arena_;
+  backup::Stores stores_;
   RecordSet records_;
   Turnstile turnstile_;
   std::atomic<bool> closed_{false};
 
-  mutable std::mutex aside_mutex_;  // guards the two below
+  std::atomic<std::size_t> buried_{0};  // records in the graveyard, or about to be
+  mutable std::mutex aside_mutex_;      // guards the three below
   std::vector<RecordPointer> graveyard_;
+  std::shared_ptr<backup::Image> stranded_;  // the first of a list
   std::string last_malloc_failure_;
 };
 

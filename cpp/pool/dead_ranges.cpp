@@ -21,6 +21,9 @@ DeadRanges::DeadRanges(std::vector<cumempool_extent> ranges) {
   }
 }
 
+// As torch rounds its blocks; digests and direct I/O need less.
+constexpr cumempool_address kUnit = 512;
+
 std::vector<backup::Extent> DeadRanges::live_extents(const Record& record) const {
   std::vector<backup::Extent> live;
   const cumempool_address end = record.address + record.bytes;
@@ -30,8 +33,8 @@ std::vector<backup::Extent> DeadRanges::live_extents(const Record& record) const
       [](const Range& range, cumempool_address value) { return range.begin < value; });
   if (dead != ranges_.begin()) --dead;  // may reach into the record from below
   for (; dead != ranges_.end() && dead->begin < end; ++dead) {
-    const cumempool_address from = std::max(dead->begin, at);
-    const cumempool_address to = std::min(dead->end, end);
+    const cumempool_address from = (std::max(dead->begin, at) + kUnit - 1) / kUnit * kUnit;
+    const cumempool_address to = std::min(dead->end, end) / kUnit * kUnit;
     if (to <= from) continue;
     if (from > at) live.push_back({at - record.address, from - at});
     at = to;

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "backup/backup.hpp"
+#include "backup/image.hpp"
 #include "cumempool/cumempool.h"
 #include "pool/record.hpp"
 
@@ -15,7 +15,7 @@ class DeadRanges {
   // In any order, overlapping or not.
   explicit DeadRanges(std::vector<cumempool_extent> ranges);
 
-  // What is left of a record, in order.
+  // What is left of a record, in order; it begins and ends at multiples of 512 bytes.
   std::vector<backup::Extent> live_extents(const Record& record) const;
 
  private:

@@ -1,7 +1,8 @@
-// What an allocator keeps per device: the primary context, the kind of memory, the private stream.
+// What an allocator keeps per device: the primary context, the kind of memory, the private streams.
 #include "pool/device.hpp"
 
 #include <string>
+#include <utility>
 
 namespace cumempool::pool {
 
@@ -9,26 +10,78 @@ Device::Device(driver::Driver driver, int ordinal)
     : driver_(driver),
       ordinal_(ordinal),
       context_(driver, ordinal),
-      kind_(vmm::choose_memory_kind(driver, ordinal)) {}
+      kind_(vmm::choose_memory_kind(driver, ordinal)),
+      numa_node_(driver.device_attribute(ordinal, CUMEMPOOL_ATTRIBUTE_HOST_NUMA)) {}
 
 Device::~Device() {
   try {
-    drop_queue();
+    drop_streams();
   } catch (const Error&) {
-    // The context is gone, and its streams with it: what is left is host memory of the queue.
-    queue_.reset();
+    // The context is gone, and its streams with it: what is left is host memory, which goes now.
+    return;
   }
 }
 
-backup::CopyQueue& Device::queue() {
-  if (queue_ == nullptr) queue_ = std::make_unique<backup::CopyQueue>(driver_, ordinal_);
-  return *queue_;
+backup::Transfer Device::transfer(Direction direction) {
+  std::unique_ptr<Lane>& lane = direction == Direction::kOut ? out_ : in_;
+  if (lane == nullptr) {
+    auto made = std::make_unique<Lane>(driver_, ordinal_);
+    const std::lock_guard lock(mutex_);
+    lane = std::move(made);
+  }
+  return {lane->queue, lane->staged};
 }
 
-void Device::drop_queue() {
-  if (queue_ == nullptr) return;
+Device::Digests& Device::digests() {
+  if (digests_ == nullptr) {
+    auto made = std::make_unique<Digests>(driver_, ordinal_);
+    const std::lock_guard lock(mutex_);
+    digests_ = std::move(made);
+  }
+  return *digests_;
+}
+
+backup::CopyQueue& Device::digest_queue() { return digests().queue; }
+
+backup::DigestBoard& Device::digest_board() { return digests().board; }
+
+void Device::settle() {
+  if (settled_) return;
+  for (Lane* lane : {out_.get(), in_.get()}) {
+    if (lane == nullptr) continue;
+    lane->staged.abandon();
+    lane->queue.drain();
+  }
+  if (digests_ != nullptr) digests_->queue.drain();
+  settled_ = true;
+}
+
+std::uint64_t Device::release_buffers() noexcept {
+  std::uint64_t bytes = 0;
+  for (Lane* lane : {out_.get(), in_.get()}) bytes += lane == nullptr ? 0 : lane->staged.release();
+  return digests_ == nullptr ? bytes : bytes + digests_->board.release();
+}
+
+std::uint64_t Device::staging_bytes() const {
+  const std::lock_guard lock(mutex_);
+  std::uint64_t bytes = 0;
+  for (const Lane* lane : {out_.get(), in_.get()}) {
+    bytes += lane == nullptr ? 0 : lane->staged.bytes();
+  }
+  return digests_ == nullptr ? bytes : bytes + digests_->board.bytes();
+}
+
+void Device::drop_streams() {
+  if (out_ == nullptr && in_ == nullptr && digests_ == nullptr) return;
   const driver::ContextScope scope(driver_, ordinal_);
-  queue_.reset();
+  release_buffers();
+  if (staging_bytes() != 0) {
+    throw Error(CUMEMPOOL_DRIVER_ERROR, "buffers for copies could not be unpinned");
+  }
+  const std::lock_guard lock(mutex_);
+  digests_.reset();
+  in_.reset();
+  out_.reset();
 }
 
 std::shared_ptr<Device> DeviceTable::at(int ordinal) {

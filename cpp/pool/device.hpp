@@ -1,16 +1,24 @@
-// What an allocator keeps per device: the primary context, the kind of memory, the private stream.
+// What an allocator keeps per device: the primary context, the kind of memory, the private streams
+// and the buffers that go with them.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "backup/copy_queue.hpp"
+#include "backup/digest_board.hpp"
+#include "backup/place.hpp"
+#include "backup/staged_copies.hpp"
 #include "driver/driver.hpp"
 #include "vmm/properties.hpp"
 
 namespace cumempool::pool {
+
+enum class Direction { kOut, kIn };
 
 class Device {
  public:
@@ -23,17 +31,52 @@ class Device {
   int ordinal() const noexcept { return ordinal_; }
   // Frozen at the first allocation, so that all handles are alike (R8).
   const vmm::MemoryKind& kind() const noexcept { return kind_; }
-  // The private stream; made at first use. For the transition under way, inside a ContextScope.
-  backup::CopyQueue& queue();
-  // Destroys the private stream. Throws Error; then it is still there.
-  void drop_queue();
+  // NUMA node of the nearest host memory; -1 = not known.
+  int numa_node() const noexcept { return numa_node_; }
+
+  // The private streams and what belongs to them; made at first use. For the transition under way,
+  // inside a ContextScope.
+  backup::Transfer transfer(Direction direction);
+  backup::CopyQueue& digest_queue();
+  backup::DigestBoard& digest_board();
+
+  // A transition failed: what it has enqueued may still run.
+  void unsettle() noexcept { settled_ = false; }
+  // Waits for that, and forgets it; no effect where there is none. Inside a ContextScope. Throws
+  // Error; then it is still to be done, and the streams take no more.
+  void settle();
+
+  // Gives back the buffers; nothing is under way. Inside a ContextScope. Returns the bytes.
+  std::uint64_t release_buffers() noexcept;
+  // Pinned bytes of the buffers; from any thread.
+  std::uint64_t staging_bytes() const;
+  // Destroys the private streams. Throws Error; then they are still there.
+  void drop_streams();
 
  private:
+  struct Lane {
+    Lane(driver::Driver driver, int device) : queue(driver, device), staged(driver, queue) {}
+    backup::CopyQueue queue;
+    backup::StagedCopies staged;
+  };
+  struct Digests {
+    Digests(driver::Driver driver, int device) : queue(driver, device), board(driver, queue) {}
+    backup::CopyQueue queue;
+    backup::DigestBoard board;
+  };
+
+  Digests& digests();
+
   driver::Driver driver_;
   int ordinal_;
   driver::RetainedContext context_;
   vmm::MemoryKind kind_;
-  std::unique_ptr<backup::CopyQueue> queue_;
+  int numa_node_;
+  mutable std::mutex mutex_;  // guards the pointers below against staging_bytes()
+  std::unique_ptr<Lane> out_;
+  std::unique_ptr<Lane> in_;
+  std::unique_ptr<Digests> digests_;
+  bool settled_ = true;  // for the transition under way
 };
 
 // Thread-safe. A device lives, with its context, as long as somebody holds on to it, so that

@@ -1,32 +1,96 @@
-// Pins host memory ahead of a sleep, so that the sleep itself only copies.
+// Makes ready what a sleep will need, so that the sleep itself only copies.
 #include "pool/prepare.hpp"
 
 #include <cstddef>
+#include <map>
+#include <vector>
 
 #include "pool/dead_ranges.hpp"
+#include "pool/places.hpp"
 
 namespace cumempool::pool {
+namespace {
 
-std::uint64_t prepare(Allocator& allocator, const SleepRequest& request) {
-  const Turnstile::Turn turn(allocator.turnstile(), "prepare");
-  allocator.check_open("prepare");
+struct Need {
+  int device;
+  BackupChoice choice;
+  std::size_t bytes;
+};
+
+std::vector<Need> needs(Allocator& allocator, const SleepRequest& request) {
   const DeadRanges dead(request.dead);
-  std::size_t needed = 0;
-  int device = 0;
+  std::vector<Need> all;
   allocator.records().for_each([&](const Record& record) {
     const auto action = request.actions.find(record.tag);
     if (action == request.actions.end() || record.asleep || record.doomed) return;
     if (action->second != CUMEMPOOL_ON_SLEEP_OFFLOAD) return;
-    needed += total_bytes(dead.live_extents(record));
-    device = record.device;  // pinned memory serves every device, whichever pins it
+    const auto live = dead.live_extents(record);
+    const BackupChoice choice = allocator.tags().backup(*record.tag);
+    if (reusable(allocator, record, choice, live)) return;  // has its room
+    all.push_back({record.device, choice, total_bytes(live)});
   });
-  if (needed == 0) return 0;
+  return all;
+}
+
+// Sends what the limit leaves no room for where the sleep will send it.
+void limit_pinned(Allocator& allocator, std::vector<Need>& all) {
+  const backup::Stores& stores = allocator.stores();
+  if (!allocator.overflow() || stores.pinned_budget().limit() == 0) return;
+  std::uint64_t left =
+      stores.pinned_bytes() - stores.pinned_used_bytes() + stores.pinned_budget().room();
+  for (Need& need : all) {
+    if (need.choice.tier != CUMEMPOOL_BACKUP_PINNED) continue;
+    if (need.bytes > left) {
+      need.choice = *allocator.overflow();
+    } else {
+      left -= need.bytes;
+    }
+  }
+}
+
+// Streams, buffers and code of a device. What it cannot do is the sleep's business.
+void warm_up(Allocator& allocator, int ordinal) {
+  const std::shared_ptr<Device> device = allocator.devices().at(ordinal);
+  const driver::ContextScope scope(allocator.driver(), ordinal);
+  device->transfer(Direction::kOut);
+  if (!allocator.retains_backups()) return;
   try {
-    const driver::ContextScope scope(allocator.driver(), device);
-    const std::uint64_t before = allocator.arena().held_bytes();
-    const backup::ArenaOrder order(allocator.arena(), needed);
-    allocator.arena().pin_order(device);
-    return allocator.arena().held_bytes() - before;
+    device->digest_board().begin(1);
+    device->digest_queue().digest(allocator.digest_seed(), nullptr, 0, nullptr);
+  } catch (const Error& error) {
+    if (error.result != CUMEMPOOL_RESULT_NOT_SUPPORTED) throw;
+  }
+}
+
+}  // namespace
+
+std::uint64_t prepare(Allocator& allocator, const SleepRequest& request) {
+  const Turnstile::Turn turn(allocator.turnstile(), "prepare");
+  allocator.check_open("prepare");
+  struct Sum {
+    int device;
+    std::size_t bytes;
+  };
+  std::map<backup::HostArena*, Sum> sums;
+  try {
+    std::map<int, bool> warm;
+    std::vector<Need> all = needs(allocator, request);
+    limit_pinned(allocator, all);
+    for (const Need& need : all) {
+      if (!warm[need.device]) warm_up(allocator, need.device);
+      warm[need.device] = true;
+      check_reach(allocator, need.choice, need.device);
+      backup::HostArena* arena = arena_of(allocator, need.choice, need.device);
+      if (arena != nullptr)
+        sums.try_emplace(arena, Sum{need.device, 0}).first->second.bytes += need.bytes;
+    }
+    const std::uint64_t before = allocator.stores().pinned_bytes();
+    for (const auto& [arena, sum] : sums) {
+      const driver::ContextScope scope(allocator.driver(), sum.device);
+      const backup::ArenaOrder order(*arena, sum.bytes);
+      arena->deliver(sum.device);
+    }
+    return allocator.stores().pinned_bytes() - before;
   } catch (Error& error) {
     annotate(error, "prepare", nullptr);
     throw;

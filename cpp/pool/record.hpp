@@ -4,9 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 
-#include "backup/backup.hpp"
+#include "backup/image.hpp"
 #include "pool/tag.hpp"
 #include "vmm/allocation.hpp"
 
@@ -40,9 +39,12 @@ struct Record {
   bool asleep = false;
   bool unreleased = false;  // asleep, but the driver would not take the memory back
   bool intact = false;      // unreleased, and that memory still holds the contents
-  std::optional<backup::Backup> backup;
-  bool claimed = false;  // by the transition under way
-  bool doomed = false;   // freed by the program while claimed
+  // Asleep: the backup. Awake: a retained one, whose digests tell what has changed since. Null:
+  // none.
+  std::shared_ptr<backup::Image> image;
+  BackupChoice image_choice;  // where it is
+  bool claimed = false;       // by the transition under way
+  bool doomed = false;        // freed by the program while claimed
 };
 
 }  // namespace cumempool::pool

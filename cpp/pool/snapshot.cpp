@@ -7,7 +7,6 @@
 #include "pool/registry.hpp"
 
 namespace cumempool::pool {
-namespace {
 
 cumempool_allocation_info describe(const Record& record) {
   cumempool_allocation_info info{};
@@ -18,13 +17,20 @@ cumempool_allocation_info describe(const Record& record) {
   info.device = record.device;
   info.state = CUMEMPOOL_AWAKE;
   if (record.asleep) {
-    info.state = record.backup ? CUMEMPOOL_ASLEEP_BACKED_UP : CUMEMPOOL_ASLEEP_DISCARDED;
+    info.state = record.image ? CUMEMPOOL_ASLEEP_BACKED_UP : CUMEMPOOL_ASLEEP_DISCARDED;
   }
   info.generation = record.generation;
-  info.backup_bytes = record.backup ? record.backup->bytes() : 0;
+  if (record.image != nullptr) {
+    info.backup_bytes = record.image->bytes();
+    info.backup_tier = record.image->tier();
+  }
   info.sequence = record.sequence;
+  info.backing =
+      record.memory.is_ordinary() ? CUMEMPOOL_BACKING_CUDA_MALLOC : CUMEMPOOL_BACKING_VMM;
   return info;
 }
+
+namespace {
 
 void count(const cumempool_allocation_info& info, const Record& record,
            cumempool_tag_stats& stats) {
@@ -42,7 +48,7 @@ void count(const cumempool_allocation_info& info, const Record& record,
       stats.discarded_bytes += info.bytes;
       break;
   }
-  stats.backup_bytes += info.backup_bytes;
+  (record.asleep ? stats.backup_bytes : stats.retained_bytes) += info.backup_bytes;
   if (record.unreleased) stats.unreleased_bytes += info.bytes;
 }
 
@@ -87,6 +93,9 @@ class Collector {
     stats.device = device;
     stats.on_sleep = policy.on_sleep;
     stats.on_wake = policy.on_wake;
+    stats.backup_tier = allocator_.tags().backup(tag).tier;
+    stats.backing = allocator_.tags().memory(tag).backing;
+    stats.pins = allocator_.tags().pin_count(tag);
     const auto kind = kinds_.find(device);
     if (kind != kinds_.end()) {
       stats.handle_types = kind->second.handle_types;
@@ -102,13 +111,21 @@ class Collector {
     totals.physical_bytes = allocator_.ledger().physical_bytes;
     totals.mapped_bytes = allocator_.ledger().mapped_bytes;
     totals.pending_free_bytes += allocator_.pending_free_bytes();
-    totals.host_bytes = allocator_.arena().held_bytes();
-    totals.host_used_bytes = allocator_.arena().used_bytes();
+    const backup::Stores& stores = allocator_.stores();
+    totals.host_bytes = stores.pinned_bytes();
+    totals.host_used_bytes = stores.pinned_used_bytes();
+    totals.pageable_bytes = stores.pageable_bytes();
+    totals.file_bytes = stores.file_bytes();
+    totals.peer_bytes = stores.peers().held_bytes();
+    for (const auto& device : allocator_.devices().used()) {
+      totals.staging_bytes += device->staging_bytes();
+    }
     totals.malloc_calls = counters.malloc_calls;
     totals.malloc_failures = counters.malloc_failures;
     totals.free_calls = counters.free_calls;
     totals.sleeps = counters.sleeps;
     totals.wakes = counters.wakes;
+    totals.swaps = counters.swaps;
     totals.failed_transitions = counters.failed_transitions;
   }
 

@@ -17,6 +17,9 @@ struct Snapshot {
   std::string last_malloc_failure;
 };
 
+// What is known of a record; under the records' lock, or by who has claimed it.
+cumempool_allocation_info describe(const Record& record);
+
 Snapshot take_snapshot(Allocator& allocator, bool allocations);
 
 // What is known of the live allocation that holds `address`. Throws Error (CUMEMPOOL_NOT_OWNED)

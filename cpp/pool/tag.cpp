@@ -62,12 +62,48 @@ void check_policy(const TagPolicy& policy) {
 
 }  // namespace
 
+BackupChoice backup_choice(const cumempool_backup_policy& policy) {
+  const auto tier = static_cast<int>(policy.tier);
+  if (tier < CUMEMPOOL_BACKUP_PINNED || tier > CUMEMPOOL_BACKUP_PEER) {
+    throw Error(CUMEMPOOL_INVALID_ARGUMENT, "the backup tier has a value outside its enum");
+  }
+  BackupChoice choice;
+  choice.tier = policy.tier;
+  if (policy.tier == CUMEMPOOL_BACKUP_FILE) {
+    if (policy.directory == nullptr || *policy.directory == '\0') {
+      Error error(CUMEMPOOL_INVALID_ARGUMENT, "a backup in a file needs a directory");
+      error.advice = "name a directory on a disk with room for the backup";
+      throw error;
+    }
+    choice.directory = policy.directory;
+  }
+  if (policy.tier == CUMEMPOOL_BACKUP_PEER) choice.peer = policy.peer_device;
+  return choice;
+}
+
+MemoryChoice memory_choice(const cumempool_memory_policy& policy) {
+  if (policy.backing != CUMEMPOOL_BACKING_VMM && policy.backing != CUMEMPOOL_BACKING_CUDA_MALLOC) {
+    throw Error(CUMEMPOOL_INVALID_ARGUMENT, "the backing has a value outside its enum");
+  }
+  MemoryChoice choice;
+  choice.backing = policy.backing;
+  choice.all_peers = policy.all_peers != 0;
+  if (policy.peer_count != 0) choice.peers.assign(policy.peers, policy.peers + policy.peer_count);
+  if (choice.backing == CUMEMPOOL_BACKING_CUDA_MALLOC &&
+      (choice.all_peers || !choice.peers.empty())) {
+    Error error(CUMEMPOOL_INVALID_ARGUMENT, "memory of cudaMalloc takes no peers here");
+    error.advice = "give peers access with cudaDeviceEnablePeerAccess, as for any such memory";
+    throw error;
+  }
+  return choice;
+}
+
 void TagTable::declare(const std::string& name, TagPolicy policy) {
   check_name(name);
   check_policy(policy);
   const std::lock_guard lock(mutex_);
   std::unique_ptr<Tag>& tag = tags_[name];
-  if (tag == nullptr) tag = std::make_unique<Tag>(Tag{name, {}});
+  if (tag == nullptr) tag = std::make_unique<Tag>(Tag{name, {}, {}, {}, {}});
   if (policy.on_sleep != CUMEMPOOL_ON_SLEEP_UNSET) tag->policy.on_sleep = policy.on_sleep;
   if (policy.on_wake != CUMEMPOOL_ON_WAKE_UNSET) tag->policy.on_wake = policy.on_wake;
 }
@@ -88,6 +124,52 @@ Tag& TagTable::find(const std::string& name) const {
 TagPolicy TagTable::policy(const Tag& tag) const {
   const std::lock_guard lock(mutex_);
   return tag.policy;
+}
+
+BackupChoice TagTable::backup(const Tag& tag) const {
+  const std::lock_guard lock(mutex_);
+  return tag.backup;
+}
+
+void TagTable::set_backup(Tag& tag, const BackupChoice& choice) {
+  const std::lock_guard lock(mutex_);
+  tag.backup = choice;
+}
+
+MemoryChoice TagTable::memory(const Tag& tag) const {
+  const std::lock_guard lock(mutex_);
+  return tag.memory;
+}
+
+void TagTable::set_memory(Tag& tag, const MemoryChoice& choice) {
+  const std::lock_guard lock(mutex_);
+  tag.memory = choice;
+}
+
+std::uint64_t TagTable::pin(Tag& tag, const std::string& holder) {
+  const std::lock_guard lock(mutex_);
+  tag.pins.emplace(next_pin_, holder);
+  return next_pin_++;
+}
+
+bool TagTable::unpin(std::uint64_t pin) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& entry : tags_) {
+    if (entry.second->pins.erase(pin) != 0) return true;
+  }
+  return false;
+}
+
+std::string TagTable::holders(const Tag& tag) const {
+  const std::lock_guard lock(mutex_);
+  std::string names;
+  for (const auto& entry : tag.pins) names += (names.empty() ? "'" : ", '") + entry.second + "'";
+  return names;
+}
+
+std::size_t TagTable::pin_count(const Tag& tag) const {
+  const std::lock_guard lock(mutex_);
+  return tag.pins.size();
 }
 
 std::vector<const Tag*> TagTable::all() const {

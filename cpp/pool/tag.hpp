@@ -1,6 +1,8 @@
 // A name under which allocations are slept, woken and counted, with its policy.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -11,6 +13,37 @@
 
 namespace cumempool::pool {
 
+// Where backups go.
+struct BackupChoice {
+  cumempool_backup_tier tier = CUMEMPOOL_BACKUP_PINNED;
+  std::string directory;  // of the file
+  int peer = 0;           // the other device
+};
+
+inline bool operator==(const BackupChoice& left, const BackupChoice& right) {
+  return left.tier == right.tier && left.directory == right.directory && left.peer == right.peer;
+}
+
+// Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a tier outside its enum, or a file without a
+// directory.
+BackupChoice backup_choice(const cumempool_backup_policy& policy);
+
+// What memory of a tag is made of, and who else may use it.
+struct MemoryChoice {
+  cumempool_backing backing = CUMEMPOOL_BACKING_VMM;
+  bool all_peers = false;  // every device that can
+  std::vector<int> peers;  // these devices, beside the one that the memory is on
+};
+
+inline bool operator==(const MemoryChoice& left, const MemoryChoice& right) {
+  return left.backing == right.backing && left.all_peers == right.all_peers &&
+         left.peers == right.peers;
+}
+
+// Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a backing outside its enum, or peers of ordinary
+// memory.
+MemoryChoice memory_choice(const cumempool_memory_policy& policy);
+
 struct TagPolicy {
   cumempool_on_sleep on_sleep = CUMEMPOOL_ON_SLEEP_UNSET;
   cumempool_on_wake on_wake = CUMEMPOOL_ON_WAKE_UNSET;
@@ -18,7 +51,10 @@ struct TagPolicy {
 
 struct Tag {
   std::string name;
-  TagPolicy policy;  // guarded by the table's lock
+  TagPolicy policy;                           // guarded by the table's lock
+  BackupChoice backup;                        // the same
+  MemoryChoice memory;                        // the same
+  std::map<std::uint64_t, std::string> pins;  // the same: who forbids that the memory goes
 };
 
 // The tags of one allocator. Thread-safe; a tag lives as long as the table, at the same address.
@@ -32,11 +68,25 @@ class TagTable {
   Tag& find(const std::string& name) const;
 
   TagPolicy policy(const Tag& tag) const;
+  BackupChoice backup(const Tag& tag) const;
+  void set_backup(Tag& tag, const BackupChoice& choice);
+  MemoryChoice memory(const Tag& tag) const;
+  void set_memory(Tag& tag, const MemoryChoice& choice);
+
+  // Until the pin is taken off again, no memory of the tag may go.
+  std::uint64_t pin(Tag& tag, const std::string& holder);
+  // Whether there was such a pin.
+  bool unpin(std::uint64_t pin);
+  // Who has pinned a tag: "nixl, 'decode worker'"; "" where nobody has.
+  std::string holders(const Tag& tag) const;
+  std::size_t pin_count(const Tag& tag) const;
+
   std::vector<const Tag*> all() const;
 
  private:
   mutable std::mutex mutex_;
   std::map<std::string, std::unique_ptr<Tag>> tags_;
+  std::uint64_t next_pin_ = 1;
 };
 
 }  // namespace cumempool::pool

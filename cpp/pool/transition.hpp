@@ -1,13 +1,12 @@
-// What sleep and wake have in common: the turn, the claims, and the checks before anything changes.
+// What transitions have in common: the turn, the claims, and the checks before anything changes.
 // This is the only door through which allocations change state (R3).
 #pragma once
 
-#include <cstddef>
+#include <exception>
 #include <functional>
 #include <vector>
 
 #include "pool/allocator.hpp"
-#include "pool/report.hpp"
 
 namespace cumempool::pool {
 
@@ -24,8 +23,8 @@ class Transition {
   // Throws Error (CUMEMPOOL_CAPTURING) if one of the caller's streams is being captured.
   void refuse_captures(const std::vector<cumempool_device_stream>& streams) const;
 
-  // Claims what `wanted` picks, grouped by device and tag, in order of allocation.
-  const std::vector<RecordPointer>& claim(const std::function<bool(const Record&)>& wanted);
+  // Claims what `wanted` picks, in order of allocation.
+  std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted);
 
   // Tells that the transition succeeded; without it, it counts as failed.
   void commit() noexcept { committed_ = true; }
@@ -40,12 +39,19 @@ class Transition {
   bool committed_ = false;
 };
 
-// Runs `work(index, queue)`, which enqueues copies and fills, for each of `records` (as claim()
-// orders them), one device after the other, inside its ContextScope; waits for them and enters the
-// time per row. On failure it waits for what was enqueued before it throws, so that both sides of
-// the copies may be let go.
-void run_copies(Allocator& allocator, const char* operation,
-                const std::vector<RecordPointer>& records, Report& report,
-                const std::function<void(std::size_t index, backup::CopyQueue& queue)>& work);
+// Runs `work`. Where it fails, `party.undo(error)` takes back what was done, and it throws on.
+template <typename Party, typename Work>
+void undo_on_failure(Party& party, const Work& work) {
+  try {
+    work();
+  } catch (Error& error) {
+    party.undo(error);
+    throw;
+  } catch (const std::exception& error) {  // no memory for the bookkeeping
+    Error other(CUMEMPOOL_OUT_OF_HOST_MEMORY, error.what());
+    party.undo(other);
+    throw other;
+  }
+}
 
 }  // namespace cumempool::pool

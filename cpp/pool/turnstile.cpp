@@ -7,15 +7,23 @@
 
 namespace cumempool::pool {
 
+void Turnstile::refuse_locked(const char* operation) const {
+  if (operation_ == nullptr || owner_ != std::this_thread::get_id()) return;
+  Error error(CUMEMPOOL_BUSY,
+              std::string("called from inside a ") + operation_ + " of the same allocator");
+  error.operation = operation;
+  error.advice = "call it after that one has returned";
+  throw error;
+}
+
+void Turnstile::refuse_inside(const char* operation) const {
+  const std::lock_guard lock(mutex_);
+  refuse_locked(operation);
+}
+
 Turnstile::Turn::Turn(Turnstile& turnstile, const char* operation) : turnstile_(turnstile) {
   std::unique_lock lock(turnstile_.mutex_);
-  if (turnstile_.operation_ != nullptr && turnstile_.owner_ == std::this_thread::get_id()) {
-    Error error(CUMEMPOOL_BUSY, std::string("called from inside a ") + turnstile_.operation_ +
-                                    " of the same allocator");
-    error.operation = operation;
-    error.advice = "call it after that one has returned";
-    throw error;
-  }
+  turnstile_.refuse_locked(operation);
   turnstile_.free_.wait(lock, [this] { return turnstile_.operation_ == nullptr; });
   turnstile_.operation_ = operation;
   turnstile_.owner_ = std::this_thread::get_id();

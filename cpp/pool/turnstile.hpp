@@ -23,8 +23,13 @@ class Turnstile {
     Turnstile& turnstile_;
   };
 
+  // Throws Error (CUMEMPOOL_BUSY) where the calling thread is inside a transition.
+  void refuse_inside(const char* operation) const;
+
  private:
-  std::mutex mutex_;
+  void refuse_locked(const char* operation) const;
+
+  mutable std::mutex mutex_;
   std::condition_variable free_;
   std::thread::id owner_;
   const char* operation_ = nullptr;  // null = nobody is inside

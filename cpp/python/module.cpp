@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -151,12 +153,10 @@ int driver_version(const Driver& driver) {
   return table->driver_version(table->self, &version) == CUMEMPOOL_RESULT_SUCCESS ? version : 0;
 }
 
-py::dict report_fields(cumempool_report* raw) {
-  const std::unique_ptr<cumempool_report, decltype(&cumempool_report_destroy)> report(
-      raw, &cumempool_report_destroy);
+py::dict report_fields(const cumempool_report* report) {
   std::size_t count = 0;
   py::list rows;
-  const cumempool_report_row* row = cumempool_report_rows(report.get(), &count);
+  const cumempool_report_row* row = cumempool_report_rows(report, &count);
   for (std::size_t i = 0; i < count; ++i, ++row) {
     py::dict fields;
     fields["tag"] = row->tag;
@@ -165,6 +165,7 @@ py::dict report_fields(cumempool_report* raw) {
     fields["freed_bytes"] = row->freed_bytes;
     fields["mapped_bytes"] = row->mapped_bytes;
     fields["backed_up_bytes"] = row->backed_up_bytes;
+    fields["clean_bytes"] = row->clean_bytes;
     fields["restored_bytes"] = row->restored_bytes;
     fields["discarded_bytes"] = row->discarded_bytes;
     fields["zeroed_bytes"] = row->zeroed_bytes;
@@ -172,13 +173,20 @@ py::dict report_fields(cumempool_report* raw) {
     rows.append(fields);
   }
   py::list problems;
-  const char* const* problem = cumempool_report_problems(report.get(), &count);
+  const char* const* problem = cumempool_report_problems(report, &count);
   for (std::size_t i = 0; i < count; ++i) problems.append(problem[i]);
   py::dict fields;
-  fields["seconds"] = cumempool_report_seconds(report.get());
+  fields["seconds"] = cumempool_report_seconds(report);
   fields["rows"] = rows;
   fields["problems"] = problems;
   return fields;
+}
+
+// As report_fields, of a report that nobody needs any more.
+py::dict take_report(cumempool_report* raw) {
+  const std::unique_ptr<cumempool_report, decltype(&cumempool_report_destroy)> report(
+      raw, &cumempool_report_destroy);
+  return report_fields(report.get());
 }
 
 const char* state_name(cumempool_state state) {
@@ -193,6 +201,22 @@ const char* state_name(cumempool_state state) {
   return "unknown";
 }
 
+py::object tier_name(cumempool_backup_tier tier) {
+  switch (tier) {
+    case CUMEMPOOL_BACKUP_UNSET:
+      break;
+    case CUMEMPOOL_BACKUP_PINNED:
+      return py::str("pinned");
+    case CUMEMPOOL_BACKUP_PAGEABLE:
+      return py::str("pageable");
+    case CUMEMPOOL_BACKUP_FILE:
+      return py::str("file");
+    case CUMEMPOOL_BACKUP_PEER:
+      return py::str("peer");
+  }
+  return py::none();
+}
+
 py::dict allocation_fields(const cumempool_allocation_info& info) {
   py::dict fields;
   fields["address"] = info.address;
@@ -203,6 +227,7 @@ py::dict allocation_fields(const cumempool_allocation_info& info) {
   fields["state"] = state_name(info.state);
   fields["generation"] = info.generation;
   fields["backup_bytes"] = info.backup_bytes;
+  fields["backup_tier"] = tier_name(info.backup_tier);
   fields["sequence"] = info.sequence;
   return fields;
 }
@@ -222,6 +247,8 @@ py::dict tag_fields(const cumempool_tag_stats& stats) {
   fields["discarded_allocations"] = stats.discarded_allocations;
   fields["discarded_bytes"] = stats.discarded_bytes;
   fields["backup_bytes"] = stats.backup_bytes;
+  fields["retained_bytes"] = stats.retained_bytes;
+  fields["backup_tier"] = tier_name(stats.backup_tier);
   fields["unreleased_bytes"] = stats.unreleased_bytes;
   return fields;
 }
@@ -234,34 +261,60 @@ py::dict totals_fields(const cumempool_totals& totals) {
   fields["pending_free_bytes"] = totals.pending_free_bytes;
   fields["host_bytes"] = totals.host_bytes;
   fields["host_used_bytes"] = totals.host_used_bytes;
+  fields["pageable_bytes"] = totals.pageable_bytes;
+  fields["file_bytes"] = totals.file_bytes;
+  fields["peer_bytes"] = totals.peer_bytes;
+  fields["staging_bytes"] = totals.staging_bytes;
   fields["malloc_calls"] = totals.malloc_calls;
   fields["malloc_failures"] = totals.malloc_failures;
   fields["free_calls"] = totals.free_calls;
   fields["sleeps"] = totals.sleeps;
   fields["wakes"] = totals.wakes;
+  fields["swaps"] = totals.swaps;
   fields["failed_transitions"] = totals.failed_transitions;
   return fields;
 }
 
-// What keeps the memory behind a capsule, and the driver under it, alive.
+// What keeps the memory behind a capsule, and the driver under it, alive: device memory, or a view
+// of a backup.
 struct Lease {
   DlManagedTensor tensor{};
   std::int64_t shape = 0;
   std::int64_t stride = 1;
   cumempool_address address = 0;
+  void* view = nullptr;
   DriverPointer driver;
+
+  Lease() = default;
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  ~Lease() {
+    if (address != 0) cumempool_free(address);
+    if (view != nullptr) cumempool_end_backup_view(view);
+  }
 };
 
-void end_lease(DlManagedTensor* tensor) {
-  const std::unique_ptr<Lease> lease(static_cast<Lease*>(tensor->manager_ctx));
-  cumempool_free(lease->address);
-}
+void end_lease(DlManagedTensor* tensor) { delete static_cast<Lease*>(tensor->manager_ctx); }
 
 // A capsule that torch did not consume still owns its memory.
 void drop_capsule(PyObject* capsule) {
   if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
   auto* tensor = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
   tensor->deleter(tensor);
+}
+
+// A capsule with `bytes` at `data`, which the lease keeps.
+py::capsule make_capsule(std::unique_ptr<Lease> lease, void* data,
+                         cumempool::python::DlDevice device, std::size_t bytes) {
+  lease->shape = static_cast<std::int64_t>(bytes);
+  lease->tensor.dl_tensor = {
+      data, device, 1, {cumempool::python::kDlUnsigned, 8, 1}, &lease->shape, &lease->stride, 0};
+  lease->tensor.manager_ctx = lease.get();
+  lease->tensor.deleter = &end_lease;
+  PyObject* capsule = PyCapsule_New(&lease->tensor, "dltensor", &drop_capsule);
+  if (capsule == nullptr) throw py::error_already_set();
+  static_cast<void>(lease.release());
+  return py::reinterpret_steal<py::capsule>(capsule);
 }
 
 using Pair = std::pair<std::uint64_t, std::uint64_t>;
@@ -300,14 +353,94 @@ class SleepRequest {
   cumempool_sleep_request request_{};
 };
 
+using Stream = std::pair<int, std::uint64_t>;
+
+std::vector<cumempool_device_stream> device_streams(const std::vector<Stream>& streams) {
+  std::vector<cumempool_device_stream> converted;
+  converted.reserve(streams.size());
+  for (const auto& [device, stream] : streams) converted.push_back({device, 0, stream});
+  return converted;
+}
+
+// The tags of a wake as the C interface takes them: NULL for all.
+class WakeTags {
+ public:
+  explicit WakeTags(const std::optional<std::vector<std::string>>& tags) {
+    if (!tags) return;
+    for (const std::string& tag : *tags) names_.push_back(tag_text(tag));
+    names_.push_back(nullptr);  // so that an empty list is not taken for "all"
+  }
+
+  const char* const* data() const noexcept { return names_.empty() ? nullptr : names_.data(); }
+  std::size_t count() const noexcept { return names_.empty() ? 0 : names_.size() - 1; }
+
+ private:
+  std::vector<const char*> names_;
+};
+
+// Tier, directory and device.
+using BackupFields = std::tuple<int, std::string, int>;
+
+// Points into `fields`. The directory comes from Python's os.fsencode: bytes without a zero.
+cumempool_backup_policy backup_policy(const BackupFields& fields) {
+  cumempool_backup_policy policy{};
+  policy.size = sizeof policy;
+  policy.tier = static_cast<cumempool_backup_tier>(std::get<0>(fields));
+  const std::string& directory = std::get<1>(fields);
+  policy.directory = directory.empty() ? nullptr : directory.c_str();
+  policy.peer_device = std::get<2>(fields);
+  return policy;
+}
+
+// A wake in a thread of its own. The driver stays as long as its memory is being worked on.
+class Waking {
+ public:
+  Waking(DriverPointer driver, cumempool_waking* waking)
+      : driver_(std::move(driver)), waking_(waking) {}
+  Waking(const Waking&) = delete;
+  Waking& operator=(const Waking&) = delete;
+  // cumempool.WakeHandle waits before, where Python may end the thread; this hardly ever does.
+  ~Waking() {
+    const py::gil_scoped_release unlocked;
+    cumempool_waking_destroy(waking_);
+    if (report_ != nullptr) cumempool_report_destroy(report_);
+  }
+
+  void wait(std::uint64_t address, int device, std::uint64_t stream) {
+    call([&] { return cumempool_waking_wait(waking_, address, {device, 0, stream}); });
+  }
+  bool done() const { return cumempool_waking_done(waking_) != 0; }
+
+  py::dict finish() {
+    call([this] {
+      cumempool_report* report = nullptr;
+      const cumempool_status status = cumempool_waking_finish(waking_, &report);
+      if (status != CUMEMPOOL_OK) return status;
+      // One of the threads that come here gets the report, and is about to leave it for the others.
+      if (report != nullptr) report_ = report;
+      while (report_ == nullptr) std::this_thread::yield();
+      return status;
+    });
+    return report_fields(report_);
+  }
+
+ private:
+  DriverPointer driver_;
+  cumempool_waking* waking_;
+  std::atomic<cumempool_report*> report_ = nullptr;
+};
+
 class Allocator {
  public:
-  using Stream = std::pair<int, std::uint64_t>;
-
-  Allocator(DriverPointer driver, std::uint64_t host_backup_limit) : driver_(std::move(driver)) {
+  Allocator(DriverPointer driver, std::uint64_t host_backup_limit, bool retain_backups,
+            const std::optional<BackupFields>& overflow)
+      : driver_(std::move(driver)) {
     cumempool_allocator_options options{};
     options.size = sizeof options;
+    options.retain_backups = retain_backups ? 1 : 0;
     options.host_backup_limit = host_backup_limit;
+    options.overflow.size = sizeof options.overflow;
+    if (overflow) options.overflow = backup_policy(*overflow);
     call([&] { return cumempool_allocator_create(driver_->table, &options, &allocator_); });
   }
   Allocator(const Allocator&) = delete;
@@ -334,6 +467,13 @@ class Allocator {
     });
   }
 
+  void set_backup(const std::string& tag, int tier, const std::string& directory, int peer_device) {
+    const char* name = tag_text(tag);
+    const BackupFields fields(tier, directory, peer_device);
+    const cumempool_backup_policy policy = backup_policy(fields);
+    call([&] { return cumempool_set_backup(allocator_, name, &policy); });
+  }
+
   std::uint64_t malloc(const std::string& tag, int device, std::size_t bytes) {
     const char* name = tag_text(tag);
     cumempool_address address = 0;
@@ -345,27 +485,21 @@ class Allocator {
     auto lease = std::make_unique<Lease>();
     lease->address = malloc(tag, device, bytes);
     lease->driver = driver_;
-    lease->shape = static_cast<std::int64_t>(bytes);
     const bool on_cpu = driver_->memory == cumempool::python::kDlCpu;
     // Integer to pointer: the address is the driver's.
     void* data = reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
         static_cast<std::uintptr_t>(lease->address));
-    lease->tensor.dl_tensor = {data,
-                               {driver_->memory, on_cpu ? 0 : device},
-                               1,
-                               {cumempool::python::kDlUnsigned, 8, 1},
-                               &lease->shape,
-                               &lease->stride,
-                               0};
-    lease->tensor.manager_ctx = lease.get();
-    lease->tensor.deleter = &end_lease;
-    PyObject* capsule = PyCapsule_New(&lease->tensor, "dltensor", &drop_capsule);
-    if (capsule == nullptr) {
-      cumempool_free(lease->address);
-      throw py::error_already_set();
-    }
-    static_cast<void>(lease.release());
-    return py::reinterpret_steal<py::capsule>(capsule);
+    return make_capsule(std::move(lease), data, {driver_->memory, on_cpu ? 0 : device}, bytes);
+  }
+
+  py::capsule view_backup(std::uint64_t address, std::size_t bytes, bool writable) {
+    auto lease = std::make_unique<Lease>();
+    lease->driver = driver_;
+    cumempool_backup_view view{};
+    call(
+        [&] { return cumempool_view_backup(allocator_, address, bytes, writable ? 1 : 0, &view); });
+    lease->view = view.lease;
+    return make_capsule(std::move(lease), view.data, {cumempool::python::kDlCpu, 0}, bytes);
   }
 
   std::uint32_t bind_slot(const std::string& tag) {
@@ -380,7 +514,7 @@ class Allocator {
     const SleepRequest request(tags, drop_backups, dead, device_streams(streams));
     cumempool_report* report = nullptr;
     call([&] { return cumempool_sleep(allocator_, request.get(), &report); });
-    return report_fields(report);
+    return take_report(report);
   }
 
   std::uint64_t prepare(const std::vector<std::pair<std::string, int>>& tags,
@@ -393,18 +527,42 @@ class Allocator {
 
   py::dict wake(const std::optional<std::vector<std::string>>& tags,
                 const std::vector<Stream>& streams) {
-    std::vector<const char*> names;
-    if (tags) {
-      for (const std::string& tag : *tags) names.push_back(tag_text(tag));
-      names.push_back(nullptr);  // so that an empty list is not taken for "all"
-    }
+    const WakeTags names(tags);
     const auto current = device_streams(streams);
     cumempool_report* report = nullptr;
     call([&] {
-      return cumempool_wake(allocator_, tags ? names.data() : nullptr, tags ? tags->size() : 0,
-                            current.data(), current.size(), &report);
+      return cumempool_wake(allocator_, names.data(), names.count(), current.data(), current.size(),
+                            &report);
     });
-    return report_fields(report);
+    return take_report(report);
+  }
+
+  py::dict swap(const std::vector<std::pair<std::string, int>>& sleep,
+                const std::vector<Pair>& dead, const std::optional<std::vector<std::string>>& wake,
+                const std::vector<Stream>& streams) {
+    const SleepRequest leaving(sleep, false, dead, device_streams(streams));
+    const WakeTags coming(wake);
+    cumempool_swap_request request{};
+    request.size = sizeof request;
+    request.sleep = leaving.get();
+    request.wake_tags = coming.data();
+    request.wake_tag_count = coming.count();
+    cumempool_report* report = nullptr;
+    call([&] { return cumempool_swap(allocator_, &request, &report); });
+    return take_report(report);
+  }
+
+  std::unique_ptr<Waking> wake_begin(const std::optional<std::vector<std::string>>& tags,
+                                     const std::vector<std::uint64_t>& first,
+                                     const std::vector<Stream>& streams) {
+    const WakeTags names(tags);
+    const auto current = device_streams(streams);
+    cumempool_waking* waking = nullptr;
+    call([&] {
+      return cumempool_wake_begin(allocator_, names.data(), names.count(), first.data(),
+                                  first.size(), current.data(), current.size(), &waking);
+    });
+    return std::make_unique<Waking>(driver_, waking);
   }
 
   std::uint64_t release_host_memory() {
@@ -440,13 +598,6 @@ class Allocator {
   }
 
  private:
-  static std::vector<cumempool_device_stream> device_streams(const std::vector<Stream>& streams) {
-    std::vector<cumempool_device_stream> converted;
-    converted.reserve(streams.size());
-    for (const auto& [device, stream] : streams) converted.push_back({device, 0, stream});
-    return converted;
-  }
-
   DriverPointer driver_;
   cumempool_allocator* allocator_ = nullptr;
 };
@@ -474,12 +625,20 @@ PYBIND11_MODULE(_core, module) {
       .def("context_active", &context_active, py::arg("device"))
       .def("probe", &probe_device, py::arg("device"));
 
+  py::class_<Waking>(module, "Waking")
+      .def("wait", &Waking::wait, py::arg("address"), py::arg("device"), py::arg("stream"))
+      .def("done", &Waking::done)
+      .def("finish", &Waking::finish);
+
   py::class_<Allocator>(module, "Allocator")
-      .def(py::init<DriverPointer, std::uint64_t>(), py::arg("driver"),
-           py::arg("host_backup_limit"))
+      .def(py::init<DriverPointer, std::uint64_t, bool, const std::optional<BackupFields>&>(),
+           py::arg("driver"), py::arg("host_backup_limit"), py::arg("retain_backups"),
+           py::arg("overflow"))
       .def("close", &Allocator::close, py::arg("force"))
       .def("declare_tag", &Allocator::declare_tag, py::arg("tag"), py::arg("on_sleep"),
            py::arg("on_wake"))
+      .def("set_backup", &Allocator::set_backup, py::arg("tag"), py::arg("tier"),
+           py::arg("directory"), py::arg("peer_device"))
       .def("malloc", &Allocator::malloc, py::arg("tag"), py::arg("device"), py::arg("bytes"))
       .def("malloc_capsule", &Allocator::malloc_capsule, py::arg("tag"), py::arg("device"),
            py::arg("bytes"))
@@ -488,6 +647,13 @@ PYBIND11_MODULE(_core, module) {
            py::arg("streams"))
       .def("prepare", &Allocator::prepare, py::arg("tags"), py::arg("dead"))
       .def("wake", &Allocator::wake, py::arg("tags"), py::arg("streams"))
+      .def("swap", &Allocator::swap, py::arg("sleep"), py::arg("dead"), py::arg("wake"),
+           py::arg("streams"))
+      // The allocator object closes itself when it goes, so it stays while the wake is under way.
+      .def("wake_begin", &Allocator::wake_begin, py::arg("tags"), py::arg("first"),
+           py::arg("streams"), py::keep_alive<0, 1>())
+      .def("view_backup", &Allocator::view_backup, py::arg("address"), py::arg("bytes"),
+           py::arg("writable"))
       .def("release_host_memory", &Allocator::release_host_memory)
       .def("snapshot", &Allocator::snapshot, py::arg("allocations"))
       .def("find", &Allocator::find, py::arg("address"));

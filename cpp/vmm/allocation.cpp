@@ -1,11 +1,29 @@
-// One reserved range with one physical handle: the state machine that every transition drives.
+// One address range with its memory: the state machine that every transition drives.
 #include "vmm/allocation.hpp"
+
+#include <utility>
 
 namespace cumempool::vmm {
 
 Allocation::Allocation(driver::Driver driver, Ledger& ledger,
+                       const cumempool_memory_properties& properties, std::size_t bytes,
+                       std::vector<int> access)
+    : driver_(driver),
+      ledger_(&ledger),
+      properties_(properties),
+      bytes_(bytes),
+      access_(std::move(access)),
+      range_(std::in_place, driver, ledger, bytes) {}
+
+Allocation::Allocation(driver::Driver driver, Ledger& ledger,
                        const cumempool_memory_properties& properties, std::size_t bytes)
-    : driver_(driver), ledger_(&ledger), properties_(properties), range_(driver, ledger, bytes) {}
+    : Allocation(driver, ledger, properties, bytes, {properties.device}) {}
+
+Allocation::Allocation(driver::Driver driver, OrdinaryMemory&& memory, int device,
+                       std::size_t bytes)
+    : driver_(driver), bytes_(bytes), ordinary_(std::move(memory)) {
+  properties_.device = device;
+}
 
 void Allocation::map() {
   if (mapped()) return;
@@ -13,8 +31,8 @@ void Allocation::map() {
   const bool had_mapping = mapping_.has_value();
   try {
     if (!had_physical) physical_.emplace(driver_, *ledger_, properties_, bytes());
-    if (!had_mapping) mapping_.emplace(driver_, *ledger_, range_, *physical_);
-    mapping_->give_access(properties_.device);
+    if (!had_mapping) mapping_.emplace(driver_, *ledger_, *range_, *physical_);
+    mapping_->give_access(access_);
   } catch (const Error&) {
     // Only what this call made is undone; what cannot be undone stays held and is used next time.
     if (!had_mapping) release_mapping();
@@ -24,6 +42,7 @@ void Allocation::map() {
 }
 
 void Allocation::unmap() {
+  if (ordinary_) throw Error(CUMEMPOOL_INTERNAL, "ordinary memory cannot be detached");
   driver::check(driver_.table(), "unmap", release_mapping(), properties_.device, bytes());
 }
 
@@ -42,9 +61,10 @@ cumempool_result Allocation::release_physical() noexcept {
 }
 
 cumempool_result Allocation::teardown() noexcept {
+  if (ordinary_) return ordinary_->release();
   cumempool_result result = release_mapping();
   if (result == CUMEMPOOL_RESULT_SUCCESS) result = release_physical();
-  if (result == CUMEMPOOL_RESULT_SUCCESS) result = range_.release();
+  if (result == CUMEMPOOL_RESULT_SUCCESS) result = range_->release();
   return result;
 }
 

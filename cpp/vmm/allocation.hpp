@@ -1,17 +1,20 @@
-// One reserved range with one physical handle: the state machine that every transition drives.
+// One address range with its memory: the state machine that every transition drives.
 //
 //   reserved --map()--> mapped --unmap()--> detached --release_physical()--> reserved
 //
 // `detached` is unmapped with the physical memory (and so its contents) still held; map() from
 // there needs no memory and cannot run out of it, which is what makes a sleep reversible (R4).
+// Ordinary memory knows one state, `mapped`, for life.
 #pragma once
 
 #include <cstddef>
 #include <optional>
+#include <vector>
 
 #include "driver/driver.hpp"
 #include "vmm/ledger.hpp"
 #include "vmm/mapping.hpp"
+#include "vmm/ordinary_memory.hpp"
 #include "vmm/physical_memory.hpp"
 #include "vmm/reservation.hpp"
 
@@ -19,14 +22,30 @@ namespace cumempool::vmm {
 
 class Allocation {
  public:
-  // Reserves. Throws Error; then nothing is held.
+  // Reserves addresses; `access` are the devices that will use them. Throws Error; then nothing is
+  // held.
+  Allocation(driver::Driver driver, Ledger& ledger, const cumempool_memory_properties& properties,
+             std::size_t bytes, std::vector<int> access);
+  // The same for the device of the properties alone.
   Allocation(driver::Driver driver, Ledger& ledger, const cumempool_memory_properties& properties,
              std::size_t bytes);
+  // Ordinary memory.
+  Allocation(driver::Driver driver, OrdinaryMemory&& memory, int device, std::size_t bytes);
 
-  cumempool_address address() const noexcept { return range_.address(); }
-  std::size_t bytes() const noexcept { return range_.bytes(); }
-  bool mapped() const noexcept { return mapping_ && mapping_->held() && mapping_->accessible(); }
-  bool holds_physical() const noexcept { return physical_ && physical_->held(); }
+  cumempool_address address() const noexcept {
+    return ordinary_ ? ordinary_->address() : range_->address();
+  }
+  std::size_t bytes() const noexcept { return bytes_; }
+  bool mapped() const noexcept {
+    if (ordinary_) return ordinary_->held();
+    return mapping_ && mapping_->held() && mapping_->accessible();
+  }
+  bool holds_physical() const noexcept {
+    return ordinary_ ? ordinary_->held() : physical_ && physical_->held();
+  }
+  bool is_ordinary() const noexcept { return ordinary_.has_value(); }
+  // What the driver exports; only while it holds physical memory, which is not ordinary.
+  cumempool_physical handle() const noexcept { return physical_->handle(); }
 
   // Makes the range usable. Throws Error; then it is as before. No effect where it is mapped.
   void map();
@@ -45,10 +64,13 @@ class Allocation {
   cumempool_result release_mapping() noexcept;
 
   driver::Driver driver_;
-  Ledger* ledger_;
-  cumempool_memory_properties properties_;
+  Ledger* ledger_ = nullptr;
+  cumempool_memory_properties properties_{};
+  std::size_t bytes_;
+  std::vector<int> access_;
   // Order matters: destroyed last to first.
-  Reservation range_;
+  std::optional<OrdinaryMemory> ordinary_;
+  std::optional<Reservation> range_;
   std::optional<PhysicalMemory> physical_;
   std::optional<Mapping> mapping_;
 };

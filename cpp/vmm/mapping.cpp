@@ -22,8 +22,8 @@ Mapping::Mapping(Mapping&& other) noexcept
 
 Mapping::~Mapping() { release(); }
 
-void Mapping::give_access(int device) {
-  driver_.set_access(address_, bytes_, device);
+void Mapping::give_access(const std::vector<int>& devices, cumempool_access access) {
+  driver_.set_access(address_, bytes_, devices, access);
   accessible_ = true;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #include "driver/driver.hpp"
 #include "vmm/ledger.hpp"
@@ -24,8 +25,9 @@ class Mapping {
   bool held() const noexcept { return held_; }
   bool accessible() const noexcept { return accessible_; }
 
-  // Lets `device` read and write the range. Throws Error; then access is as before.
-  void give_access(int device);
+  // Lets the devices use the range. Throws Error; then access is as before.
+  void give_access(const std::vector<int>& devices,
+                   cumempool_access access = CUMEMPOOL_ACCESS_READ_WRITE);
 
   // Unmaps. The caller has made sure that no work in flight uses the range (R5). On failure it
   // stays mapped and the call may be repeated.

@@ -11,6 +11,12 @@ PhysicalMemory::PhysicalMemory(driver::Driver driver, Ledger& ledger,
   ledger_->physical_bytes += bytes_;
 }
 
+PhysicalMemory::PhysicalMemory(driver::Driver driver, Ledger& ledger, std::size_t bytes,
+                               cumempool_physical imported)
+    : driver_(driver), ledger_(&ledger), bytes_(bytes), handle_(imported) {
+  ledger_->physical_bytes += bytes_;
+}
+
 PhysicalMemory::PhysicalMemory(PhysicalMemory&& other) noexcept
     : driver_(other.driver_),
       ledger_(other.ledger_),

@@ -13,6 +13,9 @@ class PhysicalMemory {
   // Throws Error; status CUMEMPOOL_OUT_OF_MEMORY where the device has no room.
   PhysicalMemory(driver::Driver driver, Ledger& ledger,
                  const cumempool_memory_properties& properties, std::size_t bytes);
+  // Takes over a handle that was imported.
+  PhysicalMemory(driver::Driver driver, Ledger& ledger, std::size_t bytes,
+                 cumempool_physical imported);
   ~PhysicalMemory();
   PhysicalMemory(PhysicalMemory&& other) noexcept;
   PhysicalMemory(const PhysicalMemory&) = delete;

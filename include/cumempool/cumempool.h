@@ -136,6 +136,34 @@ CUMEMPOOL_API cumempool_status cumempool_declare_tag(cumempool_allocator *alloca
                                                      const char *tag, cumempool_on_sleep on_sleep,
                                                      cumempool_on_wake on_wake);
 
+/* What memory of a tag is made of. */
+typedef enum cumempool_backing {
+  CUMEMPOOL_BACKING_UNSET = 0,
+  CUMEMPOOL_BACKING_VMM = 1,        /* virtual memory management: can sleep and be shared */
+  CUMEMPOOL_BACKING_CUDA_MALLOC = 2 /* ordinary memory: can be registered by those who know no
+                                       other (legacy IPC), and can do neither */
+} cumempool_backing;
+
+typedef struct cumempool_memory_policy {
+  uint32_t size;             /* sizeof(cumempool_memory_policy) */
+  cumempool_backing backing; /* UNSET is VMM */
+  uint32_t all_peers;        /* 1 = every device that can gets access */
+  uint32_t peer_count;
+  const int32_t *peers; /* devices that get access beside the memory's own, now and at each wake */
+} cumempool_memory_policy;
+
+/* What memory of a declared tag is made of. CUMEMPOOL_IN_USE while memory of the tag lives that was
+ * made otherwise; CUMEMPOOL_UNSUPPORTED from malloc where a peer cannot reach the device. */
+CUMEMPOOL_API cumempool_status cumempool_set_memory(cumempool_allocator *allocator, const char *tag,
+                                                    const cumempool_memory_policy *policy);
+
+/* Until the pin is taken off, putting memory of the tag to sleep is refused with CUMEMPOOL_IN_USE,
+ * naming the holder: for whoever has registered the memory elsewhere. Waits for a transition of
+ * another thread. */
+CUMEMPOOL_API cumempool_status cumempool_pin(cumempool_allocator *allocator, const char *tag,
+                                             const char *holder, uint64_t *pin);
+CUMEMPOOL_API cumempool_status cumempool_unpin(cumempool_allocator *allocator, uint64_t pin);
+
 /* Where backups of a declared tag go from its next sleep on; what was never set is PINNED. Refused
  * with CUMEMPOOL_UNSUPPORTED where no device can reach the peer. */
 CUMEMPOOL_API cumempool_status cumempool_set_backup(cumempool_allocator *allocator, const char *tag,
@@ -313,7 +341,7 @@ typedef struct cumempool_allocation_info {
   uint64_t generation;   /* grows at each wake: physical pages changed, registrations are stale */
   uint64_t backup_bytes; /* bytes of the backup that has its contents, or those of its last sleep */
   cumempool_backup_tier backup_tier; /* of that backup; UNSET where there is none */
-  uint32_t reserved;
+  cumempool_backing backing;
   uint64_t sequence; /* order of allocation */
 } cumempool_allocation_info;
 
@@ -341,7 +369,8 @@ typedef struct cumempool_tag_stats {
   uint64_t backup_bytes;   /* bytes of backups that hold contents */
   uint64_t retained_bytes; /* bytes of backups kept while awake */
   cumempool_backup_tier backup_tier;
-  uint32_t reserved2;
+  cumempool_backing backing;
+  uint64_t pins;             /* see cumempool_pin */
   uint64_t unreleased_bytes; /* asleep, but the driver would not take the memory back */
 } cumempool_tag_stats;
 
@@ -364,6 +393,28 @@ typedef struct cumempool_totals {
   uint64_t swaps;
   uint64_t failed_transitions;
 } cumempool_totals;
+
+/* Exports the handle of the awake allocation that holds `address`: an int (POSIX fd, close-on-exec,
+ * the caller's) or a fabric handle. Waits for a transition of another thread. */
+CUMEMPOOL_API cumempool_status cumempool_export(cumempool_allocator *allocator,
+                                                cumempool_address address, uint32_t handle_type,
+                                                void *exported, cumempool_allocation_info *info);
+
+/* Physical memory of another process, mapped here. */
+typedef struct cumempool_shared cumempool_shared;
+
+/* Maps what cumempool_export() wrote there, `bytes` in all, for use by `device`. An fd stays the
+ * caller's. The memory lives as long as the mapping, whatever becomes of its owner. READ may be
+ * refused with CUMEMPOOL_UNSUPPORTED. */
+CUMEMPOOL_API cumempool_status cumempool_shared_open(const cumempool_driver *driver, int device,
+                                                     uint32_t handle_type, const void *exported,
+                                                     uint64_t bytes, cumempool_access access,
+                                                     cumempool_shared **shared);
+CUMEMPOOL_API cumempool_address cumempool_shared_address(const cumempool_shared *shared);
+/* Waits for work in flight on the device, and unmaps; may be repeated where it fails. */
+CUMEMPOOL_API cumempool_status cumempool_shared_close(cumempool_shared *shared);
+/* Drops the handle; one that was not closed is closed first. */
+CUMEMPOOL_API void cumempool_shared_destroy(cumempool_shared *shared);
 
 typedef struct cumempool_snapshot cumempool_snapshot;
 

@@ -125,6 +125,12 @@ typedef struct cumempool_context_token {
   int32_t device;
 } cumempool_context_token;
 
+/* Values of CUmemAccess_flags. */
+typedef enum cumempool_access {
+  CUMEMPOOL_ACCESS_READ = 1,
+  CUMEMPOOL_ACCESS_READ_WRITE = 3
+} cumempool_access;
+
 #define CUMEMPOOL_DRIVER_VERSION 2u
 
 /* Addresses and sizes that digest() takes are multiples of this. */
@@ -171,9 +177,10 @@ typedef struct cumempool_driver {
   cumempool_result (*map)(void *self, cumempool_address address, size_t bytes,
                           cumempool_physical physical);
   cumempool_result (*unmap)(void *self, cumempool_address address, size_t bytes);
-  /* Gives each listed device read and write access to a mapped range. */
+  /* Gives each listed device access to a mapped range. READ alone may be refused with
+   * CUMEMPOOL_RESULT_NOT_SUPPORTED. */
   cumempool_result (*set_access)(void *self, cumempool_address address, size_t bytes,
-                                 const int *devices, size_t device_count);
+                                 const int *devices, size_t device_count, cumempool_access access);
   /* Writes an int (POSIX fd, close-on-exec, owned by the caller) or a fabric handle. */
   cumempool_result (*export_handle)(void *self, cumempool_physical physical, uint32_t handle_type,
                                     void *exported);
@@ -181,6 +188,13 @@ typedef struct cumempool_driver {
    * fd. */
   cumempool_result (*import_handle)(void *self, const void *exported, uint32_t handle_type,
                                     cumempool_physical *physical);
+
+  /* [context] Device memory of the ordinary kind (cudaMalloc), accessible to its device: for those
+   * who can register no other. It has no handle, and can be neither mapped elsewhere nor exported.
+   * deallocate waits for work in flight on the device; it takes exactly one address given by
+   * allocate. */
+  cumempool_result (*allocate)(void *self, int device, size_t bytes, cumempool_address *address);
+  cumempool_result (*deallocate)(void *self, int device, cumempool_address address);
 
   /* [context] Pins host memory for asynchronous copies from and to any device. Page multiples. */
   cumempool_result (*host_register)(void *self, int device, void *pointer, size_t bytes);

@@ -7,8 +7,11 @@ when an allocator is made or something is probed.
 from __future__ import annotations
 
 from cumempool.allocator import CuMemAllocator
+from cumempool.backup import Backup
 from cumempool.config import CuMemConfig
 from cumempool.errors import (
+    BackupDamagedError,
+    BackupError,
     ClosedError,
     CumempoolError,
     DriverError,
@@ -25,16 +28,21 @@ from cumempool.errors import (
     TransitionInProgressError,
     UnavailableError,
     UnknownTagError,
+    UnsupportedError,
 )
 from cumempool.probe import Availability, DeviceProbe, TorchProbe, is_available, probe
 from cumempool.report import TagReport, TransitionReport
 from cumempool.stats import AllocationInfo, Stats, TagStats
+from cumempool.waking import WakeHandle
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AllocationInfo",
     "Availability",
+    "Backup",
+    "BackupDamagedError",
+    "BackupError",
     "ClosedError",
     "CuMemAllocator",
     "CuMemConfig",
@@ -59,6 +67,8 @@ __all__ = [
     "TransitionReport",
     "UnavailableError",
     "UnknownTagError",
+    "UnsupportedError",
+    "WakeHandle",
     "__version__",
     "is_available",
     "probe",

@@ -7,24 +7,25 @@ import math
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from numbers import Integral
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 
+from cumempool.backup import Backup, check_backup
 from cumempool.config import CuMemConfig
 from cumempool.errors import (
     CumempoolError,
     InUseError,
     InvalidArgumentError,
     InvalidTypeError,
-    NotInPoolError,
     OutOfMemoryError,
 )
 from cumempool.probe import open_driver
 from cumempool.report import TransitionReport, format_bytes
 from cumempool.stats import AllocationInfo, Stats, TagStats
+from cumempool.waking import WakeHandle, memory_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,8 @@ _ON_SLEEP: Final[Mapping[str | None, int]] = {None: 0, "offload": 1, "discard": 
 _ON_WAKE: Final[Mapping[str | None, int]] = {None: 0, "undefined": 1, "zero": 2}
 _OFFLOAD, _DISCARD = 1, 2
 _ACTION_NAMES: Final = {_OFFLOAD: "offload", _DISCARD: "discard"}
+
+_T = TypeVar("_T")
 
 _LARGEST: Final = 2**62  # bytes; what the core takes, and what fits torch's sizes and strides
 
@@ -90,8 +93,8 @@ class CuMemAllocator:
     """Allocates device memory under tags; puts tags to sleep and wakes them at the same addresses.
 
     Several may live in one process. All methods may be called from any thread; transitions
-    (`sleep`, `wake_up`, `discard`) of one allocator run one after another, and allocating, freeing
-    and reading statistics go on meanwhile.
+    (`sleep`, `wake_up`, `swap`, `discard`) of one allocator run one after another, and allocating,
+    freeing and reading statistics go on meanwhile.
 
     Args:
         config: Which driver, and the limits. None takes ``CuMemConfig()``.
@@ -110,7 +113,13 @@ class CuMemAllocator:
 
         self.config: Final = config or CuMemConfig()
         self._driver: _core.Driver = open_driver(self.config)
-        self._core = _core.Allocator(self._driver, self.config.host_backup_limit or 0)
+        overflow = self.config.host_backup_overflow
+        self._core = _core.Allocator(
+            self._driver,
+            self.config.host_backup_limit or 0,
+            self.config.retain_backups,
+            overflow._to_core() if overflow is not None else None,
+        )
         self._scopes_lock = threading.Lock()
         self._scopes: Counter[str] = Counter()
 
@@ -143,6 +152,7 @@ class CuMemAllocator:
         *,
         on_sleep: OnSleep | None = None,
         on_wake: OnWake | None = None,
+        backup: Backup | str | None = None,
         devices: Sequence[int] | None = None,
     ) -> MemoryPoolScope:
         """A context manager: what this thread allocates inside comes from a pool under `tag`.
@@ -157,17 +167,40 @@ class CuMemAllocator:
             tag: 1 to 255 bytes of UTF-8.
             on_sleep: The tag's own policy, which calls that do not name the tag follow.
             on_wake: What discarded memory of the tag holds after a wake: anything, or zero bytes.
+            backup: Where contents of the tag are kept while it sleeps; see `set_backup`.
             devices: Ordinals to route on. None: the current device and every other one in use.
 
         Raises:
             InvalidArgumentError: A tag, policy or device that does not exist.
+            UnsupportedError: No device can reach the peer that `backup` names.
             OutOfSlotsError: On entering: too many scopes are open at the same time.
             ClosedError: The allocator is closed.
         """
+        place = None if backup is None else check_backup(backup, "backup")
         self._declare(tag, on_sleep, on_wake)
+        if place is not None:
+            self._core.set_backup(tag, *place._to_core())
         if devices is not None:
             devices = self._check_devices(devices)
         return MemoryPoolScope(self, tag, devices)
+
+    def set_backup(self, tag: str, backup: Backup | str) -> None:
+        """Says where the contents of a tag are kept from its next sleep on.
+
+        What sleeps already stays where it is.
+
+        Args:
+            tag: A tag that was used before.
+            backup: ``"pinned"`` (what holds for tags that were never given one), ``"pageable"``,
+                ``"file:/directory"``, ``"peer:1"``, or a `Backup`.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            InvalidArgumentError: A backup or a device that does not exist.
+            UnsupportedError: No device can reach the peer.
+            ClosedError: The allocator is closed.
+        """
+        self._core.set_backup(_check_tag(tag), *check_backup(backup, "backup")._to_core())
 
     def empty(
         self,
@@ -216,11 +249,7 @@ class CuMemAllocator:
         )
 
     def _malloc_capsule(self, tag: str, device: int, size: int) -> object:
-        try:
-            return self._core.malloc_capsule(tag, device, size)
-        except OutOfMemoryError:
-            self._empty_cache()
-            return self._core.malloc_capsule(tag, device, size)
+        return self._with_room(lambda: self._core.malloc_capsule(tag, device, size))
 
     def adopt(self, module: torch.nn.Module, tag: str = "weights") -> int:
         """Moves the storage of a module's parameters and buffers into the pool, packed.
@@ -256,7 +285,9 @@ class CuMemAllocator:
         """Gives the physical memory of tags back; addresses stay reserved.
 
         All or nothing: on failure everything is awake as before. Work in flight is finished first.
-        Only live bytes are backed up: blocks that torch has cached as free are not.
+        Only live bytes are backed up: blocks that torch has cached as free are not. Of those, only
+        what has changed since the last sleep is copied, where that backup was kept
+        (``retain_backups``); the report counts the others as clean.
 
         Args:
             offload_tags: Tags whose contents are kept; those of the others are discarded, whatever
@@ -271,6 +302,9 @@ class CuMemAllocator:
             StreamCaptureError: The calling thread's current stream is being captured.
             TransitionInProgressError: Called from inside a transition.
             OutOfHostMemoryError: No host memory for the backup, or over ``host_backup_limit``.
+            OutOfMemoryError: The peer device has no room for the backup.
+            BackupError: A backup file cannot be made or written: a missing directory, a full disk.
+            UnsupportedError: A device of the tag cannot reach its peer.
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
         """
@@ -349,7 +383,27 @@ class CuMemAllocator:
         overrides = _overrides(actions, self.stats().tags)
         return self._run_sleep("discard", actions, overrides, drop_backups=True)
 
-    def wake_up(self, tags: Sequence[str] | str | None = None) -> TransitionReport:
+    @overload
+    def wake_up(
+        self, tags: Sequence[str] | str | None = ..., *, blocking: Literal[True] = ...
+    ) -> TransitionReport: ...
+
+    @overload
+    def wake_up(
+        self,
+        tags: Sequence[str] | str | None = ...,
+        *,
+        blocking: Literal[False],
+        first: Iterable[torch.Tensor] = ...,
+    ) -> WakeHandle: ...
+
+    def wake_up(
+        self,
+        tags: Sequence[str] | str | None = None,
+        *,
+        blocking: bool = True,
+        first: Iterable[torch.Tensor] = (),
+    ) -> TransitionReport | WakeHandle:
         """Maps physical memory at the old addresses and restores what was backed up.
 
         All or nothing: on failure everything is still asleep with its backup, and the call can be
@@ -358,26 +412,128 @@ class CuMemAllocator:
 
         Args:
             tags: Wake only these. None: all.
+            blocking: False returns a handle as soon as it is known that there is room. Tensors are
+                ready in order of allocation; ``handle.wait(tensor)`` comes before a tensor is used.
+                Other transitions wait for the end.
+            first: With ``blocking=False``: tensors whose allocations come before all others.
 
         Raises:
             UnknownTagError: A tag that was never used.
             OutOfMemoryError: The device has no room (also a ``RuntimeError``).
             StreamCaptureError: The calling thread's current stream is being captured.
             TransitionInProgressError: Called from inside a transition.
+            BackupError: A backup file could not be read; `BackupDamagedError` where it does not
+                hold what was written to it.
+            NotInPoolError: A tensor of `first` is not of this allocator.
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
         """
+        if not isinstance(blocking, bool):
+            raise InvalidTypeError(f"blocking is a bool, not {blocking!r}")
         chosen = None if tags is None else list(_check_tags(tags, "tags"))
+        addresses = _addresses(first)
+        if blocking and addresses:
+            raise InvalidArgumentError("`first` goes with blocking=False: else all come at once")
         streams = self._current_streams()
-        try:
-            raw = self._core.wake(chosen, streams)
-        except OutOfMemoryError:
-            self._empty_cache()
-            raw = self._core.wake(chosen, streams)
-        return _report("wake_up", raw, {})
+        if not blocking:
+            waking = self._with_room(lambda: self._core.wake_begin(chosen, addresses, streams))
+            return WakeHandle(waking, self.config.driver)
+        return _report("wake_up", self._with_room(lambda: self._core.wake(chosen, streams)), {})
+
+    def swap(
+        self,
+        *,
+        sleep: Sequence[str] | str,
+        wake: Sequence[str] | str | None = None,
+        offload_tags: Sequence[str] | str | None = None,
+    ) -> TransitionReport:
+        """Puts tags to sleep while others wake: one transition, both directions of the link busy.
+
+        All or nothing: on failure both are as they were. Needs no more device memory than what is
+        free and what the sleep gives back. Where that is not enough, torch's cache is emptied and
+        the swap tried once more.
+
+        Args:
+            sleep: The tags to put to sleep.
+            wake: The tags to wake; none of them may be in `sleep`. None: all others that sleep.
+            offload_tags: As for ``sleep(offload_tags, tags=sleep)``.
+
+        Raises:
+            As `sleep` and `wake_up`.
+        """
+        named = _check_tags(sleep, "sleep")
+        chosen = None if wake is None else list(_check_tags(wake, "wake"))
+        actions, overrides = self._plan_sleep(offload_tags, named)
+        self._refuse_open_scopes("swap", actions)
+        pairs = list(actions.items())
+        streams = self._current_streams()
+        # Ranges that are dead are looked up at each try: emptying the cache changes them.
+        raw = self._with_room(
+            lambda: self._core.swap(pairs, self._dead_ranges(pairs), chosen, streams)
+        )
+        return _report("swap", raw, overrides)
+
+    def read_backup(self, tensor: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
+        """The backup of a sleeping tensor as a tensor on the CPU, without a copy.
+
+        It keeps the memory that it shows: while it lives, the allocator cannot be closed without
+        force. After the wake it shows what was restored. (A backup that was put together of several
+        pieces of free host memory is joined first, which takes its size once more.)
+
+        Without `writable`, operations that would write to it or to its views raise
+        `InvalidArgumentError` (a ``ValueError``) and change nothing, NumPy arrays of it are
+        read-only, and DLPack is refused; what else is made of it is ordinary tensors. Not
+        protected from: its address and its storage, and the few operations that do not declare
+        what they write, such as running statistics of ``batch_norm``.
+
+        Args:
+            tensor: A tensor or view of memory that sleeps with a backup; also a part of it.
+            writable: Give an ordinary tensor: what is written to it is what the next wake restores.
+
+        Returns:
+            A tensor of the same shape, dtype and strides, without a gradient.
+
+        Raises:
+            InvalidTypeError: It is no tensor, or a quantized one.
+            NotInPoolError: Its memory is not of this allocator.
+            InvalidArgumentError: It is awake, its contents were discarded, or the bytes from its
+                first to its last element are not all in the backup.
+            UnsupportedError: The backup is on a peer device.
+            OutOfHostMemoryError: The backup is in pieces, and there is no room to join them.
+            TransitionInProgressError: Called from inside a transition.
+            ClosedError: The allocator is closed.
+        """
+        if not isinstance(writable, bool):
+            raise InvalidTypeError(f"writable is a bool, not {writable!r}")
+        storage = memory_of(tensor)
+        if tensor.is_quantized:
+            raise InvalidTypeError("a quantized tensor has scales that are not in its memory")
+        import torch
+
+        from cumempool import _torch
+
+        if tensor.numel() == 0:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        last = sum(
+            (extent - 1) * stride
+            for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        size = tensor.element_size()
+        address = storage + int(tensor.storage_offset()) * size
+        capsule = self._core.view_backup(address, (last + 1) * size, writable)
+        with torch.inference_mode(False):
+            memory = _torch.from_capsule(capsule)
+            view = _torch.tensor_over(
+                memory.untyped_storage(), tensor.dtype, tensor.shape, tensor.stride(), 0
+            )
+            view = _torch.with_lazy_bits(view, tensor)
+            return view if writable else _torch.ReadOnlyTensor(view)
 
     def release_host_memory(self) -> int:
-        """Gives pinned host memory that holds no backup back; returns its bytes.
+        """Gives back host memory that holds no contents of what sleeps; returns its bytes.
+
+        That is free room, backups kept of what is awake (the next sleep copies all of it), and
+        buffers.
 
         Raises:
             TransitionInProgressError: Called from inside a transition.
@@ -415,15 +571,7 @@ class CuMemAllocator:
             InvalidTypeError: It is no tensor.
             NotInPoolError: Its memory is not of this allocator, or it has none.
         """
-        import torch
-
-        if not isinstance(tensor, torch.Tensor):
-            raise InvalidTypeError(f"a torch.Tensor is needed, not {type(tensor).__name__}")
-        try:
-            address = tensor.untyped_storage().data_ptr()
-        except RuntimeError as error:  # sparse, and others that are no view of one storage
-            raise NotInPoolError(f"the tensor has no memory of its own: {error}") from None
-        return AllocationInfo(**self._core.find(address))
+        return AllocationInfo(**self._core.find(memory_of(tensor)))
 
     def close(self, force: bool = False) -> None:
         """Gives everything back. Closing twice is no error.
@@ -435,7 +583,8 @@ class CuMemAllocator:
                 else's memory.
 
         Raises:
-            InUseError: Without `force`: tensors live or scopes are open; nothing was changed.
+            InUseError: Without `force`: tensors live, scopes are open or backups are being read;
+                nothing was changed.
             DriverError: The driver did not take something back.
         """
         if not isinstance(force, bool):
@@ -573,6 +722,14 @@ class CuMemAllocator:
 
         return _torch.current_streams()
 
+    def _with_room(self, begin: Callable[[], _T]) -> _T:
+        """What `begin` gives, with torch's cache emptied where the device has no room."""
+        try:
+            return begin()
+        except OutOfMemoryError:
+            self._empty_cache()
+            return begin()
+
     def _empty_cache(self) -> None:
         if self.config.driver == "cuda" and "torch" in sys.modules:
             from cumempool import _torch
@@ -671,6 +828,20 @@ def _report(
     return TransitionReport.from_rows(
         operation, raw["seconds"], raw["rows"], raw["problems"], overrides
     )
+
+
+def _addresses(tensors: object) -> list[int]:
+    """Where the memory of tensors starts, without those that have none."""
+    if tensors == ():
+        return []
+    import torch
+
+    if isinstance(tensors, torch.Tensor):
+        tensors = (tensors,)
+    if not isinstance(tensors, Iterable):
+        raise InvalidTypeError(f"first is an iterable of tensors, not {tensors!r}")
+    found = ((tensor, memory_of(tensor)) for tensor in tensors)
+    return [address for tensor, address in found if tensor.numel()]
 
 
 def _check_shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol, cast
 
+from cumempool.backup import Backup, check_backup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
@@ -57,6 +58,11 @@ _UNIT_BY_FOLDED_NAME: Final = {name.casefold(): factor for name, factor in _UNIT
 _BYTES_PATTERN: Final = re.compile(r"\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _MOST_BYTES: Final = 2**63 - 1
 _MOST_HOST_DEVICES: Final = 64
+_OVERFLOW_TIERS: Final = ("pageable", "file")
+_OVERFLOW_VALUES: Final = "pageable or file:DIRECTORY"
+_METAVARS: Final = MappingProxyType(
+    {"driver": "{" + ",".join(DRIVERS) + "}", "host_backup_overflow": "BACKUP"}
+)
 
 _logger = logging.getLogger("cumempool")
 _implied_lock = threading.Lock()
@@ -113,6 +119,16 @@ def _parse_driver(text: str) -> DriverName:
     if text not in DRIVERS:
         raise InvalidArgumentError(f"{text!r} is not one of {', '.join(DRIVERS)}")
     return text
+
+
+def _parse_overflow(text: str) -> Backup:
+    return _check_overflow(Backup.parse(text), repr(text))
+
+
+def _check_overflow(backup: Backup, what: str) -> Backup:
+    if backup.tier not in _OVERFLOW_TIERS:
+        raise InvalidArgumentError(f"{what} cannot take an overflow: give {_OVERFLOW_VALUES}")
+    return backup
 
 
 def _parse_device_count(text: str) -> int:
@@ -201,6 +217,24 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "The most pinned host memory held for backups.",
     ),
     Setting(
+        "host_backup_overflow",
+        "CUMEMPOOL_HOST_BACKUP_OVERFLOW",
+        "--cumem-host-backup-overflow",
+        _OVERFLOW_VALUES,
+        "such a sleep is refused",
+        _parse_overflow,
+        "What takes the backups that the limit on pinned host memory leaves no room for.",
+    ),
+    Setting(
+        "retain_backups",
+        "CUMEMPOOL_RETAIN_BACKUPS",
+        "--cumem-retain-backups",
+        "/".join(_BOOLEANS),
+        "on",
+        _parse_bool,
+        "Keep backups while awake, and copy only what has changed since the last sleep.",
+    ),
+    Setting(
         "host_driver_devices",
         "CUMEMPOOL_HOST_DRIVER_DEVICES",
         "--cumem-host-driver-devices",
@@ -270,6 +304,10 @@ class CuMemConfig:
         driver: ``"cuda"`` or ``"host"``. Where it is not given, ``CUMEMPOOL_DRIVER`` decides, else
             it is ``"cuda"``.
         host_backup_limit: The most pinned host memory held for backups, in bytes; None = no limit.
+        host_backup_overflow: What takes the backups that this limit leaves no room for: pageable
+            memory or a file; their texts are taken as well. None = such a sleep is refused.
+        retain_backups: Keep backups while their memory is awake, and copy only what has changed
+            since the last sleep.
         host_driver_devices: How many devices the host driver simulates, 1 to 64.
         host_driver_bytes: Memory of each simulated device, in bytes.
 
@@ -283,6 +321,8 @@ class CuMemConfig:
     enable_cumem_allocator: bool | None = None
     driver: DriverName = field(default_factory=_default_driver)
     host_backup_limit: int | None = None
+    host_backup_overflow: Backup | None = None
+    retain_backups: bool = True
     host_driver_devices: int = 1
     host_driver_bytes: int = 8 * 1024**3
 
@@ -294,6 +334,11 @@ class CuMemConfig:
         _check_driver(self.driver)
         if self.host_backup_limit is not None:
             _check_int("host_backup_limit", self.host_backup_limit, _MOST_BYTES, " or None")
+        if self.host_backup_overflow is not None:
+            backup = check_backup(self.host_backup_overflow, "host_backup_overflow")
+            _check_overflow(backup, f"host_backup_overflow={str(backup)!r}")
+            object.__setattr__(self, "host_backup_overflow", backup)
+        _check_bool("retain_backups", self.retain_backups)
         _check_int("host_driver_devices", self.host_driver_devices, _MOST_HOST_DEVICES)
         _check_int("host_driver_bytes", self.host_driver_bytes, _MOST_BYTES)
         if self.enable_sleep_mode:
@@ -374,7 +419,7 @@ class CuMemConfig:
                     setting.flag,
                     type=_for_argparse(setting.parse),
                     default=None,
-                    metavar="{" + ",".join(DRIVERS) + "}" if setting.name == "driver" else "N",
+                    metavar=_METAVARS.get(setting.name, "N"),
                     help=f"{text} Takes {setting.values}.",
                 )
         return parser

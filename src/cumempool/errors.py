@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 __all__ = [
     "ERROR_BY_STATUS",
+    "BackupDamagedError",
+    "BackupError",
     "ClosedError",
     "CumempoolError",
     "DriverError",
@@ -22,6 +24,7 @@ __all__ = [
     "TransitionInProgressError",
     "UnavailableError",
     "UnknownTagError",
+    "UnsupportedError",
     "error_from_fields",
 ]
 
@@ -198,6 +201,31 @@ class DriverError(CumempoolError, RuntimeError):
     """
 
 
+class BackupError(CumempoolError, RuntimeError):
+    """A backup file could not be made, written or read.
+
+    A missing directory, a full disk, a file system that fails. Nothing is lost: after a failed
+    sleep everything is awake as before, after a failed wake asleep with its backup. See to the
+    directory, or choose another `Backup`, and repeat the call.
+    """
+
+
+class BackupDamagedError(BackupError):
+    """A backup file does not hold what was written to it: the disk or file system has changed it.
+
+    Nothing was woken, and what is asleep stays so. ``discard()`` the tag and compute its contents
+    again, or load them again.
+    """
+
+
+class UnsupportedError(CumempoolError, RuntimeError):
+    """The hardware or the system cannot do what was asked for.
+
+    A device that cannot reach the peer that was named for its backups, or a backup that lies on a
+    peer and was to be read by the CPU. The message says what is missing.
+    """
+
+
 class InternalError(CumempoolError, RuntimeError):
     """A defect of this library. Report the whole message, with the versions it came from."""
 
@@ -218,6 +246,9 @@ ERROR_BY_STATUS: dict[int, type[CumempoolError]] = {
     12: OutOfSlotsError,
     13: DriverError,
     14: InternalError,
+    15: BackupError,
+    16: BackupDamagedError,
+    17: UnsupportedError,
 }
 
 

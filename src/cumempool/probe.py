@@ -242,7 +242,7 @@ def _route_once(driver: _core.Driver) -> bool:
 
     from cumempool import _core, _torch
 
-    allocator = _core.Allocator(driver, 0)
+    allocator = _core.Allocator(driver, 0, False, None)
     try:
         allocator.declare_tag("probe", 0, 0)
         slot = allocator.bind_slot("probe")

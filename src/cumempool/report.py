@@ -1,4 +1,4 @@
-"""What a sleep, wake or discard did, per tag and in total: bytes, seconds and copy rates."""
+"""What a sleep, wake, swap or discard did, per tag and in total: bytes, seconds and copy rates."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _BYTE_FIELDS = {
     "bytes_freed": "freed",
     "bytes_mapped": "mapped",
     "bytes_backed_up": "backed up",
+    "bytes_clean": "clean",
     "bytes_restored": "restored",
     "bytes_discarded": "discarded",
     "bytes_zeroed": "zeroed",
@@ -54,12 +55,13 @@ class TagReport:
         allocations: Allocations that changed state.
         bytes_freed: Device memory given back to the driver.
         bytes_mapped: Device memory taken from the driver.
-        bytes_backed_up: Bytes copied from the device to the backup.
+        bytes_backed_up: Bytes that the backup holds now: copied, or clean.
+        bytes_clean: The part of them that was kept without a copy, since a retained backup had it.
         bytes_restored: Bytes copied from the backup to the device.
         bytes_discarded: Bytes given up without a copy: discarded allocations, and dead ranges of
             allocations that were backed up.
         bytes_zeroed: Bytes filled with zero.
-        seconds: Time that the copies took; devices copy one after another, so their times add up.
+        seconds: Time that the copies took, added up over the devices, which copy at the same time.
     """
 
     tag: str
@@ -68,19 +70,28 @@ class TagReport:
     bytes_freed: int = 0
     bytes_mapped: int = 0
     bytes_backed_up: int = 0
+    bytes_clean: int = 0
     bytes_restored: int = 0
     bytes_discarded: int = 0
     bytes_zeroed: int = 0
     seconds: float = 0.0
 
     @property
+    def bytes_dirty(self) -> int:
+        """Bytes copied from the device to the backup."""
+        return self.bytes_backed_up - self.bytes_clean
+
+    @property
     def bytes_copied(self) -> int:
         """Bytes copied in either direction."""
-        return self.bytes_backed_up + self.bytes_restored
+        return self.bytes_dirty + self.bytes_restored
 
     @property
     def gb_per_s(self) -> float:
-        """Copied bytes over copy time, in 1e9 bytes per second; 0.0 where nothing was copied."""
+        """Copied bytes over copy time, in 1e9 bytes per second; 0.0 where nothing was copied.
+
+        Several devices copy at the same time: this is the mean of their rates, weighted by time.
+        """
         return _rate(self.bytes_copied, self.seconds)
 
     def to_dict(self) -> dict[str, object]:
@@ -110,10 +121,10 @@ class TagReport:
 
 @dataclass(frozen=True, slots=True)
 class TransitionReport:
-    """What one ``sleep``, ``wake_up`` or ``discard`` did. ``str()`` has one line per tag.
+    """What one transition did. ``str()`` has one line per tag.
 
     Attributes:
-        operation: ``"sleep"``, ``"wake_up"`` or ``"discard"``.
+        operation: ``"sleep"``, ``"wake_up"``, ``"swap"`` or ``"discard"``.
         seconds: Wall time of the whole transition, the wait for work in flight included.
         tags: One `TagReport` per tag that the transition covered; read-only.
         overrides: For each tag whose own policy the call overruled, in what way; read-only.
@@ -156,11 +167,12 @@ class TransitionReport:
         """A report from rows of the C interface (``cumempool_report_row``), one per tag and device.
 
         Args:
-            operation: ``"sleep"``, ``"wake_up"`` or ``"discard"``.
+            operation: ``"sleep"``, ``"wake_up"``, ``"swap"`` or ``"discard"``.
             seconds: Wall time of the transition.
             rows: Mappings with ``tag``, ``device``, ``allocations``, ``freed_bytes``,
-                ``mapped_bytes``, ``backed_up_bytes``, ``restored_bytes``, ``discarded_bytes``,
-                ``zeroed_bytes`` and ``copy_seconds``. Rows of one tag are added up.
+                ``mapped_bytes``, ``backed_up_bytes``, ``clean_bytes``, ``restored_bytes``,
+                ``discarded_bytes``, ``zeroed_bytes`` and ``copy_seconds``. Rows of one tag are
+                added up.
             problems: Failures that did not stop the transition.
             overrides: Tag -> in what way the call overruled the policy of the tag.
 
@@ -185,8 +197,23 @@ class TransitionReport:
 
     @property
     def bytes_backed_up(self) -> int:
-        """Bytes copied from the device to the backup, all tags."""
+        """Bytes that backups hold now, copied or clean, all tags."""
         return sum(tag.bytes_backed_up for tag in self.tags.values())
+
+    @property
+    def bytes_clean(self) -> int:
+        """The part of them that was kept without a copy, all tags."""
+        return sum(tag.bytes_clean for tag in self.tags.values())
+
+    @property
+    def bytes_dirty(self) -> int:
+        """Bytes copied from the device to the backup, all tags."""
+        return sum(tag.bytes_dirty for tag in self.tags.values())
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes copied in either direction, all tags."""
+        return sum(tag.bytes_copied for tag in self.tags.values())
 
     @property
     def bytes_restored(self) -> int:
@@ -206,8 +233,7 @@ class TransitionReport:
     @property
     def gb_per_s(self) -> float:
         """Copied bytes over copy time of all tags, in 1e9 bytes per second; 0.0 for no copies."""
-        copied = self.bytes_backed_up + self.bytes_restored
-        return _rate(copied, sum(tag.seconds for tag in self.tags.values()))
+        return _rate(self.bytes_copied, sum(tag.seconds for tag in self.tags.values()))
 
     def to_dict(self) -> dict[str, object]:
         """Totals, tags, overrides and problems, of types that ``json.dumps`` takes."""
@@ -242,6 +268,7 @@ def _tag_report(tag: str, rows: Sequence[Mapping[str, object]]) -> TagReport:
         bytes_freed=total("freed_bytes"),
         bytes_mapped=total("mapped_bytes"),
         bytes_backed_up=total("backed_up_bytes"),
+        bytes_clean=total("clean_bytes"),
         bytes_restored=total("restored_bytes"),
         bytes_discarded=total("discarded_bytes"),
         bytes_zeroed=total("zeroed_bytes"),

@@ -30,7 +30,10 @@ class AllocationInfo:
         device: Device ordinal.
         state: ``"awake"``, ``"backed_up"`` or ``"discarded"``; the last two are asleep.
         generation: Grows at each wake: physical pages changed, registrations are stale.
-        backup_bytes: Host bytes that hold its contents.
+        backup_bytes: Bytes of the backup that has its contents; while it is awake, of the one that
+            is kept from its last sleep.
+        backup_tier: Where that backup is: ``"pinned"``, ``"pageable"``, ``"file"``, ``"peer"``;
+            None where there is none.
         sequence: Order of allocation.
     """
 
@@ -42,6 +45,7 @@ class AllocationInfo:
     state: str
     generation: int
     backup_bytes: int
+    backup_tier: str | None
     sequence: int
 
 
@@ -61,7 +65,10 @@ class TagStats:
         backed_up_bytes: Their bytes.
         discarded_allocations: Allocations asleep without one.
         discarded_bytes: Their bytes.
-        backup_bytes: Host bytes that hold contents.
+        backup_bytes: Bytes of the backups of what is asleep.
+        retained_bytes: Bytes of the backups kept of what is awake.
+        backup_tier: Where backups go from the next sleep on: ``"pinned"``, ``"pageable"``,
+            ``"file"`` or ``"peer"``.
         unreleased_bytes: Asleep, but the driver would not take the memory back.
     """
 
@@ -77,6 +84,8 @@ class TagStats:
     discarded_allocations: int
     discarded_bytes: int
     backup_bytes: int
+    retained_bytes: int
+    backup_tier: str
     unreleased_bytes: int
 
     @property
@@ -93,6 +102,7 @@ _COUNTS = (
     "discarded_allocations",
     "discarded_bytes",
     "backup_bytes",
+    "retained_bytes",
     "unreleased_bytes",
 )
 _ON_SLEEP = (None, "offload", "discard")
@@ -110,6 +120,7 @@ def _tag_stats(rows: Sequence[Mapping[str, Any]]) -> TagStats:
         on_sleep=_ON_SLEEP[first["on_sleep"]],
         on_wake=_ON_WAKE[first["on_wake"]],
         handle_types=handle_type_names(common),
+        backup_tier=first["backup_tier"],
         rdma=bool(used) and all(row["rdma"] for row in used),
         **{name: sum(row[name] for row in rows) for name in _COUNTS},
     )
@@ -125,13 +136,18 @@ class Stats:
         physical_bytes: Device memory held from the driver: created minus released.
         mapped_bytes: The part of it that is mapped.
         pending_free_bytes: Freed by the program, held until a transition ends or a retry succeeds.
-        host_bytes: Pinned host memory held.
-        host_used_bytes: The part of it that holds backups.
+        host_bytes: Pinned host memory held for backups.
+        host_used_bytes: The part of it that holds backups, those kept of what is awake included.
+        pageable_bytes: Pageable host memory held for backups.
+        file_bytes: Size of the backup files.
+        peer_bytes: Device memory held for backups of other devices.
+        staging_bytes: Pinned host memory held for buffers and digests.
         malloc_calls: Allocations tried.
         malloc_failures: Those that failed.
         free_calls: Frees.
         sleeps: Sleeps and discards that succeeded.
         wakes: Wakes that succeeded.
+        swaps: Swaps that succeeded.
         failed_transitions: Transitions that failed and changed nothing.
         last_malloc_failure: Why the last failed allocation failed, or ``""``.
     """
@@ -143,11 +159,16 @@ class Stats:
     pending_free_bytes: int
     host_bytes: int
     host_used_bytes: int
+    pageable_bytes: int
+    file_bytes: int
+    peer_bytes: int
+    staging_bytes: int
     malloc_calls: int
     malloc_failures: int
     free_calls: int
     sleeps: int
     wakes: int
+    swaps: int
     failed_transitions: int
     last_malloc_failure: str
 

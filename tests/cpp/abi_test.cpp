@@ -167,7 +167,8 @@ TEST_F(Abi, RequestsThatContradictThemselvesAreInvalid) {
 TEST_F(Abi, StructsOfAnotherVersionAreRefused) {
   constexpr auto kInvalid = CUMEMPOOL_INVALID_ARGUMENT;
   cumempool_allocator* allocator = nullptr;
-  cumempool_allocator_options options{sizeof options - 8, 0, 0};
+  cumempool_allocator_options options = pool_options();
+  options.size -= 8;
   EXPECT_EQ(cumempool_allocator_create(&host.table(), &options, &allocator), kInvalid);
   options.size = sizeof options;
   cumempool_driver table = host.table();

@@ -87,6 +87,18 @@ void use_streams_and_events(const cumempool_driver& table, cumempool_address add
   must(CALL(table, stream_synchronize, 0, second.get()), "stream_synchronize");
 }
 
+void use_ordinary_memory(const cumempool_driver& table, const HostBuffer& pages) {
+  const Stream stream(table);
+  const Allocation memory(table, 2u << 20);
+  must(CALL(table, fill, 0, memory.address(), std::uint8_t{4}, std::size_t{4096}, stream.get()),
+       "fill");
+  must(
+      CALL(table, copy_to_host, 0, pages.data(), memory.address(), std::size_t{4096}, stream.get()),
+      "copy_to_host");
+  must(CALL(table, stream_synchronize, 0, stream.get()), "stream_synchronize");
+  EXPECT_TRUE(pages.all_are(0, 4096, 4));
+}
+
 // Every entry that works on memory, streams or events, at least once. The first digest of a context
 // also loads the code for it.
 void use_all(const cumempool_driver& table, const cumempool_memory_properties& properties,
@@ -94,6 +106,7 @@ void use_all(const cumempool_driver& table, const cumempool_memory_properties& p
   const Block block(table, granule, properties);
   const HostBuffer pages(table, 8192);
   use_streams_and_events(table, block.address(), pages);
+  use_ordinary_memory(table, pages);
   const Stream stream(table);
   const auto first = digests_of(table, 1, {{block.address(), 4096}}, stream.get());
   const auto second = digests_of(table, 1, {{block.address() + 4096, 4096}}, stream.get());

@@ -29,6 +29,9 @@ inline bool gpu_required() {
   return value != nullptr && std::string(value) == "1";
 }
 
+constexpr cumempool_access kRead = CUMEMPOOL_ACCESS_READ;
+constexpr cumempool_access kReadWrite = CUMEMPOOL_ACCESS_READ_WRITE;
+
 // Fails the test, and ends it, where a call that it builds on fails.
 inline void must(cumempool_result result, const char* what) {
   if (result != CUMEMPOOL_RESULT_SUCCESS) {
@@ -102,7 +105,7 @@ class Range {
 inline void map_at(const cumempool_driver& table, cumempool_address address, std::size_t bytes,
                    cumempool_physical physical, int device = 0) {
   must(CALL(table, map, address, bytes, physical), "map");
-  must(CALL(table, set_access, address, bytes, &device, std::size_t{1}), "set_access");
+  must(CALL(table, set_access, address, bytes, &device, std::size_t{1}, kReadWrite), "set_access");
 }
 
 // Accessible device memory with a range of its own; its handle is released once it is mapped.
@@ -128,6 +131,25 @@ class Block {
   const cumempool_driver& table_;
   std::size_t bytes_;
   Range range_;
+};
+
+// Device memory of the ordinary kind.
+class Allocation {
+ public:
+  Allocation(const cumempool_driver& table, std::size_t bytes) : table_(table) {
+    must(CALL(table_, allocate, 0, bytes, &address_), "allocate");
+  }
+  ~Allocation() { EXPECT_EQ(CALL(table_, deallocate, 0, address_), CUMEMPOOL_RESULT_SUCCESS); }
+  Allocation(const Allocation&) = delete;
+  Allocation(Allocation&&) = delete;
+  Allocation& operator=(const Allocation&) = delete;
+  Allocation& operator=(Allocation&&) = delete;
+
+  cumempool_address address() const { return address_; }
+
+ private:
+  const cumempool_driver& table_;
+  cumempool_address address_ = 0;
 };
 
 // Page-aligned host memory of zeros; registered as one range, unless `registered` is false.
@@ -250,7 +272,9 @@ class DriverConformance : public ::testing::TestWithParam<DriverUnderTest> {
     }
     if (table_ == nullptr || is_cuda()) return;
     const auto left = driver::host_driver_counters(table_);
-    EXPECT_EQ(left.reservations + left.handles + left.mappings + left.charged_bytes, 0u);
+    EXPECT_EQ(
+        left.reservations + left.handles + left.mappings + left.allocations + left.charged_bytes,
+        0u);
     EXPECT_EQ(left.registrations + left.streams + left.events + left.queued_commands, 0u);
     EXPECT_EQ(left.retained_contexts + left.entered_contexts, 0u);
     driver::destroy_host_driver(table_);

@@ -1,9 +1,9 @@
 // The contract of driver.h held to account on any driver, first part: results, threads, contexts
 // and memory (C1 to C8, C12). conformance_work_test.cpp has the work (C9 to C11).
 //
-// Not here: C4 is in conformance_capture_test.cpp, C14 in conformance_digest_test.cpp. C13 forbids
-// use, so there is nothing to call. Misuse that may crash libcuda, such as releasing a handle
-// twice, is in host_driver_test.cpp.
+// Not here: C4 is in conformance_capture_test.cpp, C14 in conformance_digest_test.cpp, and kinds of
+// memory and access in conformance_memory_test.cpp. C13 forbids use, so there is nothing to call.
+// Misuse that may crash libcuda, such as releasing a handle twice, is in host_driver_test.cpp.
 #include <fcntl.h>
 
 #include <array>
@@ -144,7 +144,7 @@ TEST_P(DriverConformance, C2_ThreadsUseTheTableAtTheSameTime) {
   EXPECT_EQ(good, std::vector<int>(thread_count, rounds));
 }
 
-constexpr int kContextEntries = 17;
+constexpr int kContextEntries = 19;
 
 // Calls every [context] entry with what would be good arguments inside; returns how many said 201.
 int count_invalid_context(const cumempool_driver& table, const Block& block,
@@ -157,6 +157,8 @@ int count_invalid_context(const cumempool_driver& table, const Block& block,
   *extents = {block.address(), 16};
   const std::array<cumempool_result, kContextEntries> results{
       CALL(table, memory_info, 0, &bytes, &bytes),
+      CALL(table, allocate, 0, std::size_t{1}, &made),
+      CALL(table, deallocate, 0, block.address()),
       CALL(table, host_register, 0, pages.data(), std::size_t{65536}),
       CALL(table, host_unregister, 0, pages.data()),
       CALL(table, stream_create, 0, &made),
@@ -262,8 +264,9 @@ TEST_P(DriverConformance, C5_SizesAreMultiplesOfTheGranularity) {
   }
   map_at(table(), range.address(), granule(), physical);
   for (const std::size_t bytes : {std::size_t{0}, std::size_t{1}, granule() - 1}) {
-    EXPECT_EQ(CALL(table(), set_access, range.address(), bytes, &device, std::size_t{1}),
-              CUMEMPOOL_RESULT_INVALID_VALUE);
+    EXPECT_EQ(
+        CALL(table(), set_access, range.address(), bytes, &device, std::size_t{1}, kReadWrite),
+        CUMEMPOOL_RESULT_INVALID_VALUE);
     EXPECT_EQ(CALL(table(), unmap, range.address(), bytes), CUMEMPOOL_RESULT_INVALID_VALUE);
     EXPECT_EQ(CALL(table(), unreserve, range.address(), bytes), CUMEMPOOL_RESULT_INVALID_VALUE);
   }
@@ -401,7 +404,8 @@ TEST_P(DriverConformance, C8_OneSetAccessCoversSeveralMappings) {
     must(CALL(table(), release, physical), "release");
   }
   const int device = 0;
-  must(CALL(table(), set_access, range.address(), 3 * granule(), &device, std::size_t{1}),
+  must(CALL(table(), set_access, range.address(), 3 * granule(), &device, std::size_t{1},
+            kReadWrite),
        "set_access");
   const HostBuffer out(table(), 3 * granule());
   const HostBuffer back(table(), 3 * granule());
@@ -418,8 +422,9 @@ TEST_P(DriverConformance, C8_OneSetAccessCoversSeveralMappings) {
 TEST_P(DriverConformance, C8_AccessNeedsAMapping) {
   const Range range(table(), granule());
   const int device = 0;
-  EXPECT_NE(CALL(table(), set_access, range.address(), granule(), &device, std::size_t{1}),
-            CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_NE(
+      CALL(table(), set_access, range.address(), granule(), &device, std::size_t{1}, kReadWrite),
+      CUMEMPOOL_RESULT_SUCCESS);
 }
 
 TEST_P(DriverConformance, C8_TwoMappingsDoNotShareAnAddress) {

@@ -216,7 +216,7 @@ TEST_P(DriverConformance, C9_DevicesWithAccessCopyAndWaitAcross) {
   const Block here(table(), granule(), properties());
   const Block there(table(), granule(), elsewhere);
   const std::array<int, 2> both{0, 1};
-  must(CALL(table(), set_access, there.address(), granule(), both.data(), both.size()),
+  must(CALL(table(), set_access, there.address(), granule(), both.data(), both.size(), kReadWrite),
        "set_access");
   const HostBuffer out(table(), granule());
   const HostBuffer back(table(), granule());

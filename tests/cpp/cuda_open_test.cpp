@@ -1,6 +1,6 @@
 // How the `cuda` driver opens libcuda, on a fake one: what it says when it cannot, that it tries
-// again, which symbols it can do without, and what it does with the digest kernel. Each case runs
-// in a child process, since libcuda is never closed.
+// again, which symbols it can do without, and what it does with the digest kernel and with memory.
+// Each case runs in a child process, since libcuda is never closed.
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
 
 #include "driver/builtin.hpp"
@@ -112,9 +113,9 @@ std::string digest_result(const cumempool_driver& table, std::uint64_t address =
   return std::to_string(table.digest(table.self, 0, 1, extents, 2, to, 0)) + " ";
 }
 
-// Calls `use` inside device 0's context, and says its results and what it did with modules.
-[[noreturn]] void use_digests(const char* variable, const char* value,
-                              std::string (*use)(const cumempool_driver&)) {
+// Calls `use` inside device 0's context, and says its results and what it made libcuda do.
+[[noreturn]] void use_inside(const char* variable, const char* value,
+                             std::string (*use)(const cumempool_driver&)) {
   setenv(variable, value, 1);
   void* const library = load_fake();
   const cumempool_driver& table = cuda_driver();
@@ -147,6 +148,48 @@ std::string with_bad_arguments(const cumempool_driver& table) {
   return digest_result(table, 4104) + digest_result(table, 4096, false) +
          std::to_string(table.digest(table.self, 0, 1, nullptr, 0, nullptr, 0)) + " " +
          std::to_string(table.copy_on_device(table.self, 0, 4096, 4097, 2, 0)) + " ";
+}
+
+std::string text_of(std::initializer_list<cumempool_result> results) {
+  std::string text;
+  for (const auto result : results) text += std::to_string(result) + " ";
+  return text;
+}
+
+std::string deallocate_what_was_allocated(const cumempool_driver& table) {
+  void* self = table.self;
+  cumempool_address address = 0;
+  const auto nothing = table.allocate(self, 0, 0, &address);
+  const auto made = table.allocate(self, 0, 4096, &address);
+  const auto inside_it = table.deallocate(self, 0, address + 256);
+  const auto elsewhere = table.deallocate(self, 0, 8192);
+  const auto other_device = table.deallocate(self, 1, address);
+  const auto first = table.deallocate(self, 0, address);
+  const auto second = table.deallocate(self, 0, address);
+  const auto third = table.deallocate(self, 0, address);
+  return text_of({nothing, made, inside_it, elsewhere, other_device, first, second, third});
+}
+
+std::string deallocate_memory_of_another_device(const cumempool_driver& table) {
+  cumempool_address address = 0;
+  cumempool_context_token token{};
+  const auto made = table.allocate(table.self, 0, 4096, &address);
+  table.context_retain(table.self, 1);
+  table.context_enter(table.self, 1, &token);
+  const auto other = table.deallocate(table.self, 1, address);
+  table.context_leave(table.self, &token);
+  table.context_release(table.self, 1);
+  return text_of({made, other, table.deallocate(table.self, 0, address)});
+}
+
+std::string give_each_access(const cumempool_driver& table) {
+  const int devices[] = {0, 1};
+  std::string text;
+  for (const int access : {0, 1, 2, 3}) {
+    text += text_of({table.set_access(table.self, 4096, 4096, devices, 2,
+                                      static_cast<cumempool_access>(access))});
+  }
+  return text;
 }
 
 [[noreturn]] void ask_what_older_drivers_do_not_know() {
@@ -197,36 +240,55 @@ TEST(CudaOpenDeathTest, C3ContextEntriesFailOutsideAContext) {
 }
 
 TEST(CudaOpenDeathTest, DigestCodeIsLoadedOnceAndUnloadedWithTheContext) {
-  EXPECT_EXIT(use_digests("FAKE_MODULE", "0", twice), normally,
+  EXPECT_EXIT(use_inside("FAKE_MODULE", "0", twice), normally,
               "0 0 \\| load cumempool_digest_kernel launch\\(2,256,0\\) launch\\(2,256,0\\) unload "
               "\\.");
 }
 
 TEST(CudaOpenDeathTest, DigestCodeIsLoadedAgainIntoANewContext) {
-  EXPECT_EXIT(use_digests("FAKE_MODULE", "0", in_two_contexts), normally,
+  EXPECT_EXIT(use_inside("FAKE_MODULE", "0", in_two_contexts), normally,
               "0 0 \\| load cumempool_digest_kernel launch\\(2,256,0\\) unload "
               "load cumempool_digest_kernel launch\\(2,256,0\\) unload \\.");
 }
 
 TEST(CudaOpenDeathTest, RefusedDigestCodeIsNotSupportedForGood) {
   for (const char* refusal : {"200", "209", "218", "221", "222", "223", "801"}) {
-    EXPECT_EXIT(use_digests("FAKE_MODULE", refusal, twice), normally, "801 801 \\| load \\.");
+    EXPECT_EXIT(use_inside("FAKE_MODULE", refusal, twice), normally, "801 801 \\| load \\.");
   }
 }
 
 TEST(CudaOpenDeathTest, DigestCodeThatFailsToLoadOtherwiseIsTriedAgain) {
-  EXPECT_EXIT(use_digests("FAKE_MODULE", "2", twice), normally, "2 2 \\| load load \\.");
+  EXPECT_EXIT(use_inside("FAKE_MODULE", "2", twice), normally, "2 2 \\| load load \\.");
 }
 
 TEST(CudaOpenDeathTest, DigestsAreNotSupportedWithoutTheSymbols) {
   for (const char* symbol : {"cuModuleLoadDataEx", "cuModuleGetFunction", "cuModuleUnload",
                              "cuLaunchKernel", "cuPointerGetAttribute"}) {
-    EXPECT_EXIT(use_digests("FAKE_MISSING", symbol, twice), normally, "801 801 \\| \\.");
+    EXPECT_EXIT(use_inside("FAKE_MISSING", symbol, twice), normally, "801 801 \\| \\.");
   }
 }
 
-TEST(CudaOpenDeathTest, BadArgumentsReachNoKernel) {
-  EXPECT_EXIT(use_digests("FAKE_MODULE", "0", with_bad_arguments), normally, "1 1 0 1 \\| \\.");
+TEST(CudaOpenDeathTest, BadArgumentsLaunchNothingAndNoExtentsOnlyLoadTheCode) {
+  EXPECT_EXIT(use_inside("FAKE_MODULE", "0", with_bad_arguments), normally,
+              "1 1 0 1 \\| load cumempool_digest_kernel unload \\.");
+}
+
+TEST(CudaOpenDeathTest, DeallocateTakesExactlyOneAddressOfAllocate) {
+  EXPECT_EXIT(use_inside("FAKE_FREE", "0", deallocate_what_was_allocated), normally,
+              "1 0 1 1 201 0 1 1 \\| alloc\\(0\\) alloc\\(4096\\) free \\.");
+  EXPECT_EXIT(use_inside("FAKE_DEVICES", "2", deallocate_memory_of_another_device), normally,
+              "0 1 0 \\| alloc\\(4096\\) free \\.");
+}
+
+TEST(CudaOpenDeathTest, MemoryThatCouldNotBeFreedMayBeFreedAgain) {
+  EXPECT_EXIT(use_inside("FAKE_FREE", "719", deallocate_what_was_allocated), normally,
+              "1 0 1 1 201 719 0 1 \\| alloc\\(0\\) alloc\\(4096\\) free free \\.");
+}
+
+TEST(CudaOpenDeathTest, AccessIsToReadOrToReadAndWrite) {
+  EXPECT_EXIT(use_inside("FAKE_DEVICES", "2", give_each_access), normally,
+              "1 0 1 0 \\| access\\(70,1\\) access\\(71,1\\) access\\(70,3\\) "
+              "access\\(71,3\\) \\.");
 }
 
 TEST(CudaOpenDeathTest, OlderDriversKnowNeitherFabricNorNumaNode) {

@@ -44,7 +44,7 @@ TEST_F(Fork, R14_EveryCallInTheChildFailsWithANamedError) {
     cumempool_snapshot* snapshot = nullptr;
     cumempool_allocator* allocator = nullptr;
     const cumempool_driver* driver = nullptr;
-    const cumempool_allocator_options options{sizeof options, 0, 0};
+    const cumempool_allocator_options options = pool_options();
     std::uint64_t bytes = 0;
     std::uint32_t slot = 0;
     const bool all =

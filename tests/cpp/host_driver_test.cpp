@@ -1,7 +1,6 @@
 // What the host driver promises beyond the contract: exact result codes for misuse, work that never
 // runs before somebody waits, errors that stick, and a budget that adds up.
-#include "driver/host_driver.hpp"
-
+// host_driver_memory_test.cpp has allocations and read-only access.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 
@@ -11,11 +10,10 @@
 #include <thread>
 #include <vector>
 
-#include "conformance_fixture.hpp"
-#include "driver/builtin.hpp"
 #include "driver/digest.hpp"
 #include "driver/driver.hpp"
 #include "driver/error.hpp"
+#include "host_driver_fixture.hpp"
 
 namespace cumempool::driver {
 namespace {
@@ -24,56 +22,11 @@ using conformance::Block;
 using conformance::Event;
 using conformance::HostBuffer;
 using conformance::Inside;
+using conformance::kReadWrite;
 using conformance::map_at;
 using conformance::must;
 using conformance::Range;
 using conformance::Stream;
-
-constexpr std::size_t kGranule = 64u << 10;
-constexpr std::size_t kBudget = 16 * kGranule;
-constexpr cumempool_stream kLegacyStream = 0;
-
-cumempool_host_driver_options good_options() {
-  return {
-      sizeof(cumempool_host_driver_options), 2, kBudget, kGranule, CUMEMPOOL_HANDLE_POSIX_FD, 0};
-}
-
-class HostDriverTest : public ::testing::Test {
- protected:
-  HostDriverTest() : table_(*make_host_driver(good_options())) {
-    must(table_.init(table_.self), "init");
-    must(CALL(table_, context_retain, 0), "context_retain");
-    must(CALL(table_, context_enter, 0, &token_), "context_enter");
-  }
-  void TearDown() override { destroy_host_driver(&table_); }
-
-  cumempool_physical create(std::size_t bytes) {
-    cumempool_physical physical = 0;
-    must(CALL(table_, create, bytes, &properties_, &physical), "create");
-    return physical;
-  }
-
-  std::uint64_t free_bytes() {
-    std::uint64_t free = 0;
-    std::uint64_t total = 0;
-    must(CALL(table_, memory_info, 0, &free, &total), "memory_info");
-    EXPECT_EQ(total, kBudget);
-    return free;
-  }
-
-  cumempool_result fill(cumempool_address address, std::uint8_t byte, std::size_t bytes = kGranule,
-                        cumempool_stream stream = kLegacyStream) {
-    return CALL(table_, fill, 0, address, byte, bytes, stream);
-  }
-
-  static std::uint8_t first_byte(const Block& block) {
-    return *reinterpret_cast<const std::uint8_t*>(block.address());  // NOLINT
-  }
-
-  const cumempool_driver& table_;
-  cumempool_memory_properties properties_{0, CUMEMPOOL_HANDLE_POSIX_FD, 0, 0};
-  cumempool_context_token token_{};
-};
 
 // ---- options --------------------------------------------------------------------------------
 
@@ -210,6 +163,7 @@ TEST_F(HostDriverTest, CountersSayWhatIsHeld) {
   EXPECT_EQ(held.handles, 0u) << "released once mapped";
   EXPECT_EQ(held.mappings, 1u);
   EXPECT_EQ(held.mapped_bytes, 2 * kGranule);
+  EXPECT_EQ(held.allocations, 0u);
   EXPECT_EQ(held.charged_bytes, 2 * kGranule);
   EXPECT_EQ(held.registrations, 1u);
   EXPECT_EQ(held.registered_bytes, kGranule);
@@ -251,7 +205,7 @@ TEST_F(HostDriverTest, MisuseOfMappingsHasItsOwnResults) {
   must(CALL(table_, reserve, 4 * kGranule, &address), "reserve");
   const cumempool_physical physical = create(2 * kGranule);
   const int device = 0;
-  EXPECT_EQ(CALL(table_, set_access, address, kGranule, &device, std::size_t{1}),
+  EXPECT_EQ(CALL(table_, set_access, address, kGranule, &device, std::size_t{1}, kReadWrite),
             CUMEMPOOL_RESULT_NOT_MAPPED);
   EXPECT_EQ(CALL(table_, unmap, address, 2 * kGranule), CUMEMPOOL_RESULT_NOT_MAPPED);
   must(CALL(table_, map, address, 2 * kGranule, physical), "map");
@@ -259,18 +213,19 @@ TEST_F(HostDriverTest, MisuseOfMappingsHasItsOwnResults) {
             CUMEMPOOL_RESULT_ALREADY_MAPPED);
   EXPECT_EQ(CALL(table_, unreserve, address, 4 * kGranule), CUMEMPOOL_RESULT_INVALID_VALUE);
   EXPECT_EQ(CALL(table_, unmap, address, kGranule), CUMEMPOOL_RESULT_INVALID_VALUE);
-  EXPECT_EQ(CALL(table_, set_access, address, kGranule, &device, std::size_t{1}),
+  EXPECT_EQ(CALL(table_, set_access, address, kGranule, &device, std::size_t{1}, kReadWrite),
             CUMEMPOOL_RESULT_INVALID_VALUE);
-  EXPECT_EQ(CALL(table_, set_access, address, 4 * kGranule, &device, std::size_t{1}),
+  EXPECT_EQ(CALL(table_, set_access, address, 4 * kGranule, &device, std::size_t{1}, kReadWrite),
             CUMEMPOOL_RESULT_INVALID_VALUE);
-  EXPECT_EQ(CALL(table_, set_access, address, 2 * kGranule, &device, std::size_t{0}),
+  EXPECT_EQ(CALL(table_, set_access, address, 2 * kGranule, &device, std::size_t{0}, kReadWrite),
             CUMEMPOOL_RESULT_INVALID_VALUE);
   const int nobody = 2;
-  EXPECT_EQ(CALL(table_, set_access, address, 2 * kGranule, &nobody, std::size_t{1}),
+  EXPECT_EQ(CALL(table_, set_access, address, 2 * kGranule, &nobody, std::size_t{1}, kReadWrite),
             CUMEMPOOL_RESULT_INVALID_DEVICE);
   EXPECT_EQ(fill(address, 1), CUMEMPOOL_RESULT_INVALID_VALUE) << "mapped without access";
   const int peer = 1;
-  must(CALL(table_, set_access, address, 2 * kGranule, &peer, std::size_t{1}), "set_access");
+  must(CALL(table_, set_access, address, 2 * kGranule, &peer, std::size_t{1}, kReadWrite),
+       "set_access");
   EXPECT_EQ(fill(address, 1), CUMEMPOOL_RESULT_INVALID_VALUE) << "access for the peer only";
   must(CALL(table_, unmap, address, 2 * kGranule), "unmap");
   EXPECT_EQ(CALL(table_, unreserve, address + kGranule, kGranule), CUMEMPOOL_RESULT_INVALID_VALUE);
@@ -574,7 +529,8 @@ TEST_F(TwoHostDevicesTest, C8_ACopyNeedsAccessOnBothSides) {
   EXPECT_EQ(copy(here.address(), there.address()), CUMEMPOOL_RESULT_INVALID_VALUE);
   EXPECT_EQ(copy(there.address(), here.address()), CUMEMPOOL_RESULT_INVALID_VALUE);
   const int first = 0;
-  must(CALL(table_, set_access, there.address(), kGranule, &first, std::size_t{1}), "set_access");
+  must(CALL(table_, set_access, there.address(), kGranule, &first, std::size_t{1}, kReadWrite),
+       "set_access");
   must(copy(here.address(), there.address()), "copy_on_device");
   must(CALL(table_, fence, 0), "fence");
 }
@@ -600,8 +556,9 @@ TEST_F(TwoHostDevicesTest, DevicesWithoutALinkDoNotReachEachOther) {
   EXPECT_EQ(possible, 1);
   const Block here(table_, kGranule, properties_);
   const std::array<int, 2> both{0, 1};
-  EXPECT_EQ(CALL(table_, set_access, here.address(), kGranule, both.data(), both.size()),
-            CUMEMPOOL_RESULT_INVALID_DEVICE);
+  EXPECT_EQ(
+      CALL(table_, set_access, here.address(), kGranule, both.data(), both.size(), kReadWrite),
+      CUMEMPOOL_RESULT_INVALID_DEVICE);
 }
 
 TEST_F(TwoHostDevicesTest, EventsOfAnotherDeviceAreWaitedForButNotAskedAbout) {
@@ -626,7 +583,8 @@ TEST_F(TwoHostDevicesTest, C11_WorkThatWaitsForABrokenDeviceBreaksToo) {
   const cumempool_physical physical = create(kGranule);
   const int second = 1;
   must(CALL(table_, map, range.address(), kGranule, physical), "map");
-  must(CALL(table_, set_access, range.address(), kGranule, &second, std::size_t{1}), "set_access");
+  must(CALL(table_, set_access, range.address(), kGranule, &second, std::size_t{1}, kReadWrite),
+       "set_access");
   cumempool_stream stream = 0;
   must(CALL(table_, stream_create, 0, &stream), "stream_create");
   {
@@ -674,7 +632,8 @@ TEST_F(TwoHostDevicesTest, C2_DevicesThatWaitForEachOtherComeToAnEnd) {
   constexpr int rounds = 200;
   const Block block(table_, kGranule, properties_);
   const std::array<int, 2> both{0, 1};
-  must(CALL(table_, set_access, block.address(), kGranule, both.data(), both.size()), "set_access");
+  must(CALL(table_, set_access, block.address(), kGranule, both.data(), both.size(), kReadWrite),
+       "set_access");
   const Stream stream(table_);
   const Event event(table_);
   for (int round = 0; round < rounds; ++round) {

@@ -1,5 +1,5 @@
-// Many threads on one allocator: allocations and statistics while other tags sleep and wake, frees
-// and closes that race, and contents that survive all of it.
+// Many threads on one allocator: allocations and statistics while other tags sleep, wake and swap,
+// frees and closes that race, and contents that survive all of it.
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -20,6 +20,9 @@ constexpr std::chrono::milliseconds kDuration{2000};
 
 class Threads : public ::testing::Test {
  protected:
+  explicit Threads(bool retain_backups = false)
+      : pool(host.table(), pool_options(0, retain_backups)) {}
+
   struct Block {
     cumempool_address address;
     std::size_t bytes;
@@ -79,7 +82,7 @@ class Threads : public ::testing::Test {
   }
 
   Host host;
-  Pool pool{host};
+  Pool pool;
   std::atomic<bool> stop{false};
   std::atomic<int> damaged{0};
   std::atomic<int> failures{0};
@@ -108,6 +111,92 @@ TEST_F(Threads, R7_AllocateFreeAndLookWhileOtherTagsSleepAndWake) {
   EXPECT_EQ(failures, 0);
   EXPECT_GT(cycles, 2);
   EXPECT_GT(rounds, kThreads * 10);
+  expect_exact_numbers(pool, host);
+}
+
+class RetainingThreads : public Threads {
+ protected:
+  RetainingThreads() : Threads(true) {}
+
+  void fill(const char* tag, std::vector<Block>& blocks) const {
+    for (std::uint32_t i = 0; i < 4; ++i) {
+      const int device = static_cast<int>(i % 2);
+      const std::uint32_t seed = i + static_cast<std::uint32_t>(tag[0]);
+      blocks.push_back({pool.malloc(tag, 2 * kGranule, device), 2 * kGranule, seed});
+      write_pattern(blocks.back().address, blocks.back().bytes, seed);
+    }
+  }
+  void check(const std::vector<Block>& blocks) {
+    for (const Block& block : blocks) {
+      if (!holds_pattern(block.address, block.bytes, block.seed)) ++damaged;
+    }
+  }
+  // What other threads of a program may ask for at any time.
+  void ask(const std::vector<Block>& blocks) {
+    while (!stop) {
+      const View view(pool.get(), blocks.front().address, blocks.front().bytes);
+      if (view.status() == CUMEMPOOL_OK &&
+          !holds_pattern(view.address(), blocks.front().bytes, blocks.front().seed)) {
+        ++damaged;
+      }
+      std::uint64_t pinned = 0;
+      if (pool.prepare({{{"a", kOffload}, {"b", kOffload}}}, pinned) != CUMEMPOOL_OK) ++failures;
+      pool.release_host_memory();
+    }
+  }
+};
+
+TEST_F(RetainingThreads, R7_AllocateFreeAndLookWhileOtherTagsSwapAndWakeAsynchronously) {
+  std::vector<Block> a;
+  std::vector<Block> b;
+  must(pool.set_backup("b", backup_in(CUMEMPOOL_BACKUP_PAGEABLE)));
+  fill("a", a);
+  fill("b", b);
+  const UserStream stream(host);
+  std::thread asking([&] { ask(a); });
+  int cycles = 0;
+  run_for(kDuration, [&] {
+    ASSERT_EQ(pool.sleep("b", kOffload).status, CUMEMPOOL_OK);
+    ASSERT_EQ(pool.swap({{{"a", kOffload}}}, {{"b"}}).status, CUMEMPOOL_OK)
+        << cumempool_last_error()->message;
+    check(b);
+    const Waking waking = pool.begin_wake({{"a"}}, {a[2].address});
+    ASSERT_EQ(waking.status(), CUMEMPOOL_OK);
+    EXPECT_EQ(waking.wait(a[2].address, stream.get()), CUMEMPOOL_OK);
+    EXPECT_EQ(waking.wait(a[0].address, stream.get()), CUMEMPOOL_OK);
+    ASSERT_EQ(waking.finish().status, CUMEMPOOL_OK);
+    check(a);
+    ++cycles;
+  });
+  asking.join();
+  EXPECT_EQ(damaged, 0);
+  EXPECT_EQ(failures, 0);
+  EXPECT_GT(cycles, 2);
+  expect_exact_numbers(pool, host);
+}
+
+TEST_F(RetainingThreads, R6_FreesRaceWellWithSwapsAndAsynchronousWakes) {
+  for (int cycle = 0; cycle < 20; ++cycle) {
+    std::vector<cumempool_address> addresses;
+    for (int i = 0; i < 6; ++i) addresses.push_back(pool.malloc("a", kGranule, i % 2));
+    if (pool.sleep("a", kOffload).status != CUMEMPOOL_OK) ++failures;
+    for (int i = 0; i < 6; ++i) addresses.push_back(pool.malloc("b", kGranule, i % 2));
+    std::thread mover([&] {
+      if (pool.swap({{{"b", kOffload}}}, {{"a"}}).status != CUMEMPOOL_OK) ++failures;
+      const Waking waking = pool.begin_wake();
+      const UserStream stream(host);
+      const cumempool_status waited = waking.wait(addresses.back(), stream.get());
+      if (waited != CUMEMPOOL_OK && waited != CUMEMPOOL_NOT_OWNED) ++failures;
+      if (waking.finish().status != CUMEMPOOL_OK) ++failures;
+    });
+    std::thread freer([&] {
+      for (const auto address : addresses) failures += cumempool_free(address) != CUMEMPOOL_OK;
+    });
+    mover.join();
+    freer.join();
+    ASSERT_EQ(host.counters().reserved_bytes, 0U);
+  }
+  EXPECT_EQ(failures, 0);
   expect_exact_numbers(pool, host);
 }
 

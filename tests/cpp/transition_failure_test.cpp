@@ -126,8 +126,8 @@ TEST_F(TransitionFailure, R4_WhatAFailedWakeCouldNotGiveBackGoesWithTheNextSleep
 TEST_F(TransitionFailure, R4_SleepThatFailsHalfwayLeavesEverythingAwake) {
   const auto first = filled("weights", kGranule, 1);
   const auto second = filled("kv", 2 * kGranule, 2);
-  for (const char* entry :
-       {"fence", "host_register", "copy_to_host", "stream_synchronize", "unmap"}) {
+  for (const char* entry : {"fence", "host_register", "copy_to_host", "event_create",
+                            "event_record", "event_synchronize", "unmap"}) {
     faults.fail_nth(entry, 1, 719);
     ASSERT_NE(pool.sleep({{{"weights", kOffload}, {"kv", kOffload}}}).status, CUMEMPOOL_OK)
         << entry;
@@ -140,43 +140,116 @@ TEST_F(TransitionFailure, R4_SleepThatFailsHalfwayLeavesEverythingAwake) {
   }
 }
 
-TEST_F(TransitionFailure, R4_SleepIsUndoneWithoutAskingForMemory) {
+TEST_F(TransitionFailure, R4_ASleepThatFailsBehindItsCopiesBringsBackWhatHadGone) {
   const auto first = filled("weights", 8 * kGranule, 1);
   const auto second = filled("weights", 8 * kGranule, 2);  // the device is full
-  faults.reset_counts();
   faults.fail_nth("unmap", 2, 719);
   EXPECT_EQ(pool.sleep("weights", kOffload).status, CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(cumempool_last_error()->secondary_count, 0U) << last_message();
+  EXPECT_EQ(pool.find(first).state, CUMEMPOOL_AWAKE);
+  EXPECT_EQ(pool.find(first).generation, 2U) << "its physical pages are new";
+  EXPECT_EQ(pool.find(second).generation, 1U);
+  EXPECT_TRUE(holds_pattern(first, 8 * kGranule, 1));
+  EXPECT_TRUE(holds_pattern(second, 8 * kGranule, 2));
+  EXPECT_EQ(pool.snapshot().totals.host_used_bytes, 0U);
+  expect_exact_numbers(pool, host);
+}
+
+TEST_F(TransitionFailure, R4_DiscardedMemoryIsAttachedAgainWithoutAskingForMemory) {
+  const auto first = filled("kv", 8 * kGranule, 1);
+  const auto second = filled("kv", 8 * kGranule, 2);  // the device is full
+  faults.reset_counts();
+  faults.fail_nth("unmap", 2, 719);
+  EXPECT_EQ(pool.sleep("kv", kDiscard).status, CUMEMPOOL_DRIVER_ERROR);
   EXPECT_EQ(faults.calls("create") + faults.calls("release"), 0U);
   EXPECT_TRUE(holds_pattern(first, 8 * kGranule, 1));
   EXPECT_TRUE(holds_pattern(second, 8 * kGranule, 2));
+  EXPECT_EQ(pool.find(first).generation, 1U);
+}
+
+TEST_F(TransitionFailure, R4_MemoryIsGivenBackBehindTheCopiesAndDiscardedMemoryLast) {
+  filled("weights", kGranule, 1);
+  filled("kv", kGranule, 2);
+  filled("weights", kGranule, 3);
+  std::string order;
+  faults.observe([&](const char* entry) {
+    const std::string name = entry;
+    if (name == "copy_to_host") order += 'c';
+    if (name == "unmap") order += 'u';
+    if (name == "release") order += 'r';
+  });
+  must(pool.sleep({{{"weights", kOffload}, {"kv", kDiscard}}}).status);
+  faults.observe(nullptr);
+  EXPECT_EQ(order, "ccuururr");
 }
 
 TEST_F(TransitionFailure, R4_SleepThatCannotBeUndoneEitherLosesNothing) {
-  const auto kept = filled("weights", kGranule, 1);
+  const auto gone = filled("weights", kGranule, 1);
+  const auto kept = filled("weights", kGranule, 4);
   pool.declare("zero", CUMEMPOOL_ON_WAKE_ZERO);
   const auto zeroed = filled("zero", kGranule, 2);
   const auto last = filled("zero", kGranule, 3);
-  faults.fail_nth("unmap", 3, 719);
+  faults.fail_nth("unmap", 4, 719);  // of the second that was copied
   faults.fail_nth("map", 1, 719, Repeat::kFromThenOn);
   EXPECT_EQ(pool.sleep({{{"weights", kOffload}, {"zero", kDiscard}}}).status,
             CUMEMPOOL_DRIVER_ERROR);
-  EXPECT_EQ(cumempool_last_error()->secondary_count, 2U) << last_message();
+  ASSERT_EQ(cumempool_last_error()->secondary_count, 3U) << last_message();
+  for (std::size_t i = 0; i < 3; ++i) {
+    EXPECT_NE(std::string(cumempool_last_error()->secondary[i]).find("stays asleep"),
+              std::string::npos);
+  }
   faults.fail_nothing();
-  EXPECT_EQ(pool.find(kept).state, CUMEMPOOL_ASLEEP_BACKED_UP);
-  EXPECT_EQ(pool.find(last).state, CUMEMPOOL_AWAKE);
-  EXPECT_EQ(pool.snapshot().tag("weights").unreleased_bytes, kGranule);
+  EXPECT_EQ(pool.find(gone).state, CUMEMPOOL_ASLEEP_BACKED_UP);
+  EXPECT_EQ(pool.find(kept).state, CUMEMPOOL_AWAKE);
+  EXPECT_EQ(pool.find(last).state, CUMEMPOOL_ASLEEP_DISCARDED);
+  EXPECT_EQ(pool.snapshot().tag("weights").unreleased_bytes, 0U);
+  EXPECT_EQ(pool.snapshot().tag("zero").unreleased_bytes, 2 * kGranule) << "with its contents";
   expect_exact_numbers(pool, host);
   faults.fail_nth("map", 2, 719);
   EXPECT_EQ(pool.wake().status, CUMEMPOOL_DRIVER_ERROR);
   EXPECT_EQ(host.counters().charged_bytes, 3 * kGranule) << "what was held stays held";
   expect_exact_numbers(pool, host);
   const Outcome woken = pool.wake();
-  EXPECT_EQ(woken.row("weights").mapped_bytes + woken.row("weights").restored_bytes, 0U)
+  EXPECT_EQ(woken.row("zero").mapped_bytes + woken.row("zero").restored_bytes, 0U)
       << "the same memory, with its contents";
   EXPECT_EQ(woken.row("zero").zeroed_bytes, 0U) << "a sleep that failed discards nothing";
-  EXPECT_TRUE(holds_pattern(kept, kGranule, 1));
+  EXPECT_TRUE(holds_pattern(gone, kGranule, 1));
+  EXPECT_TRUE(holds_pattern(kept, kGranule, 4));
   EXPECT_TRUE(holds_pattern(zeroed, kGranule, 2));
   EXPECT_TRUE(holds_pattern(last, kGranule, 3));
+}
+
+TEST_F(TransitionFailure, R5_ImagesThatCopiesMayUseStayUntilTheDeviceCouldBeWaitedFor) {
+  const auto address = filled("weights", kGranule, 1);
+  faults.fail_nth("event_synchronize", 1, 719);
+  faults.fail_nth("stream_synchronize", 1, 719, Repeat::kFromThenOn);
+  EXPECT_EQ(pool.sleep("weights", kOffload).status, CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(pool.find(address).state, CUMEMPOOL_AWAKE);
+  EXPECT_EQ(pool.snapshot().totals.host_used_bytes, kGranule) << "a copy may still write to it";
+  EXPECT_EQ(pool.release_host_memory(), kGranule) << "the device could be waited for";
+  EXPECT_EQ(host.counters().registered_bytes, 0U);
+  faults.fail_nothing();
+  must(pool.sleep("weights", kOffload).status);
+  // The same image twice: what may still be read goes only with the third wake.
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    faults.fail_nth("stream_synchronize", 1, 719, Repeat::kFromThenOn);
+    faults.fail_nth("fence", 1, 719, Repeat::kFromThenOn);
+    EXPECT_EQ(pool.wake().status, CUMEMPOOL_DRIVER_ERROR);
+    faults.fail_nothing();
+  }
+  must(pool.wake().status);
+  EXPECT_TRUE(holds_pattern(address, kGranule, 1));
+  EXPECT_EQ(pool.snapshot().totals.host_used_bytes, 0U);
+}
+
+TEST_F(TransitionFailure, R12_ADiscardThatFailsIsCalledSo) {
+  filled("kv", kGranule, 1);
+  SleepCall discard{{{"kv", kDiscard}}};
+  discard.drop_backups = true;
+  faults.fail_nth("unmap", 1, 719);
+  EXPECT_EQ(pool.sleep(discard).status, CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_STREQ(cumempool_last_error()->operation, "discard");
+  EXPECT_EQ(last_message().find("discard of tag 'kv'"), 0U) << last_message();
 }
 
 TEST_F(TransitionFailure, R12_MemoryThatIsNotTakenBackIsAProblemNotAFailure) {

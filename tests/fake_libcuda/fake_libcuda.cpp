@@ -1,7 +1,8 @@
 // A library that calls itself libcuda.so.1, to test how the `cuda` driver opens and uses it:
 // FAKE_CUINIT is what cuInit returns, FAKE_MISSING names a symbol that it does not have,
-// FAKE_DEVICES counts devices, FAKE_MODULE is what cuModuleLoadDataEx returns. fake_calls() tells
-// what was done with modules.
+// FAKE_DEVICES counts devices, FAKE_MODULE is what cuModuleLoadDataEx returns, FAKE_FREE what the
+// first cuMemFree returns. fake_calls() tells what was done with modules, access and memory.
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -81,6 +82,34 @@ int fake_launch(void*, unsigned int blocks, unsigned int, unsigned int, unsigned
   return 0;
 }
 
+// As CUmemAccessDesc: the kind of location, its number, and the flags.
+struct AccessDescription {
+  int location_type;
+  int location;
+  int flags;
+};
+
+int fake_set_access(std::uint64_t, std::size_t, const AccessDescription* access,
+                    std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    calls() += "access(" + std::to_string(access[i].location) + "," +
+               std::to_string(access[i].flags) + ") ";
+  }
+  return 0;
+}
+
+int fake_allocate(std::uint64_t* pointer, std::size_t bytes) {
+  *pointer = 0x10000;
+  calls() += "alloc(" + std::to_string(bytes) + ") ";
+  return bytes == 0 ? 1 : 0;
+}
+
+int fake_free(std::uint64_t) {
+  static int frees = 0;
+  calls() += "free ";
+  return ++frees == 1 ? number("FAKE_FREE", 0) : 0;
+}
+
 int fake_success() { return 0; }
 
 struct Symbol {
@@ -102,6 +131,9 @@ void* find(const char* name) {
       {"cuDeviceGetAttribute", address_of(fake_device_attribute)},
       {"cuDevicePrimaryCtxRetain", address_of(fake_retain)},
       {"cuPointerGetAttribute", address_of(fake_pointer_attribute)},
+      {"cuMemSetAccess", address_of(fake_set_access)},
+      {"cuMemAlloc", address_of(fake_allocate)},
+      {"cuMemFree", address_of(fake_free)},
       {"cuModuleLoadDataEx", address_of(fake_module_load)},
       {"cuModuleGetFunction", address_of(fake_module_function)},
       {"cuModuleUnload", address_of(fake_module_unload)},

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
 
-from cumempool import CuMemAllocator, CuMemConfig, Stats
+from cumempool import Backup, CuMemAllocator, CuMemConfig, Stats, TransitionReport
 from cumempool.config import SETTINGS
 
 MIB = 1 << 20
@@ -20,6 +21,43 @@ GRANULE = 2 * MIB
 
 MakeAllocator = Callable[..., CuMemAllocator]
 RunPython = Callable[..., "Done"]
+
+
+EVERY_DTYPE = sorted(
+    {
+        value
+        for value in vars(torch).values()
+        if isinstance(value, torch.dtype) and not str(value).startswith(("torch.q", "torch.bits"))
+    },
+    key=str,
+)
+
+
+def random_bytes(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def filled(alloc: CuMemAllocator, count: int, tag: str, seed: int = 0) -> torch.Tensor:
+    tensor = alloc.empty(count, dtype=torch.uint8, tag=tag)
+    tensor.copy_(random_bytes(count, seed))
+    return tensor
+
+
+def states(alloc: CuMemAllocator) -> dict[str, str]:
+    return {info.tag: info.state for info in alloc.snapshot()}
+
+
+def totals(report: TransitionReport) -> dict[str, int]:
+    return {
+        name: value
+        for name, value in report.to_dict().items()
+        if name.startswith("bytes_") and isinstance(value, int) and value
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +84,10 @@ def assert_nothing_is_held(stats: Stats) -> None:
         "pending": stats.pending_free_bytes,
         "host": stats.host_bytes,
         "host used": stats.host_used_bytes,
+        "pageable": stats.pageable_bytes,
+        "files": stats.file_bytes,
+        "peers": stats.peer_bytes,
+        "staging": stats.staging_bytes,
         "awake": stats.awake_bytes,
         "asleep": stats.asleep_bytes,
     }
@@ -57,12 +99,21 @@ def make_allocator() -> Iterator[MakeAllocator]:
     """Makes allocators; after the test each is closed without force and must hold nothing."""
     made: list[CuMemAllocator] = []
 
-    def make(*, mib: int = 256, devices: int = 1, limit: int | None = None) -> CuMemAllocator:
+    def make(
+        *,
+        mib: int = 256,
+        devices: int = 1,
+        limit: int | None = None,
+        overflow: Backup | None = None,
+        retain: bool = True,
+    ) -> CuMemAllocator:
         config = CuMemConfig(
             driver="host",
             host_driver_bytes=mib * MIB,
             host_driver_devices=devices,
             host_backup_limit=limit,
+            host_backup_overflow=overflow,
+            retain_backups=retain,
         )
         made.append(CuMemAllocator(config))
         return made[-1]

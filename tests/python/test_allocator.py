@@ -178,7 +178,7 @@ def test_stats_add_up(make_allocator: MakeAllocator) -> None:
     assert list(stats.tags) == ["a", "b", "c"]
     a, b, c = stats.tags.values()
     assert (a.backed_up_allocations, a.backed_up_bytes, a.awake_bytes) == (2, 3 * GRANULE, 0)
-    assert a.backup_bytes == 3 * GRANULE
+    assert (a.backup_bytes, a.retained_bytes, a.backup_tier) == (3 * GRANULE, 0, "pinned")
     assert (b.discarded_allocations, b.discarded_bytes, b.backup_bytes) == (1, 3 * GRANULE, 0)
     assert (c.awake_allocations, c.awake_bytes, c.asleep_bytes) == (1, GRANULE, 0)
     assert all(tag.unreleased_bytes == 0 for tag in (a, b, c))
@@ -189,17 +189,21 @@ def test_stats_add_up(make_allocator: MakeAllocator) -> None:
     assert stats.physical_bytes == stats.mapped_bytes == stats.awake_bytes
     assert stats.host_used_bytes == a.backup_bytes <= stats.host_bytes
     assert (stats.malloc_calls, stats.malloc_failures, stats.free_calls) == (4, 0, 0)
-    assert (stats.sleeps, stats.wakes, stats.failed_transitions) == (2, 0, 0)
+    assert (stats.sleeps, stats.wakes, stats.swaps, stats.failed_transitions) == (2, 0, 0, 0)
+    assert (stats.pageable_bytes, stats.file_bytes, stats.peer_bytes) == (0, 0, 0)
     assert (stats.pending_free_bytes, stats.last_malloc_failure) == (0, "")
 
     allocator.wake_up("a")
     stats = allocator.stats()
     assert (stats.awake_bytes, stats.asleep_bytes) == (4 * GRANULE, 3 * GRANULE)
     assert stats.physical_bytes == stats.mapped_bytes == 4 * GRANULE
-    assert stats.host_used_bytes == 0
+    a = stats.tags["a"]
+    assert (a.backup_bytes, a.retained_bytes) == (0, 3 * GRANULE)
+    assert stats.host_used_bytes == 3 * GRANULE
     assert (stats.sleeps, stats.wakes) == (2, 1)
     del kept
     stats = allocator.stats()
+    assert stats.host_used_bytes == 0
     assert (stats.physical_bytes, stats.reserved_address_bytes, stats.free_calls) == (0, 0, 4)
     assert list(stats.tags) == ["a", "b", "c"]
 
@@ -243,6 +247,7 @@ def test_snapshot_lists_live_allocations_in_order_with_every_field(alloc: CuMemA
         "state": "awake",
         "generation": one.generation,
         "backup_bytes": 0,
+        "backup_tier": None,
         "sequence": one.sequence,
     }
     assert asdict(two) == {
@@ -254,13 +259,17 @@ def test_snapshot_lists_live_allocations_in_order_with_every_field(alloc: CuMemA
         "state": "backed_up",
         "generation": two.generation,
         "backup_bytes": 3 * GRANULE,
+        "backup_tier": "pinned",
         "sequence": one.sequence + 2,
     }
     alloc.wake_up()
     _, woken = alloc.snapshot()
     assert (woken.generation, woken.state) == (two.generation + 1, "awake")
+    assert (woken.backup_bytes, woken.backup_tier) == (3 * GRANULE, "pinned")  # retained
     alloc.discard("a")
-    assert alloc.snapshot()[1].state == "discarded"
+    discarded = alloc.snapshot()[1]
+    assert (discarded.state, discarded.backup_bytes) == ("discarded", 0)
+    assert discarded.backup_tier is None
     assert pickle.loads(pickle.dumps(one)) == one
 
 
@@ -375,7 +384,10 @@ def test_tags_of_any_text_up_to_255_bytes(alloc: CuMemAllocator, tag: str) -> No
     assert tensor.tolist() == [1.5] * 4
 
 
-@pytest.mark.parametrize("argument", ["sleep", "sleep tags", "discard", "wake_up"])
+@pytest.mark.parametrize(
+    "argument",
+    ["sleep", "sleep tags", "discard", "wake_up", "wake_up later", "swap sleep", "swap wake"],
+)
 @pytest.mark.parametrize(
     ("tags", "kind"),
     [
@@ -405,11 +417,16 @@ def test_bad_tags_of_a_transition(
         "sleep tags": lambda: alloc.sleep(tags=tags),
         "discard": lambda: alloc.discard(tags),
         "wake_up": lambda: alloc.wake_up(tags),
+        "wake_up later": lambda: alloc.wake_up(tags, blocking=False),
+        "swap sleep": lambda: alloc.swap(sleep=tags),
+        "swap wake": lambda: alloc.swap(sleep=[], wake=tags),
     }
     error = assert_refused_and_unharmed(alloc, kind, calls[argument])
     if kind is UnknownTagError:
         assert isinstance(error, KeyError)
-        assert error.operation == ("wake" if argument == "wake_up" else "sleep")
+        assert error.operation == argument.partition("_")[0].partition(" ")[0].replace(
+            "discard", "sleep"
+        )
         assert error.tag == (tags if isinstance(tags, str) else "unknown") or error.tag is None
         assert "'kept'" in str(error)  # the known ones
 
@@ -604,6 +621,10 @@ def test_after_close_every_call_that_needs_memory_says_so() -> None:
         lambda: allocator.discard("t"),
         allocator.wake_up,
         lambda: allocator.wake_up("unknown"),
+        lambda: allocator.wake_up(blocking=False),
+        lambda: allocator.swap(sleep="t"),
+        lambda: allocator.set_backup("t", "pageable"),
+        allocator.prepare,
         allocator.release_host_memory,
     ]
     for call in calls:

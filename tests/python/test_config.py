@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import cumempool.config as config_module
+from cumempool.backup import Backup
 from cumempool.config import RESERVED, SETTINGS, CuMemConfig, parse_bytes, settings_table
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
@@ -41,6 +42,8 @@ def test_defaults() -> None:
         "enable_cumem_allocator": None,
         "driver": "cuda",
         "host_backup_limit": None,
+        "host_backup_overflow": None,
+        "retain_backups": True,
         "host_driver_devices": 1,
         "host_driver_bytes": 8 * GIB,
     }
@@ -195,7 +198,7 @@ def test_numbers_of_the_wrong_type_are_type_and_value_errors(name: str, value: o
         CuMemConfig(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["enable_sleep_mode", "enable_cumem_allocator"])
+@pytest.mark.parametrize("name", ["enable_sleep_mode", "enable_cumem_allocator", "retain_backups"])
 @pytest.mark.parametrize("value", [1, 0, "true"])
 def test_switches_take_bools_only(name: str, value: object) -> None:
     with pytest.raises(InvalidTypeError, match=f"{name}=.*not a bool"):
@@ -218,6 +221,34 @@ def test_more_simulated_devices_than_the_host_driver_takes() -> None:
     assert CuMemConfig(host_driver_devices=64).host_driver_devices == 64
     with pytest.raises(InvalidArgumentError, match="1 to 64"):
         CuMemConfig(host_driver_devices=65)
+
+
+# ---- what takes the overflow
+
+
+@pytest.mark.parametrize("text", ["pageable", "file:/tmp/backups"])
+def test_an_overflow_is_a_backup_or_its_text(text: str) -> None:
+    config = CuMemConfig(host_backup_overflow=text)  # type: ignore[arg-type]
+    assert config == CuMemConfig(host_backup_overflow=Backup.parse(text))
+    assert config.host_backup_overflow == Backup.parse(text)
+    assert {config: 1}[pickle.loads(pickle.dumps(config))] == 1
+
+
+@pytest.mark.parametrize("backup", [Backup.pinned(), Backup.peer(1), "pinned", "peer:1"], ids=str)
+def test_only_pageable_memory_and_files_take_an_overflow(backup: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"'{backup}'.*pageable or file:DIRECTORY"):
+        CuMemConfig(host_backup_overflow=backup)
+    with pytest.raises(InvalidArgumentError, match=r"HOST_BACKUP_OVERFLOW: .*pageable or file"):
+        CuMemConfig.from_env({"CUMEMPOOL_HOST_BACKUP_OVERFLOW": str(backup)})
+
+
+def test_an_overflow_of_the_wrong_type_or_form() -> None:
+    for value in (1, True, b"pageable", ["pageable"]):
+        with pytest.raises(InvalidTypeError, match="host_backup_overflow"):
+            CuMemConfig(host_backup_overflow=value)  # type: ignore[arg-type]
+    for text in ("", "file:", "disk", "Pageable"):
+        with pytest.raises(InvalidArgumentError, match=r"host_backup_overflow.*file:DIRECTORY"):
+            CuMemConfig(host_backup_overflow=text)  # type: ignore[arg-type]
 
 
 # ---- the driver
@@ -310,6 +341,8 @@ def test_switches_in_the_environment(text: str, value: bool) -> None:
         ("CUMEMPOOL_DRIVER", "rocm", "cuda, host"),
         ("CUMEMPOOL_HOST_BACKUP_LIMIT", "lots", "KiB, MiB"),
         ("CUMEMPOOL_HOST_BACKUP_LIMIT", "-1GiB", "must be 1 to"),
+        ("CUMEMPOOL_HOST_BACKUP_OVERFLOW", "disk", "file:DIRECTORY"),
+        ("CUMEMPOOL_RETAIN_BACKUPS", "perhaps", "1, true, yes, on, 0, false, no, off"),
         ("CUMEMPOOL_HOST_DRIVER_DEVICES", "two", "not an integer"),
         ("CUMEMPOOL_HOST_DRIVER_DEVICES", "0", "must be 1 to 64"),
         ("CUMEMPOOL_HOST_DRIVER_BYTES", "8G", "KiB, MiB"),
@@ -351,6 +384,8 @@ def test_no_forms_of_the_switches() -> None:
     assert parse("--no-enable-cumem-allocator").enable_cumem_allocator is False
     assert parse("--enable-cumem-allocator").enable_cumem_allocator is True
     assert parse("--no-enable-sleep-mode").enable_sleep_mode is False
+    assert parse("--no-cumem-retain-backups").retain_backups is False
+    assert parse("--cumem-retain-backups").retain_backups is True
 
 
 @pytest.mark.parametrize(
@@ -359,6 +394,7 @@ def test_no_forms_of_the_switches() -> None:
         (["--cumem-driver", "rocm"], "cuda, host"),
         (["--cumem-host-backup-limit", "0"], "out of range"),
         (["--cumem-host-driver-bytes", "many"], "GiB"),
+        (["--cumem-host-backup-overflow", "pinned"], "pageable or file:DIRECTORY"),
     ],
 )
 def test_bad_flags_end_with_usage_and_the_reason(
@@ -412,6 +448,8 @@ def test_the_table_has_every_field_once() -> None:
                 "enable_cumem_allocator": True,
                 "driver": "host",
                 "host_backup_limit": 3 * GIB // 2,
+                "host_backup_overflow": Backup.file("/tmp/overflow"),
+                "retain_backups": False,
                 "host_driver_devices": 2,
                 "host_driver_bytes": 10**10,
             },
@@ -420,6 +458,8 @@ def test_the_table_has_every_field_once() -> None:
                 "--enable-cumem-allocator",
                 "--cumem-driver=host",
                 "--cumem-host-backup-limit=1.5GiB",
+                "--cumem-host-backup-overflow=file:/tmp/overflow",
+                "--no-cumem-retain-backups",
                 "--cumem-host-driver-devices=2",
                 "--cumem-host-driver-bytes=10GB",
             ],
@@ -428,6 +468,8 @@ def test_the_table_has_every_field_once() -> None:
                 "CUMEMPOOL_ENABLE_CUMEM_ALLOCATOR": "true",
                 "CUMEMPOOL_DRIVER": "host",
                 "CUMEMPOOL_HOST_BACKUP_LIMIT": "1536MiB",
+                "CUMEMPOOL_HOST_BACKUP_OVERFLOW": "file:/tmp/overflow",
+                "CUMEMPOOL_RETAIN_BACKUPS": "no",
                 "CUMEMPOOL_HOST_DRIVER_DEVICES": "2",
                 "CUMEMPOOL_HOST_DRIVER_BYTES": "10000000000",
             },

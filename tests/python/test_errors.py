@@ -58,6 +58,7 @@ def test_each_status_name_goes_to_the_class_that_means_it() -> None:
         "BUSY": "TransitionInProgressError",
         "CAPTURING": "StreamCaptureError",
         "DRIVER_ERROR": "DriverError",
+        "BACKUP_FAILED": "BackupError",
     }
     for name, number in statuses_of_header().items():
         if name != "OK":
@@ -84,6 +85,10 @@ def test_each_status_name_goes_to_the_class_that_means_it() -> None:
         ("OutOfSlotsError", RuntimeError),
         ("DriverError", RuntimeError),
         ("InternalError", RuntimeError),
+        ("BackupError", RuntimeError),
+        ("BackupDamagedError", RuntimeError),
+        ("BackupDamagedError", errors.BackupError),
+        ("UnsupportedError", RuntimeError),
     ],
 )
 def test_can_be_caught_as_the_builtin_class(name: str, builtin: type[Exception]) -> None:

@@ -24,7 +24,7 @@ CPP_ALLOWED: dict[str, frozenset[str]] = {
     "python": frozenset({"python"}),
 }
 CUDA_HEADER = re.compile(r"cuda(_runtime(_api)?|Typedefs)?\.h")
-CUDA_FILE = "cpp/driver/cuda_driver.cpp"
+CUDA_FILES = re.compile(r"cpp/driver/cuda_\w+\.(cpp|hpp)")
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)[>"]', re.MULTILINE)
 CPP_SUFFIXES = frozenset({".h", ".hpp", ".c", ".cpp", ".cc", ".inc", ".def", ".in"})
 
@@ -34,14 +34,18 @@ CPP_SUFFIXES = frozenset({".h", ".hpp", ".c", ".cpp", ".cc", ".inc", ".def", ".i
 PY_ALLOWED: dict[str, frozenset[str]] = {
     "_core": frozenset(),
     "errors": frozenset(),
+    "backup": frozenset({"errors"}),
     "stats": frozenset(),
     "report": frozenset({"errors"}),
-    "config": frozenset({"errors"}),
-    "_torch": frozenset(),
+    "config": frozenset({"backup", "errors"}),
+    "waking": frozenset({"errors", "report"}),
+    "_torch": frozenset({"errors"}),
     "probe": frozenset({"config", "errors", "stats"}),
     "adopt": frozenset({"_torch", "errors"}),
-    "allocator": frozenset({"config", "errors", "probe", "report", "stats"}),
-    "__init__": frozenset({"allocator", "config", "errors", "probe", "report", "stats"}),
+    "allocator": frozenset({"backup", "config", "errors", "probe", "report", "stats", "waking"}),
+    "__init__": frozenset(
+        {"allocator", "backup", "config", "errors", "probe", "report", "stats", "waking"}
+    ),
     "demo": frozenset({"allocator", "config", "errors", "probe", "report"}),
     "cli": frozenset({"errors"}),
     "__main__": frozenset({"cli"}),
@@ -56,7 +60,10 @@ PY_LAZY: dict[str, frozenset[str]] = {
     "cli": frozenset({"demo"}),
 }
 #: Module -> modules that it may import for type checkers only as well.
-PY_TYPES: dict[str, frozenset[str]] = {"adopt": frozenset({"allocator"})}
+PY_TYPES: dict[str, frozenset[str]] = {
+    "adopt": frozenset({"allocator"}),
+    "waking": frozenset({"_core"}),
+}
 #: Modules that torch may be imported by when they are imported themselves (R11).
 PY_WITH_TORCH = frozenset({"_torch", "adopt", "demo"})
 
@@ -96,7 +103,7 @@ def include_problem(file: str, bracket: str, target: str) -> str:
     if ".." in target.split("/"):
         return "name the folder from cpp/ on"
     if CUDA_HEADER.fullmatch(target):
-        return "" if file == CUDA_FILE else f"only {CUDA_FILE} may"
+        return "" if CUDA_FILES.fullmatch(file) else "only the cuda_* files of cpp/driver may"
     if target == "Python.h" or target_folder == "pybind11":
         return "" if folder == "python" else "only cpp/python may"
     if bracket == "<":
@@ -285,6 +292,9 @@ def plant(root: Path, path: str, text: str) -> None:
         ("cpp/pool/a.cpp", '#include "vmm/../torch/slots.hpp"'),
         ("cpp/other/a.cpp", "#include <vector>"),
         ("cpp/driver/host_driver.cpp", "#include <cuda.h>"),
+        ("cpp/driver/sub/cuda_a.cpp", "#include <cuda.h>"),
+        ("cpp/driver/a_cuda_b.hpp", "#include <cuda.h>"),
+        ("cpp/pool/cuda_a.cpp", "#include <cuda.h>"),
         ("cpp/vmm/a.cpp", "#include <cuda_runtime.h>"),
         ("cpp/driver/a.hpp", "#include <cudaTypedefs.h>"),
         ("cpp/abi/a.cpp", "#include <pybind11/pybind11.h>"),
@@ -301,6 +311,7 @@ def test_a_planted_include_is_caught(tmp_path: Path, path: str, line: str) -> No
     ("path", "line"),
     [
         ("cpp/driver/cuda_driver.cpp", "#include <cuda.h>"),
+        ("cpp/driver/cuda_state.hpp", "#include <cuda.h>"),
         ("cpp/pool/a.cpp", '#include "backup/arena.hpp"'),
         ("cpp/abi/a.cpp", '#include "pool/transition.hpp"'),
         ("cpp/python/a.cpp", "#include <pybind11/pybind11.h>"),
@@ -333,6 +344,9 @@ def test_an_include_of_a_file_beside_it_passes(tmp_path: Path) -> None:
         ("adopt", "from cumempool.allocator import CuMemAllocator"),
         ("adopt", "def f():\n    from cumempool.allocator import CuMemAllocator"),
         ("allocator", "from cumempool import _core"),
+        ("backup", "from cumempool.config import CuMemConfig"),
+        ("waking", "from cumempool import _core"),
+        ("waking", "if TYPE_CHECKING:\n    from cumempool.allocator import CuMemAllocator"),
         ("allocator", "import importlib\nimportlib.import_module('cumempool.cli')"),
         ("__init__", "from cumempool.demo import main"),
         ("sidecar", "import os"),

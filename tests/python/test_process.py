@@ -76,6 +76,10 @@ if child == 0:
         "close": alloc.close,
         "close by force": lambda: alloc.close(force=True),
         "release_host_memory": alloc.release_host_memory,
+        "swap": lambda: alloc.swap(sleep="weights"),
+        "wake_up later": lambda: alloc.wake_up(blocking=False),
+        "set_backup": lambda: alloc.set_backup("kv", "pageable"),
+        "read_backup": lambda: alloc.read_backup(kv),
         "adopt": lambda: alloc.adopt(torch.nn.Linear(1, 1)),
         "new": lambda: CuMemAllocator(CuMemConfig(driver="host")),
     }

@@ -16,13 +16,14 @@ GIB = 1 << 30
 
 def row(tag: str, device: int = 0, **amounts: float) -> dict[str, object]:
     fields = {"allocations": 1, "freed_bytes": 0, "mapped_bytes": 0, "backed_up_bytes": 0}
-    fields |= {"restored_bytes": 0, "discarded_bytes": 0, "zeroed_bytes": 0}
+    fields |= {"clean_bytes": 0, "restored_bytes": 0, "discarded_bytes": 0, "zeroed_bytes": 0}
     return {"tag": tag, "device": device, **fields, "copy_seconds": 0.0, **amounts}
 
 
 def sleep_report() -> TransitionReport:
     rows = [
-        row("weights", 1, freed_bytes=2 * GIB, backed_up_bytes=2 * GIB, copy_seconds=0.5),
+        row("weights", 1, freed_bytes=2 * GIB, backed_up_bytes=2 * GIB, copy_seconds=0.5)
+        | {"clean_bytes": GIB},
         row("kv_cache", 0, allocations=3, freed_bytes=GIB, discarded_bytes=GIB),
         row("weights", 0, freed_bytes=4 * GIB, backed_up_bytes=3 * GIB, copy_seconds=0.25)
         | {"discarded_bytes": GIB},
@@ -40,16 +41,19 @@ def test_devices_of_a_tag_add_up() -> None:
         allocations=2,
         bytes_freed=6 * GIB,
         bytes_backed_up=5 * GIB,
+        bytes_clean=GIB,
         bytes_discarded=GIB,
         seconds=0.75,
     )
-    assert weights.bytes_copied == 5 * GIB
+    assert weights.bytes_dirty == weights.bytes_copied == 4 * GIB
 
 
 def test_totals_are_the_sums_over_tags() -> None:
     report = sleep_report()
     assert report.bytes_freed == 7 * GIB
     assert report.bytes_backed_up == 5 * GIB
+    assert (report.bytes_clean, report.bytes_dirty) == (GIB, 4 * GIB)
+    assert report.bytes_copied == 4 * GIB
     assert report.bytes_discarded == 2 * GIB
     assert (report.bytes_mapped, report.bytes_restored, report.bytes_zeroed) == (0, 0, 0)
 
@@ -59,20 +63,22 @@ def test_each_field_of_a_row_lands_in_its_own_field() -> None:
         "allocations": 1,
         "freed_bytes": 2,
         "mapped_bytes": 3,
-        "backed_up_bytes": 4,
-        "restored_bytes": 5,
-        "discarded_bytes": 6,
-        "zeroed_bytes": 7,
-        "copy_seconds": 8.0,
+        "backed_up_bytes": 5,
+        "clean_bytes": 4,
+        "restored_bytes": 6,
+        "discarded_bytes": 7,
+        "zeroed_bytes": 8,
+        "copy_seconds": 9.0,
     }
     tag = TransitionReport.from_rows("sleep", 1.0, [row("a", 9, **amounts)]).tags["a"]
-    assert tag == TagReport("a", (9,), 1, 2, 3, 4, 5, 6, 7, 8.0)
+    assert tag == TagReport("a", (9,), 1, 2, 3, 5, 4, 6, 7, 8, 9.0)
+    assert (tag.bytes_dirty, tag.bytes_copied) == (1, 7)
 
 
 def test_rates_are_decimal_gigabytes_of_copies_over_copy_seconds() -> None:
     report = sleep_report()
-    assert report.tags["weights"].gb_per_s == pytest.approx(5 * GIB / 0.75 / 1e9)
-    assert report.gb_per_s == pytest.approx(5 * GIB / 0.75 / 1e9)
+    assert report.tags["weights"].gb_per_s == pytest.approx(4 * GIB / 0.75 / 1e9)
+    assert report.gb_per_s == pytest.approx(4 * GIB / 0.75 / 1e9)
     woken = TransitionReport.from_rows(
         "wake_up", 1.0, [row("a", restored_bytes=10**9, copy_seconds=0.5)]
     )
@@ -117,6 +123,7 @@ def test_to_dict_goes_through_json_unchanged() -> None:
     again = json.loads(json.dumps(as_dict))
     assert again == as_dict
     assert again["bytes_freed"] == 7 * GIB
+    assert again["bytes_clean"] == again["tags"]["weights"]["bytes_clean"] == GIB
     assert again["tags"]["weights"]["devices"] == [0, 1]
     assert again["problems"] == ["release failed"]
     assert again["overrides"] == {"kv_cache": "discarded, policy says offload"}
@@ -124,9 +131,10 @@ def test_to_dict_goes_through_json_unchanged() -> None:
 
 def test_str_has_a_line_per_tag_override_and_problem() -> None:
     assert str(sleep_report()).splitlines() == [
-        "sleep: freed 7.00 GiB, backed up 5.00 GiB, discarded 2.00 GiB in 1000.0 ms",
+        "sleep: freed 7.00 GiB, backed up 5.00 GiB, clean 1.00 GiB, discarded 2.00 GiB "
+        "in 1000.0 ms",
         "  weights: 2 allocations on devices 0, 1, freed 6.00 GiB, backed up 5.00 GiB, "
-        "discarded 1.00 GiB, copies 750.0 ms at 7.2 GB/s",
+        "clean 1.00 GiB, discarded 1.00 GiB, copies 750.0 ms at 5.7 GB/s",
         "  kv_cache: 3 allocations on device 0, freed 1.00 GiB, discarded 1.00 GiB",
         "  override, kv_cache: discarded, policy says offload",
         "  problem: release failed",
@@ -137,7 +145,13 @@ def test_str_has_a_line_per_tag_override_and_problem() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("tag", None), ("device", "0"), ("freed_bytes", 1.5), ("copy_seconds", "1")],
+    [
+        ("tag", None),
+        ("device", "0"),
+        ("freed_bytes", 1.5),
+        ("clean_bytes", None),
+        ("copy_seconds", "1"),
+    ],
 )
 def test_a_row_field_of_the_wrong_type_is_named(field: str, value: object) -> None:
     with pytest.raises(InternalError, match=field):

@@ -1,0 +1,94 @@
+"""What every part of the benchmark is given: sizes, the device, a clock, and pauses."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+#: Drivers scrub memory that was just released (some 25 ms per 15 GiB), and a call that needs
+#: memory meanwhile waits for it. Every contender pauses this long after every sleep and wake.
+PAUSE_S = 0.3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says.
+
+    Attributes:
+        driver: ``"cuda"``, or ``"host"`` for a dry run without a GPU.
+        small: Tiny sizes and few cycles: shows that everything works, and measures nothing.
+        directory: Where the file tier and the direct I/O beside it write.
+        programs: The build folder with the C++ benchmarks, or None.
+        peers: The folder to import peers from, or None.
+        vllm_version: For the record, where the folder has its files without their metadata.
+    """
+
+    driver: str = "cuda"
+    small: bool = False
+    directory: str = "/tmp"
+    programs: str | None = None
+    peers: str | None = None
+    vllm_version: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """A figure as it is recorded: the median, and what it is the median of."""
+    return {"median": statistics.median(samples), "samples": list(samples)}
+
+
+def median(result: dict[str, Any], name: str) -> float | None:
+    """A figure of a result, or None where the part did not come to it."""
+    figure = result.get(name)
+    return None if figure is None else float(figure["median"])
+
+
+@dataclass
+class Bench:
+    """One process of the benchmark on one device."""
+
+    settings: Settings
+    torch_device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.torch_device = torch.device("cuda" if self.on_cuda else "cpu")
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.settings.driver == "cuda"
+
+    @property
+    def small(self) -> bool:
+        return self.settings.small
+
+    def cycles(self, count: int) -> int:
+        return min(count, 2) if self.small else count
+
+    def synchronize(self) -> None:
+        """Waits for all work on the device."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Seconds of a call, with the device idle before and after."""
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Lets the driver finish with memory that was released."""
+        self.synchronize()
+        time.sleep(0.001 if self.small else PAUSE_S)

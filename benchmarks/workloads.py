@@ -1,0 +1,111 @@
+"""The sets of tensors that sleep and wake, and the ways in which their contents change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from bench import GIB, MIB
+
+Shape = tuple[int, ...]
+Empty = Callable[[Shape, torch.dtype], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A set of tensors, in order of allocation.
+
+    Attributes:
+        name: As it is called in the records.
+        shapes: Of bf16 tensors.
+        tenth: Indices of whole tensors that make up a tenth of the bytes; () where none do.
+        layers: Indices of the matrices of each layer, in order of use.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    tenth: tuple[int, ...] = ()
+    layers: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(2 * math.prod(shape) for shape in self.shapes)
+
+    def make(self, empty: Empty) -> list[torch.Tensor]:
+        return [empty(shape, torch.bfloat16) for shape in self.shapes]
+
+    def describe(self) -> dict[str, object]:
+        return {"name": self.name, "tensors": len(self.shapes), "bytes": self.bytes}
+
+
+def llama8b(small: bool, *, layers_first: bool = False) -> Workload:
+    """bf16 embedding, head and 32 layers of an 8B model: 14.96 GiB.
+
+    Users load embedding and head first; with `layers_first` they come last.
+    """
+    hidden, inner, vocabulary, count = (64, 224, 2004, 4) if small else (4096, 14336, 128256, 32)
+    matrices = ((hidden * 3 // 2, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner))
+    layer = (*matrices, (hidden,), (hidden,))
+    ends = ((vocabulary, hidden),) * 2
+    layers = layer * count
+    start = 0 if layers_first else len(ends)
+    firsts = range(start, start + len(layers), len(layer))
+    return Workload(
+        "llama8b-layers-first" if layers_first else "llama8b",
+        (*layers, *ends) if layers_first else (*ends, *layers),
+        # The first matrix of every layer: 10.03 % of all bytes.
+        tenth=tuple(firsts),
+        layers=tuple(tuple(range(first, first + len(matrices))) for first in firsts),
+    )
+
+
+def uniform(name: str, count: int, size: int) -> Workload:
+    """Equal tensors of `size` bytes; where there are ten or more, each tenth is in `tenth`."""
+    tenth = tuple(range(0, count, 10)) if count >= 10 else ()
+    return Workload(name, ((size // 2,),) * count, tenth=tenth)
+
+
+def many_small(small: bool) -> Workload:
+    return uniform("small", 20 if small else 2000, 3 * MIB)
+
+
+def few_huge(small: bool) -> Workload:
+    return uniform("huge", 4, 16 * MIB if small else 16 * GIB)
+
+
+# ---- contents ------------------------------------------------------------------------------------
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as whole numbers, so that sums are exact."""
+    return tensor.view(torch.int16).view(-1)
+
+
+def fill(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        as_integers(tensor).random_()
+
+
+def total(tensors: Sequence[torch.Tensor]) -> int:
+    """The sum of all contents as int16, exactly."""
+    return sum(int(as_integers(tensor).sum(dtype=torch.int64)) for tensor in tensors)
+
+
+def change_all(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        as_integers(tensor).add_(1)
+
+
+def change_nothing(tensors: Sequence[torch.Tensor]) -> None:
+    """For a sleep that finds all as it was."""
+
+
+def change_every_tenth_mib(tensors: Sequence[torch.Tensor]) -> None:
+    """One element of every tenth MiB, counted through all tensors."""
+    stride, passed = 10 * MIB // 2, 0
+    for tensor in tensors:
+        integers = as_integers(tensor)
+        integers[-passed % stride :: stride].add_(1)
+        passed += integers.numel()

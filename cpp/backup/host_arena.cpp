@@ -1,0 +1,321 @@
+// Host memory for backups: blocks at neighbouring addresses, pinned or not, handed out in spans and
+// kept for the next sleep.
+#include "backup/host_arena.hpp"
+
+#include <algorithm>
+#include <exception>
+#include <string>
+#include <utility>
+
+#include "backup/host_pages.hpp"
+
+namespace cumempool::backup {
+namespace {
+
+// Large enough that pinning runs at full speed, small enough that the first copies start while
+// later blocks are still being pinned.
+constexpr std::size_t kBlockBytes = std::size_t{64} << 20;
+constexpr std::size_t kTouchBytes = std::size_t{32} << 20;  // of a block, by one thread
+constexpr std::size_t kSmallBlockUnit = std::size_t{64} << 10;
+constexpr std::size_t kPage = std::size_t{4} << 10;
+// Addresses cost nothing, and an arena keeps those it has begun with.
+constexpr std::size_t kAddressBytes = std::size_t{1} << 40;
+
+std::size_t round_up(std::size_t bytes, std::size_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
+
+// Blocks of a huge page or more are whole huge pages; what is left over is small.
+std::size_t block_bytes_for(std::size_t expected) {
+  if (expected >= kBlockBytes) return kBlockBytes;
+  return round_up(expected, expected >= kHugePage ? kHugePage : kSmallBlockUnit);
+}
+
+Error over_limit(const HostBudget& budget, std::uint64_t bytes) {
+  Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
+              "the backup needs " + format_bytes(bytes) + " more of pinned host memory, " +
+                  format_bytes(budget.claimed()) + " are held and the limit is " +
+                  format_bytes(budget.limit()));
+  error.bytes = bytes;
+  error.advice =
+      "raise host_backup_limit, set host_backup_overflow, or discard tags instead of backing them "
+      "up";
+  return error;
+}
+
+}  // namespace
+
+HostArena::HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget)
+    : driver_(driver), residence_(residence), numa_node_(numa_node), budget_(budget) {}
+
+HostArena::~HostArena() {
+  cancel_order();
+  bool all_gone = true;
+  for (const auto& [slot, block] : blocks_) {
+    if (block.registered) {
+      all_gone = false;
+    } else {
+      decommit_pages(address_of(slot), block.bytes);
+    }
+    budget_.unclaim(block.bytes);
+  }
+  if (all_gone && base_ != nullptr) unreserve_pages(base_, slot_count_ * kBlockBytes);
+}
+
+std::byte* HostArena::address_of(std::size_t slot) const noexcept {
+  return base_ + slot * kBlockBytes;
+}
+
+std::size_t HostArena::run(const std::byte* data, std::size_t bytes) const noexcept {
+  const auto offset = static_cast<std::size_t>(data - base_);
+  return std::min(bytes, kBlockBytes - offset % kBlockBytes);
+}
+
+// ---- orders -------------------------------------------------------------------------------------
+
+void HostArena::order(std::size_t bytes) {
+  cancel_order();
+  std::size_t needed = bytes - std::min(bytes, free_bytes());
+  if (needed == 0) return;
+  refuse(needed);
+  auto order = std::make_unique<Order>();
+  order->slots.reserve(needed / kBlockBytes + 1);
+  try {
+    std::size_t next = slot_after_last();
+    while (needed > 0) {
+      order->slots.push_back(map_block(needed, next));
+      next = order->slots.back() + 1;
+      needed -= std::min(needed, blocks_.at(order->slots.back()).bytes);
+    }
+    start_touching(*order);
+  } catch (const std::exception&) {
+    for (const std::size_t slot : order->slots) unmap_block(slot);
+    throw;
+  }
+  order_ = std::move(order);
+}
+
+void HostArena::start_touching(Order& order) const {
+  std::vector<PageRange> ranges;
+  for (const std::size_t slot : order.slots) {
+    const std::size_t bytes = blocks_.at(slot).bytes;
+    for (std::size_t at = 0; at < bytes; at += kTouchBytes) {
+      ranges.push_back({address_of(slot) + at, std::min(kTouchBytes, bytes - at)});
+    }
+    order.ranges_until.push_back(ranges.size());
+  }
+  order.touch = std::make_unique<FirstTouch>(std::move(ranges), FirstTouch::default_threads());
+}
+
+void HostArena::deliver(int device) {
+  while (order_ != nullptr) deliver_next(device);
+}
+
+void HostArena::deliver_next(int device) {
+  const std::size_t next = order_->delivered++;
+  const std::size_t slot = order_->slots[next];
+  const std::size_t first = next == 0 ? 0 : order_->ranges_until[next - 1];
+  for (std::size_t i = first; i < order_->ranges_until[next]; ++i) order_->touch->wait(i);
+  if (order_->delivered == order_->slots.size()) order_.reset();
+  add_block(device, slot);
+}
+
+void HostArena::cancel_order() noexcept {
+  if (order_ == nullptr) return;
+  order_->touch.reset();  // its threads end before the blocks go
+  for (std::size_t i = order_->delivered; i < order_->slots.size(); ++i) {
+    unmap_block(order_->slots[i]);
+  }
+  order_.reset();
+}
+
+// ---- blocks -------------------------------------------------------------------------------------
+
+void HostArena::refuse(std::size_t needed) const {
+  if (round_up(needed, kPage) > budget_.room()) throw over_limit(budget_, needed);
+}
+
+std::size_t HostArena::free_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return free_.total();
+}
+
+std::size_t HostArena::slot_after_last() const {
+  return blocks_.empty() ? 0 : blocks_.rbegin()->first + 1;
+}
+
+// Bytes for the next block of `needed` more. Rounding up is never the reason for a refusal.
+std::size_t HostArena::claim_room(std::size_t needed) {
+  const std::size_t least = round_up(std::min(needed, kBlockBytes), kPage);
+  const std::size_t bytes = budget_.claim(block_bytes_for(needed), least);
+  if (bytes == 0) throw over_limit(budget_, needed);
+  return bytes;
+}
+
+void HostArena::reserve_addresses() {
+  if (base_ != nullptr) return;
+  std::size_t got = 0;
+  base_ = reserve_pages(kAddressBytes, kBlockBytes, got);
+  slot_count_ = got / kBlockBytes;
+}
+
+// Maps the next block of `needed` more at `from_slot`, or where that is taken at the first free
+// slot; returns which.
+std::size_t HostArena::map_block(std::size_t needed, std::size_t from_slot) {
+  reserve_addresses();
+  std::size_t slot = from_slot;
+  if (slot >= slot_count_ || blocks_.count(slot) != 0) {
+    for (slot = 0; slot < slot_count_ && blocks_.count(slot) != 0;) ++slot;
+  }
+  if (slot == slot_count_) {
+    Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "the addresses reserved for backups are used up");
+    error.advice = "raise the limit on virtual memory (ulimit -v)";
+    throw error;
+  }
+  const std::size_t bytes = claim_room(needed);
+  try {
+    commit_pages(address_of(slot), bytes, numa_node_);
+    blocks_.emplace(slot, Block{bytes, false, false});
+  } catch (const std::exception&) {
+    decommit_pages(address_of(slot), bytes);
+    budget_.unclaim(bytes);
+    throw;
+  }
+  const std::lock_guard lock(mutex_);
+  held_bytes_ += bytes;
+  return slot;
+}
+
+// Of a block that is not registered.
+void HostArena::unmap_block(std::size_t slot) noexcept {
+  const std::size_t bytes = blocks_.find(slot)->second.bytes;
+  decommit_pages(address_of(slot), bytes);
+  budget_.unclaim(bytes);
+  blocks_.erase(slot);
+  const std::lock_guard lock(mutex_);
+  held_bytes_ -= bytes;
+}
+
+void HostArena::add_block(int device, std::size_t slot) {
+  Block& block = blocks_.at(slot);
+  try {
+    if (residence_ == Residence::kPinned) {
+      driver_.host_register(device, address_of(slot), block.bytes);
+      block.registered = true;
+    }
+    const std::lock_guard lock(mutex_);
+    free_.add(slot * kBlockBytes, block.bytes);
+    block.delivered = true;
+  } catch (Error& error) {
+    unmap_block(slot);
+    error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
+    error.problem = "host memory for a backup could not be pinned";
+    error.advice = "free host memory, or raise the limit on locked memory (ulimit -l)";
+    throw;
+  } catch (const std::exception&) {  // no memory for the bookkeeping
+    const auto& table = driver_.table();
+    if (!block.registered ||
+        table.host_unregister(table.self, device, address_of(slot)) == CUMEMPOOL_RESULT_SUCCESS) {
+      unmap_block(slot);
+    }
+    throw;
+  }
+}
+
+// ---- spans --------------------------------------------------------------------------------------
+
+HostSpan HostArena::take_free(std::size_t bytes, bool whole) {
+  const std::lock_guard lock(mutex_);
+  HostSpan span;
+  if (const auto offset = free_.take_first_fit(bytes)) {
+    span = {base_ + *offset, bytes};
+  } else if (!whole) {
+    // The last interval is the one that the next block will continue.
+    const auto [last, taken] = free_.take_last(bytes);
+    if (taken != 0) span = {base_ + last, taken};
+  }
+  used_bytes_ += span.bytes;
+  return span;
+}
+
+HostSpan HostArena::acquire(int device, std::size_t bytes) {
+  while (true) {
+    const HostSpan span = take_free(bytes, false);
+    if (span.bytes != 0) return span;
+    if (order_ != nullptr) {
+      deliver_next(device);
+    } else {
+      add_block(device, map_block(bytes, slot_after_last()));
+    }
+  }
+}
+
+HostSpan HostArena::acquire_whole(int device, std::size_t bytes) {
+  const HostSpan span = take_free(bytes, true);
+  if (span.bytes != 0) return span;
+  // New blocks side by side, behind all others: all but the last fill their slot.
+  std::size_t slot = slot_after_last();
+  for (std::size_t done = 0; done < bytes; done += kBlockBytes) {
+    slot = map_block(bytes - done, slot);
+    add_block(device, slot);
+    ++slot;
+  }
+  const HostSpan made = take_free(bytes, true);
+  if (made.bytes != 0) return made;
+  Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
+              "there are not " + format_bytes(bytes) + " of addresses in one piece");
+  error.advice = "wake other tags and call release_host_memory()";
+  throw error;
+}
+
+void HostArena::release(const HostSpan& span) noexcept {
+  if (span.bytes == 0) return;
+  const std::lock_guard lock(mutex_);
+  free_.give_back(static_cast<std::size_t>(span.data - base_), span.bytes);
+  used_bytes_ -= span.bytes;
+}
+
+// Takes the blocks that hold nothing out of the free room.
+std::vector<std::size_t> HostArena::take_empty_blocks() {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::size_t> empty;
+  empty.reserve(blocks_.size());
+  for (auto& [slot, block] : blocks_) {
+    const std::size_t offset = slot * kBlockBytes;
+    if (!block.delivered || !free_.contains(offset, block.bytes)) continue;
+    free_.take_exact(offset, block.bytes);
+    block.delivered = false;
+    empty.push_back(slot);
+  }
+  return empty;
+}
+
+std::uint64_t HostArena::trim(int device) {
+  const auto& table = driver_.table();
+  std::uint64_t released = 0;
+  for (const std::size_t slot : take_empty_blocks()) {
+    Block& block = blocks_.find(slot)->second;
+    if (block.registered &&
+        table.host_unregister(table.self, device, address_of(slot)) != CUMEMPOOL_RESULT_SUCCESS) {
+      const std::lock_guard lock(mutex_);  // what the driver would not take back stays in use
+      free_.give_back(slot * kBlockBytes, block.bytes);
+      block.delivered = true;
+      continue;
+    }
+    released += block.bytes;
+    unmap_block(slot);
+  }
+  return released;
+}
+
+std::uint64_t HostArena::held_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return held_bytes_;
+}
+
+std::uint64_t HostArena::used_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return used_bytes_;
+}
+
+}  // namespace cumempool::backup

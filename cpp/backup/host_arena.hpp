@@ -1,0 +1,122 @@
+// Host memory for backups: blocks at neighbouring addresses, pinned or not, handed out in spans and
+// kept for the next sleep. Blocks on order are faulted in by several threads while the copies into
+// earlier ones run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "backup/first_touch.hpp"
+#include "backup/host_budget.hpp"
+#include "backup/interval_set.hpp"
+#include "driver/driver.hpp"
+
+namespace cumempool::backup {
+
+// May cross blocks, which lie side by side; a copy call may not: see HostArena::run().
+struct HostSpan {
+  std::byte* data = nullptr;
+  std::size_t bytes = 0;
+};
+
+enum class Residence { kPinned, kPageable };
+
+// Thread-safe. The driver and the kernel are called outside its lock.
+class HostArena {
+ public:
+  // Memory is taken from `numa_node` where there is room; -1 = wherever it is.
+  HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget);
+  // Leaves memory that could not be unregistered mapped: the driver may still write to it.
+  ~HostArena();
+  HostArena(const HostArena&) = delete;
+  HostArena& operator=(const HostArena&) = delete;
+
+  // Orders the blocks that `bytes` more than what is free will need, and starts to fault them in.
+  // Orders are for one thread at a time, and end with cancel_order(). Throws Error
+  // (CUMEMPOOL_OUT_OF_HOST_MEMORY), with nothing ordered: what will not fit is refused here, before
+  // any of it is pinned.
+  void order(std::size_t bytes);
+  // Adds all that is still on order as free room. Inside a ContextScope of `device`. Throws Error
+  // (CUMEMPOOL_OUT_OF_HOST_MEMORY); what was added until then stays.
+  void deliver(int device);
+  // Gives back what was ordered and not delivered.
+  void cancel_order() noexcept;
+
+  // One span of 1 to `bytes` bytes, from free room, from the order, or from a block made for it.
+  // Inside a ContextScope of `device`. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).
+  HostSpan acquire(int device, std::size_t bytes);
+  // The same, all in one span.
+  HostSpan acquire_whole(int device, std::size_t bytes);
+  // A span, or several that were acquired side by side.
+  void release(const HostSpan& span) noexcept;
+
+  // How many of `bytes` bytes from `data` on one copy call may use.
+  std::size_t run(const std::byte* data, std::size_t bytes) const noexcept;
+
+  // Gives back the blocks that hold nothing; returns their bytes. Inside a ContextScope.
+  std::uint64_t trim(int device);
+
+  std::uint64_t held_bytes() const;
+  std::uint64_t used_bytes() const;
+
+ private:
+  struct Block {
+    std::size_t bytes = 0;
+    bool registered = false;
+    bool delivered = false;
+  };
+  // Blocks on order: mapped, in the course of being touched, not delivered.
+  struct Order {
+    std::vector<std::size_t> slots;
+    std::vector<std::size_t> ranges_until;  // per slot: the ranges of it and of those before
+    std::size_t delivered = 0;
+    std::unique_ptr<FirstTouch> touch;
+  };
+
+  std::byte* address_of(std::size_t slot) const noexcept;
+  std::size_t free_bytes() const;
+  HostSpan take_free(std::size_t bytes, bool whole);
+  void reserve_addresses();
+  std::size_t claim_room(std::size_t needed);
+  std::size_t map_block(std::size_t needed, std::size_t from_slot);
+  void unmap_block(std::size_t slot) noexcept;
+  void start_touching(Order& order) const;
+  void deliver_next(int device);
+  void add_block(int device, std::size_t slot);
+  void refuse(std::size_t needed) const;
+  std::size_t slot_after_last() const;
+  std::vector<std::size_t> take_empty_blocks();
+
+  driver::Driver driver_;
+  const Residence residence_;
+  const int numa_node_;
+  HostBudget& budget_;
+  std::byte* base_ = nullptr;  // of the reserved addresses
+  std::size_t slot_count_ = 0;
+  // For the transition under way; spans are released meanwhile, which needs neither.
+  std::map<std::size_t, Block> blocks_;
+  std::unique_ptr<Order> order_;
+  mutable std::mutex mutex_;  // guards the three below
+  IntervalSet free_;          // offsets from base_
+  std::uint64_t held_bytes_ = 0;
+  std::uint64_t used_bytes_ = 0;
+};
+
+// An order that ends with the object.
+class ArenaOrder {
+ public:
+  // Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).
+  ArenaOrder(HostArena& arena, std::size_t bytes) : arena_(arena) { arena_.order(bytes); }
+  ~ArenaOrder() { arena_.cancel_order(); }
+  ArenaOrder(const ArenaOrder&) = delete;
+  ArenaOrder& operator=(const ArenaOrder&) = delete;
+
+ private:
+  HostArena& arena_;
+};
+
+}  // namespace cumempool::backup

@@ -1,0 +1,33 @@
+// The most pinned host memory that the arenas of one allocator may hold between them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+
+namespace cumempool::backup {
+
+// Thread-safe.
+class HostBudget {
+ public:
+  // `limit` 0 = no limit.
+  explicit HostBudget(std::uint64_t limit) : limit_(limit) {}
+
+  std::uint64_t limit() const noexcept { return limit_; }
+  std::uint64_t claimed() const;
+  // Bytes that can still be claimed; UINT64_MAX where there is no limit.
+  std::uint64_t room() const;
+
+  // Claims `wanted`, or where that is too much `least`; returns what was claimed, 0 for neither.
+  std::size_t claim(std::size_t wanted, std::size_t least);
+  void unclaim(std::size_t bytes) noexcept;
+
+ private:
+  std::uint64_t room_locked() const;
+
+  const std::uint64_t limit_;
+  mutable std::mutex mutex_;
+  std::uint64_t claimed_ = 0;
+};
+
+}  // namespace cumempool::backup

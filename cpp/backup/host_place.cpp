@@ -1,0 +1,119 @@
+// An image in host memory of an arena: pinned, where copy engines reach it, or pageable, where
+// threads bring it.
+#include "backup/host_place.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+
+namespace cumempool::backup {
+
+HostPlace::HostPlace(HostArena& arena, cumempool_backup_tier tier, int device)
+    : arena_(arena), tier_(tier), device_(device) {}
+
+HostPlace::~HostPlace() {
+  for (const Part& part : parts_) arena_.release(part.span);
+  for (const HostSpan& span : left_behind_) arena_.release(span);
+}
+
+// The part that holds `position`, which is saved.
+std::vector<HostPlace::Part>::const_iterator HostPlace::part_at(std::size_t position) const {
+  const auto after =
+      std::upper_bound(parts_.begin(), parts_.end(), position,
+                       [](std::size_t wanted, const Part& part) { return wanted < part.position; });
+  return std::prev(after);
+}
+
+// Calls visit(data, done, count) for ranges that one copy call, or one buffer, may hold.
+template <typename Visit>
+void HostPlace::for_each_run(std::size_t position, std::size_t bytes, Visit visit) const {
+  const bool staged = tier_ == CUMEMPOOL_BACKUP_PAGEABLE;
+  const std::size_t most = staged ? StagedCopies::kBufferBytes : bytes;
+  auto part = part_at(position);
+  for (std::size_t done = 0; done < bytes;) {
+    const std::size_t inside = position + done - part->position;
+    const std::size_t left = std::min(bytes - done, part->span.bytes - inside);
+    std::byte* data = part->span.data + inside;
+    const std::size_t count = std::min(arena_.run(data, left), most);
+    visit(data, done, count);
+    done += count;
+    if (inside + count == part->span.bytes) ++part;
+  }
+}
+
+// Takes one more span, of at most `most` bytes.
+void HostPlace::grow(std::size_t most) {
+  // A span has its owner from the moment it is taken.
+  if (parts_.size() == parts_.capacity()) parts_.reserve(2 * parts_.size() + 1);
+  const HostSpan span = arena_.acquire(device_, most);
+  const bool continues =
+      !parts_.empty() && parts_.back().span.data + parts_.back().span.bytes == span.data;
+  if (continues) {
+    parts_.back().span.bytes += span.bytes;
+  } else {
+    parts_.push_back({bytes_, span});
+  }
+  bytes_ += span.bytes;
+}
+
+void HostPlace::save(Transfer& transfer, std::size_t position, cumempool_address source,
+                     std::size_t bytes) {
+  // Span by span, so that the copy into one runs while the next is still being pinned.
+  for (std::size_t done = 0; done < bytes;) {
+    const std::size_t at = position + done;
+    if (at == bytes_) grow(bytes - done);
+    const std::size_t here = std::min(bytes - done, bytes_ - at);
+    for_each_run(at, here, [&](std::byte* data, std::size_t offset, std::size_t count) {
+      const cumempool_address from = source + done + offset;
+      if (tier_ == CUMEMPOOL_BACKUP_PINNED) {
+        transfer.queue.to_host(data, from, count);
+        return;
+      }
+      transfer.staged.out(from, count, [data](const std::byte* buffer, std::size_t filled) {
+        std::memcpy(data, buffer, filled);
+      });
+    });
+    done += here;
+  }
+}
+
+void HostPlace::load(Transfer& transfer, std::size_t position, cumempool_address destination,
+                     std::size_t bytes) {
+  for_each_run(position, bytes, [&](std::byte* data, std::size_t offset, std::size_t count) {
+    const cumempool_address to = destination + offset;
+    if (tier_ == CUMEMPOOL_BACKUP_PINNED) {
+      transfer.queue.to_device(to, data, count);
+      return;
+    }
+    transfer.staged.in(to, count, [data](std::byte* buffer, std::size_t wanted) {
+      std::memcpy(buffer, data, wanted);
+    });
+  });
+}
+
+void HostPlace::gather() {
+  left_behind_.reserve(left_behind_.size() + parts_.size());
+  const HostSpan whole = arena_.acquire_whole(device_, bytes_);
+  for (const Part& part : parts_) {
+    std::memcpy(whole.data + part.position, part.span.data, part.span.bytes);
+    left_behind_.push_back(part.span);
+  }
+  parts_.resize(1);
+  parts_.front() = {0, whole};
+}
+
+void HostPlace::settle_views() noexcept {
+  for (const HostSpan& span : left_behind_) arena_.release(span);
+  left_behind_.clear();
+}
+
+std::byte* HostPlace::view(std::size_t position, std::size_t bytes, bool /*writable*/) {
+  if (position + bytes > bytes_) return nullptr;
+  const auto part = part_at(position);
+  const std::size_t inside = position - part->position;
+  if (inside + bytes <= part->span.bytes) return part->span.data + inside;
+  gather();
+  return parts_.front().span.data + position;
+}
+
+}  // namespace cumempool::backup

@@ -1,0 +1,48 @@
+// An image in host memory of an arena: pinned, where copy engines reach it, or pageable, where
+// threads bring it.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "backup/host_arena.hpp"
+#include "backup/place.hpp"
+
+namespace cumempool::backup {
+
+class HostPlace : public Place {
+ public:
+  // Takes room as it is saved. `tier` is PINNED or PAGEABLE, as the arena.
+  HostPlace(HostArena& arena, cumempool_backup_tier tier, int device);
+  ~HostPlace() override;
+
+  cumempool_backup_tier tier() const noexcept override { return tier_; }
+  void save(Transfer& transfer, std::size_t position, cumempool_address source,
+            std::size_t bytes) override;
+  void load(Transfer& transfer, std::size_t position, cumempool_address destination,
+            std::size_t bytes) override;
+  // Moves the image into one span where it is in several. Inside a ContextScope of the device.
+  std::byte* view(std::size_t position, std::size_t bytes, bool writable) override;
+  void settle_views() noexcept override;
+
+ private:
+  struct Part {
+    std::size_t position;
+    HostSpan span;
+  };
+
+  template <typename Visit>
+  void for_each_run(std::size_t position, std::size_t bytes, Visit visit) const;
+  std::vector<Part>::const_iterator part_at(std::size_t position) const;
+  void grow(std::size_t most);
+  void gather();
+
+  HostArena& arena_;
+  const cumempool_backup_tier tier_;
+  const int device_;
+  std::vector<Part> parts_;  // in order, without gaps
+  std::size_t bytes_ = 0;
+  std::vector<HostSpan> left_behind_;  // by gather(); views may still be on them
+};
+
+}  // namespace cumempool::backup

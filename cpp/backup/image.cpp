@@ -1,0 +1,100 @@
+// The contents of one allocation, kept outside of it.
+#include "backup/image.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace cumempool::backup {
+namespace {
+
+std::vector<Slice> slices_of(const std::vector<Extent>& extents) {
+  std::vector<Slice> slices;
+  std::size_t position = 0;
+  for (const Extent& extent : extents) {
+    for (std::size_t at = 0; at < extent.bytes; at += kSliceBytes) {
+      const std::size_t bytes = std::min(kSliceBytes, extent.bytes - at);
+      slices.push_back({extent.offset + at, position, bytes});
+      position += bytes;
+    }
+  }
+  return slices;
+}
+
+bool differ(const cumempool_digest& left, const cumempool_digest& right) {
+  return left.low != right.low || left.high != right.high;
+}
+
+}  // namespace
+
+Image::Image(std::vector<Extent> extents, std::unique_ptr<Place> place)
+    : extents_(std::move(extents)), slices_(slices_of(extents_)), place_(std::move(place)) {
+  for (const Extent& extent : extents_) bytes_ += extent.bytes;
+}
+
+void Image::save(Transfer& transfer, cumempool_address address) {
+  std::size_t position = 0;
+  for (const Extent& extent : extents_) {
+    place_->save(transfer, position, address + extent.offset, extent.bytes);
+    position += extent.bytes;
+  }
+}
+
+std::uint64_t Image::save_changes(Transfer& transfer, cumempool_address address,
+                                  const cumempool_digest* digests) {
+  std::uint64_t copied = 0;
+  for (std::size_t first = 0; first < slices_.size();) {
+    if (!differ(digests_[first], digests[first])) {
+      ++first;
+      continue;
+    }
+    // Neighbours that changed as well go along in the same copy.
+    std::size_t bytes = slices_[first].bytes;
+    std::size_t last = first + 1;
+    while (last < slices_.size() && differ(digests_[last], digests[last]) &&
+           slices_[last].offset == slices_[first].offset + bytes) {
+      bytes += slices_[last++].bytes;
+    }
+    place_->save(transfer, slices_[first].position, address + slices_[first].offset, bytes);
+    copied += bytes;
+    first = last;
+  }
+  return copied;
+}
+
+void Image::restore(Transfer& transfer, cumempool_address address) {
+  std::size_t position = 0;
+  for (const Extent& extent : extents_) {
+    place_->load(transfer, position, address + extent.offset, extent.bytes);
+    position += extent.bytes;
+  }
+}
+
+std::size_t Image::zero_rest(CopyQueue& queue, cumempool_address address, std::size_t bytes) const {
+  std::size_t at = 0;
+  for (const Extent& extent : extents_) {
+    if (extent.offset > at) queue.fill_zero(address + at, extent.offset - at);
+    at = extent.offset + extent.bytes;
+  }
+  if (bytes > at) queue.fill_zero(address + at, bytes - at);
+  return bytes - static_cast<std::size_t>(bytes_);
+}
+
+std::byte* Image::view(std::size_t offset, std::size_t bytes, bool writable) {
+  std::size_t position = 0;
+  for (const Extent& extent : extents_) {
+    const bool inside = offset >= extent.offset && bytes <= extent.bytes &&
+                        offset - extent.offset <= extent.bytes - bytes;
+    if (inside) {
+      std::byte* data = place_->view(position + offset - extent.offset, bytes, writable);
+      if (data != nullptr && writable) {
+        lent_for_writing_ = true;
+        digests_.clear();
+      }
+      return data;
+    }
+    position += extent.bytes;
+  }
+  return nullptr;
+}
+
+}  // namespace cumempool::backup

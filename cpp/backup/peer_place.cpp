@@ -1,0 +1,65 @@
+// An image in the memory of another device, which the sleeping memory's own device reaches
+// directly.
+#include "backup/peer_place.hpp"
+
+#include <exception>
+
+namespace cumempool::backup {
+
+// ---- memory -------------------------------------------------------------------------------------
+
+PeerMemory::~PeerMemory() { retry(); }
+
+std::unique_ptr<PeerMemory::Piece> PeerMemory::acquire(
+    const cumempool_memory_properties& properties, std::size_t granularity, int device,
+    std::size_t bytes) {
+  retry();  // what is left over may be what is missing now
+  const std::size_t whole = (bytes + granularity - 1) / granularity * granularity;
+  auto piece = std::make_unique<Piece>(
+      Piece{vmm::Allocation(driver_, ledger_, properties, whole, {properties.device, device}), {}});
+  try {
+    piece->memory.map();
+  } catch (const std::exception&) {
+    release(std::move(piece));
+    throw;
+  }
+  return piece;
+}
+
+void PeerMemory::release(std::unique_ptr<Piece> piece) noexcept {
+  if (piece->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS) return;
+  const std::lock_guard lock(mutex_);
+  piece->next = std::move(left_);
+  left_ = std::move(piece);
+}
+
+void PeerMemory::retry() noexcept {
+  std::unique_ptr<Piece> left;
+  {
+    const std::lock_guard lock(mutex_);
+    left.swap(left_);
+  }
+  while (left != nullptr) {
+    std::unique_ptr<Piece> next = std::move(left->next);
+    release(std::move(left));
+    left = std::move(next);
+  }
+}
+
+// ---- image --------------------------------------------------------------------------------------
+
+void PeerPlace::save(Transfer& transfer, std::size_t position, cumempool_address source,
+                     std::size_t bytes) {
+  transfer.queue.on_device(piece_->memory.address() + position, source, bytes);
+}
+
+void PeerPlace::load(Transfer& transfer, std::size_t position, cumempool_address destination,
+                     std::size_t bytes) {
+  transfer.queue.on_device(destination, piece_->memory.address() + position, bytes);
+}
+
+std::byte* PeerPlace::view(std::size_t /*position*/, std::size_t /*bytes*/, bool /*writable*/) {
+  return nullptr;
+}
+
+}  // namespace cumempool::backup

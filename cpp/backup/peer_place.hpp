@@ -1,0 +1,69 @@
+// An image in the memory of another device, which the sleeping memory's own device reaches
+// directly.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "backup/place.hpp"
+#include "vmm/allocation.hpp"
+
+namespace cumempool::backup {
+
+// Memory of other devices that holds images, and what the driver would not take back of it so far.
+// Thread-safe.
+class PeerMemory {
+ public:
+  struct Piece {
+    vmm::Allocation memory;
+    std::unique_ptr<Piece> next;  // of what is left over
+  };
+
+  explicit PeerMemory(driver::Driver driver) : driver_(driver) {}
+  ~PeerMemory();
+  PeerMemory(const PeerMemory&) = delete;
+  PeerMemory& operator=(const PeerMemory&) = delete;
+
+  // `bytes`, rounded up to `granularity`, with `properties` of the peer, and access for `device` as
+  // well. Throws Error (CUMEMPOOL_OUT_OF_MEMORY).
+  std::unique_ptr<Piece> acquire(const cumempool_memory_properties& properties,
+                                 std::size_t granularity, int device, std::size_t bytes);
+  // Never fails: what the driver does not take back now is kept for retry().
+  void release(std::unique_ptr<Piece> piece) noexcept;
+  void retry() noexcept;
+
+  std::uint64_t held_bytes() const noexcept { return ledger_.physical_bytes; }
+  // Nothing is held, addresses included.
+  bool empty() const noexcept { return ledger_.reserved_bytes == 0; }
+
+ private:
+  driver::Driver driver_;
+  vmm::Ledger ledger_;
+  std::mutex mutex_;
+  std::unique_ptr<Piece> left_;  // guarded by mutex_
+};
+
+class PeerPlace : public Place {
+ public:
+  // As PeerMemory::acquire().
+  PeerPlace(PeerMemory& memory, const cumempool_memory_properties& properties,
+            std::size_t granularity, int device, std::size_t bytes)
+      : memory_(memory), piece_(memory.acquire(properties, granularity, device, bytes)) {}
+  ~PeerPlace() override { memory_.release(std::move(piece_)); }
+
+  cumempool_backup_tier tier() const noexcept override { return CUMEMPOOL_BACKUP_PEER; }
+  void save(Transfer& transfer, std::size_t position, cumempool_address source,
+            std::size_t bytes) override;
+  void load(Transfer& transfer, std::size_t position, cumempool_address destination,
+            std::size_t bytes) override;
+  std::byte* view(std::size_t position, std::size_t bytes, bool writable) override;
+
+ private:
+  PeerMemory& memory_;
+  std::unique_ptr<PeerMemory::Piece> piece_;
+};
+
+}  // namespace cumempool::backup

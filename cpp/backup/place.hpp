@@ -1,0 +1,53 @@
+// Where the bytes of one image are: the face that pinned, pageable, file and peer backups have in
+// common. Positions count the image's bytes, packed without gaps.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backup/copy_queue.hpp"
+#include "backup/staged_copies.hpp"
+#include "cumempool/cumempool.h"
+#include "driver/driver.hpp"
+
+namespace cumempool::backup {
+
+// Contents are compared, and checked, in slices of at most this many bytes.
+constexpr std::size_t kSliceBytes = std::size_t{1} << 20;
+
+// What moves bytes between one device and the places: a stream, and buffers for what a stream
+// cannot reach.
+struct Transfer {
+  CopyQueue& queue;
+  StagedCopies& staged;
+};
+
+// One thread at a time. Calls that take a Transfer are made inside a ContextScope of its device.
+class Place {
+ public:
+  Place() = default;
+  virtual ~Place() = default;
+  Place(const Place&) = delete;
+  Place& operator=(const Place&) = delete;
+
+  virtual cumempool_backup_tier tier() const noexcept = 0;
+
+  // Starts the copy of device memory into the image at `position`, which is at most the bytes saved
+  // so far; bytes past those make the place grow. Each call begins at the start of a slice. Throws
+  // Error. The bytes are there once the transfer's queue and staged copies have been waited for,
+  // and neither side may go before that, whether it threw or not.
+  virtual void save(Transfer& transfer, std::size_t position, cumempool_address source,
+                    std::size_t bytes) = 0;
+
+  // Starts the copy back. The place stays as it is. Throws Error.
+  virtual void load(Transfer& transfer, std::size_t position, cumempool_address destination,
+                    std::size_t bytes) = 0;
+
+  // The image at `position` as host memory, `bytes` of it in one piece, or null where it is not so.
+  // The bytes stay there as long as the place; with `writable` they may change from now on.
+  virtual std::byte* view(std::size_t position, std::size_t bytes, bool writable) = 0;
+  // No view but the last one is there any more: what it kept for others may go.
+  virtual void settle_views() noexcept {}
+};
+
+}  // namespace cumempool::backup

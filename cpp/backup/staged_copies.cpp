@@ -1,0 +1,351 @@
+// Copies through pinned buffers. The calling thread alone talks to the driver: it passes
+// buffers from the queue to the threads and back. The threads alone touch bytes.
+#include "backup/staged_copies.hpp"
+
+#include <algorithm>
+#include <new>
+#include <system_error>
+#include <utility>
+
+#include "backup/host_pages.hpp"
+
+namespace cumempool::backup {
+namespace {
+
+constexpr std::size_t kBuffers = 8;
+
+// What a sink or source threw, for the calling thread; from inside a catch block.
+Error failure_of(const std::exception& caught) {
+  if (dynamic_cast<const std::bad_alloc*>(&caught) != nullptr) {
+    Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "no host memory is left for the copy of a backup");
+    error.advice = "free host memory, or discard tags instead of backing them up";
+    return error;
+  }
+  return {CUMEMPOOL_INTERNAL, std::string("the copy of a backup failed: ") + caught.what()};
+}
+
+}  // namespace
+
+// ---- buffers ------------------------------------------------------------------------------------
+
+// Pinned memory in one registration, with an event per buffer.
+class StagedCopies::Buffers {
+ public:
+  static constexpr std::size_t kBytes = kBuffers * kBufferBytes;
+
+  Buffers(driver::Driver driver, int device) : Buffers(driver, device, nullptr) {
+    commit_pages(data_, kBytes, driver_.device_attribute(device, CUMEMPOOL_ATTRIBUTE_HOST_NUMA));
+    while (events_.size() < kBuffers) events_.push_back(driver_.event_create(device_));
+    try {
+      driver_.host_register(device_, data_, kBytes);
+    } catch (Error& error) {
+      error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
+      error.problem = "host memory to copy a backup through could not be pinned";
+      error.advice = "free host memory, or raise the limit on locked memory (ulimit -l)";
+      throw;
+    }
+    registered_ = true;
+  }
+
+  // Leaves memory that cannot be unregistered mapped: the driver may still write to it.
+  ~Buffers() {
+    const auto& table = driver_.table();
+    const bool unregistered = unregister();
+    for (const cumempool_event event : events_) table.event_destroy(table.self, device_, event);
+    if (unregistered) unreserve_pages(data_, reserved_);
+  }
+  Buffers(const Buffers&) = delete;
+  Buffers& operator=(const Buffers&) = delete;
+
+  // Waits for copies that use them.
+  bool unregister() noexcept {
+    const auto& table = driver_.table();
+    if (registered_ &&
+        table.host_unregister(table.self, device_, data_) == CUMEMPOOL_RESULT_SUCCESS) {
+      registered_ = false;
+    }
+    return !registered_;
+  }
+
+  std::byte* data(std::size_t buffer) const noexcept { return data_ + buffer * kBufferBytes; }
+  cumempool_event event(std::size_t buffer) const noexcept { return events_[buffer]; }
+
+ private:
+  // With this one done, the destructor undoes what the rest of the other does.
+  Buffers(driver::Driver driver, int device, std::nullptr_t)
+      : driver_(driver), device_(device), data_(reserve_pages(kBytes, kBytes, reserved_)) {
+    events_.reserve(kBuffers);
+  }
+
+  driver::Driver driver_;
+  int device_;
+  std::size_t reserved_ = 0;
+  std::byte* data_;
+  std::vector<cumempool_event> events_;
+  bool registered_ = false;
+};
+
+// ---- calls --------------------------------------------------------------------------------------
+
+StagedCopies::StagedCopies(driver::Driver driver, CopyQueue& queue, unsigned threads)
+    : driver_(driver), queue_(queue), thread_count_(threads) {}
+
+StagedCopies::~StagedCopies() { stop_threads(); }
+
+void StagedCopies::out(cumempool_address source, std::size_t bytes, BufferWork sink) {
+  begin(Direction::kOut);
+  failed_ = true;
+  const std::size_t buffer = take_buffer();
+  queue_.to_host(buffers_->data(buffer), source, bytes);
+  queue_.record(buffers_->event(buffer));
+  copies_.push_back({buffer, bytes, std::move(sink), label_});
+  failed_ = false;
+}
+
+void StagedCopies::in(cumempool_address destination, std::size_t bytes, BufferWork source) {
+  begin(Direction::kIn);
+  failed_ = true;
+  const std::size_t buffer = take_buffer();
+  arrivals_.push_back({buffer, destination, bytes, {}});
+  give({buffer, bytes, std::move(source), true, label_});
+  failed_ = false;
+}
+
+void StagedCopies::when_queued(std::function<void()> call) {
+  refuse_after_failure();
+  if (arrivals_.empty()) {
+    call();
+    return;
+  }
+  arrivals_.back().queued.push_back(std::move(call));
+}
+
+std::optional<std::size_t> StagedCopies::failed_label() {
+  const std::lock_guard lock(mutex_);
+  return failed_label_;
+}
+
+void StagedCopies::finish() {
+  refuse_after_failure();
+  if (buffers_ == nullptr) return;
+  failed_ = true;
+  while (!arrivals_.empty()) {
+    wait_for_threads([this] { return head_filled(); });
+    enqueue_filled();
+  }
+  while (direction_ == Direction::kOut && !copies_.empty()) settle_oldest_copy();
+  wait_for_threads([this] { return jobs_.empty() && running_ == 0; });
+  failed_ = false;
+}
+
+void StagedCopies::abandon() {
+  failed_ = true;
+  std::deque<Job> dropped;  // goes after the lock: nobody knows what its captures do
+  {
+    std::unique_lock lock(mutex_);
+    jobs_.swap(dropped);
+    job_done_.wait(lock, [this] { return running_ == 0; });
+  }
+  dropped.clear();
+  if (buffers_ != nullptr) queue_.drain();
+  copies_.clear();
+  arrivals_.clear();
+  const std::lock_guard lock(mutex_);
+  failure_.reset();
+  failed_label_.reset();
+  if (buffers_ != nullptr) free_all();
+  failed_ = false;
+}
+
+std::uint64_t StagedCopies::release() noexcept {
+  stop_threads();
+  if (buffers_ == nullptr || !buffers_->unregister()) return 0;
+  copies_.clear();
+  buffers_.reset();
+  return bytes_.exchange(0);
+}
+
+unsigned StagedCopies::default_threads() noexcept {
+  // They wait for a disk more than they compute: also on few cores several should wait at a
+  // time.
+  return std::clamp(std::thread::hardware_concurrency(), 4U, 8U);
+}
+
+// ---- the calling thread -------------------------------------------------------------------------
+
+void StagedCopies::refuse_after_failure() {
+  if (!failed_) return;
+  const std::lock_guard lock(mutex_);
+  throw_failure();
+  throw Error(CUMEMPOOL_INTERNAL, "copies go on after a failure that was not abandoned");
+}
+
+void StagedCopies::begin(Direction direction) {
+  refuse_after_failure();
+  if (direction != direction_) finish();
+  direction_ = direction;
+  start();
+}
+
+void StagedCopies::start() {
+  if (buffers_ == nullptr) {
+    filled_.resize(kBuffers);
+    free_.reserve(kBuffers);
+    buffers_ = std::make_unique<Buffers>(driver_, queue_.device());
+    bytes_ = Buffers::kBytes;
+    free_all();
+  }
+  if (!threads_.empty()) return;
+  threads_.reserve(thread_count_);
+  try {
+    while (threads_.size() < thread_count_) threads_.emplace_back([this] { work(); });
+  } catch (const std::system_error&) {
+    // No more threads are to be had: those that there are do it, or wait_for_threads() itself.
+  }
+}
+
+void StagedCopies::free_all() {
+  free_.clear();
+  for (std::size_t buffer = 0; buffer < kBuffers; ++buffer) free_.push_back(buffer);
+}
+
+// A free buffer. Until there is one, what the device has filled goes to the threads, and what
+// the threads have filled goes to the device.
+std::size_t StagedCopies::take_buffer() {
+  while (true) {
+    settle_done_copies();
+    enqueue_filled();
+    {
+      const std::lock_guard lock(mutex_);
+      throw_failure();
+      if (!free_.empty()) {
+        const std::size_t buffer = free_.back();
+        free_.pop_back();
+        filled_[buffer] = false;
+        return buffer;
+      }
+    }
+    if (!copies_.empty()) {
+      settle_oldest_copy();
+    } else {
+      wait_for_threads([this] { return !free_.empty() || head_filled(); });
+    }
+  }
+}
+
+// Needs the lock.
+bool StagedCopies::head_filled() { return !arrivals_.empty() && filled_[arrivals_.front().buffer]; }
+
+void StagedCopies::settle_done_copies() {
+  while (!copies_.empty() &&
+         driver_.event_query(queue_.device(), buffers_->event(copies_.front().buffer))) {
+    settle_oldest_copy();
+  }
+}
+
+void StagedCopies::settle_oldest_copy() {
+  Copy& oldest = copies_.front();
+  driver_.event_synchronize(queue_.device(), buffers_->event(oldest.buffer));
+  if (oldest.sink) {
+    give({oldest.buffer, oldest.bytes, std::move(oldest.sink), false, oldest.label});
+  } else {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(oldest.buffer);
+  }
+  copies_.pop_front();
+}
+
+void StagedCopies::enqueue_filled() {
+  while (true) {
+    {
+      const std::lock_guard lock(mutex_);
+      throw_failure();
+      if (!head_filled()) return;
+    }
+    enqueue_head();
+  }
+}
+
+void StagedCopies::enqueue_head() {
+  const Arrival head = std::move(arrivals_.front());
+  arrivals_.pop_front();
+  queue_.to_device(head.destination, buffers_->data(head.buffer), head.bytes);
+  queue_.record(buffers_->event(head.buffer));
+  copies_.push_back({head.buffer, head.bytes, {}, 0});
+  for (const auto& call : head.queued) call();
+}
+
+void StagedCopies::give(Job job) {
+  {
+    const std::lock_guard lock(mutex_);
+    jobs_.push_back(std::move(job));
+  }
+  job_given_.notify_one();
+}
+
+template <typename Condition>
+void StagedCopies::wait_for_threads(const Condition& reached) {
+  std::unique_lock lock(mutex_);
+  const auto over = [&] { return failure_.has_value() || reached(); };
+  while (threads_.empty() && !over()) run_next_job(lock);
+  job_done_.wait(lock, over);
+  throw_failure();
+}
+
+// Needs the lock.
+void StagedCopies::throw_failure() const {
+  if (failure_.has_value()) throw Error(*failure_);
+}
+
+void StagedCopies::stop_threads() noexcept {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  job_given_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  stopping_ = false;
+}
+
+// ---- the threads --------------------------------------------------------------------------------
+
+void StagedCopies::work() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    job_given_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
+    if (stopping_) return;
+    run_next_job(lock);
+  }
+}
+
+void StagedCopies::run_next_job(std::unique_lock<std::mutex>& lock) {
+  Job job = std::move(jobs_.front());
+  jobs_.pop_front();
+  ++running_;
+  const bool skipped = failure_.has_value();
+  lock.unlock();
+  std::optional<Error> failure;
+  try {
+    if (!skipped) job.work(buffers_->data(job.buffer), job.bytes);
+  } catch (Error& error) {
+    failure.emplace(std::move(error));
+  } catch (const std::exception& error) {
+    failure.emplace(failure_of(error));
+  }
+  job.work = nullptr;  // what it captured may go as soon as the job is done
+  lock.lock();
+  --running_;
+  if (failure.has_value() && !failure_.has_value()) {
+    failure_ = std::move(failure);
+    failed_label_ = job.label;
+  }
+  if (job.fills) {
+    filled_[job.buffer] = true;
+  } else {
+    free_.push_back(job.buffer);
+  }
+  job_done_.notify_all();
+}
+
+}  // namespace cumempool::backup

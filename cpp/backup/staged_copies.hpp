@@ -1,0 +1,151 @@
+// Copies between device memory and places that no copy engine reaches, through pinned buffers:
+// threads write out, or read ahead, one buffer while the device fills or drains others.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "backup/copy_queue.hpp"
+#include "driver/driver.hpp"
+
+namespace cumempool::backup {
+
+// Work on the bytes of one buffer, in one of the threads; throws Error. Makes no driver call.
+// May use the buffer's bytes past `bytes`, up to kBufferBytes.
+using BufferWork = std::function<void(std::byte* data, std::size_t bytes)>;
+
+// One thread at a time calls it, inside a ContextScope of the queue's device. The buffers and
+// threads are made at first use and stay until release() or destruction. It waits for events of
+// its own: others may drain the queue at any time.
+class StagedCopies {
+ public:
+  // Bytes of a buffer; a multiple of kSliceBytes, aligned for direct I/O.
+  static constexpr std::size_t kBufferBytes = std::size_t{8} << 20;
+
+  // `threads` 0: the calling thread does the work itself, as where no thread can be started.
+  StagedCopies(driver::Driver driver, CopyQueue& queue, unsigned threads = default_threads());
+  // finish() first: copies may not be under way.
+  ~StagedCopies();
+  StagedCopies(const StagedCopies&) = delete;
+  StagedCopies& operator=(const StagedCopies&) = delete;
+
+  // Starts a copy of device memory of at most kBufferBytes into a buffer, which `sink` is then
+  // called with. Waits where all buffers are busy. Throws Error: of this call, or of the sink
+  // of an earlier one. Whatever out(), in() or finish() throws, abandon() comes next.
+  void out(cumempool_address source, std::size_t bytes, BufferWork sink);
+
+  // Has `source` fill a buffer with at most kBufferBytes, and then copies it to the device, in
+  // the order of the calls. Returns before that; throws Error as out() does.
+  void in(cumempool_address destination, std::size_t bytes, BufferWork source);
+
+  // Has `call` called once the copies of all in() calls so far are in the queue: at once where
+  // they are, else inside a later call of in(), out() or finish(), which throws what it throws.
+  void when_queued(std::function<void()> call);
+
+  // A name for what the next out() and in() calls are about; and that of the call whose sink or
+  // source failed, until abandon().
+  void label(std::size_t item) noexcept { label_ = item; }
+  std::optional<std::size_t> failed_label();
+
+  // Returns when the copies of all in() calls so far are in the queue, and the sinks of all
+  // out() calls so far have returned. Throws the first Error of a sink or source. An out()
+  // after in(), or the other way round, finishes first.
+  void finish();
+
+  // Waits for everything under way, the whole queue included, and forgets it, errors too. After
+  // a failure, before either side of a copy may go. Throws Error where the device cannot be
+  // waited for; no thread works then, and it may be called again.
+  void abandon();
+
+  // Gives the buffers and threads back; finish() or abandon() first. Inside a ContextScope.
+  // Returns the bytes unpinned; 0 where the driver would not unpin them, which may be tried
+  // again.
+  std::uint64_t release() noexcept;
+
+  // Pinned bytes held. Any thread may ask.
+  std::uint64_t bytes() const noexcept { return bytes_; }
+
+  static unsigned default_threads() noexcept;
+
+ private:
+  class Buffers;
+  enum class Direction { kOut, kIn };
+
+  // A copy in the queue; its buffer goes to `sink` after it, or is free then.
+  struct Copy {
+    std::size_t buffer = 0;
+    std::size_t bytes = 0;
+    BufferWork sink;
+    std::size_t label = 0;
+  };
+  // A buffer whose contents are on their way, and where they go.
+  struct Arrival {
+    std::size_t buffer = 0;
+    cumempool_address destination = 0;
+    std::size_t bytes = 0;
+    std::vector<std::function<void()>> queued;
+  };
+  struct Job {
+    std::size_t buffer = 0;
+    std::size_t bytes = 0;
+    BufferWork work;
+    bool fills = false;  // else it empties the buffer
+    std::size_t label = 0;
+  };
+
+  // The calling thread.
+  void refuse_after_failure();
+  void begin(Direction direction);
+  void start();
+  void free_all();
+  std::size_t take_buffer();
+  bool head_filled();
+  void settle_done_copies();
+  void settle_oldest_copy();
+  void enqueue_filled();
+  void enqueue_head();
+  void give(Job job);
+  template <typename Condition>
+  void wait_for_threads(const Condition& reached);
+  void throw_failure() const;
+  void stop_threads() noexcept;
+
+  // Any thread, with the lock, which is given up while the job runs.
+  void run_next_job(std::unique_lock<std::mutex>& lock);
+  void work();
+
+  driver::Driver driver_;
+  CopyQueue& queue_;
+  const unsigned thread_count_;
+  std::size_t label_ = 0;
+  std::atomic<std::uint64_t> bytes_{0};
+
+  std::unique_ptr<Buffers> buffers_;
+  std::vector<std::thread> threads_;
+  Direction direction_ = Direction::kOut;
+  bool failed_ = false;           // until abandon()
+  std::deque<Copy> copies_;       // in the queue, oldest first
+  std::deque<Arrival> arrivals_;  // not in the queue yet, in the order of the calls
+
+  std::mutex mutex_;  // guards everything below
+  std::condition_variable job_given_;
+  std::condition_variable job_done_;
+  std::deque<Job> jobs_;
+  std::size_t running_ = 0;
+  std::vector<std::size_t> free_;  // has room for all buffers
+  std::vector<bool> filled_;
+  std::optional<Error> failure_;  // the first one; jobs are skipped from then on
+  std::optional<std::size_t> failed_label_;
+  bool stopping_ = false;
+};
+
+}  // namespace cumempool::backup

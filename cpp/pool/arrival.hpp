@@ -1,0 +1,65 @@
+// Allocations on their way back: physical memory mapped ahead of the copies into it, and all of it
+// given up again where something fails.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "pool/lane.hpp"
+
+namespace cumempool::pool {
+
+// The steps of one wake or swap, in the order of the calls.
+class Arrival {
+ public:
+  // Called when all copies into an allocation are in the queue of its device.
+  using Queued = std::function<void(const Record& record, backup::CopyQueue& queue)>;
+
+  Arrival(Allocator& allocator, const char* operation, Report& report, Queued queued = {});
+
+  // Takes on what was claimed, in the order in which it shall be ready. Throws Error.
+  void plan(std::vector<RecordPointer> claimed);
+  std::vector<int> devices();
+  // Device memory that it has to take.
+  std::uint64_t bytes_on(int device) const;
+  // Device memory that the next allocation of a device has to take; none is left: see done().
+  std::uint64_t next_bytes(int device);
+  bool done(int device);
+
+  // Maps the next allocation of a device and starts the copies into it. Throws Error.
+  void bring_next(int device);
+  // The same for all that are left, in turns between the devices.
+  void bring_all();
+  // Waits for the copies. Throws Error.
+  void finish();
+  // Changes the states.
+  void commit();
+
+  // Takes back what was mapped so far. Memory that an earlier failure had left with its allocation
+  // stays with it, and so does what copies may still write to (R5).
+  void undo(Error& failure);
+
+ private:
+  void bring(Lane& lane, std::size_t index);
+  void attach(std::size_t index);
+  void explain(Error& error, std::size_t failed) const;
+  void load(Lane& lane, Record& record);
+  void fence_all();
+
+  Allocator& allocator_;
+  const char* operation_;
+  Report& report_;
+  const Queued queued_;
+  std::vector<RecordPointer> records_;
+  std::map<const Tag*, bool> zero_;
+  std::vector<std::size_t> attached_;  // of records_, in order
+  std::vector<bool> held_before_;      // of records_
+  std::set<int> busy_;                 // devices that could not be asked, after a failure
+  Lanes lanes_;
+};
+
+}  // namespace cumempool::pool

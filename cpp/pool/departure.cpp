@@ -1,0 +1,472 @@
+// Allocations on their way to sleep.
+#include "pool/departure.hpp"
+
+#include <algorithm>
+#include <exception>
+#include <string>
+#include <utility>
+
+#include "pool/places.hpp"
+
+namespace cumempool::pool {
+
+using backup::Extent;
+
+Departure::Departure(Allocator& allocator, const char* operation, const SleepRequest& request,
+                     Report& report)
+    : allocator_(allocator),
+      operation_(operation),
+      request_(request),
+      dead_(request.dead),
+      report_(report),
+      lanes_(allocator, Direction::kOut, report),
+      comparison_(allocator, operation, report) {}
+
+// ---- what is to be done -------------------------------------------------------------------------
+
+bool Departure::wants(const Record& record) const {
+  const auto action = request_.actions.find(record.tag);
+  if (action == request_.actions.end() || record.doomed) return false;
+  return !record.asleep || forgettable(record) || releasable(record);
+}
+
+bool Departure::discards(const Record& record) const {
+  return request_.actions.at(record.tag) == CUMEMPOOL_ON_SLEEP_DISCARD;
+}
+
+// Asleep, and its backup is to go.
+bool Departure::forgettable(const Record& record) const {
+  return record.asleep && request_.drop_backups && discards(record) && record.image != nullptr;
+}
+
+// Of memory that was not taken back: nothing is lost with it, whatever becomes of the transition.
+bool Departure::spare(const Record& record) { return !record.intact || record.image != nullptr; }
+
+// Asleep, but its memory was not taken back: tried again, unless only that memory has its contents.
+bool Departure::releasable(const Record& record) const {
+  return record.asleep && record.unreleased &&
+         (spare(record) || discards(record) || dead_.live_extents(record).empty());
+}
+
+// Memory that must not go, or cannot.
+void Departure::refuse(const std::vector<RecordPointer>& claimed) const {
+  for (const RecordPointer& record : claimed) {
+    if (record->asleep) continue;
+    const std::string holders = allocator_.tags().holders(*record->tag);
+    if (!holders.empty()) {
+      Error error(CUMEMPOOL_IN_USE, "its memory is pinned by " + holders);
+      error.advice = "have the holder deregister the memory and release its pin first";
+      annotate(error, operation_, record.get());
+      throw error;
+    }
+    if (record->memory.is_ordinary()) {
+      Error error(CUMEMPOOL_UNSUPPORTED, "its memory is of cudaMalloc, which cannot sleep");
+      error.advice = "leave the tag out, or give it backing='vmm'";
+      annotate(error, operation_, record.get());
+      throw error;
+    }
+  }
+}
+
+void Departure::plan(const std::vector<RecordPointer>& claimed) {
+  refuse(claimed);
+  for (const RecordPointer& record : claimed) {
+    if (record->asleep) {
+      if (forgettable(*record)) forgotten_.push_back(record);
+      if (releasable(*record)) unreleased_.push_back(record);
+      continue;
+    }
+    Sleeper sleeper;
+    sleeper.record = record;
+    if (!discards(*record)) sleeper.live = dead_.live_extents(*record);
+    sleepers_.push_back(std::move(sleeper));
+  }
+  // Made now, so that commit() needs no memory for them.
+  for (const RecordPointer& record : claimed) report_.row(*record);
+  choose_images();
+  for (std::size_t i = 0; i < sleepers_.size(); ++i) {
+    if (sleepers_[i].image == nullptr) {
+      discarded_.push_back(i);
+    } else {
+      lanes_.add(sleepers_[i].record->device, i);
+    }
+  }
+}
+
+void Departure::choose_images() {
+  for (Sleeper& sleeper : sleepers_) {
+    if (sleeper.live.empty()) continue;
+    sleeper.choice = allocator_.tags().backup(*sleeper.record->tag);
+    if (reusable(allocator_, *sleeper.record, sleeper.choice, sleeper.live)) {
+      sleeper.fresh = false;
+      sleeper.choice = sleeper.record->image_choice;
+      sleeper.image = sleeper.record->image;
+      continue;
+    }
+    // What it has retained is no use any more, and its room is: it is awake and loses nothing.
+    std::shared_ptr<backup::Image> dropped;
+    allocator_.records().update([&] { dropped.swap(sleeper.record->image); });
+  }
+  limit_pinned();
+  for (Sleeper& sleeper : sleepers_) {
+    if (sleeper.live.empty() || !sleeper.fresh) continue;
+    try {
+      sleeper.image = make_image(allocator_, *sleeper.record, sleeper.choice, sleeper.live);
+    } catch (Error& error) {
+      annotate(error, operation_, sleeper.record.get());
+      throw;
+    }
+  }
+}
+
+// Sends what the limit on pinned memory leaves no room for to the tier that takes the overflow.
+void Departure::limit_pinned() {
+  const backup::Stores& stores = allocator_.stores();
+  if (stores.pinned_budget().limit() == 0) return;
+  std::uint64_t needed = 0;
+  for (const Sleeper& sleeper : sleepers_) {
+    if (sleeper.fresh && sleeper.choice.tier == CUMEMPOOL_BACKUP_PINNED) {
+      needed += total_bytes(sleeper.live);
+    }
+  }
+  const auto room = [&] {
+    return stores.pinned_bytes() - stores.pinned_used_bytes() + stores.pinned_budget().room();
+  };
+  const std::uint64_t unclaimed = stores.pinned_budget().room();
+  if (needed > room()) allocator_.drop_retained(needed - std::min(needed, unclaimed));
+  if (!allocator_.overflow()) return;  // the order is refused, with all the numbers
+  std::uint64_t left = room();
+  for (Sleeper& sleeper : sleepers_) {
+    if (!sleeper.fresh || sleeper.choice.tier != CUMEMPOOL_BACKUP_PINNED) continue;
+    const std::uint64_t bytes = total_bytes(sleeper.live);
+    if (bytes > left) {
+      sleeper.choice = *allocator_.overflow();
+    } else {
+      left -= bytes;
+    }
+  }
+}
+
+std::uint64_t Departure::bytes_on(int device) const {
+  std::uint64_t bytes = 0;
+  for (const Sleeper& sleeper : sleepers_) {
+    if (sleeper.record->device == device) bytes += sleeper.record->bytes;
+  }
+  for (const RecordPointer& record : unreleased_) {
+    if (record->device == device && spare(*record)) bytes += record->bytes;
+  }
+  return bytes;
+}
+
+std::uint64_t Departure::released_on(int device) const {
+  const auto found = released_.find(device);
+  return found == released_.end() ? 0 : found->second;
+}
+
+void Departure::fence() {
+  std::set<int> devices;
+  for (const Sleeper& sleeper : sleepers_) devices.insert(sleeper.record->device);
+  for (const RecordPointer& record : unreleased_) devices.insert(record->device);
+  for (const int device : devices) {
+    try {
+      const driver::ContextScope scope(allocator_.driver(), device);
+      allocator_.driver().fence(device);
+    } catch (Error& error) {
+      annotate(error, operation_, nullptr);
+      throw;
+    }
+  }
+}
+
+// ---- copies -------------------------------------------------------------------------------------
+
+// Orders the host memory that is missing, before anything of it is used. Backups that are only
+// retained make room where the system has none left.
+void Departure::make_room(std::map<backup::HostArena*, std::size_t>& needed) {
+  for (const auto& [arena, bytes] : needed) {
+    try {
+      orders_.push_back(std::make_unique<backup::ArenaOrder>(*arena, bytes));
+    } catch (const Error& error) {
+      if (error.status != CUMEMPOOL_OUT_OF_HOST_MEMORY || !allocator_.drop_retained(bytes)) throw;
+      orders_.push_back(std::make_unique<backup::ArenaOrder>(*arena, bytes));
+    }
+  }
+}
+
+void Departure::start_copies() {
+  std::size_t culprit = 0;
+  try {
+    std::map<backup::HostArena*, std::size_t> needed;
+    for (std::size_t i = 0; i < sleepers_.size(); ++i) {
+      const Sleeper& sleeper = sleepers_[i];
+      if (sleeper.image == nullptr || !sleeper.fresh) continue;
+      culprit = i;
+      backup::HostArena* arena = arena_of(allocator_, sleeper.choice, sleeper.record->device);
+      if (arena != nullptr) needed[arena] += total_bytes(sleeper.live);
+    }
+    make_room(needed);
+    lanes_.each([this](Lane& lane) {
+      std::vector<Comparison::Item> items;
+      for (const std::size_t i : lane.items) {
+        items.push_back({i, sleepers_[i].record->address, sleepers_[i].image.get()});
+      }
+      comparison_.start(*lane.device, items);
+      lane.front.begin();
+    });
+    lanes_.each_in_turn([&](Lane& lane, std::size_t index) {
+      culprit = index;
+      copy(lane, index, culprit);
+    });
+    lanes_.each([&](Lane& lane) { lane.finish_staged(culprit); });
+    orders_.clear();
+    keep_digests();
+  } catch (Error& error) {
+    annotate(error, operation_, sleepers_.empty() ? nullptr : sleepers_[culprit].record.get());
+    throw;
+  }
+}
+
+void Departure::copy(Lane& lane, std::size_t index, std::size_t& culprit) {
+  Sleeper& sleeper = sleepers_[index];
+  const cumempool_digest* digests = sleeper.fresh ? nullptr : comparison_.wait(*lane.device, index);
+  try {
+    lane.copy(index, *sleeper.record, sleeper.choice.tier, [&] {
+      if (digests == nullptr) {
+        sleeper.image->save(lane.transfer, sleeper.record->address);
+        return;
+      }
+      const std::uint64_t copied =
+          sleeper.image->save_changes(lane.transfer, sleeper.record->address, digests);
+      sleeper.clean_bytes = sleeper.image->bytes() - copied;
+    });
+  } catch (const Error&) {
+    culprit = lane.transfer.staged.failed_label().value_or(index);
+    throw;
+  }
+}
+
+void Departure::keep_digests() {
+  lanes_.each([this](Lane& lane) {
+    comparison_.finish(*lane.device);
+    for (const std::size_t i : lane.items) {
+      backup::Image& image = *sleepers_[i].image;
+      const cumempool_digest* digests = comparison_.wait(*lane.device, i);
+      const std::size_t count = digests == nullptr ? 0 : image.slices().size();
+      image.set_digests({digests, digests + count});
+    }
+  });
+}
+
+// ---- giving the memory back ---------------------------------------------------------------------
+
+void Departure::detach(Sleeper& sleeper) {
+  try {
+    sleeper.record->memory.unmap();
+    sleeper.stage = Stage::kDetached;
+  } catch (Error& error) {
+    annotate(error, operation_, sleeper.record.get());
+    throw;
+  }
+}
+
+// Memory that the driver will not take back stays with its allocation.
+void Departure::give_back(Record& record, cumempool_report_row& row) {
+  try {
+    record.memory.unmap();  // no effect, unless a failed wake has left it mapped
+    driver::check(allocator_.driver().table(), "release", record.memory.release_physical(),
+                  record.device, record.bytes);
+    row.freed_bytes += record.bytes;
+    released_[record.device] += record.bytes;
+  } catch (Error& error) {
+    annotate(error, operation_, &record);
+    report_.problems.push_back(error.message());
+  }
+}
+
+void Departure::account(const Sleeper& sleeper) {
+  cumempool_report_row& row = report_.row(*sleeper.record);
+  const std::uint64_t kept = total_bytes(sleeper.live);
+  row.allocations += 1;
+  row.backed_up_bytes += kept;
+  row.clean_bytes += sleeper.clean_bytes;
+  row.discarded_bytes += sleeper.record->bytes - kept;
+}
+
+void Departure::release(Sleeper& sleeper) {
+  if (sleeper.stage == Stage::kAwake) detach(sleeper);
+  sleeper.stage = Stage::kReleased;
+  account(sleeper);
+  give_back(*sleeper.record, report_.row(*sleeper.record));
+}
+
+void Departure::release_left_over(Record& record) {
+  give_back(record, report_.row(record));
+  allocator_.records().update([&] {
+    record.unreleased = record.memory.holds_physical();
+    record.intact = false;
+  });
+}
+
+bool Departure::release_next(int device, bool with_discarded) {
+  const auto left_over = std::find_if(
+      unreleased_.begin(), unreleased_.end(),
+      [device](const RecordPointer& record) { return record->device == device && spare(*record); });
+  if (left_over != unreleased_.end()) {
+    const RecordPointer record = *left_over;
+    unreleased_.erase(left_over);
+    release_left_over(*record);
+    return true;
+  }
+  Lane* lane = lanes_.find(device);
+  if (lane != nullptr && !lane->front.empty()) {
+    std::size_t index = lane->front.oldest();
+    try {
+      const driver::ContextScope scope(allocator_.driver(), device);
+      index = lane->front.pop();
+    } catch (Error& error) {
+      annotate(error, operation_, sleepers_[index].record.get());
+      throw;
+    }
+    release(sleepers_[index]);
+    return true;
+  }
+  if (!with_discarded) return false;
+  for (const std::size_t i : discarded_) {
+    if (sleepers_[i].record->device != device || sleepers_[i].stage == Stage::kReleased) continue;
+    release(sleepers_[i]);
+    return true;
+  }
+  return false;
+}
+
+// Discarded memory is detached while copies still run: until something has been released, all of it
+// can be mapped again as it was, without asking the device for memory.
+void Departure::finish() {
+  for (const std::size_t i : discarded_) {
+    if (sleepers_[i].stage == Stage::kAwake) detach(sleepers_[i]);
+  }
+  for (bool any = true; any;) {
+    any = false;
+    for (const auto& lane : lanes_.all()) {
+      any = release_next(lane->device->ordinal(), false) || any;
+    }
+  }
+}
+
+void Departure::commit() {
+  std::vector<std::shared_ptr<backup::Image>> dropped;  // outside of the lock: files, peers
+  dropped.reserve(forgotten_.size());
+  allocator_.records().update([&] {
+    for (Sleeper& sleeper : sleepers_) {
+      Record& record = *sleeper.record;
+      record.asleep = true;
+      record.intact = false;
+      record.unreleased = record.memory.holds_physical();
+      record.image.swap(sleeper.image);
+      record.image_choice = std::move(sleeper.choice);
+    }
+    for (const RecordPointer& record : forgotten_) {
+      cumempool_report_row& row = report_.row(*record);
+      row.allocations += 1;
+      row.discarded_bytes += record->image->bytes();
+      dropped.push_back(std::move(record->image));
+    }
+  });
+  for (const std::size_t i : discarded_) {
+    if (sleepers_[i].stage != Stage::kReleased) release(sleepers_[i]);
+  }
+  for (const RecordPointer& record : unreleased_) release_left_over(*record);
+  allocator_.records().update([this] {
+    for (const std::size_t i : discarded_) {
+      sleepers_[i].record->unreleased = sleepers_[i].record->memory.holds_physical();
+    }
+  });
+}
+
+// ---- the way back -------------------------------------------------------------------------------
+
+void Departure::undo(Error& failure) {
+  lanes_.settle(&failure);
+  orders_.clear();
+  for (const auto& lane : lanes_.all()) {
+    try {
+      const driver::ContextScope scope(allocator_.driver(), lane->device->ordinal());
+      comparison_.finish(*lane->device);
+    } catch (Error& error) {
+      lane->stuck = true;
+      failure.secondary.push_back(error.account());
+    }
+  }
+  for (std::size_t i = sleepers_.size(); i-- > 0;) {
+    if (sleepers_[i].stage != Stage::kAwake) reattach(sleepers_[i], failure);
+  }
+  forget_overwritten();
+}
+
+void Departure::reattach(Sleeper& sleeper, Error& failure) {
+  Record& record = *sleeper.record;
+  const bool had_contents = record.memory.holds_physical();
+  try {
+    if (!had_contents && sleeper.image == nullptr) {
+      throw Error(CUMEMPOOL_DRIVER_ERROR, "its contents had been discarded already");
+    }
+    record.memory.map();
+    if (had_contents) return;
+    const driver::ContextScope scope(allocator_.driver(), record.device);
+    backup::Transfer& transfer = lanes_.find(record.device)->transfer;
+    sleeper.image->restore(transfer, record.address);
+    transfer.staged.finish();
+    transfer.queue.drain();
+    allocator_.records().update([&] { record.generation += 1; });
+  } catch (Error& error) {
+    keep_asleep(sleeper, failure, error);
+  }
+}
+
+// Nothing is lost: the image has the contents, or the handle that is still held.
+void Departure::keep_asleep(Sleeper& sleeper, Error& failure, const Error& why) {
+  Record& record = *sleeper.record;
+  Error error = why;
+  annotate(error, operation_, &record);
+  failure.secondary.push_back("stays asleep: " + error.account());
+  const bool intact = sleeper.stage == Stage::kDetached;
+  Lane* lane = lanes_.find(record.device);
+  if (lane != nullptr) lane->device->unsettle();
+  if (!intact && record.memory.holds_physical()) {
+    try {
+      const driver::ContextScope scope(allocator_.driver(), record.device);
+      if (lane != nullptr) lane->device->settle();
+      allocator_.driver().fence(record.device);  // copies into it may still run
+      record.memory.unmap();
+      record.memory.release_physical();
+    } catch (const Error&) {
+      // It stays held, is counted as unreleased, and the next wake copies into it again.
+      failure.secondary.push_back("its device memory could not be given back");
+      if (sleeper.image != nullptr) allocator_.strand(sleeper.image);
+    }
+  }
+  allocator_.records().update([&] {
+    record.asleep = true;
+    record.unreleased = record.memory.holds_physical();
+    record.intact = intact && record.memory.holds_physical();
+    record.image = std::move(sleeper.image);
+    record.image_choice = std::move(sleeper.choice);
+  });
+}
+
+// Retained images that were being overwritten say nothing any more. Those that copies may still be
+// writing to must stay where they are (R5).
+void Departure::forget_overwritten() {
+  for (Sleeper& sleeper : sleepers_) {
+    Lane* lane = lanes_.find(sleeper.record->device);
+    if (sleeper.image == nullptr || lane == nullptr) continue;
+    if (lane->stuck) allocator_.strand(sleeper.image);
+    if (sleeper.fresh) continue;
+    std::shared_ptr<backup::Image> dropped;
+    allocator_.records().update([&] {
+      if (!sleeper.record->asleep) dropped.swap(sleeper.record->image);
+    });
+  }
+}
+
+}  // namespace cumempool::pool

@@ -1,0 +1,161 @@
+// A wake in a thread of its own.
+#include "pool/waking.hpp"
+
+#include <exception>
+#include <system_error>
+#include <utility>
+
+#include "pool/registry.hpp"
+
+namespace cumempool::pool {
+
+Waking::Waking(std::shared_ptr<Allocator> allocator, WakeRequest request)
+    : allocator_(std::move(allocator)), request_(std::move(request)) {
+  allocator_->turnstile().refuse_inside("wake");
+  request_.planned = [this](const auto& records) { note_planned(records); };
+  request_.queued = [this](const Record& record, backup::CopyQueue& queue) {
+    note_queued(record, queue);
+  };
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (const std::system_error& error) {
+    Error refused(CUMEMPOOL_OUT_OF_HOST_MEMORY,
+                  std::string("no thread could be started: ") + error.what());
+    refused.operation = "wake";
+    refused.advice = "raise the limit on processes (ulimit -u), or wake without a thread";
+    throw refused;
+  }
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return planned_ || ended_; });
+  if (planned_) return;
+  lock.unlock();
+  thread_.join();
+  throw_failure();
+}
+
+Waking::~Waking() {
+  if (thread_.joinable()) thread_.join();
+  destroy_events();
+}
+
+void Waking::run() {
+  std::optional<Error> failure;
+  std::optional<Report> report;
+  try {
+    report = wake(*allocator_, request_);
+  } catch (const Error& error) {
+    failure = error;
+  } catch (const std::exception& error) {
+    failure.emplace(CUMEMPOOL_OUT_OF_HOST_MEMORY, error.what());
+    failure->operation = "wake";
+  }
+  const std::lock_guard lock(mutex_);
+  failure_ = std::move(failure);
+  report_ = std::move(report);
+  ended_ = true;
+  changed_.notify_all();
+}
+
+void Waking::note_planned(const std::vector<RecordPointer>& records) {
+  const std::lock_guard lock(mutex_);
+  for (const RecordPointer& record : records) {
+    Ready ready;
+    ready.device = record->device;
+    ready_.emplace(record.get(), ready);
+    // They keep the contexts of the events.
+    if (devices_.empty() || devices_.back()->ordinal() != record->device) {
+      devices_.push_back(allocator_->devices().at(record->device));
+    }
+  }
+  planned_ = true;
+  changed_.notify_all();
+}
+
+// In the thread of the wake, inside a ContextScope of the device.
+void Waking::note_queued(const Record& record, backup::CopyQueue& queue) {
+  const cumempool_event event = allocator_->driver().event_create(record.device);
+  {
+    const std::lock_guard lock(mutex_);
+    ready_.at(&record).event = event;
+  }
+  queue.record(event);
+  const std::lock_guard lock(mutex_);
+  ready_.at(&record).queued = true;
+  changed_.notify_all();
+}
+
+void Waking::destroy_events() noexcept {
+  const auto& table = allocator_->driver().table();
+  for (const auto& entry : ready_) {
+    const Ready& ready = entry.second;
+    if (ready.event == 0) continue;
+    cumempool_context_token token{};
+    if (table.context_enter(table.self, ready.device, &token) != CUMEMPOOL_RESULT_SUCCESS) continue;
+    table.event_destroy(table.self, ready.device, ready.event);
+    table.context_leave(table.self, &token);
+  }
+}
+
+void Waking::throw_failure() const {
+  const std::lock_guard lock(mutex_);
+  if (failure_) throw Error(*failure_);
+}
+
+namespace {
+
+Error refuse_wait(cumempool_status status, const char* why, const char* advice) {
+  Error error(status, why);
+  error.operation = "wait";
+  error.advice = advice;
+  return error;
+}
+
+}  // namespace
+
+void Waking::wait(cumempool_address address, const cumempool_device_stream& stream) {
+  const RecordPointer record = Registry::instance().find(address);
+  if (record == nullptr || record->owner != allocator_) {
+    throw refuse_wait(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator",
+                      "pass a tensor of the tags that are waking");
+  }
+  std::unique_lock lock(mutex_);
+  const auto found = ready_.find(record.get());
+  if (found != ready_.end()) {
+    changed_.wait(lock, [&] { return found->second.queued || ended_; });
+    if (failure_) throw Error(*failure_);
+  }
+  if (found == ready_.end() || ended_) {  // then its contents are visible to every stream
+    lock.unlock();
+    bool asleep = false;
+    allocator_->records().update([&] { asleep = record->asleep; });
+    if (!asleep) return;
+    throw refuse_wait(CUMEMPOOL_INVALID_ARGUMENT,
+                      "the allocation sleeps, and is not part of this wake", "wake its tag");
+  }
+  const cumempool_event event = found->second.event;
+  lock.unlock();
+  const driver::Driver driver = allocator_->driver();
+  const driver::ContextScope scope(driver, stream.device);
+  if (driver.stream_is_capturing(stream.device, stream.stream)) {
+    throw refuse_wait(CUMEMPOOL_CAPTURING, "the stream is being captured",
+                      "wait before the capture, or finish the wake first");
+  }
+  driver.stream_wait_event(stream.device, stream.stream, event);
+}
+
+bool Waking::done() const {
+  const std::lock_guard lock(mutex_);
+  return ended_;
+}
+
+std::optional<Report> Waking::finish() {
+  {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return ended_; });
+  }
+  throw_failure();
+  const std::lock_guard lock(mutex_);
+  return std::exchange(report_, std::nullopt);
+}
+
+}  // namespace cumempool::pool

@@ -1,0 +1,83 @@
+"""Turns what instruction_counts.sh profiled into a JSON record, or compares it with the record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+#: How much more, or less, than the record a path may need.
+TOLERANCE = 0.10
+#: "1,737,303 (61.84%)  file:function [object]", as callgrind_annotate writes it.
+LINE = re.compile(r"^\s*([\d,]+) \([\d. ]+%\)\s+(.*)$")
+#: Where the host driver is entered; its time is that of a simulation, not of the library.
+HOST_DRIVER = "cumempool::driver::(anonymous namespace)::Entry<"
+
+
+def read_profile(path: Path, allocations: int) -> dict[str, float]:
+    """Instructions per allocation: of the library alone, and with the simulated device."""
+    total = simulated = 0
+    for line in path.read_text().splitlines():
+        if (match := LINE.match(line)) is None:
+            continue
+        count, name = int(match[1].replace(",", "")), match[2]
+        if name.startswith("PROGRAM TOTALS"):
+            total = count
+        elif name.partition(":")[2].startswith(HOST_DRIVER):
+            simulated += count
+    if not 0 < simulated < total:
+        sys.exit(f"{path.stem}: {total} instructions, {simulated} of them of the host driver")
+    return {
+        "library": round((total - simulated) / allocations, 1),
+        "with_host_driver": round(total / allocations, 1),
+    }
+
+
+def compare(measured: dict[str, dict[str, float]], recorded: dict[str, dict[str, float]]) -> bool:
+    """Prints both; whether no path needs too much more."""
+    good = set(measured) == set(recorded)
+    for path, counts in measured.items():
+        if path not in recorded:
+            print(f"{path}: not in the record")
+            continue
+        ratio = counts["library"] / recorded[path]["library"]
+        verdict = ""
+        if ratio > 1 + TOLERANCE:
+            good, verdict = False, "  TOO MANY"
+        elif ratio < 1 - TOLERANCE:
+            verdict = "  fewer: record it with scripts/instruction_counts.sh"
+        print(f"{path}: {counts['library']:.0f} instructions, {ratio:.3f} of the record{verdict}")
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--profiles", type=Path, required=True)
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--allocations", type=int, required=True)
+    parser.add_argument("--compiler", required=True)
+    arguments = parser.parse_args()
+    measured = {
+        path.stem: read_profile(path, arguments.allocations)
+        for path in sorted(arguments.profiles.glob("*.txt"))
+    }
+    if arguments.check:
+        recorded = json.loads(arguments.record.read_text())["instructions_per_allocation"]
+        sys.exit(0 if compare(measured, recorded) else 1)
+    record = {
+        "benchmark": "instructions",
+        "command": "scripts/instruction_counts.sh",
+        "compiler": arguments.compiler,
+        "allocations": arguments.allocations,
+        "instructions_per_allocation": measured,
+    }
+    arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+    for path, counts in measured.items():
+        print(f"{path}: {counts['library']:.0f} instructions")
+
+
+if __name__ == "__main__":
+    main()
