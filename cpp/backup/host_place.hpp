@@ -15,6 +15,8 @@ class HostPlace : public Place {
   // Takes room as it is saved. `tier` is PINNED or PAGEABLE, as the arena.
   HostPlace(HostArena& arena, cumempool_backup_tier tier, int device);
   ~HostPlace() override;
+  HostPlace(const HostPlace&) = delete;
+  HostPlace& operator=(const HostPlace&) = delete;
 
   cumempool_backup_tier tier() const noexcept override { return tier_; }
   void save(Transfer& transfer, std::size_t position, cumempool_address source,
@@ -27,7 +29,7 @@ class HostPlace : public Place {
 
  private:
   struct Part {
-    std::size_t position;
+    std::size_t position = 0;
     HostSpan span;
   };
 

@@ -53,6 +53,8 @@ class PeerPlace : public Place {
             std::size_t granularity, int device, std::size_t bytes)
       : memory_(memory), piece_(memory.acquire(properties, granularity, device, bytes)) {}
   ~PeerPlace() override { memory_.release(std::move(piece_)); }
+  PeerPlace(const PeerPlace&) = delete;
+  PeerPlace& operator=(const PeerPlace&) = delete;
 
   cumempool_backup_tier tier() const noexcept override { return CUMEMPOOL_BACKUP_PEER; }
   void save(Transfer& transfer, std::size_t position, cumempool_address source,

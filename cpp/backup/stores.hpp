@@ -24,6 +24,7 @@ class Stores {
  public:
   // `pinned_limit` bytes of pinned memory are held at the most; 0 = no limit.
   Stores(driver::Driver driver, std::uint64_t pinned_limit);
+  ~Stores() = default;
   Stores(const Stores&) = delete;
   Stores& operator=(const Stores&) = delete;
 

@@ -36,8 +36,8 @@ class CopyFront {
 
  private:
   struct Entry {
-    std::size_t item;
-    const Record* record;
+    std::size_t item = 0;
+    const Record* record = nullptr;
     std::optional<std::size_t> mark;  // none: done
   };
 

@@ -10,8 +10,6 @@
 
 namespace cumempool::pool {
 
-using backup::Extent;
-
 Departure::Departure(Allocator& allocator, const char* operation, const SleepRequest& request,
                      Report& report)
     : allocator_(allocator),

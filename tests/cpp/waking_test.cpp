@@ -356,7 +356,7 @@ TEST_F(WakingTest, R3_OtherTransitionsWaitForIt) {
   std::thread sleeper([&] { EXPECT_EQ(pool.sleep("weights", kOffload).status, CUMEMPOOL_OK); });
   gate.open();
   sleeper.join();
-  EXPECT_TRUE(waking.done());
+  must(waking.finish().status);
   faults.observe(nullptr);
   expect_asleep();
   must(pool.wake().status);
