@@ -14,6 +14,18 @@ namespace {
 thread_local std::size_t allocations = 0;  // by operator new, of this thread
 }  // namespace
 
+// Sanitizers bring their own, and tell apart who allocates how: there, nothing is counted, and the
+// plain build is what checks that giving back needs no memory.
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#endif
+
+#ifndef SANITIZED
 // For the whole program, which is why they do nothing else than count. Inlined next to a call
 // of `new` that is not, g++ would take them for a mismatch.
 #define NOT_INLINED __attribute__((noinline))
@@ -26,6 +38,7 @@ NOT_INLINED void operator delete(void* memory) noexcept { std::free(memory); }
 NOT_INLINED void operator delete(void* memory, std::size_t /*bytes*/) noexcept {
   std::free(memory);
 }
+#endif
 
 namespace cumempool::tests {
 namespace {

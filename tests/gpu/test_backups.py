@@ -142,7 +142,7 @@ def test_retained_backups_go_when_asked_and_the_process_shrinks(make: Make) -> N
     released = allocator.release_host_memory()
     after = rss()
     print(f"resident bytes {before}, after release_host_memory() {after}, released {released}")
-    assert released == 2048 * MIB
+    assert 2048 * MIB <= released <= 1.01 * 2048 * MIB  # the buffer of digests comes along
     assert before - after >= 0.98 * released
     assert allocator.stats().host_bytes == 0
     assert allocator.sleep("weights").bytes_clean == 0
