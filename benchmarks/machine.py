@@ -31,14 +31,16 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured; outside a checkout what CUMEMPOOL_COMMIT says."""
+    """The commit that is measured: what CUMEMPOOL_COMMIT says, else that of the checkout."""
+    if "CUMEMPOOL_COMMIT" in os.environ:
+        return os.environ["CUMEMPOOL_COMMIT"]
     done = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return done.stdout.strip() or os.environ.get("CUMEMPOOL_COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 def _devices() -> list[dict[str, Any]]:

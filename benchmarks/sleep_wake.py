@@ -7,7 +7,8 @@
 Each part runs once per contender, in a process of its own, one after another, with the link's rate
 measured in each before and after. Host memory is touched before anything is timed, by a process of
 its own and again in each, since some virtual machines grow it on first use; after every transition
-there is a pause, since some drivers scrub what was released. The record is written after every process.
+there is a pause, since some drivers scrub what was released. The record is written after every
+process.
 """
 
 from __future__ import annotations

@@ -41,9 +41,9 @@ conformance() {
     --gtest_output="json:$work/conformance.json"
 }
 
-# One process per file, so that a crash in one leaves the others to speak. What reads the memory of the
-# whole device or times calls runs alone; the others run side by side.
-alone="test_memory test_cost"
+# One process per file, so that a crash in one leaves the others to speak. What reads or fills the memory
+# of the whole device or times calls runs alone; the others run side by side.
+alone="test_memory test_cost test_backups"
 
 pytest_file() {
   (cd "$root" && "$python" -m pytest "tests/gpu/$1.py" -p no:cacheprovider -s -q \
@@ -77,7 +77,7 @@ for example in "$root"/examples/*.py; do
 done
 TAIL=12 step malloc_path "$work/build/malloc_path"
 
-commit=$(git -C "$root" rev-parse --verify -q HEAD || echo "${CUMEMPOOL_COMMIT:-unknown}")
+commit=${CUMEMPOOL_COMMIT:-$(git -C "$root" rev-parse --verify -q HEAD || echo unknown)}
 "$python" "$root/scripts/gpu_record.py" --commit "$commit" --steps "$steps" \
   --pytest "$work/pytest" --conformance "$work/conformance.json" \
   --malloc-path "$out/malloc_path.log" --output "$out/gpu_check.json"
