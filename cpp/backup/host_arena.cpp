@@ -16,7 +16,6 @@ namespace {
 // later blocks are still being pinned.
 constexpr std::size_t kBlockBytes = std::size_t{64} << 20;
 constexpr std::size_t kTouchBytes = std::size_t{32} << 20;  // of a block, by one thread
-constexpr std::size_t kSmallBlockUnit = std::size_t{64} << 10;
 constexpr std::size_t kPage = std::size_t{4} << 10;
 // Addresses cost nothing, and an arena keeps those it has begun with.
 constexpr std::size_t kAddressBytes = std::size_t{1} << 40;
@@ -25,10 +24,10 @@ std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-// Blocks of a huge page or more are whole huge pages; what is left over is small.
+// Whole pages and no more: what is held is what backups need. The kernel takes huge pages for as much
+// of it as it can.
 std::size_t block_bytes_for(std::size_t expected) {
-  if (expected >= kBlockBytes) return kBlockBytes;
-  return round_up(expected, expected >= kHugePage ? kHugePage : kSmallBlockUnit);
+  return std::min(kBlockBytes, round_up(expected, kPage));
 }
 
 Error over_limit(const HostBudget& budget, std::uint64_t bytes) {
@@ -144,11 +143,10 @@ std::size_t HostArena::slot_after_last() const {
   return blocks_.empty() ? 0 : blocks_.rbegin()->first + 1;
 }
 
-// Bytes for the next block of `needed` more. Rounding up is never the reason for a refusal.
+// Bytes for the next block of `needed` more.
 std::size_t HostArena::claim_room(std::size_t needed) {
-  const std::size_t least = round_up(std::min(needed, kBlockBytes), kPage);
-  const std::size_t bytes = budget_.claim(block_bytes_for(needed), least);
-  if (bytes == 0) throw over_limit(budget_, needed);
+  const std::size_t bytes = block_bytes_for(needed);
+  if (!budget_.claim(bytes)) throw over_limit(budget_, needed);
   return bytes;
 }
 

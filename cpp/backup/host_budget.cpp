@@ -21,12 +21,11 @@ std::uint64_t HostBudget::room() const {
   return room_locked();
 }
 
-std::size_t HostBudget::claim(std::size_t wanted, std::size_t least) {
+bool HostBudget::claim(std::size_t bytes) {
   const std::lock_guard lock(mutex_);
-  const std::uint64_t room = room_locked();
-  const std::size_t bytes = wanted <= room ? wanted : least <= room ? least : 0;
+  if (bytes > room_locked()) return false;
   claimed_ += bytes;
-  return bytes;
+  return true;
 }
 
 void HostBudget::unclaim(std::size_t bytes) noexcept {

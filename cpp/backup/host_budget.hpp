@@ -18,8 +18,8 @@ class HostBudget {
   // Bytes that can still be claimed; UINT64_MAX where there is no limit.
   std::uint64_t room() const;
 
-  // Claims `wanted`, or where that is too much `least`; returns what was claimed, 0 for neither.
-  std::size_t claim(std::size_t wanted, std::size_t least);
+  // False, and no effect, where there is not so much room.
+  bool claim(std::size_t bytes);
   void unclaim(std::size_t bytes) noexcept;
 
  private:
