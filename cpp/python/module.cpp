@@ -1,8 +1,12 @@
 // The extension module cumempool._core: the C interface of cumempool.h as Python sees it. Failures
 // are raised as the classes of cumempool.errors; the GIL is released around calls that may wait.
+#include <fcntl.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -11,6 +15,7 @@
 #include <thread>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "cumempool/cumempool.h"
@@ -63,16 +68,20 @@ void call(Call&& body) {
   check(status);
 }
 
+[[noreturn]] void refuse(const char* message, const char* advice) {
+  cumempool_error error{};
+  error.status = CUMEMPOOL_INVALID_ARGUMENT;
+  error.message = message;
+  error.operation = error.tag = error.driver_call = error.result_name = "";
+  error.advice = advice;
+  error.device = -1;
+  raise_fields(error_fields(error));
+}
+
 // A C string ends at its first zero byte, so such a tag would silently become another one.
 const char* tag_text(const std::string& tag) {
   if (tag.find('\0') != std::string::npos) {
-    cumempool_error error{};
-    error.status = CUMEMPOOL_INVALID_ARGUMENT;
-    error.message = "a tag cannot contain a zero byte";
-    error.operation = error.tag = error.driver_call = error.result_name = "";
-    error.advice = "use 1 to 255 bytes of UTF-8 without a zero byte";
-    error.device = -1;
-    raise_fields(error_fields(error));
+    refuse("a tag cannot contain a zero byte", "use 1 to 255 bytes of UTF-8 without a zero byte");
   }
   return tag.c_str();
 }
@@ -217,6 +226,10 @@ py::object tier_name(cumempool_backup_tier tier) {
   return py::none();
 }
 
+const char* backing_name(cumempool_backing backing) {
+  return backing == CUMEMPOOL_BACKING_CUDA_MALLOC ? "cuda_malloc" : "vmm";
+}
+
 py::dict allocation_fields(const cumempool_allocation_info& info) {
   py::dict fields;
   fields["address"] = info.address;
@@ -228,6 +241,7 @@ py::dict allocation_fields(const cumempool_allocation_info& info) {
   fields["generation"] = info.generation;
   fields["backup_bytes"] = info.backup_bytes;
   fields["backup_tier"] = tier_name(info.backup_tier);
+  fields["backing"] = backing_name(info.backing);
   fields["sequence"] = info.sequence;
   return fields;
 }
@@ -249,6 +263,8 @@ py::dict tag_fields(const cumempool_tag_stats& stats) {
   fields["backup_bytes"] = stats.backup_bytes;
   fields["retained_bytes"] = stats.retained_bytes;
   fields["backup_tier"] = tier_name(stats.backup_tier);
+  fields["backing"] = backing_name(stats.backing);
+  fields["pins"] = stats.pins;
   fields["unreleased_bytes"] = stats.unreleased_bytes;
   return fields;
 }
@@ -275,8 +291,32 @@ py::dict totals_fields(const cumempool_totals& totals) {
   return fields;
 }
 
-// What keeps the memory behind a capsule, and the driver under it, alive: device memory, or a view
-// of a backup.
+// The connection to the owner of shared memory: while it is open, the owner keeps that memory
+// awake. The memory that came over it shares this object, and the last of it ends the connection,
+// for processes forked meanwhile as well; what such a process drops itself ends nothing.
+class Connection {
+ public:
+  // Takes a copy of the descriptor.
+  explicit Connection(int number) : number_(fcntl(number, F_DUPFD_CLOEXEC, 0)), process_(getpid()) {
+    if (number_ >= 0) return;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+  Connection(const Connection&) = delete;
+  Connection& operator=(const Connection&) = delete;
+  ~Connection() {
+    if (getpid() == process_) shutdown(number_, SHUT_RDWR);
+    close(number_);
+  }
+
+ private:
+  int number_;
+  pid_t process_;
+};
+using ConnectionPointer = std::shared_ptr<Connection>;
+
+// What keeps the memory behind a capsule, and the driver under it, alive: device memory, a view of
+// a backup, or memory of another process.
 struct Lease {
   DlManagedTensor tensor{};
   std::int64_t shape = 0;
@@ -284,6 +324,8 @@ struct Lease {
   cumempool_address address = 0;
   void* view = nullptr;
   DriverPointer driver;
+  cumempool_shared* shared = nullptr;
+  ConnectionPointer connection;  // ends after the mapping
 
   Lease() = default;
   Lease(const Lease&) = delete;
@@ -291,6 +333,7 @@ struct Lease {
   ~Lease() {
     if (address != 0) cumempool_free(address);
     if (view != nullptr) cumempool_end_backup_view(view);
+    cumempool_shared_destroy(shared);
   }
 };
 
@@ -315,6 +358,45 @@ py::capsule make_capsule(std::unique_ptr<Lease> lease, void* data,
   if (capsule == nullptr) throw py::error_already_set();
   static_cast<void>(lease.release());
   return py::reinterpret_steal<py::capsule>(capsule);
+}
+
+// Integer to pointer: the address is the driver's.
+void* pointer_to(cumempool_address address) {
+  return reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
+      static_cast<std::uintptr_t>(address));
+}
+
+// Where memory of a driver is, for DLPack.
+cumempool::python::DlDevice place(const Driver& driver, int device) {
+  return {driver.memory, driver.memory == cumempool::python::kDlCpu ? 0 : device};
+}
+
+constexpr std::size_t kFabricBytes = CUMEMPOOL_FABRIC_HANDLE_BYTES;
+
+// Maps memory of another process. `exported` is an open descriptor, or the bytes of a fabric
+// handle. The connection, where there is one, ends after the mapping.
+py::capsule open_shared(const DriverPointer& driver, int device,
+                        const std::variant<int, py::bytes>& exported, std::uint64_t bytes,
+                        bool writable, const ConnectionPointer& connection) {
+  auto lease = std::make_unique<Lease>();
+  lease->driver = driver;
+  lease->connection = connection;
+  const auto access = writable ? CUMEMPOOL_ACCESS_READ_WRITE : CUMEMPOOL_ACCESS_READ;
+  const auto map = [&](std::uint32_t type, const void* handle) {
+    call([&] {
+      return cumempool_shared_open(driver->table, device, type, handle, bytes, access,
+                                   &lease->shared);
+    });
+  };
+  if (const int* number = std::get_if<int>(&exported)) {
+    map(CUMEMPOOL_HANDLE_POSIX_FD, number);
+  } else {
+    const std::string handle = std::get<py::bytes>(exported);
+    if (handle.size() != kFabricBytes) refuse("this is no fabric handle", "share it again");
+    map(CUMEMPOOL_HANDLE_FABRIC, handle.data());
+  }
+  void* data = pointer_to(cumempool_shared_address(lease->shared));
+  return make_capsule(std::move(lease), data, place(*driver, device), bytes);
 }
 
 using Pair = std::pair<std::uint64_t, std::uint64_t>;
@@ -474,6 +556,51 @@ class Allocator {
     call([&] { return cumempool_set_backup(allocator_, name, &policy); });
   }
 
+  void set_memory(const std::string& tag, int backing, bool all_peers,
+                  const std::vector<std::int32_t>& peers) {
+    const char* name = tag_text(tag);
+    cumempool_memory_policy policy{};
+    policy.size = sizeof policy;
+    policy.backing = static_cast<cumempool_backing>(backing);
+    policy.all_peers = all_peers ? 1 : 0;
+    policy.peer_count = static_cast<std::uint32_t>(peers.size());
+    policy.peers = peers.data();
+    call([&] { return cumempool_set_memory(allocator_, name, &policy); });
+  }
+
+  std::uint64_t pin(const std::string& tag, const std::string& holder) {
+    const char* name = tag_text(tag);
+    if (holder.empty() || holder.find('\0') != std::string::npos) {
+      refuse("the holder of a pin needs a name without a zero byte", "say who holds it");
+    }
+    std::uint64_t pin = 0;
+    call([&] { return cumempool_pin(allocator_, name, holder.c_str(), &pin); });
+    return pin;
+  }
+
+  void unpin(std::uint64_t pin) {
+    call([&] { return cumempool_unpin(allocator_, pin); });
+  }
+
+  // The descriptor is the caller's.
+  std::pair<int, py::dict> export_fd(std::uint64_t address) {
+    int number = -1;
+    cumempool_allocation_info info{};
+    call([&] {
+      return cumempool_export(allocator_, address, CUMEMPOOL_HANDLE_POSIX_FD, &number, &info);
+    });
+    return {number, allocation_fields(info)};
+  }
+
+  std::pair<py::bytes, py::dict> export_fabric(std::uint64_t address) {
+    std::array<char, kFabricBytes> handle{};
+    cumempool_allocation_info info{};
+    call([&] {
+      return cumempool_export(allocator_, address, CUMEMPOOL_HANDLE_FABRIC, handle.data(), &info);
+    });
+    return {py::bytes(handle.data(), handle.size()), allocation_fields(info)};
+  }
+
   std::uint64_t malloc(const std::string& tag, int device, std::size_t bytes) {
     const char* name = tag_text(tag);
     cumempool_address address = 0;
@@ -485,11 +612,8 @@ class Allocator {
     auto lease = std::make_unique<Lease>();
     lease->address = malloc(tag, device, bytes);
     lease->driver = driver_;
-    const bool on_cpu = driver_->memory == cumempool::python::kDlCpu;
-    // Integer to pointer: the address is the driver's.
-    void* data = reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
-        static_cast<std::uintptr_t>(lease->address));
-    return make_capsule(std::move(lease), data, {driver_->memory, on_cpu ? 0 : device}, bytes);
+    void* data = pointer_to(lease->address);
+    return make_capsule(std::move(lease), data, place(*driver_, device), bytes);
   }
 
   py::capsule view_backup(std::uint64_t address, std::size_t bytes, bool writable) {
@@ -625,6 +749,11 @@ PYBIND11_MODULE(_core, module) {
       .def("context_active", &context_active, py::arg("device"))
       .def("probe", &probe_device, py::arg("device"));
 
+  py::class_<Connection, ConnectionPointer>(module, "Connection")
+      .def(py::init<int>(), py::arg("fd"));
+  module.def("open_shared", &open_shared, py::arg("driver"), py::arg("device"), py::arg("exported"),
+             py::arg("bytes"), py::arg("writable"), py::arg("connection"));
+
   py::class_<Waking>(module, "Waking")
       .def("wait", &Waking::wait, py::arg("address"), py::arg("device"), py::arg("stream"))
       .def("done", &Waking::done)
@@ -639,6 +768,12 @@ PYBIND11_MODULE(_core, module) {
            py::arg("on_wake"))
       .def("set_backup", &Allocator::set_backup, py::arg("tag"), py::arg("tier"),
            py::arg("directory"), py::arg("peer_device"))
+      .def("set_memory", &Allocator::set_memory, py::arg("tag"), py::arg("backing"),
+           py::arg("all_peers"), py::arg("peers"))
+      .def("pin", &Allocator::pin, py::arg("tag"), py::arg("holder"))
+      .def("unpin", &Allocator::unpin, py::arg("pin"))
+      .def("export_fd", &Allocator::export_fd, py::arg("address"))
+      .def("export_fabric", &Allocator::export_fabric, py::arg("address"))
       .def("malloc", &Allocator::malloc, py::arg("tag"), py::arg("device"), py::arg("bytes"))
       .def("malloc_capsule", &Allocator::malloc_capsule, py::arg("tag"), py::arg("device"),
            py::arg("bytes"))

@@ -24,14 +24,18 @@ from cumempool.errors import (
     OutOfHostMemoryError,
     OutOfMemoryError,
     OutOfSlotsError,
+    SharingError,
     StreamCaptureError,
     TransitionInProgressError,
     UnavailableError,
     UnknownTagError,
     UnsupportedError,
 )
+from cumempool.guard import HookRegistration, Pin, RegistrableRange
+from cumempool.kv_transfer import KVTransferConfig
 from cumempool.probe import Availability, DeviceProbe, TorchProbe, is_available, probe
 from cumempool.report import TagReport, TransitionReport
+from cumempool.sharing import SharedLayout, SharedMemory, SharedRange, open_shared
 from cumempool.stats import AllocationInfo, Stats, TagStats
 from cumempool.waking import WakeHandle
 
@@ -50,14 +54,22 @@ __all__ = [
     "DeviceProbe",
     "DriverError",
     "ForkedError",
+    "HookRegistration",
     "InUseError",
     "InternalError",
     "InvalidArgumentError",
     "InvalidTypeError",
+    "KVTransferConfig",
     "NotInPoolError",
     "OutOfHostMemoryError",
     "OutOfMemoryError",
     "OutOfSlotsError",
+    "Pin",
+    "RegistrableRange",
+    "SharedLayout",
+    "SharedMemory",
+    "SharedRange",
+    "SharingError",
     "Stats",
     "StreamCaptureError",
     "TagReport",
@@ -71,5 +83,6 @@ __all__ = [
     "WakeHandle",
     "__version__",
     "is_available",
+    "open_shared",
     "probe",
 ]

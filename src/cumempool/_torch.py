@@ -34,6 +34,7 @@ __all__ = [
     "empty_cache",
     "from_capsule",
     "is_initialized",
+    "live_settings",
     "replace_setting",
     "return_unused",
     "tensor_over",
@@ -183,8 +184,8 @@ class ReadOnlyTensor(torch.Tensor):
         for name, value in given.items():
             if named[name] is not None and named[name].is_write and _read_only_in(value):
                 raise InvalidArgumentError(
-                    f"{func} would write to a read-only tensor: clone() it, or ask for "
-                    "read_backup(tensor, writable=True)"
+                    f"{func} would write to a read-only tensor: clone() it, or ask for it with "
+                    "writable=True"
                 )
         memory = {
             tensor.untyped_storage().data_ptr()
@@ -198,7 +199,8 @@ class ReadOnlyTensor(torch.Tensor):
             views = (
                 isinstance(result, torch.Tensor)
                 and not isinstance(result, cls)
-                and (result.device.type, result.layout) == ("cpu", torch.strided)
+                and result.device.type in ("cpu", "cuda")
+                and result.layout == torch.strided
                 and result.untyped_storage().data_ptr() in memory
             )
             return cls(result) if views else result
@@ -388,7 +390,8 @@ def replace_setting(text: str, name: str, value: str) -> str:
     return ",".join([*kept, f"{name}:{value}"])
 
 
-def _live_settings() -> dict[str, Any]:
+def live_settings() -> dict[str, Any]:
+    """The settings of torch's caching allocator that hold now, by name."""
     settings: dict[str, Any] = torch.cuda.memory._snapshot().get("allocator_settings", {})
     return settings
 
@@ -419,7 +422,7 @@ class ExpandableSegmentsOff:
         cls = ExpandableSegmentsOff
         with cls._lock:
             cls._open += 1
-            settings = _live_settings()
+            settings = live_settings()
             if not settings.get("expandable_segments", False):
                 return
             cls._before = str(settings.get("PYTORCH_CUDA_ALLOC_CONF", ""))
@@ -436,7 +439,7 @@ class ExpandableSegmentsOff:
             if cls._open or cls._before is None:
                 return
             before, cls._before = cls._before, None
-            if _live_settings().get("PYTORCH_CUDA_ALLOC_CONF", "") == cls._ours:
+            if live_settings().get("PYTORCH_CUDA_ALLOC_CONF", "") == cls._ours:
                 _apply_settings(before)
 
     def __enter__(self) -> ExpandableSegmentsOff:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,9 +23,20 @@ from cumempool.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     OutOfMemoryError,
+    UnknownTagError,
+)
+from cumempool.guard import (
+    Arrival,
+    Hook,
+    HookRegistration,
+    Hooks,
+    Pin,
+    RegistrableRange,
+    Transitions,
 )
 from cumempool.probe import open_driver
 from cumempool.report import TransitionReport, format_bytes
+from cumempool.sharing import Endpoint, SharedMemory, SharedRange, install_reducers, layout_of
 from cumempool.stats import AllocationInfo, Stats, TagStats
 from cumempool.waking import WakeHandle, memory_of
 
@@ -32,16 +45,18 @@ if TYPE_CHECKING:
 
     from cumempool import _core, _torch
 
-__all__ = ["DEFAULT_TAG", "CuMemAllocator", "OnSleep", "OnWake"]
+__all__ = ["DEFAULT_TAG", "Backing", "CuMemAllocator", "OnSleep", "OnWake"]
 
 DEFAULT_TAG: Final = "default"
 """The tag of allocations that name none; what a plain ``sleep()`` backs up."""
 
 OnSleep = Literal["offload", "discard"]
 OnWake = Literal["undefined", "zero"]
+Backing = Literal["vmm", "cuda_malloc"]
 
 _ON_SLEEP: Final[Mapping[str | None, int]] = {None: 0, "offload": 1, "discard": 2}
 _ON_WAKE: Final[Mapping[str | None, int]] = {None: 0, "undefined": 1, "zero": 2}
+_BACKING: Final[Mapping[str | None, int]] = {None: 0, "vmm": 1, "cuda_malloc": 2}
 _OFFLOAD, _DISCARD = 1, 2
 _ACTION_NAMES: Final = {_OFFLOAD: "offload", _DISCARD: "discard"}
 
@@ -122,6 +137,12 @@ class CuMemAllocator:
         )
         self._scopes_lock = threading.Lock()
         self._scopes: Counter[str] = Counter()
+        self._memory_lock = threading.Lock()
+        self._memory: dict[str, tuple[int, bool, list[int]]] = {}
+        self._hooks: Final = Hooks()
+        self._transitions: Final = Transitions()
+        self._endpoint_lock = threading.Lock()
+        self._endpoint: Endpoint | None = None
 
     @classmethod
     def get_instance(cls, config: CuMemConfig | None = None) -> CuMemAllocator:
@@ -154,6 +175,8 @@ class CuMemAllocator:
         on_wake: OnWake | None = None,
         backup: Backup | str | None = None,
         devices: Sequence[int] | None = None,
+        backing: Backing | None = None,
+        peers: Literal["all"] | Sequence[int] | None = None,
     ) -> MemoryPoolScope:
         """A context manager: what this thread allocates inside comes from a pool under `tag`.
 
@@ -169,10 +192,18 @@ class CuMemAllocator:
             on_wake: What discarded memory of the tag holds after a wake: anything, or zero bytes.
             backup: Where contents of the tag are kept while it sleeps; see `set_backup`.
             devices: Ordinals to route on. None: the current device and every other one in use.
+            backing: What memory of the tag is made of: ``"vmm"`` (what holds for tags that were
+                never given one), or ``"cuda_malloc"``, which others can register that know no
+                virtual memory, and which can neither sleep nor be shared.
+            peers: Devices that get access to the memory beside its own, now and at each wake:
+                their ordinals, or ``"all"`` that can. None leaves it as it was. Memory of
+                ``"cuda_malloc"`` takes none here: ``cudaDeviceEnablePeerAccess`` is for all of it.
 
         Raises:
             InvalidArgumentError: A tag, policy or device that does not exist.
             UnsupportedError: No device can reach the peer that `backup` names.
+            InUseError: Memory of the tag lives that was made otherwise than `backing` and `peers`
+                say.
             OutOfSlotsError: On entering: too many scopes are open at the same time.
             ClosedError: The allocator is closed.
         """
@@ -180,9 +211,27 @@ class CuMemAllocator:
         self._declare(tag, on_sleep, on_wake)
         if place is not None:
             self._core.set_backup(tag, *place._to_core())
+        if backing is not None or peers is not None:
+            self._set_memory(tag, backing, peers)
         if devices is not None:
             devices = self._check_devices(devices)
         return MemoryPoolScope(self, tag, devices)
+
+    def _set_memory(self, tag: str, backing: object, peers: object) -> None:
+        """Changes what was given, and leaves the other as it was."""
+        number = _check_choice(backing, _BACKING, "backing")
+        if isinstance(peers, str) and peers != "all":
+            raise InvalidArgumentError(f"peers={peers!r} is not 'all' or a sequence of ordinals")
+        with self._memory_lock:
+            before, every, reached = self._memory.get(tag, (_BACKING["vmm"], False, []))
+            if peers is not None:
+                every = peers == "all"
+                reached = [] if every else self._check_ordinals(peers, "peers")
+            elif number == _BACKING["cuda_malloc"]:
+                every, reached = False, []  # such memory takes none here
+            choice = (number or before, every, reached)
+            self._core.set_memory(tag, *choice)
+            self._memory[tag] = choice
 
     def set_backup(self, tag: str, backup: Backup | str) -> None:
         """Says where the contents of a tag are kept from its next sleep on.
@@ -249,6 +298,7 @@ class CuMemAllocator:
         )
 
     def _malloc_capsule(self, tag: str, device: int, size: int) -> object:
+        install_reducers(self)
         return self._with_room(lambda: self._core.malloc_capsule(tag, device, size))
 
     def adopt(self, module: torch.nn.Module, tag: str = "weights") -> int:
@@ -285,6 +335,7 @@ class CuMemAllocator:
         """Gives the physical memory of tags back; addresses stay reserved.
 
         All or nothing: on failure everything is awake as before. Work in flight is finished first.
+        Hooks of `register_hooks` are called before, and cancel it where they raise.
         Only live bytes are backed up: blocks that torch has cached as free are not. Of those, only
         what has changed since the last sleep is copied, where that backup was kept
         (``retain_backups``); the report counts the others as clean.
@@ -298,13 +349,15 @@ class CuMemAllocator:
 
         Raises:
             UnknownTagError: A tag that was never used.
-            InUseError: A scope of one of the tags is open.
+            InUseError: A scope of one of the tags is open, or a tag is pinned: by `pin`, or by
+                another process that has its memory open.
             StreamCaptureError: The calling thread's current stream is being captured.
             TransitionInProgressError: Called from inside a transition.
             OutOfHostMemoryError: No host memory for the backup, or over ``host_backup_limit``.
             OutOfMemoryError: The peer device has no room for the backup.
             BackupError: A backup file cannot be made or written: a missing directory, a full disk.
-            UnsupportedError: A device of the tag cannot reach its peer.
+            UnsupportedError: A device of the tag cannot reach its peer, or memory of the tag is of
+                ``backing="cuda_malloc"``.
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
         """
@@ -407,8 +460,9 @@ class CuMemAllocator:
         """Maps physical memory at the old addresses and restores what was backed up.
 
         All or nothing: on failure everything is still asleep with its backup, and the call can be
-        repeated. When it returns, the contents are visible to every stream. Where the device has no
-        room, torch's cache is emptied and the wake tried once more.
+        repeated. When it returns, the contents are visible to every stream, and hooks of
+        `register_hooks` have been called; what they failed with is among the report's problems.
+        Where the device has no room, torch's cache is emptied and the wake tried once more.
 
         Args:
             tags: Wake only these. None: all.
@@ -434,11 +488,25 @@ class CuMemAllocator:
         addresses = _addresses(first)
         if blocking and addresses:
             raise InvalidArgumentError("`first` goes with blocking=False: else all come at once")
-        streams = self._current_streams()
-        if not blocking:
-            waking = self._with_room(lambda: self._core.wake_begin(chosen, addresses, streams))
-            return WakeHandle(waking, self.config.driver)
-        return _report("wake_up", self._with_room(lambda: self._core.wake(chosen, streams)), {})
+        with self._transitions.turn("wake_up"):
+            streams = self._current_streams()
+            asleep = self._asleep(chosen)
+            if not blocking:
+                return self._begin_wake(chosen, addresses, streams, asleep)
+            raw = self._with_room(lambda: self._core.wake(chosen, streams))
+            return _report("wake_up", raw, {}, self._hooks.after_map(self._awake(asleep)))
+
+    def _begin_wake(
+        self,
+        tags: list[str] | None,
+        first: list[int],
+        streams: list[_torch.CurrentStream],
+        asleep: frozenset[int],
+    ) -> WakeHandle:
+        waking = self._with_room(lambda: self._core.wake_begin(tags, first, streams))
+        arrival = Arrival(waking.finish, lambda: self._hooks.after_map(self._awake(asleep)))
+        self._transitions.expect(arrival)
+        return WakeHandle(waking, self.config.driver, self._transitions, arrival)
 
     def swap(
         self,
@@ -466,12 +534,15 @@ class CuMemAllocator:
         actions, overrides = self._plan_sleep(offload_tags, named)
         self._refuse_open_scopes("swap", actions)
         pairs = list(actions.items())
-        streams = self._current_streams()
-        # Ranges that are dead are looked up at each try: emptying the cache changes them.
-        raw = self._with_room(
-            lambda: self._core.swap(pairs, self._dead_ranges(pairs), chosen, streams)
-        )
-        return _report("swap", raw, overrides)
+        with self._transitions.turn("swap"), self._departing(actions):
+            streams = self._current_streams()
+            asleep = self._asleep(chosen)
+            # Ranges that are dead are looked up at each try: emptying the cache changes them.
+            raw = self._with_room(
+                lambda: self._core.swap(pairs, self._dead_ranges(pairs), chosen, streams)
+            )
+            problems = self._hooks.after_map(self._awake(asleep))
+        return _report("swap", raw, overrides, problems)
 
     def read_backup(self, tensor: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
         """The backup of a sleeping tensor as a tensor on the CPU, without a copy.
@@ -541,6 +612,163 @@ class CuMemAllocator:
         """
         return self._core.release_host_memory()
 
+    # ---- memory that others know of ------------------------------------------------------------
+
+    def registrable_ranges(self, tag: str) -> list[RegistrableRange]:
+        """What is awake of a tag, for whoever registers memory: one range per allocation.
+
+        Each lies inside one handle, as registrations need it. A registration is stale when the
+        generation has grown.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+        """
+        self._check_known(tag, "registrable_ranges")
+        infos = self.snapshot()
+        return _by_tag(i for i in infos if i.state == "awake" and i.tag == tag).get(tag, [])
+
+    def register_hooks(
+        self,
+        tag: str,
+        *,
+        before_unmap: Hook | None = None,
+        after_map: Hook | None = None,
+    ) -> HookRegistration:
+        """Has functions called around each sleep, discard, swap and wake of a tag.
+
+        They are called in the order of registration, with the tag and the ranges concerned, in the
+        thread of the transition; after ``wake_up(blocking=False)`` in that of ``result()``, or of
+        the transition that comes next. They may pin and unpin, and must start no transition. Where
+        nothing of the tag goes or comes, they are not called, nor for a wake that was under way
+        when they were registered.
+
+        Args:
+            tag: A tag that was used before.
+            before_unmap: Called before memory goes. Where it raises, the transition is cancelled
+                with nothing changed, and hooks that ran before it get their ``after_map`` called;
+                so they do where the transition fails later.
+            after_map: Called after memory has come. Where it raises, the memory stays awake, and
+                the report of the transition lists it among its problems.
+
+        Returns:
+            What takes them out again, by ``remove()`` or as a context manager.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            InvalidTypeError: A hook that cannot be called.
+        """
+        self._check_known(tag, "register_hooks")
+        return self._hooks.register(tag, before_unmap, after_map)
+
+    def pin(self, tag: str, holder: str = "an unnamed holder") -> Pin:
+        """Forbids that memory of a tag goes to sleep, for whoever has it registered.
+
+        Waits for a transition of another thread.
+
+        Args:
+            tag: A tag that was used before.
+            holder: What refused sleeps call whoever holds the pin.
+
+        Returns:
+            The pin; ``release()`` or the end of a ``with`` block takes it off.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            InvalidArgumentError: The holder has no name.
+            ClosedError: The allocator is closed.
+        """
+        if not isinstance(holder, str):
+            raise InvalidTypeError(f"holder is a str, not {holder!r}")
+        core = self._core
+        number = core.pin(_check_tag(tag), holder)
+        return Pin(tag, holder, lambda: core.unpin(number))
+
+    def share(self, what: torch.Tensor | str, *, writable: bool = True) -> SharedMemory:
+        """A descriptor by which other processes of the same user can open memory: `open_shared`.
+
+        It can be pickled, and says nothing to other users. It holds nothing: the memory has to
+        live until it is opened, and is stale once it has slept. While others have it open, the tag
+        cannot sleep. A process that opens it gets the whole of each allocation; a tensor inside a
+        pool scope shares its allocation with others.
+
+        Args:
+            what: A tensor of this allocator; or a tag: all of it that is awake.
+            writable: False grants reading only. (Which keeps honest programs from writing: whoever
+                gets a descriptor has the rights of this user.)
+
+        Raises:
+            NotInPoolError: The tensor's memory is not of this allocator.
+            UnknownTagError: A tag that was never used.
+            InvalidArgumentError: It sleeps, or there is nothing of it.
+            InvalidTypeError: Neither a tensor nor a tag, or a tensor that is more than its bytes.
+            UnsupportedError: It is of ``backing="cuda_malloc"``, or has no handles to be shared by.
+            ClosedError: The allocator is closed.
+        """
+        if not isinstance(writable, bool):
+            raise InvalidTypeError(f"writable is a bool, not {writable!r}")
+        if isinstance(what, str):
+            self._check_known(what, "share")
+            infos, layout = [i for i in self.snapshot() if i.tag == what], None
+            if not infos:
+                raise InvalidArgumentError(f"share: there is nothing of tag {what!r}", tag=what)
+        else:
+            infos = [self.allocation_of(what)]
+            layout = layout_of(what, infos[0].address)
+        for info in infos:
+            os.close(self._core.export_fd(info.address)[0])  # which says what is in the way
+        ranges = [
+            SharedRange(
+                i.address, i.bytes, i.generation, i.sequence, self._name_of_device(i.device)
+            )
+            for i in infos
+        ]
+        endpoint = self._open_endpoint()
+        return endpoint.describe(self.config.driver, infos[0].tag, ranges, layout, writable)
+
+    def revoke(self, tag: str) -> int:
+        """Withdraws what was shared of a tag, so that it can sleep.
+
+        Importers keep what they have mapped, and the device keeps that memory for them until they
+        close it; from the next wake on, it is another one than the owner's.
+
+        Args:
+            tag: A tag that was used before.
+
+        Returns:
+            How many other openings that has ended.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+        """
+        self._check_known(tag, "revoke")
+        with self._endpoint_lock:
+            endpoint = self._endpoint
+        return 0 if endpoint is None else endpoint.revoke(tag)
+
+    def _open_endpoint(self) -> Endpoint:
+        with self._endpoint_lock:
+            if self._endpoint is None:
+                self._endpoint = Endpoint(self._core)
+                weakref.finalize(self, self._endpoint.stop)
+            return self._endpoint
+
+    def _name_of_device(self, device: int) -> str:
+        if self.config.driver == "host":
+            return str(device)
+        import torch
+
+        return str(torch.cuda.get_device_properties(device).uuid)
+
+    def _check_known(self, tag: object, operation: str) -> None:
+        known = self.stats().tags
+        if _check_tag(tag) not in known:
+            names = ", ".join(map(repr, known)) or "none yet"
+            raise UnknownTagError(
+                f"{operation}: nothing was ever allocated under tag {tag!r}; known tags: {names}",
+                operation=operation,
+                tag=str(tag),
+            )
+
     # ---- what there is -------------------------------------------------------------------------
 
     def get_current_usage(self) -> int:
@@ -591,6 +819,10 @@ class CuMemAllocator:
             raise InvalidTypeError(f"force is a bool, not {force!r}")
         self._empty_cache()
         self._core.close(force)
+        with self._endpoint_lock:
+            endpoint = self._endpoint
+        if endpoint is not None:
+            endpoint.close()
         with _instance_lock:
             if CuMemAllocator._instance is self:
                 CuMemAllocator._instance = None
@@ -621,10 +853,13 @@ class CuMemAllocator:
             )
         return device
 
-    def _check_devices(self, devices: object) -> list[int]:
+    def _check_ordinals(self, devices: object, what: str) -> list[int]:
         if isinstance(devices, str) or not isinstance(devices, Iterable):
-            raise InvalidTypeError(f"devices are ordinals in a sequence, not {devices!r}")
-        checked = list(dict.fromkeys(self._check_device(device) for device in devices))
+            raise InvalidTypeError(f"{what} are ordinals in a sequence, not {devices!r}")
+        return list(dict.fromkeys(self._check_device(device) for device in devices))
+
+    def _check_devices(self, devices: object) -> list[int]:
+        checked = self._check_ordinals(devices, "devices")
         if not checked:
             raise InvalidArgumentError("devices is empty: name one, or pass None for those used")
         return checked
@@ -689,9 +924,38 @@ class CuMemAllocator:
     ) -> TransitionReport:
         self._refuse_open_scopes(operation, actions)
         pairs = list(actions.items())
-        dead = self._dead_ranges(pairs)
-        raw = self._core.sleep(pairs, drop_backups, dead, self._current_streams())
+        with self._transitions.turn(operation), self._departing(actions):
+            dead = self._dead_ranges(pairs)
+            raw = self._core.sleep(pairs, drop_backups, dead, self._current_streams())
         return _report(operation, raw, overrides)
+
+    def _departing(self, tags: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+        """Calls the hooks of tags that are put to sleep in the body."""
+        hooked = self._hooks.tags().intersection(tags)
+        if not hooked:
+            return contextlib.nullcontext()
+        infos = [info for info in self.snapshot() if info.tag in hooked and info.state == "awake"]
+        if any(info.backing == "cuda_malloc" for info in infos):
+            return contextlib.nullcontext()  # which the core is about to refuse
+        leaving = frozenset(info.address for info in infos)
+        return self._hooks.departing(_by_tag(infos), lambda: self._awake(leaving))
+
+    def _asleep(self, tags: Iterable[str] | None) -> frozenset[int]:
+        """Where memory sleeps that a wake of the tags concerns, of tags that have hooks."""
+        hooked = self._hooks.tags()
+        if tags is not None:
+            hooked &= set(tags)
+        if not hooked:
+            return frozenset()
+        infos = self.snapshot()
+        return frozenset(i.address for i in infos if i.tag in hooked and i.state != "awake")
+
+    def _awake(self, addresses: frozenset[int]) -> dict[str, list[RegistrableRange]]:
+        """Those of the allocations that are awake now, by tag."""
+        if not addresses:
+            return {}
+        infos = self.snapshot()
+        return _by_tag([i for i in infos if i.address in addresses and i.state == "awake"])
 
     def _dead_ranges(self, actions: Iterable[tuple[str, int]]) -> list[tuple[int, int]]:
         """Ranges that need no backup, where there is anything to back up."""
@@ -761,6 +1025,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             if allocator.config.driver == "cuda":
                 from cumempool import _torch
 
+                install_reducers(allocator)
                 devices = _torch.devices_in_use() if self._devices is None else self._devices
                 route = _torch.PoolRoute(slot, devices)
                 route.begin()
@@ -823,11 +1088,23 @@ def _unbind(slot: int) -> None:
 
 
 def _report(
-    operation: str, raw: Mapping[str, Any], overrides: Mapping[str, str]
+    operation: str,
+    raw: Mapping[str, Any],
+    overrides: Mapping[str, str],
+    problems: Sequence[str] = (),
 ) -> TransitionReport:
     return TransitionReport.from_rows(
-        operation, raw["seconds"], raw["rows"], raw["problems"], overrides
+        operation, raw["seconds"], raw["rows"], [*raw["problems"], *problems], overrides
     )
+
+
+def _by_tag(infos: Iterable[AllocationInfo]) -> dict[str, list[RegistrableRange]]:
+    ranges: dict[str, list[RegistrableRange]] = {}
+    for info in infos:
+        ranges.setdefault(info.tag, []).append(
+            RegistrableRange(info.address, info.bytes, info.device, info.generation)
+        )
+    return ranges
 
 
 def _addresses(tensors: object) -> list[int]:

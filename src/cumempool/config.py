@@ -12,10 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from cumempool.backup import Backup, check_backup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
+
+if TYPE_CHECKING:
+    from cumempool.kv_transfer import KVTransferConfig
 
 __all__ = [
     "DRIVERS",
@@ -386,6 +389,26 @@ class CuMemConfig:
                 operation="verify",
                 advice=availability.hint,
             )
+
+    def verify_kv_transfer_compat(self, kv: KVTransferConfig | None, **facts: Any) -> list[str]:
+        """Checks that a KV-transfer connector can work on the memory that it will be given.
+
+        Args:
+            kv: The connector; None: there is none.
+            **facts: What `cumempool.kv_transfer.verify_kv_transfer_compat` takes beside that:
+                ``kv_backing``, ``kv_sleeps``, ``fabric``, ``environ``, ``live``.
+
+        Returns:
+            Warnings, which were also logged; empty where there are none.
+
+        Raises:
+            InvalidArgumentError: (a ``ValueError``) A combination that would fail or corrupt
+                transfers; the message says why, and how to get out.
+        """
+        # Not at the top of the file: few programs transfer KV caches.
+        from cumempool.kv_transfer import verify_kv_transfer_compat
+
+        return verify_kv_transfer_compat(self, kv, **facts)
 
     def maybe_use_memory_pool(self, tag: str, **policy: Any) -> AbstractContextManager[object]:
         """The pool scope of the process's allocator, or a null context where the allocator is off.

@@ -20,6 +20,7 @@ __all__ = [
     "OutOfHostMemoryError",
     "OutOfMemoryError",
     "OutOfSlotsError",
+    "SharingError",
     "StreamCaptureError",
     "TransitionInProgressError",
     "UnavailableError",
@@ -223,6 +224,15 @@ class UnsupportedError(CumempoolError, RuntimeError):
 
     A device that cannot reach the peer that was named for its backups, or a backup that lies on a
     peer and was to be read by the CPU. The message says what is missing.
+    """
+
+
+class SharingError(CumempoolError, RuntimeError):
+    """Memory of another process cannot be had.
+
+    Its owner is gone, does not answer, or refuses: the memory was withdrawn, was freed, or has
+    slept since it was shared (its generation is stale). The message says which; have the owner
+    ``share()`` it again.
     """
 
 

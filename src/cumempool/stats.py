@@ -34,6 +34,7 @@ class AllocationInfo:
             is kept from its last sleep.
         backup_tier: Where that backup is: ``"pinned"``, ``"pageable"``, ``"file"``, ``"peer"``;
             None where there is none.
+        backing: What it is made of: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
         sequence: Order of allocation.
     """
 
@@ -46,6 +47,7 @@ class AllocationInfo:
     generation: int
     backup_bytes: int
     backup_tier: str | None
+    backing: str
     sequence: int
 
 
@@ -69,6 +71,8 @@ class TagStats:
         retained_bytes: Bytes of the backups kept of what is awake.
         backup_tier: Where backups go from the next sleep on: ``"pinned"``, ``"pageable"``,
             ``"file"`` or ``"peer"``.
+        backing: What its memory is made of: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
+        pins: How many forbid that it goes to sleep; see `CuMemAllocator.pin`.
         unreleased_bytes: Asleep, but the driver would not take the memory back.
     """
 
@@ -86,6 +90,8 @@ class TagStats:
     backup_bytes: int
     retained_bytes: int
     backup_tier: str
+    backing: str
+    pins: int
     unreleased_bytes: int
 
     @property
@@ -121,6 +127,8 @@ def _tag_stats(rows: Sequence[Mapping[str, Any]]) -> TagStats:
         on_wake=_ON_WAKE[first["on_wake"]],
         handle_types=handle_type_names(common),
         backup_tier=first["backup_tier"],
+        backing=first["backing"],
+        pins=first["pins"],
         rdma=bool(used) and all(row["rdma"] for row in used),
         **{name: sum(row[name] for row in rows) for name in _COUNTS},
     )

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from cumempool.errors import CumempoolError, InvalidTypeError, NotInPoolError
+from cumempool.guard import Arrival, Transitions
 from cumempool.report import TransitionReport
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
     backup, what `wait` was called for included: work that touches it faults.
     """
 
-    def __init__(self, core: _core.Waking, driver: str) -> None:
+    def __init__(
+        self, core: _core.Waking, driver: str, transitions: Transitions, arrival: Arrival
+    ) -> None:
         self._core = core
+        self._transitions = transitions
+        self._arrival = arrival
         self._on_host = driver == "host"
         self._report: TransitionReport | None = None
         with _live_lock:
@@ -77,16 +82,20 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
     def result(self) -> TransitionReport:
         """Waits for the end; the report of the wake, the same at every call.
 
+        Hooks of the tags have been called by then, once.
+
         Raises:
+            TransitionInProgressError: Called from one of those hooks.
             OutOfMemoryError: Others have taken the memory meanwhile.
             BackupError: A backup file could not be read; `BackupDamagedError` where it does not
                 hold what was written to it.
             DriverError: A driver call failed.
         """
         raw = self._core.finish()
+        problems = self._transitions.settle(self._arrival)
         if self._report is None:
             self._report = TransitionReport.from_rows(
-                "wake_up", raw["seconds"], raw["rows"], raw["problems"]
+                "wake_up", raw["seconds"], raw["rows"], [*raw["problems"], *problems]
             )
         return self._report
 
@@ -104,12 +113,15 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
     def __del__(self) -> None:
         # Not left to the destructor of the core's handle: Python may end a thread of a program that
         # ends, by unwinding, which a destructor does not survive.
-        if hasattr(self, "_core"):
+        if hasattr(self, "_arrival"):
             self._settle()
 
     def _settle(self) -> None:
+        # Where another thread has its turn, hooks are left to the next one: this may be called
+        # anywhere, by the garbage collector.
         with contextlib.suppress(CumempoolError):
             self._core.finish()
+        self._transitions.settle_soon()
 
 
 @atexit.register

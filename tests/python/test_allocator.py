@@ -248,6 +248,7 @@ def test_snapshot_lists_live_allocations_in_order_with_every_field(alloc: CuMemA
         "generation": one.generation,
         "backup_bytes": 0,
         "backup_tier": None,
+        "backing": "vmm",
         "sequence": one.sequence,
     }
     assert asdict(two) == {
@@ -260,6 +261,7 @@ def test_snapshot_lists_live_allocations_in_order_with_every_field(alloc: CuMemA
         "generation": two.generation,
         "backup_bytes": 3 * GRANULE,
         "backup_tier": "pinned",
+        "backing": "vmm",
         "sequence": one.sequence + 2,
     }
     alloc.wake_up()

@@ -77,6 +77,7 @@ def test_each_status_name_goes_to_the_class_that_means_it() -> None:
         ("OutOfHostMemoryError", MemoryError),
         ("UnknownTagError", KeyError),
         ("NotInPoolError", ValueError),
+        ("SharingError", RuntimeError),
         ("TransitionInProgressError", RuntimeError),
         ("StreamCaptureError", RuntimeError),
         ("InUseError", RuntimeError),

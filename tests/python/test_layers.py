@@ -38,13 +38,41 @@ PY_ALLOWED: dict[str, frozenset[str]] = {
     "stats": frozenset(),
     "report": frozenset({"errors"}),
     "config": frozenset({"backup", "errors"}),
-    "waking": frozenset({"errors", "report"}),
+    "guard": frozenset({"errors"}),
+    "sharing": frozenset({"errors", "guard"}),
+    "waking": frozenset({"errors", "guard", "report"}),
+    "kv_transfer": frozenset({"errors"}),
+    "nixl": frozenset({"errors"}),
     "_torch": frozenset({"errors"}),
     "probe": frozenset({"config", "errors", "stats"}),
     "adopt": frozenset({"_torch", "errors"}),
-    "allocator": frozenset({"backup", "config", "errors", "probe", "report", "stats", "waking"}),
+    "allocator": frozenset(
+        {
+            "backup",
+            "config",
+            "errors",
+            "guard",
+            "probe",
+            "report",
+            "sharing",
+            "stats",
+            "waking",
+        }
+    ),
     "__init__": frozenset(
-        {"allocator", "backup", "config", "errors", "probe", "report", "stats", "waking"}
+        {
+            "allocator",
+            "backup",
+            "config",
+            "errors",
+            "guard",
+            "kv_transfer",
+            "probe",
+            "report",
+            "sharing",
+            "stats",
+            "waking",
+        }
     ),
     "demo": frozenset({"allocator", "config", "errors", "probe", "report"}),
     "cli": frozenset({"errors"}),
@@ -54,7 +82,9 @@ PY_ALLOWED: dict[str, frozenset[str]] = {
 #: Module -> modules that it may import inside a function as well: so that importing the package
 #: loads neither torch nor the library (R11), or against the arrows.
 PY_LAZY: dict[str, frozenset[str]] = {
-    "config": frozenset({"probe", "allocator"}),
+    "config": frozenset({"probe", "allocator", "kv_transfer"}),
+    "kv_transfer": frozenset({"_torch"}),
+    "sharing": frozenset({"_core", "_torch", "config", "probe"}),
     "probe": frozenset({"_core", "_torch"}),
     "allocator": frozenset({"_core", "_torch", "adopt"}),
     "cli": frozenset({"demo"}),
@@ -62,6 +92,7 @@ PY_LAZY: dict[str, frozenset[str]] = {
 #: Module -> modules that it may import for type checkers only as well.
 PY_TYPES: dict[str, frozenset[str]] = {
     "adopt": frozenset({"allocator"}),
+    "sharing": frozenset({"allocator"}),
     "waking": frozenset({"_core"}),
 }
 #: Modules that torch may be imported by when they are imported themselves (R11).

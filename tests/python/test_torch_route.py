@@ -254,7 +254,7 @@ class FakeSettings:
         self.applied: list[str] = []
         self.reads = 0
         monkeypatch.setattr(_torch, "_version", lambda: version)
-        monkeypatch.setattr(_torch, "_live_settings", self.read)
+        monkeypatch.setattr(_torch, "live_settings", self.read)
         monkeypatch.setattr(_torch, "_apply_settings", self.apply)
 
     def read(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from cumempool import (
     UnknownTagError,
     WakeHandle,
 )
+from cumempool.guard import Arrival, Transitions
 
 
 def asleep(
@@ -253,7 +254,8 @@ def test_on_cuda_the_current_stream_of_the_tensors_device_waits(
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=device.index + 70)
     )
-    handle = WakeHandle(Core(), "cuda")  # type: ignore[arg-type]
+    core = Core()
+    handle = WakeHandle(core, "cuda", Transitions(), Arrival(core.finish, list))  # type: ignore[arg-type]
     tensor = torch.ones(3).as_subclass(OnGpu)
     handle.wait(tensor)
     assert calls == [(tensor.untyped_storage().data_ptr(), 3, 73)]

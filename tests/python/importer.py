@@ -1,0 +1,46 @@
+"""A process that opens what others share: one command per line, each answered with one line."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+
+import torch
+
+from cumempool import CumempoolError, open_shared
+
+held: dict[str, list[torch.Tensor]] = {}
+
+
+def run(words: list[str]) -> str:
+    if words[0] == "open":
+        memory = pickle.loads(bytes.fromhex(words[2]))
+        opened = open_shared(memory, writable=words[3] == "write")
+        held[words[1]] = opened if isinstance(opened, list) else [opened]
+        return f"{len(held[words[1]])} {sum(t.nbytes for t in held[words[1]])}"
+    if words[0] == "fill":
+        for tensor in held[words[1]]:
+            tensor.fill_(int(words[2]))
+        return "filled"
+    if words[0] == "read":
+        return " ".join(str(tensor.flatten()[-1].item()) for tensor in held[words[1]])
+    if words[0] == "close":
+        del held[words[1]]
+        return "closed"
+    if words[0] == "fds":
+        return str(len(os.listdir("/proc/self/fd")))
+    raise AssertionError(words)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        os.setgid(int(sys.argv[1]))
+        os.setuid(int(sys.argv[1]))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        try:
+            answer = run(line.split())
+        except (CumempoolError, ValueError) as error:
+            answer = f"{type(error).__name__}: {error}"
+        print(answer, flush=True)

@@ -1,0 +1,149 @@
+"""What memory of a tag is made of, and who can reach it: backing and peers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import GRANULE, MIB, MakeAllocator, filled, random_bytes, states
+
+from cumempool import (
+    CuMemAllocator,
+    InUseError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    UnsupportedError,
+)
+
+
+@pytest.fixture
+def plain(alloc: CuMemAllocator) -> CuMemAllocator:
+    """An allocator whose tag "plain" is of ordinary memory."""
+    alloc.use_memory_pool("plain", backing="cuda_malloc")
+    return alloc
+
+
+def test_the_default_is_virtual_memory(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(3, tag="kv")
+    assert alloc.allocation_of(kv).backing == "vmm"
+    assert alloc.stats().tags["kv"].backing == "vmm"
+    assert alloc.stats().tags["kv"].pins == 0
+
+
+def test_memory_of_cuda_malloc_is_memory(plain: CuMemAllocator) -> None:
+    tensor = filled(plain, 3 * MIB, "plain")
+    info = plain.allocation_of(tensor[5:])
+    assert (info.backing, info.bytes, info.state) == ("cuda_malloc", 2 * GRANULE, "awake")
+    stats = plain.stats()
+    of_tag = stats.tags["plain"]
+    assert (of_tag.backing, of_tag.awake_bytes) == ("cuda_malloc", 4 * MIB)
+    assert stats.physical_bytes == 4 * MIB
+    assert torch.equal(tensor, random_bytes(3 * MIB))
+    assert [r.address for r in plain.registrable_ranges("plain")] == [tensor.data_ptr()]
+
+
+def test_the_scope_gives_its_tag_and_backing(alloc: CuMemAllocator) -> None:
+    with alloc.use_memory_pool("plain", backing="cuda_malloc"):
+        inside = alloc.empty(3)
+    with alloc.use_memory_pool("plain"):
+        again = alloc.empty(3)
+    for tensor in (inside, again):
+        assert alloc.allocation_of(tensor).backing == "cuda_malloc"
+    del tensor
+
+
+@pytest.mark.parametrize("call", ["sleep", "sleep of all", "discard", "swap"])
+def test_memory_of_cuda_malloc_does_not_sleep(plain: CuMemAllocator, call: str) -> None:
+    tensor = filled(plain, MIB, "plain")
+    kv = filled(plain, MIB, "kv", 1)
+    called: list[str] = []
+    for tag in ("plain", "kv"):
+        plain.register_hooks(tag, before_unmap=lambda tag, ranges: called.append(tag))
+    before = plain.stats()
+    with pytest.raises(UnsupportedError, match="cudaMalloc, which cannot sleep"):
+        {
+            "sleep": lambda: plain.sleep(tags=("kv", "plain")),
+            "sleep of all": lambda: plain.sleep(),
+            "discard": lambda: plain.discard("plain"),
+            "swap": lambda: plain.swap(sleep=("kv", "plain")),
+        }[call]()
+    assert called == []
+    after = plain.stats()
+    assert after.failed_transitions == before.failed_transitions + 1
+    assert after.tags == before.tags
+    assert states(plain) == {"plain": "awake", "kv": "awake"}
+    plain.sleep(tags="kv")
+    assert states(plain) == {"plain": "awake", "kv": "backed_up"}
+    plain.wake_up()
+    assert torch.equal(tensor, random_bytes(MIB))
+    assert torch.equal(kv, random_bytes(MIB, 1))
+
+
+def test_an_empty_tag_of_cuda_malloc_sleeps_like_any(plain: CuMemAllocator) -> None:
+    tensor = filled(plain, MIB, "plain")
+    del tensor
+    assert plain.sleep(tags="plain").tags == {}
+    assert plain.stats().physical_bytes == 0
+
+
+def test_the_backing_of_live_memory_stays(plain: CuMemAllocator) -> None:
+    tensor = plain.empty(3, tag="plain")
+    plain.use_memory_pool("plain", backing="cuda_malloc")
+    with pytest.raises(InUseError, match="plain"):
+        plain.use_memory_pool("plain", backing="vmm")
+    assert plain.allocation_of(tensor).backing == "cuda_malloc"
+    del tensor
+    plain.use_memory_pool("plain", backing="vmm")
+    tensor = plain.empty(3, tag="plain")
+    assert plain.allocation_of(tensor).backing == "vmm"
+
+
+@pytest.mark.parametrize("peers", ["all", [1], [0, 1], (1,), []])
+def test_peers_reach_the_memory_before_and_after_a_sleep(
+    make_allocator: MakeAllocator, peers: Any
+) -> None:
+    alloc = make_allocator(devices=2)
+    alloc.use_memory_pool("kv", peers=peers)
+    kv = alloc.empty(3 * MIB, dtype=torch.uint8, device=0, tag="kv").copy_(random_bytes(3 * MIB))
+    alloc.sleep(tags="kv")
+    alloc.wake_up()
+    assert torch.equal(kv, random_bytes(3 * MIB))
+
+
+def test_what_is_not_given_stays_as_it_was(make_allocator: MakeAllocator) -> None:
+    alloc = make_allocator(devices=2)
+    alloc.use_memory_pool("kv", peers=[1])
+    alloc.use_memory_pool("kv")
+    alloc.use_memory_pool("kv", backing="vmm")
+    assert alloc._memory["kv"] == (1, False, [1])
+    alloc.use_memory_pool("kv", peers="all")
+    assert alloc._memory["kv"] == (1, True, [])
+    alloc.use_memory_pool("kv", backing="cuda_malloc")
+    assert alloc._memory["kv"] == (2, False, [])
+    alloc.use_memory_pool("kv")
+    kv = alloc.empty(3, tag="kv")
+    assert alloc.allocation_of(kv).backing == "cuda_malloc"
+    with pytest.raises(InvalidArgumentError, match="takes no peers"):
+        alloc.use_memory_pool("kv", peers=[1])
+
+
+@pytest.mark.parametrize(
+    ("policy", "error"),
+    [
+        ({"backing": "malloc"}, InvalidArgumentError),
+        ({"backing": 1}, InvalidTypeError),
+        ({"peers": "some"}, InvalidArgumentError),
+        ({"peers": 1}, InvalidTypeError),
+        ({"peers": [2]}, InvalidArgumentError),
+        ({"peers": ["1"]}, InvalidTypeError),
+        ({"peers": [True]}, InvalidTypeError),
+    ],
+)
+def test_wrong_values_are_refused(
+    make_allocator: MakeAllocator, policy: dict[str, Any], error: type[Exception]
+) -> None:
+    alloc = make_allocator(devices=2)
+    with pytest.raises(error, match=next(iter(policy)) + "|device"):
+        alloc.use_memory_pool("kv", **policy)
+    assert alloc._memory == {}

@@ -1,0 +1,679 @@
+"""Memory shared between real processes: contents both ways, leases, refusals, leaks, deaths."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from conftest import GRANULE, MIB, MakeAllocator, RunPython, bits, filled, random_bytes
+
+from cumempool import (
+    ClosedError,
+    CuMemAllocator,
+    InUseError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NotInPoolError,
+    SharedMemory,
+    SharingError,
+    UnsupportedError,
+    open_shared,
+)
+
+NOBODY = 65534
+
+
+class Importer:
+    """A process that opens what this one shares."""
+
+    def __init__(self, *arguments: str) -> None:
+        path = os.pathsep.join(part for part in sys.path if part)
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "error",
+                str(Path(__file__).with_name("importer.py")),
+                *arguments,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, *words: object) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(*words, file=self.process.stdin, flush=True)
+        return self.process.stdout.readline().rstrip("\n")
+
+    def open(self, memory: SharedMemory, name: str = "a", how: str = "write") -> str:
+        return self.ask("open", name, pickle.dumps(memory).hex(), how)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def importer() -> Iterator[Importer]:
+    made = Importer()
+    yield made
+    made.end()
+
+
+def pins(alloc: CuMemAllocator, tag: str = "kv") -> int:
+    return alloc.stats().tags[tag].pins
+
+
+def until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def sockets() -> list[str]:
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return [name for name in map(os.readlink, links) if name.startswith(("socket", "anon_inode"))]
+
+
+# ---- contents
+
+
+def test_both_processes_see_what_either_writes(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = alloc.empty(1000, dtype=torch.int32, tag="kv").fill_(1)
+    memory = alloc.share(kv)
+    assert isinstance(memory, SharedMemory)
+    assert importer.open(memory) == "1 4000"
+    assert importer.ask("read", "a") == "1"
+    assert importer.ask("fill", "a", 2) == "filled"
+    assert kv.eq(2).all()
+    kv.fill_(3)
+    assert importer.ask("read", "a") == "3"
+    assert importer.ask("close", "a") == "closed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.bool, torch.int8])
+def test_a_view_arrives_as_it_is(alloc: CuMemAllocator, dtype: torch.dtype) -> None:
+    whole = alloc.empty(6, 7, 8, dtype=dtype, tag="kv")
+    bits(whole).copy_(random_bytes(bits(whole).numel()) % 2)
+    view = whole[1:5:2, 3:].transpose(0, 2)
+    opened = open_shared(pickle.loads(pickle.dumps(alloc.share(view))))
+    assert isinstance(opened, torch.Tensor)
+    assert (opened.dtype, opened.shape, opened.stride()) == (dtype, view.shape, view.stride())
+    assert torch.equal(opened, view)
+    assert opened.data_ptr() != view.data_ptr()
+    opened.zero_()
+    assert not view.any()
+
+
+def test_a_tag_is_shared_with_all_its_allocations(
+    alloc: CuMemAllocator, importer: Importer
+) -> None:
+    tensors = [filled(alloc, size * MIB, "kv", size) for size in range(1, 8)]
+    sizes = sum(info.bytes for info in alloc.snapshot())
+    assert importer.open(alloc.share("kv")) == f"7 {sizes}"
+    assert importer.ask("fill", "a", 9) == "filled"
+    assert all(tensor.eq(9).all() for tensor in tensors)
+    importer.ask("close", "a")
+
+
+def test_more_allocations_than_fit_into_a_message(
+    make_allocator: MakeAllocator,
+) -> None:
+    alloc = make_allocator(mib=512)
+    tensors = [alloc.empty(8, dtype=torch.uint8, tag="kv").fill_(n) for n in range(150)]
+    before = fds()
+    opened = open_shared(alloc.share("kv"))
+    assert [int(tensor[0]) for tensor in opened] == list(range(150))
+    del opened
+    until(lambda: pins(alloc) == 0)
+    assert fds() <= before + 3  # the endpoint
+    del tensors
+
+
+def test_what_is_opened_for_reading_cannot_be_written(
+    alloc: CuMemAllocator, importer: Importer
+) -> None:
+    kv = alloc.empty(1000, dtype=torch.int32, tag="kv").fill_(1)
+    for memory in (alloc.share(kv), alloc.share(kv, writable=False)):
+        assert importer.open(memory, how="read") == "1 4000"
+        assert "read-only" in importer.ask("fill", "a", 2)
+        assert importer.ask("read", "a") == "1"
+        importer.ask("close", "a")
+    answer = importer.open(alloc.share(kv, writable=False))
+    assert answer.startswith("SharingError")
+    assert "for reading only" in answer
+    forged = dataclasses.replace(alloc.share(kv, writable=False), writable=True)
+    assert "not shared" in importer.open(forged)
+
+
+def test_another_device_can_use_it(make_allocator: MakeAllocator) -> None:
+    alloc = make_allocator(devices=2)
+    kv = alloc.empty(1000, device=1, tag="kv").fill_(4)
+    memory = alloc.share(kv)
+    assert memory.ranges[0].device == "1"
+    for device in (None, 0, 1, "cpu", torch.device("cpu")):
+        opened = open_shared(memory, device=device)
+        assert isinstance(opened, torch.Tensor)
+        assert opened.eq(4).all()
+    for wrong in (64, -1, "cuda", "gpu"):
+        with pytest.raises(InvalidArgumentError):
+            open_shared(memory, device=wrong)
+
+
+# ---- sleeping
+
+
+def test_what_is_open_elsewhere_does_not_sleep(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = filled(alloc, 3 * MIB, "kv")
+    importer.open(alloc.share(kv), "a")
+    importer.open(alloc.share("kv"), "b")
+    assert pins(alloc) == 2
+    with pytest.raises(InUseError, match=f"process {importer.process.pid}, which has it open"):
+        alloc.sleep(tags="kv")
+    importer.ask("close", "a")
+    until(lambda: pins(alloc) == 1)
+    with pytest.raises(InUseError):
+        alloc.discard("kv")
+    importer.ask("close", "b")
+    until(lambda: pins(alloc) == 0)
+    alloc.sleep(tags="kv")
+    alloc.wake_up()
+    assert torch.equal(kv, random_bytes(3 * MIB))
+
+
+def test_a_stale_generation_is_refused(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = filled(alloc, MIB, "kv")
+    memory = alloc.share(kv)
+    alloc.sleep(tags="kv")
+    assert importer.open(memory).startswith("SharingError")
+    with pytest.raises(InvalidArgumentError, match="asleep"):
+        alloc.share(kv)
+    alloc.wake_up()
+    answer = importer.open(memory)
+    assert "generation 2, and the descriptor of 1" in answer
+    assert importer.open(alloc.share(kv)) == f"1 {MIB}"
+    importer.ask("close", "a")
+
+
+def test_memory_that_was_freed_is_refused(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = alloc.empty(8, tag="kv")
+    memory = alloc.share(kv)
+    del kv
+    assert importer.open(memory).startswith("SharingError")
+    again = alloc.empty(8, tag="kv")
+    if again.data_ptr() == memory.ranges[0].address:
+        assert "freed since" in importer.open(memory)
+
+
+def test_revoked_memory_can_sleep(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = alloc.empty(1000, dtype=torch.int32, tag="kv").fill_(5)
+    memory = alloc.share(kv)
+    importer.open(memory)
+    assert alloc.revoke("kv") == 1
+    assert alloc.revoke("kv") == 0
+    alloc.sleep(tags="kv")
+    assert importer.ask("read", "a") == "5"
+    alloc.wake_up()
+    kv.fill_(6)
+    assert importer.ask("read", "a") == "5"  # its own now
+    assert "no longer" in importer.open(memory, "b")
+    assert importer.open(alloc.share(kv), "c") == "1 4000"
+    assert importer.ask("read", "c") == "6"
+    for name in "ac":
+        importer.ask("close", name)
+
+
+# ---- leaks and deaths
+
+
+def test_200_rounds_leak_nothing(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = filled(alloc, 3 * MIB, "kv")
+
+    def round_trip() -> None:
+        assert importer.open(alloc.share("kv")) == f"1 {2 * GRANULE}"
+        assert importer.ask("close", "a") == "closed"
+
+    round_trip()
+    until(lambda: pins(alloc) == 0)
+    here, there, stats = fds(), importer.ask("fds"), alloc.stats()
+    threads = threading.active_count()
+    for _ in range(200):
+        round_trip()
+    until(lambda: pins(alloc) == 0)
+    until(lambda: fds() == here)
+    assert importer.ask("fds") == there
+    assert threading.active_count() == threads
+    assert alloc.stats() == stats
+    assert torch.equal(kv, random_bytes(3 * MIB))
+
+
+def test_a_killed_importer_ends_its_lease(alloc: CuMemAllocator) -> None:
+    kv = filled(alloc, MIB, "kv")
+    importer = Importer()
+    alloc.share(kv)
+    before = fds()
+    importer.open(alloc.share(kv))
+    assert pins(alloc) == 1
+    importer.kill()
+    until(lambda: pins(alloc) == 0)
+    until(lambda: fds() == before)
+    importer.end()
+    alloc.sleep(tags="kv")
+    alloc.wake_up()
+    assert torch.equal(kv, random_bytes(MIB))
+
+
+OWNER = """
+import pickle, sys
+from cumempool import CuMemAllocator
+alloc = CuMemAllocator()
+kv = alloc.empty(1000, tag="kv").fill_(7)
+print(pickle.dumps(alloc.share(kv)).hex(), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "ended"])
+def test_the_memory_outlives_its_owner(end: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", OWNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "CUMEMPOOL_DRIVER": "host"},
+    ) as owner:
+        assert owner.stdin is not None
+        assert owner.stdout is not None
+        memory = pickle.loads(bytes.fromhex(owner.stdout.readline().decode()))
+        opened = open_shared(memory)
+        assert isinstance(opened, torch.Tensor)
+        if end == "killed":
+            owner.kill()
+        else:
+            owner.stdin.write(b"\n")
+            owner.stdin.flush()
+        assert owner.wait(timeout=60) == (-signal.SIGKILL if end == "killed" else 0)
+        assert opened.eq(7).all()
+        assert opened.fill_(8).eq(8).all()
+        with pytest.raises(SharingError, match=f"process {owner.pid}, which owns the memory"):
+            open_shared(memory)
+
+
+def test_close_ends_what_is_open(make_allocator: MakeAllocator) -> None:
+    alloc, threads = make_allocator(), threading.active_count()
+    before = sockets()
+    kv = alloc.empty(1000, tag="kv").fill_(7)
+    memory = alloc.share(kv)
+    opened = open_shared(memory)
+    assert isinstance(opened, torch.Tensor)
+    with pytest.raises(InUseError):
+        alloc.close()
+    assert pins(alloc) == 1
+    del kv
+    alloc.close()
+    assert threading.active_count() == threads
+    assert opened.eq(7).all()
+    with pytest.raises(SharingError):
+        open_shared(memory)
+    del opened
+    until(lambda: sockets() == before)
+    with pytest.raises(ClosedError):
+        alloc._open_endpoint().describe("host", "kv", [], None, True)
+
+
+def test_a_dropped_allocator_ends_its_endpoint() -> None:
+    from cumempool import CuMemConfig
+
+    threads = threading.active_count()
+    alloc = CuMemAllocator(CuMemConfig(driver="host", host_driver_bytes=8 * MIB))
+    alloc.share(alloc.empty(3, tag="kv"))
+    assert threading.active_count() == threads + 1
+    del alloc
+    until(lambda: threading.active_count() == threads)
+
+
+def test_a_fork_serves_nothing_and_keeps_nothing(run_python: RunPython) -> None:
+    done = run_python("""
+import os, warnings
+from cumempool import CuMemAllocator, CumempoolError, open_shared
+warnings.simplefilter("ignore")
+def fds():
+    kinds = (os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+             if os.path.lexists(f"/proc/self/fd/{n}"))
+    return sum(kind.startswith(("socket", "anon_inode:[eventpoll")) for kind in kinds)
+alloc = CuMemAllocator()
+kv = alloc.empty(3, tag="kv")
+memory = alloc.share(kv)
+child = os.fork()
+if child == 0:
+    assert fds() == 0
+    try:
+        alloc.share(kv)
+    except CumempoolError as error:
+        os._exit(7 if type(error).__name__ == "ForkedError" else 1)
+    os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert open_shared(memory).shape == (3,)
+print("served")
+""")
+    assert (done.code, done.out, done.err) == (0, "served\n", "")
+
+
+def test_no_descriptor_is_left_to_a_program_that_is_started(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(3, tag="kv")
+    opened = open_shared(alloc.share(kv))
+    here = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    listed = subprocess.run(
+        ["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, text=True, check=True
+    )
+    ours = {name for name in here if name.startswith(("socket", "/memfd"))}
+    assert len(ours) >= 4  # the endpoint, both ends of the lease, the memory
+    assert [name for name in ours if name in listed.stdout] == []
+    assert "eventpoll" not in listed.stdout
+    del opened
+
+
+# ---- who is served
+
+
+def test_a_wrong_secret_is_refused(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    for wrong in ("", "0" * 64, memory.secret[:-1], "é", memory.secret.upper()):
+        with pytest.raises(SharingError):
+            open_shared(dataclasses.replace(memory, secret=wrong))
+    assert "not shared" in importer.open(dataclasses.replace(memory, secret="0" * 64))
+    assert memory.secret not in repr(memory)
+
+
+def test_a_secret_is_good_for_nothing_else(alloc: CuMemAllocator) -> None:
+    kv, other = alloc.empty(3, tag="kv"), alloc.empty(3, tag="other")
+    memory, foreign = alloc.share(kv), alloc.share(other)
+    for forged in (
+        dataclasses.replace(memory, ranges=foreign.ranges),
+        dataclasses.replace(memory, tag="other"),
+        dataclasses.replace(memory, ranges=memory.ranges + foreign.ranges, layout=None),
+        dataclasses.replace(memory, ranges=(), layout=None),
+    ):
+        with pytest.raises(SharingError, match=r"not shared|no memory"):
+            open_shared(forged)
+    assert pins(alloc) == pins(alloc, "other") == 0
+
+
+def test_a_foreign_layout_is_refused(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(10, tag="kv")
+    memory = alloc.share(kv)
+    assert memory.layout is not None
+    for change in (
+        {"shape": (1 << 30,)},
+        {"offset": memory.ranges[0].bytes},
+        {"offset": 3},
+        {"offset": -4},
+        {"strides": (-1,)},
+        {"strides": (1, 1)},
+        {"dtype": "nonsense"},
+        {"dtype": "nn"},
+    ):
+        layout = dataclasses.replace(memory.layout, **change)
+        with pytest.raises(SharingError, match="layout"):
+            open_shared(dataclasses.replace(memory, layout=layout))
+    longer = dataclasses.replace(memory.ranges[0], bytes=2 * memory.ranges[0].bytes)
+    with pytest.raises(SharingError):
+        open_shared(dataclasses.replace(memory, ranges=(longer,)))
+    with pytest.raises(InvalidArgumentError, match="version 2"):
+        open_shared(dataclasses.replace(memory, version=2))
+    with pytest.raises(InvalidTypeError):
+        open_shared("kv")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_refused(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    try:
+        stranger = Importer(str(NOBODY))
+    except AssertionError:
+        pytest.skip("another user cannot read the interpreter or the package")
+    answer = stranger.open(memory)
+    assert answer.startswith("SharingError")
+    stranger.end()
+    assert pins(alloc) == 0
+    assert importer.open(memory) == "1 12"
+    importer.ask("close", "a")
+
+
+def garbage(memory: SharedMemory) -> dict[str, bytes]:
+    request = {
+        "tag": memory.tag,
+        "granted": True,
+        "writable": True,
+        "ranges": [part._key() for part in memory.ranges],
+        "secret": memory.secret,
+    }
+
+    def framed(message: Any) -> bytes:
+        data = message if isinstance(message, bytes) else json.dumps(message).encode()
+        return struct.pack("!I", len(data)) + data
+
+    return {
+        "nothing": b"",
+        "half a length": b"\0\0",
+        "half a message": framed(request)[:-5],
+        "noise": bytes(random_bytes(4096).tolist()),
+        "a huge length": struct.pack("!I", 2**32 - 1) + b"x" * 100,
+        "no JSON": framed(b"\xff\xfe{"),
+        "deep JSON": framed(b"[" * 200_000),
+        "a list": framed([1]),
+        "an empty object": framed({}),
+        "wrong types": framed({**request, "tag": 3, "ranges": "x", "secret": None}),
+        "a number of a secret": framed({**request, "secret": 3}),
+        "huge numbers": framed({**request, "ranges": [[10**300, 1e308, -1, None]]}),
+        "gone before the answer": framed(request),
+    }
+
+
+def test_garbage_is_harmless(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    before = fds()
+    for text in garbage(memory).values():
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as stranger:
+                stranger.connect("\0" + memory.endpoint)
+                stranger.sendall(text)
+    until(lambda: pins(alloc) == 0 and fds() == before)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect("\0" + memory.endpoint)
+        stranger.sendall(garbage(memory)["gone before the answer"] + b"and more")
+        until(lambda: stranger.recv(1) in (b"f", b""))
+        until(lambda: pins(alloc) == 0)
+    opened = open_shared(memory)
+    assert isinstance(opened, torch.Tensor)
+    until(lambda: fds() == before + 3)  # both ends of the lease, and the importer's memory
+
+
+def test_slow_clients_are_few_and_do_not_last(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cumempool.sharing._PATIENCE", 0.5)
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    threads, before = threading.active_count(), fds()
+    strangers = []
+    for _ in range(100):
+        stranger = socket.socket(socket.AF_UNIX)
+        stranger.connect("\0" + memory.endpoint)
+        strangers.append(stranger)
+    assert threading.active_count() <= threads + 64
+    for _ in range(20):
+        for stranger in strangers[:64]:
+            try:
+                stranger.send(b"\0")
+            except OSError:
+                stranger.close()
+        time.sleep(0.05)
+    until(lambda: threading.active_count() == threads)
+    opened = open_shared(memory)
+    assert isinstance(opened, torch.Tensor)
+    for stranger in strangers:
+        stranger.close()
+    del opened
+    until(lambda: fds() == before)
+
+
+# ---- what can be shared
+
+
+def test_what_cannot_be_shared_is_refused(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(3, dtype=torch.complex64, tag="kv")
+    with pytest.raises(NotInPoolError):
+        alloc.share(torch.zeros(3))
+    for wrong in (3, None, kv.conj()):
+        with pytest.raises(InvalidTypeError):
+            alloc.share(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTypeError, match="writable"):
+        alloc.share(kv, writable=1)  # type: ignore[arg-type]
+    del kv, wrong
+    gc.collect()
+    with pytest.raises(InvalidArgumentError, match="nothing of tag"):
+        alloc.share("kv")
+    with alloc.use_memory_pool("plain", backing="cuda_malloc"):
+        plain = alloc.empty(3)
+    with pytest.raises(UnsupportedError, match="cudaMalloc"):
+        alloc.share(plain)
+
+
+def test_threads_share_open_and_sleep(alloc: CuMemAllocator) -> None:
+    kv = filled(alloc, MIB, "kv")
+    errors: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            for _ in range(40):
+                try:
+                    opened = open_shared(alloc.share(kv))
+                    assert torch.equal(opened, random_bytes(MIB))
+                    del opened
+                except (SharingError, InvalidArgumentError):
+                    pass  # it slept meanwhile
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            errors.append(error)
+
+    def cycle() -> None:
+        try:
+            for _ in range(40):
+                try:
+                    alloc.sleep(tags="kv")
+                except InUseError:
+                    pass
+                finally:
+                    alloc.wake_up()
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for work in (use, use, use, cycle)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    until(lambda: pins(alloc) == 0)
+    alloc.sleep(tags="kv")
+    alloc.wake_up()
+    assert torch.equal(kv, random_bytes(MIB))
+
+
+# ---- torch.multiprocessing
+
+
+def work(inbox: Any, outbox: Any) -> None:
+    tensor, parameter, plain = inbox.get()
+    outbox.put((type(tensor) is torch.Tensor, type(parameter) is torch.nn.Parameter))
+    outbox.put((parameter.requires_grad, tensor.sum().item(), plain.sum().item()))
+    tensor.fill_(9)
+    plain.fill_(5)
+    with torch.no_grad():
+        parameter.fill_(8)
+    outbox.put("done")
+    inbox.get()
+
+
+def test_torch_multiprocessing_sends_the_memory_itself(alloc: CuMemAllocator) -> None:
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    context = torch.multiprocessing.get_context("spawn")
+    tensor = alloc.empty(5, 7, tag="kv").fill_(1)
+    parameter = torch.nn.Parameter(alloc.empty(10, tag="weights"), requires_grad=False)
+    plain = torch.ones(3)
+    address = tensor.data_ptr()
+    inbox, outbox = context.SimpleQueue(), context.SimpleQueue()
+    process = context.Process(target=work, args=(inbox, outbox))
+    process.start()
+    inbox.put((tensor[1:, :3], parameter, plain))
+    assert outbox.get() == (True, True)
+    assert outbox.get() == (False, 12.0, 3.0)
+    assert outbox.get() == "done"
+    assert tensor[1:, :3].eq(9).all()
+    assert tensor[0].eq(1).all()
+    assert parameter.eq(8).all()
+    assert plain.eq(5).all()
+    assert tensor.data_ptr() == address
+    with pytest.raises(InUseError, match=f"process {process.pid}"):
+        alloc.sleep(tags="kv")
+    inbox.put(None)
+    process.join(timeout=60)
+    assert process.exitcode == 0
+    process.close()
+    until(lambda: pins(alloc) == pins(alloc, "weights") == 0)
+    for queue in (inbox, outbox):
+        queue.close()
+
+
+def test_what_torch_refuses_to_send_it_still_refuses(alloc: CuMemAllocator) -> None:
+    from multiprocessing.reduction import ForkingPickler
+
+    leaf = alloc.empty(3, tag="kv").requires_grad_()
+    with pytest.raises(RuntimeError, match="requires_grad"):
+        ForkingPickler.dumps(leaf * 2 + leaf.view(-1))
+    again = pickle.loads(ForkingPickler.dumps(leaf))
+    assert again.requires_grad
+    with torch.no_grad():
+        leaf.fill_(6)
+    assert again.eq(6).all()
+    del again
+    until(lambda: pins(alloc) == 0)
+    alloc.sleep(tags="kv")
+    with pytest.raises(InvalidArgumentError, match="asleep"):
+        ForkingPickler.dumps(leaf)
+    alloc.wake_up()
