@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from cumempool import CumempoolError, open_shared
+from cumempool import CuMemAllocator, CuMemConfig, CumempoolError, open_shared
 
 held: dict[str, list[torch.Tensor]] = {}
 
@@ -35,6 +35,8 @@ def run(words: list[str]) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
+        # All that is imported on first use: the other user may not be able to read it.
+        CuMemAllocator(CuMemConfig(driver="host")).empty(1)
         os.setgid(int(sys.argv[1]))
         os.setuid(int(sys.argv[1]))
     print("ready", flush=True)

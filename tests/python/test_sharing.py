@@ -467,8 +467,8 @@ def test_another_user_is_refused(alloc: CuMemAllocator, importer: Importer) -> N
     except AssertionError:
         pytest.skip("another user cannot read the interpreter or the package")
     answer = stranger.open(memory)
-    assert answer.startswith("SharingError")
     stranger.end()
+    assert answer.startswith("SharingError"), answer
     assert pins(alloc) == 0
     assert importer.open(memory) == "1 12"
     importer.ask("close", "a")
