@@ -24,8 +24,8 @@ std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-// Whole pages and no more: what is held is what backups need. The kernel takes huge pages for as much
-// of it as it can.
+// Whole pages and no more: what is held is what backups need. The kernel takes huge pages for as
+// much of it as it can.
 std::size_t block_bytes_for(std::size_t expected) {
   return std::min(kBlockBytes, round_up(expected, kPage));
 }

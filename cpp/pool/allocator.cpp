@@ -283,7 +283,7 @@ void Allocator::close(bool force) {
   // From here on a repeated close goes on where this one fails.
   const std::vector<std::string> problems = give_everything_back();
   if (problems.empty() && pending_free_bytes() == 0 && holds_nothing()) {
-    devices_.close();
+    if (!ordinary_lives()) devices_.close();
     return;
   }
   Error error(CUMEMPOOL_DRIVER_ERROR,
@@ -317,6 +317,13 @@ bool Allocator::holds_nothing() const {
   return stores_.pinned_bytes() == 0 && stores_.peers().empty();
 }
 
+// It needs its context until it is freed.
+bool Allocator::ordinary_lives() {
+  bool lives = false;
+  records_.for_each([&](const Record& record) { lives = lives || record.memory.is_ordinary(); });
+  return lives;
+}
+
 void Allocator::refuse_close_in_use() {
   const auto bound = counters_.bound_slots.load();
   const auto views = counters_.open_views.load();
@@ -336,17 +343,13 @@ void Allocator::refuse_close_in_use() {
   throw error;
 }
 
-// Physical memory and backup go; the address stays reserved until the program frees it.
+// Physical memory and backup go; the address stays reserved until the program frees it. Ordinary
+// memory stays as it is until then: the driver would give its address to others.
 void Allocator::vacate(Record& record) {
+  if (record.memory.is_ordinary()) return;
   if (record.memory.mapped()) {
     const driver::ContextScope scope(driver_, record.device);
     driver_.fence(record.device);
-  }
-  if (record.memory.is_ordinary()) {
-    driver::check(driver_.table(), "deallocate", record.memory.teardown(), record.device,
-                  record.bytes);
-    records_.update([&] { record.asleep = true; });
-    return;
   }
   record.memory.unmap();
   std::shared_ptr<backup::Image> dropped;

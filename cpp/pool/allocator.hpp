@@ -107,6 +107,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   void vacate(Record& record);
   std::uint64_t trim_stores();
   bool holds_nothing() const;
+  bool ordinary_lives();
 
   driver::Driver driver_;
   const bool retains_backups_;

@@ -112,7 +112,8 @@ CUMEMPOOL_API cumempool_status cumempool_allocator_create(
 
 /* Gives everything back. Refused with CUMEMPOOL_IN_USE while allocations live or slots are bound,
  * unless `force`: then physical memory and backups go at once, contents are lost, and the addresses
- * stay reserved until each is freed. Closing twice is no error. */
+ * stay reserved until each is freed. Ordinary memory stays until it is freed. Closing twice is no
+ * error. */
 CUMEMPOOL_API cumempool_status cumempool_allocator_close(cumempool_allocator *allocator, int force);
 
 /* Drops the handle. An allocator that was not closed is closed by force first. */

@@ -808,7 +808,7 @@ class CuMemAllocator:
             force: Close although memory is in use: physical memory and backups go, contents are
                 lost, and tensors that are still there must not be touched. Their addresses stay
                 reserved until they are deleted, so that a late access faults and reads nobody
-                else's memory.
+                else's memory. Memory of ``backing="cuda_malloc"`` stays until it is deleted.
 
         Raises:
             InUseError: Without `force`: tensors live, scopes are open or backups are being read;

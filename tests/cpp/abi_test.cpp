@@ -137,6 +137,48 @@ TEST_F(Abi, NullArgumentsAreInvalid) {
   cumempool_host_driver_destroy(nullptr);
 }
 
+TEST_F(Abi, ArgumentsOfPoliciesPinsAndSharingThatAreMissingAreInvalid) {
+  constexpr auto kInvalid = CUMEMPOOL_INVALID_ARGUMENT;
+  constexpr auto kFd = CUMEMPOOL_HANDLE_POSIX_FD;
+  constexpr auto kAccess = CUMEMPOOL_ACCESS_READ_WRITE;
+  const cumempool_address address = pool.malloc("kv", 1);
+  cumempool_memory_policy policy = memory_of(CUMEMPOOL_BACKING_VMM, {}, false);
+  EXPECT_EQ(cumempool_set_memory(nullptr, "kv", &policy), kInvalid);
+  EXPECT_EQ(cumempool_set_memory(pool.get(), nullptr, &policy), kInvalid);
+  EXPECT_EQ(cumempool_set_memory(pool.get(), "kv", nullptr), kInvalid);
+  policy.peers = nullptr;
+  policy.peer_count = 1;
+  EXPECT_EQ(cumempool_set_memory(pool.get(), "kv", &policy), kInvalid);
+  policy.peer_count = 0;
+  policy.size -= 8;
+  EXPECT_EQ(cumempool_set_memory(pool.get(), "kv", &policy), kInvalid);
+  std::uint64_t pin = 9;
+  EXPECT_EQ(cumempool_pin(nullptr, "kv", "nixl", &pin), kInvalid);
+  EXPECT_EQ(cumempool_pin(pool.get(), nullptr, "nixl", &pin), kInvalid);
+  EXPECT_EQ(cumempool_pin(pool.get(), "kv", nullptr, &pin), kInvalid);
+  EXPECT_EQ(cumempool_pin(pool.get(), "kv", "nixl", nullptr), kInvalid);
+  EXPECT_EQ(cumempool_unpin(nullptr, 1), kInvalid);
+  EXPECT_EQ(pin, 9U);
+  EXPECT_EQ(pool.snapshot().tag("kv").pins, 0U);
+  int descriptor = -1;
+  cumempool_allocation_info info{};
+  EXPECT_EQ(cumempool_export(nullptr, address, kFd, &descriptor, &info), kInvalid);
+  EXPECT_EQ(cumempool_export(pool.get(), address, kFd, nullptr, &info), kInvalid);
+  EXPECT_EQ(cumempool_export(pool.get(), address, kFd, &descriptor, nullptr), kInvalid);
+  EXPECT_EQ(descriptor, -1);
+  cumempool_shared* shared = nullptr;
+  const cumempool_driver* table = &host.table();
+  EXPECT_EQ(cumempool_shared_open(nullptr, 0, kFd, &descriptor, 1, kAccess, &shared), kInvalid);
+  EXPECT_EQ(cumempool_shared_open(table, 0, kFd, nullptr, 1, kAccess, &shared), kInvalid);
+  EXPECT_EQ(cumempool_shared_open(table, 0, kFd, &descriptor, 1, kAccess, nullptr), kInvalid);
+  EXPECT_EQ(cumempool_shared_open(table, 0, kFd, &descriptor, 0, kAccess, &shared), kInvalid);
+  EXPECT_EQ(cumempool_shared_open(table, 0, kFd, &descriptor, 1, static_cast<cumempool_access>(2),
+                                  &shared),
+            kInvalid);
+  EXPECT_EQ(shared, nullptr);
+  EXPECT_EQ(cumempool_shared_close(nullptr), kInvalid);
+}
+
 TEST_F(Abi, RequestsThatContradictThemselvesAreInvalid) {
   pool.declare("kv");
   cumempool_report* report = nullptr;

@@ -171,6 +171,94 @@ TEST_F(AllocationTest, R13_MovingKeepsOneOwner) {
   expect_ledger(0, 0, 0);
 }
 
+// ---- ordinary memory, peers ---------------------------------------------------------------------
+
+class OrdinaryAllocation : public AllocationTest {
+ protected:
+  Allocation make_ordinary() {
+    const driver::Driver driver(faults.table());
+    return {driver, vmm::OrdinaryMemory(driver, ledger, 0, kBytes), 0, kBytes};
+  }
+  void expect_held(std::uint64_t bytes) const {
+    EXPECT_EQ(ledger.physical_bytes, bytes);
+    EXPECT_EQ(ledger.mapped_bytes, bytes);
+    EXPECT_EQ(ledger.reserved_bytes, 0U);
+    EXPECT_EQ(host.counters().charged_bytes, bytes);
+    EXPECT_EQ(host.counters().allocations, bytes / kBytes);
+  }
+
+  driver::RetainedContext context{driver::Driver(host.table()), 0};
+};
+
+TEST_F(OrdinaryAllocation, IsMappedForLife) {
+  Allocation allocation = make_ordinary();
+  EXPECT_TRUE(allocation.is_ordinary());
+  EXPECT_TRUE(allocation.mapped());
+  EXPECT_TRUE(allocation.holds_physical());
+  EXPECT_EQ(allocation.bytes(), kBytes);
+  const cumempool_address address = allocation.address();
+  write_pattern(address, kBytes, 1);
+  allocation.map();
+  try {
+    allocation.unmap();
+    FAIL() << "it cannot be detached";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status, CUMEMPOOL_INTERNAL);
+  }
+  EXPECT_EQ(allocation.release_physical(), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_TRUE(allocation.mapped()) << "only a teardown takes it away";
+  EXPECT_EQ(allocation.address(), address);
+  EXPECT_TRUE(holds_pattern(address, kBytes, 1));
+  expect_held(kBytes);
+}
+
+TEST_F(OrdinaryAllocation, R13_AFailedMakingHoldsNothing) {
+  for (const char* entry : {"context_enter", "allocate"}) {
+    fail_next(entry);
+    EXPECT_THROW(make_ordinary(), Error) << entry;
+    expect_held(0);
+  }
+}
+
+TEST_F(OrdinaryAllocation, R13_AFailedTeardownLeavesItHeldAndMayBeRepeated) {
+  for (const char* entry : {"context_enter", "deallocate"}) {
+    Allocation allocation = make_ordinary();
+    write_pattern(allocation.address(), kBytes, 1);
+    fail_next(entry);
+    EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_OUT_OF_MEMORY) << entry;
+    EXPECT_TRUE(allocation.mapped());
+    EXPECT_TRUE(holds_pattern(allocation.address(), kBytes, 1));
+    expect_held(kBytes);
+    EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_SUCCESS) << entry;
+    EXPECT_FALSE(allocation.mapped());
+    EXPECT_FALSE(allocation.holds_physical());
+    EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_SUCCESS);
+    expect_held(0);
+  }
+}
+
+TEST_F(OrdinaryAllocation, R13_MovingKeepsOneOwner) {
+  Allocation first = make_ordinary();
+  {
+    const Allocation second = std::move(first);
+    EXPECT_TRUE(second.mapped());
+    expect_held(kBytes);
+  }
+  expect_held(0);
+}
+
+TEST_F(AllocationTest, R4_AMapWhoseSecondDeviceGetsNoAccessIsUndone) {
+  Allocation allocation(driver::Driver(faults.table()), ledger, properties, kBytes, {0, 1});
+  driver::host_driver_set_peer_access(&host.table(), false);
+  EXPECT_THROW(allocation.map(), Error);
+  EXPECT_FALSE(allocation.mapped());
+  expect_ledger(kBytes, 0, 0);
+  driver::host_driver_set_peer_access(&host.table(), true);
+  allocation.map();
+  EXPECT_TRUE(allocation.mapped());
+  expect_ledger(kBytes, kBytes, kBytes);
+}
+
 TEST_F(AllocationTest, R12_OutOfMemoryTellsTheCallAndTheDevice) {
   try {
     make((kDeviceGranules + 1) * kGranule);

@@ -9,6 +9,8 @@
 // sleeps, and the error says so. A `release` that fails once all contents are safe is no failure of
 // a sleep but a problem in its report: the memory is counted as unreleased and goes with the next
 // sleep, which is held to that.
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <functional>
@@ -683,8 +685,73 @@ Scenario discarding_swap_scenario() {
   return scenario;
 }
 
+// ---- ordinary memory, exports -------------------------------------------------------------------
+
+// As the blocks of the others, and some that cannot sleep.
+void add_ordinary_blocks(World& world) {
+  must(world.pool.set_memory("plain", CUMEMPOOL_BACKING_CUDA_MALLOC));
+  world.add("plain", 2 * kPage, 0);
+  world.add("plain", kPage, 1);
+  world.write_patterns();
+}
+
+Scenario ordinary_malloc_scenario() {
+  return {"MallocOrdinary",
+          [](World& world) {
+            world.add_blocks();
+            must(world.pool.set_memory("plain", CUMEMPOOL_BACKING_CUDA_MALLOC));
+          },
+          [](World& world) {
+            cumempool_address address = 0;
+            return world.pool.try_malloc("plain", kPage, 1, address);
+          },
+          {}};
+}
+
+// It lives on until it is freed; all else is given back.
+void only_ordinary_memory_is_left(const World& world) {
+  const auto counters = world.host.counters();
+  EXPECT_EQ(counters.allocations, 2U);
+  EXPECT_EQ(counters.charged_bytes, 3 * kPage);
+  EXPECT_EQ(counters.handles + counters.mapped_bytes, 0U);
+  EXPECT_EQ(counters.registered_bytes + counters.streams + counters.events, 0U);
+}
+
+Scenario ordinary_close_scenario() {
+  Scenario scenario = close_scenario("CloseByForceOrdinary", add_ordinary_blocks, true);
+  scenario.finally = only_ordinary_memory_is_left;
+  return scenario;
+}
+
+Scenario ordinary_neighbour_scenario() {
+  return sleep_scenario(
+      "SleepBesideOrdinary", [](World& world) { return world.mixed(); }, add_ordinary_blocks);
+}
+
+// The descriptor is closed at once: that none is left open is looked at from outside.
+Scenario export_scenario() {
+  return {"Export",
+          [](World& world) { world.add_blocks(); },
+          [](World& world) {
+            int descriptor = -1;
+            cumempool_allocation_info info{};
+            const cumempool_status status =
+                cumempool_export(world.pool.get(), world.blocks[0].address,
+                                 CUMEMPOOL_HANDLE_POSIX_FD, &descriptor, &info);
+            EXPECT_EQ(descriptor >= 0, status == CUMEMPOOL_OK);
+            if (descriptor >= 0) close(descriptor);
+            return status;
+          },
+          {}};
+}
+
 std::vector<Scenario> all_scenarios() {
   std::vector<Scenario> all = scenarios();
+  all.push_back(ordinary_malloc_scenario());
+  all.push_back(free_scenario("FreeOrdinary", 7, add_ordinary_blocks));
+  all.push_back(ordinary_neighbour_scenario());
+  all.push_back(ordinary_close_scenario());
+  all.push_back(export_scenario());
   for (const Tier& tier : tiers()) {
     for (Scenario& scenario : scenarios_of(tier)) all.push_back(std::move(scenario));
   }

@@ -109,6 +109,39 @@ def test_paths_that_are_named_exist(page: Path) -> None:
     assert [path for path in named if not any(ROOT.glob(path.rstrip("/")))] == []
 
 
+def missing_tests(text: str) -> list[str]:
+    """Of the tests that a text names as `tests/file::test`, those that are not in the file."""
+    missing = []
+    for path, name in re.findall(r"`(tests/[\w./]+)::(\w+)`", text):
+        source = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else ""
+        if not re.search(rf"^def {name}\(|^(?:TEST\w*|TYPED_TEST)\(\w+,\s*{name}\)", source, re.M):
+            missing.append(f"{path}::{name}")
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    assert missing_tests(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_test_that_is_named_and_missing_is_caught() -> None:
+    here = "tests/python/test_docs.py"
+    assert missing_tests(f"`{here}::test_every_rule_has_tests_and_limits`") == []
+    named = [f"{here}::test_of_nothing", "tests/cpp/no_test.cpp::Nothing"]
+    assert missing_tests("".join(f"`{name}`" for name in named)) == named
+
+
+def test_every_rule_has_tests_and_limits() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## R(\d+): .*$", page, flags=re.MULTILINE)[1:]
+    assert sections[::2] == [str(number) for number in range(1, 16)]
+    for section in sections[1::2]:
+        assert re.search(r"^Enforced by: ", section, re.MULTILINE)
+        assert re.search(r"`tests/\S+::\w+`", section)
+    for section in sections[1::2]:
+        assert re.search(r"^Not promised(?:: |, besides: )", section, re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_exceptions_that_are_named_exist(page: Path) -> None:
     named = set(re.findall(r"`(?:cumempool\.)?(\w+Error)`", page.read_text(encoding="utf-8")))

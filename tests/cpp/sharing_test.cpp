@@ -1,0 +1,523 @@
+// Memory handed to others as a descriptor: what is exported and what is refused, what an importer
+// sees and for how long, and that neither side leaks.
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "driver/fault_driver.hpp"
+#include "host_fixture.hpp"
+#include "temporary_directory.hpp"
+
+namespace cumempool::tests {
+namespace {
+
+using driver::FaultDriver;
+using Repeat = FaultDriver::Repeat;
+
+constexpr std::size_t kBytes = 2 * kGranule;
+constexpr cumempool_access kReadWrite = CUMEMPOOL_ACCESS_READ_WRITE;
+
+std::string last_message() { return cumempool_last_error()->message; }
+
+// A descriptor of exported memory, closed with its owner.
+class Export {
+ public:
+  Export(const Pool& pool, cumempool_address address,
+         std::uint32_t handle_type = CUMEMPOOL_HANDLE_POSIX_FD)
+      : status_(cumempool_export(pool.get(), address, handle_type, &number_, &info_)) {}
+  ~Export() { close(); }
+  Export(const Export&) = delete;
+  Export(Export&&) = delete;
+  Export& operator=(const Export&) = delete;
+  Export& operator=(Export&&) = delete;
+
+  cumempool_status status() const { return status_; }
+  const int* get() const { return &number_; }
+  const cumempool_allocation_info& info() const { return info_; }
+  void close() {
+    if (number_ >= 0) ::close(number_);
+    number_ = -1;
+  }
+
+ private:
+  int number_ = -1;
+  cumempool_allocation_info info_{};
+  cumempool_status status_;
+};
+
+// Memory of somebody else, until its end.
+class Shared {
+ public:
+  Shared(const cumempool_driver& table, const int* descriptor, std::uint64_t bytes = kBytes,
+         int device = 0, cumempool_access access = kReadWrite)
+      : status_(cumempool_shared_open(&table, device, CUMEMPOOL_HANDLE_POSIX_FD, descriptor, bytes,
+                                      access, &shared_)) {}
+  ~Shared() { destroy(); }
+  Shared(const Shared&) = delete;
+  Shared(Shared&&) = delete;
+  Shared& operator=(const Shared&) = delete;
+  Shared& operator=(Shared&&) = delete;
+
+  cumempool_status status() const { return status_; }
+  const cumempool_shared* get() const { return shared_; }
+  cumempool_address address() const {
+    must(status_);
+    return cumempool_shared_address(shared_);
+  }
+  cumempool_status close() const { return cumempool_shared_close(shared_); }
+  void destroy() {
+    cumempool_shared_destroy(shared_);
+    shared_ = nullptr;
+  }
+
+ private:
+  cumempool_shared* shared_ = nullptr;
+  cumempool_status status_;
+};
+
+// `importer` stands for the driver of another process: it knows nothing of the owner's memory.
+class Sharing : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    for (const char* entry : {"context_leave", "context_release"}) importing.exclude(entry);
+    address = filled("kv", 1);
+  }
+  cumempool_address filled(const char* tag, std::uint32_t seed, int device = 0) const {
+    const cumempool_address made = pool.malloc(tag, kBytes, device);
+    write_pattern(made, kBytes, seed);
+    return made;
+  }
+  cumempool_status refused(cumempool_address at,
+                           std::uint32_t handle_type = CUMEMPOOL_HANDLE_POSIX_FD) const {
+    const std::size_t descriptors = open_descriptors();
+    const Export none(pool, at, handle_type);
+    EXPECT_EQ(*none.get(), -1);
+    EXPECT_EQ(none.info().address, 0U);
+    EXPECT_EQ(open_descriptors(), descriptors);
+    return none.status();
+  }
+  // The result of a fill by `device` of `importer`: INVALID_VALUE where it has no access.
+  cumempool_result fill(int device, cumempool_address at) const {
+    const cumempool_driver& table = importer.table();
+    cumempool_context_token token{};
+    cumempool_stream stream = 0;
+    EXPECT_EQ(table.context_retain(table.self, device), CUMEMPOOL_RESULT_SUCCESS);
+    EXPECT_EQ(table.context_enter(table.self, device, &token), CUMEMPOOL_RESULT_SUCCESS);
+    EXPECT_EQ(table.stream_create(table.self, device, &stream), CUMEMPOOL_RESULT_SUCCESS);
+    cumempool_result result = table.fill(table.self, device, at, 7, kBytes, stream);
+    if (result == CUMEMPOOL_RESULT_SUCCESS) {
+      result = table.stream_synchronize(table.self, device, stream);
+    }
+    table.stream_destroy(table.self, device, stream);
+    table.context_leave(table.self, &token);
+    table.context_release(table.self, device);
+    return result;
+  }
+
+  Host importer;
+  FaultDriver importing{importer.table()};
+  Host host;
+  FaultDriver faults{host.table()};
+  Pool pool{faults.table()};
+  cumempool_address address = 0;
+};
+
+// ---- export ------------------------------------------------------------------------------------
+
+TEST_F(Sharing, AnExportTellsTheAllocationAndIsCloseOnExec) {
+  const Export exported(pool, address + kBytes - 1);
+  must(exported.status());
+  EXPECT_EQ(exported.info().address, address);
+  EXPECT_EQ(exported.info().bytes, kBytes);
+  EXPECT_STREQ(exported.info().tag, "kv");
+  EXPECT_EQ(exported.info().generation, 1U);
+  EXPECT_EQ(exported.info().state, CUMEMPOOL_AWAKE);
+  EXPECT_NE(fcntl(*exported.get(), F_GETFD) & FD_CLOEXEC, 0);
+  const Export again(pool, address);
+  must(again.status());
+  EXPECT_NE(*again.get(), *exported.get());
+  expect_exact_numbers(pool, host);
+}
+
+TEST_F(Sharing, R12_WhatCannotBeExportedIsRefusedByStatus) {
+  must(pool.set_memory("plain", CUMEMPOOL_BACKING_CUDA_MALLOC));
+  const cumempool_address plain = filled("plain", 2);
+  EXPECT_EQ(refused(plain), CUMEMPOOL_UNSUPPORTED);
+  EXPECT_NE(last_message().find("cudaMalloc"), std::string::npos) << last_message();
+  EXPECT_STREQ(cumempool_last_error()->tag, "plain");
+  for (const std::uint32_t type : {CUMEMPOOL_HANDLE_FABRIC + 0U, 0U, 2U}) {
+    EXPECT_EQ(refused(address, type), CUMEMPOOL_UNSUPPORTED) << type;
+  }
+  EXPECT_EQ(refused(1), CUMEMPOOL_NOT_OWNED);
+  {
+    const Pool other(host);
+    EXPECT_EQ(refused(other.malloc("kv", 1)), CUMEMPOOL_NOT_OWNED);
+  }
+  for (const cumempool_on_sleep action : {kOffload, kDiscard}) {
+    must(pool.sleep("kv", action).status);
+    EXPECT_EQ(refused(address), CUMEMPOOL_INVALID_ARGUMENT);
+    EXPECT_NE(last_message().find("asleep"), std::string::npos) << last_message();
+    must(pool.wake().status);
+  }
+  must(cumempool_free(address));
+  EXPECT_EQ(refused(address), CUMEMPOOL_NOT_OWNED);
+  expect_exact_numbers(pool, host, false);
+  must(pool.close(true));
+  EXPECT_EQ(refused(plain), CUMEMPOOL_CLOSED);
+}
+
+TEST_F(Sharing, R4_AnExportThatTheDriverFailsChangesNothing) {
+  faults.fail_nth("export_handle", 1, CUMEMPOOL_RESULT_OPERATING_SYSTEM);
+  EXPECT_EQ(refused(address), CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_STREQ(cumempool_last_error()->operation, "export");
+  EXPECT_STREQ(cumempool_last_error()->tag, "kv");
+  const Export exported(pool, address);
+  must(exported.status());
+  must(pool.sleep("kv", kOffload).status);  // nothing is claimed
+}
+
+TEST_F(Sharing, MemoryFreedDuringItsExportGoesBehindIt) {
+  for (const bool fails : {false, true}) {
+    const cumempool_address freed = filled("kv", 3);
+    faults.observe([&](const char* entry) {
+      if (std::string(entry) == "export_handle") must(cumempool_free(freed));
+    });
+    if (fails) faults.fail_nth("export_handle", 1, CUMEMPOOL_RESULT_OPERATING_SYSTEM);
+    Export exported(pool, freed);
+    faults.observe(nullptr);
+    EXPECT_EQ(exported.status(), fails ? CUMEMPOOL_DRIVER_ERROR : CUMEMPOOL_OK);
+    EXPECT_EQ(cumempool_free(freed), CUMEMPOOL_NOT_OWNED);
+    EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, 0U);
+    EXPECT_EQ(host.counters().charged_bytes, fails ? kBytes : 2 * kBytes) << "the fd keeps it";
+    exported.close();
+    EXPECT_EQ(host.counters().charged_bytes, kBytes);
+    expect_exact_numbers(pool, host);
+  }
+}
+
+TEST_F(Sharing, R7_AnExportWaitsForATransitionOfAnotherThread) {
+  std::atomic<bool> inside{false};
+  std::atomic<bool> go_on{false};
+  std::atomic<int> nested{-1};
+  faults.observe([&](const char* entry) {
+    if (std::string(entry) != "unmap" || inside) return;
+    nested = Export(pool, address).status();
+    inside = true;
+    while (!go_on) std::this_thread::yield();
+  });
+  std::thread sleeper([&] { must(pool.sleep("kv", kOffload).status); });
+  while (!inside) std::this_thread::yield();
+  std::atomic<int> exported{-1};
+  std::thread exporter([&] { exported = Export(pool, address).status(); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));
+  EXPECT_EQ(exported, -1);
+  go_on = true;
+  sleeper.join();
+  exporter.join();
+  faults.observe(nullptr);
+  EXPECT_EQ(nested, CUMEMPOOL_BUSY);
+  EXPECT_EQ(exported, CUMEMPOOL_INVALID_ARGUMENT) << "it found the memory asleep";
+}
+
+TEST_F(Sharing, R2_AWakeGivesTheAddressOtherMemoryAndANewGeneration) {
+  Export before(pool, address);
+  must(before.status());
+  const Shared old(importer.table(), before.get());
+  before.close();
+  must(pool.sleep("kv", kOffload).status);
+  must(pool.wake().status);
+  const Export after(pool, address);
+  must(after.status());
+  EXPECT_EQ(after.info().address, before.info().address);
+  EXPECT_GT(after.info().generation, before.info().generation);
+  const Shared current(importer.table(), after.get());
+  write_pattern(address, kBytes, 2);
+  EXPECT_TRUE(holds_pattern(current.address(), kBytes, 2));
+  EXPECT_TRUE(holds_pattern(old.address(), kBytes, 1)) << "the memory of before";
+}
+
+// ---- import ------------------------------------------------------------------------------------
+
+TEST_F(Sharing, BothSidesSeeTheSameBytes) {
+  for (const cumempool_driver* table : {&importer.table(), &host.table()}) {
+    Export exported(pool, address);
+    must(exported.status());
+    const Shared shared(*table, exported.get());
+    exported.close();
+    EXPECT_NE(shared.address(), address);
+    write_pattern(address, kBytes, 2);
+    EXPECT_TRUE(holds_pattern(shared.address(), kBytes, 2));
+    write_pattern(shared.address(), kBytes, 3);
+    EXPECT_TRUE(holds_pattern(address, kBytes, 3));
+    EXPECT_EQ(host.counters().charged_bytes, kBytes) << "charged once";
+    must(shared.close());
+  }
+  expect_exact_numbers(pool, host);
+}
+
+TEST_F(Sharing, ReadOnlyMemoryIsReadAndNotWritten) {
+  const Export exported(pool, address);
+  must(exported.status());
+  const Shared readable(importer.table(), exported.get(), kBytes, 1, CUMEMPOOL_ACCESS_READ);
+  EXPECT_TRUE(holds_pattern(readable.address(), kBytes, 1));
+  const Shared writable(importer.table(), exported.get(), kBytes, 0);
+  EXPECT_EQ(fill(0, readable.address()), CUMEMPOOL_RESULT_INVALID_VALUE);
+}
+
+TEST_F(Sharing, MemoryOpenedForReadAndWriteIsWrittenByItsDevice) {
+  const Export exported(pool, address);
+  must(exported.status());
+  const Shared writable(importer.table(), exported.get(), kBytes, 1);
+  EXPECT_EQ(fill(1, writable.address()), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_TRUE(all_are(address, kBytes, 7));
+  EXPECT_EQ(fill(0, writable.address()), CUMEMPOOL_RESULT_INVALID_VALUE) << "it has no access";
+}
+
+TEST_F(Sharing, R13_ADriverThatRefusesReadAloneIsUnsupportedAndHoldsNothing) {
+  const Export exported(pool, address);
+  must(exported.status());
+  importing.fail_nth("set_access", 1, CUMEMPOOL_RESULT_NOT_SUPPORTED);
+  const Shared shared(importing.table(), exported.get(), kBytes, 0, CUMEMPOOL_ACCESS_READ);
+  EXPECT_EQ(shared.status(), CUMEMPOOL_UNSUPPORTED);
+  EXPECT_EQ(shared.get(), nullptr);
+  importer.expect_empty();
+}
+
+TEST_F(Sharing, R13_WhatCannotBeOpenedIsRefusedAndHoldsNothing) {
+  const Export exported(pool, address);
+  must(exported.status());
+  const auto refused = [&](const int* descriptor, std::uint64_t bytes, int device) {
+    const Shared shared(importer.table(), descriptor, bytes, device);
+    EXPECT_EQ(shared.get(), nullptr);
+    importer.expect_empty();
+    return shared.status();
+  };
+  for (const std::uint64_t bytes : {kGranule, 3 * kGranule, kBytes - 1}) {
+    EXPECT_EQ(refused(exported.get(), bytes, 0), CUMEMPOOL_DRIVER_ERROR) << bytes;
+  }
+  for (const int device : {-1, 2}) {
+    EXPECT_EQ(refused(exported.get(), kBytes, device), CUMEMPOOL_DRIVER_ERROR) << device;
+  }
+  const int closed = -1;
+  EXPECT_EQ(refused(&closed, kBytes, 0), CUMEMPOOL_DRIVER_ERROR);
+  const int foreign = open("/dev/zero", O_RDWR | O_CLOEXEC);
+  EXPECT_EQ(refused(&foreign, kBytes, 0), CUMEMPOOL_DRIVER_ERROR);
+  close(foreign);
+  cumempool_shared* none = nullptr;
+  const unsigned char fabric[CUMEMPOOL_FABRIC_HANDLE_BYTES] = {};
+  EXPECT_EQ(cumempool_shared_open(&importer.table(), 0, CUMEMPOOL_HANDLE_FABRIC, fabric, kBytes,
+                                  kReadWrite, &none),
+            CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(none, nullptr);
+  const Shared shared(importer.table(), exported.get());
+  EXPECT_EQ(shared.status(), CUMEMPOOL_OK) << "the descriptor stays the caller's";
+}
+
+// ---- the end of either side --------------------------------------------------------------------
+
+TEST_F(Sharing, R5_ACloseWaitsForWorkInFlight) {
+  const Export exported(pool, address);
+  must(exported.status());
+  const Shared shared(importer.table(), exported.get());
+  UserStream stream(importer);
+  stream.fill(shared.address(), kBytes, 7);
+  EXPECT_TRUE(holds_pattern(address, kBytes, 1)) << "not run yet";
+  must(shared.close());
+  EXPECT_TRUE(all_are(address, kBytes, 7));
+}
+
+TEST_F(Sharing, R5_ADestroyWithoutACloseWaitsAsWell) {
+  const Export exported(pool, address);
+  must(exported.status());
+  {
+    Shared shared(importer.table(), exported.get());
+    UserStream stream(importer);
+    stream.fill(shared.address(), kBytes, 7);
+    shared.destroy();
+    EXPECT_TRUE(all_are(address, kBytes, 7));
+  }
+  importer.expect_empty();
+  cumempool_shared_destroy(nullptr);
+}
+
+TEST_F(Sharing, TheOwnerMayGoWhileAnImporterLives) {
+  Export exported(pool, address);
+  must(exported.status());
+  const Shared elsewhere(importer.table(), exported.get());
+  const Shared here(host.table(), exported.get());
+  exported.close();
+  must(cumempool_free(address));
+  EXPECT_EQ(pool.snapshot().totals.physical_bytes, 0U);
+  EXPECT_EQ(host.counters().charged_bytes, kBytes) << "mapped here";
+  EXPECT_TRUE(holds_pattern(elsewhere.address(), kBytes, 1));
+  must(pool.close());
+  pool.destroy();
+  write_pattern(here.address(), kBytes, 2);
+  EXPECT_TRUE(holds_pattern(elsewhere.address(), kBytes, 2));
+  must(here.close());
+  EXPECT_EQ(host.counters().charged_bytes, 0U);
+  EXPECT_TRUE(holds_pattern(elsewhere.address(), kBytes, 2));
+}
+
+TEST_F(Sharing, R13_AThousandRoundsLeakNothing) {
+  const std::size_t descriptors = open_descriptors();
+  for (int round = 0; round < 1000; ++round) {
+    const Export exported(pool, address);
+    const Shared shared(importer.table(), exported.get());
+    ASSERT_EQ(bytes_at(shared.address())[kBytes - 1], pattern_byte(kBytes - 1, 1));
+    must(shared.close());
+  }
+  EXPECT_EQ(open_descriptors(), descriptors);
+  importer.expect_empty();
+  expect_exact_numbers(pool, host);
+}
+
+// ---- failures ----------------------------------------------------------------------------------
+
+TEST_F(Sharing, R4_R13_AnOpenWhoseEveryCallFailsInTurnHoldsNothing) {
+  const Export exported(pool, address);
+  must(exported.status());
+  const std::size_t descriptors = open_descriptors();
+  for (const cumempool_result result : {CUMEMPOOL_RESULT_OUT_OF_MEMORY + 0, 719}) {
+    std::uint64_t call = 1;
+    for (bool reached = true; reached; ++call) {
+      SCOPED_TRACE(call);
+      importing.reset_counts();
+      importing.fail_nth_of_any(call, result);
+      {
+        const Shared shared(importing.table(), exported.get());
+        reached = importing.failures() != 0;
+        importing.fail_nothing();
+        EXPECT_EQ(shared.status() != CUMEMPOOL_OK, reached);
+        EXPECT_EQ(shared.get() == nullptr, reached);
+        if (reached) importer.expect_empty();
+      }
+      importer.expect_empty();
+      EXPECT_EQ(open_descriptors(), descriptors);
+      if (HasFailure()) return;
+    }
+    EXPECT_GT(call, 5U);
+  }
+  expect_exact_numbers(pool, host);
+}
+
+TEST_F(Sharing, R4_R13_ACloseWhoseEveryCallFailsInTurnIsRepeated) {
+  const Export exported(pool, address);
+  must(exported.status());
+  for (const Repeat repeat : {Repeat::kOnce, Repeat::kFromThenOn}) {
+    std::uint64_t call = 1;
+    for (bool reached = true; reached; ++call) {
+      SCOPED_TRACE(call);
+      const Shared shared(importing.table(), exported.get());
+      must(shared.status());
+      importing.reset_counts();
+      importing.fail_nth_of_any(call, 719, repeat);
+      const cumempool_status status = shared.close();
+      reached = importing.failures() != 0;
+      EXPECT_EQ(status, reached ? CUMEMPOOL_DRIVER_ERROR : CUMEMPOOL_OK);
+      EXPECT_EQ(shared.close(),
+                repeat == Repeat::kOnce || !reached ? CUMEMPOOL_OK : CUMEMPOOL_DRIVER_ERROR);
+      importing.fail_nothing();
+      must(shared.close());
+      const auto left = importer.counters();
+      EXPECT_EQ(left.reserved_bytes + left.mapped_bytes + left.handles, 0U);
+      must(shared.close());
+      if (HasFailure()) return;
+    }
+    EXPECT_GT(call, 4U);
+  }
+  expect_exact_numbers(pool, host);
+}
+
+// ---- processes ---------------------------------------------------------------------------------
+
+constexpr const char* kDescriptorVariable = "CUMEMPOOL_TEST_DESCRIPTOR";
+
+// What the other process does: 0 where it saw the owner's bytes and wrote its own.
+int import_and_answer(int descriptor) {
+  const Host own;
+  const Shared shared(own.table(), &descriptor);
+  close(descriptor);
+  if (shared.status() != CUMEMPOOL_OK) return 2;
+  if (!holds_pattern(shared.address(), kBytes, 1)) return 3;
+  write_pattern(shared.address(), kBytes, 2);
+  return shared.close() == CUMEMPOOL_OK ? 0 : 4;
+}
+
+// Runs this test in a process of its own, which inherits the descriptor; -1 where it crashed.
+int run_again_with(int descriptor) {
+  const std::string variable = std::string(kDescriptorVariable) + "=" + std::to_string(descriptor);
+  const auto* test = ::testing::UnitTest::GetInstance()->current_test_info();
+  const std::string filter =
+      std::string("--gtest_filter=") + test->test_suite_name() + "." + test->name();
+  std::vector<char*> environment;
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    if (std::string(*entry).rfind("GTEST_", 0) != 0) environment.push_back(*entry);
+  }
+  std::string set = variable;
+  environment.push_back(set.data());
+  environment.push_back(nullptr);
+  std::string program = "cumempool_tests";
+  std::string option = filter;
+  char* const arguments[] = {program.data(), option.data(), nullptr};
+  const pid_t child = fork();
+  if (child == 0) {
+    fcntl(descriptor, F_SETFD, 0);
+    execve("/proc/self/exe", arguments, environment.data());
+    _exit(127);
+  }
+  int status = 0;
+  if (child < 0 || waitpid(child, &status, 0) != child || !WIFEXITED(status)) return -1;
+  return WEXITSTATUS(status);
+}
+
+TEST(SharingProcesses, AnotherProcessSeesTheBytesAndAnswers) {
+  if (const char* inherited = std::getenv(kDescriptorVariable)) {
+    ASSERT_EQ(import_and_answer(std::atoi(inherited)), 0);
+    return;
+  }
+  const Host host;
+  const Pool pool(host);
+  const cumempool_address address = pool.malloc("kv", kBytes);
+  write_pattern(address, kBytes, 1);
+  const Export exported(pool, address);
+  must(exported.status());
+  ASSERT_EQ(run_again_with(*exported.get()), 0);
+  EXPECT_TRUE(holds_pattern(address, kBytes, 2));
+}
+
+TEST(SharingProcesses, R14_AForkedChildIsToldSoAndTouchesNothing) {
+  const Host host;
+  const Pool pool(host);
+  const cumempool_address address = pool.malloc("kv", kBytes);
+  Export exported(pool, address);
+  must(exported.status());
+  Shared shared(host.table(), exported.get());
+  must(shared.status());
+  const pid_t child = fork();
+  if (child == 0) {
+    cumempool_shared* none = nullptr;
+    const bool told =
+        shared.close() == CUMEMPOOL_FORKED && Export(pool, address).status() == CUMEMPOOL_FORKED &&
+        cumempool_shared_open(&host.table(), 0, CUMEMPOOL_HANDLE_POSIX_FD, exported.get(), kBytes,
+                              kReadWrite, &none) == CUMEMPOOL_FORKED;
+    shared.destroy();
+    _exit(told ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+  write_pattern(address, kBytes, 5);
+  EXPECT_TRUE(holds_pattern(shared.address(), kBytes, 5));
+}
+
+}  // namespace
+}  // namespace cumempool::tests
