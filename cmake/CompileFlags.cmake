@@ -1,4 +1,4 @@
-# The warnings and sanitizers that every target of the project is compiled with.
+# The warnings, sanitizers and counters that every target of the project is compiled with.
 add_library(cumempool_flags INTERFACE)
 target_compile_options(cumempool_flags INTERFACE -Wall -Wextra -Wconversion -Wshadow)
 if(CUMEMPOOL_WERROR)
@@ -11,4 +11,11 @@ if(CUMEMPOOL_SANITIZE)
   if(CUMEMPOOL_SANITIZE MATCHES undefined)
     target_compile_options(cumempool_flags INTERFACE -fno-sanitize-recover=undefined)
   endif()
+endif()
+if(CUMEMPOOL_COVERAGE)
+  if(NOT CMAKE_CXX_COMPILER_ID MATCHES Clang)
+    message(FATAL_ERROR "CUMEMPOOL_COVERAGE needs clang (-DCMAKE_CXX_COMPILER=clang++)")
+  endif()
+  target_compile_options(cumempool_flags INTERFACE -fprofile-instr-generate -fcoverage-mapping)
+  target_link_options(cumempool_flags INTERFACE -fprofile-instr-generate)
 endif()

@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -137,6 +138,7 @@ cumempool_status cumempool_host_driver_create(const cumempool_host_driver_option
 
 void cumempool_host_driver_destroy(const cumempool_driver* driver) {
   if (driver == nullptr || cumempool::driver::in_forked_child()) return;
+  cumempool::vmm::SharedMapping::forget_leftovers(*driver);
   cumempool::driver::destroy_host_driver(driver);
 }
 
@@ -244,6 +246,35 @@ cumempool_status cumempool_malloc(cumempool_allocator* allocator, const char* ta
   });
 }
 
+cumempool_status cumempool_malloc_preserved(cumempool_allocator* allocator, const char* tag,
+                                            int device, size_t bytes, cumempool_address* address) {
+  return guarded("malloc", [&] {
+    require(address != nullptr, "address is NULL");
+    pool::Allocator& from = core(allocator);
+    *address = from.malloc(from.tags().find(text(tag, "tag is NULL")), device, bytes, true);
+  });
+}
+
+cumempool_status cumempool_preserve(cumempool_allocator* allocator, cumempool_address address) {
+  return guarded("preserve", [&] { core(allocator).preserve(address); });
+}
+
+cumempool_status cumempool_set_memory_margin(cumempool_allocator* allocator, uint64_t bytes) {
+  return guarded("set_memory_margin", [&] { core(allocator).set_memory_margin(bytes); });
+}
+
+cumempool_status cumempool_progress(cumempool_allocator* allocator, uint64_t* done_bytes,
+                                    uint64_t* total_bytes) {
+  return guarded("progress", [&] {
+    const auto& progress = core(allocator).progress();
+    if (done_bytes == nullptr || total_bytes == nullptr) {
+      throw Error(CUMEMPOOL_INVALID_ARGUMENT, "an output is null");
+    }
+    *total_bytes = progress.total;
+    *done_bytes = progress.done;
+  });
+}
+
 cumempool_status cumempool_free(cumempool_address address) {
   return guarded("free", [&] {
     const pool::RecordPointer record = pool::Registry::instance().take(address);
@@ -268,6 +299,10 @@ cumempool_status cumempool_bind_slot(cumempool_allocator* allocator, const char*
   });
 }
 
+cumempool_status cumempool_preserve_slot(uint32_t slot) {
+  return guarded("preserve_slot", [&] { pool::SlotTable::instance().preserve(slot); });
+}
+
 cumempool_status cumempool_unbind_slot(uint32_t slot) {
   return guarded("unbind_slot", [&] { pool::SlotTable::instance().unbind(slot); });
 }
@@ -286,12 +321,18 @@ cumempool_status cumempool_sleep(cumempool_allocator* allocator,
 }
 
 cumempool_status cumempool_prepare(cumempool_allocator* allocator,
-                                   const cumempool_sleep_request* request, uint64_t* pinned_bytes) {
+                                   const cumempool_sleep_request* request,
+                                   const char* const* yielding, size_t yielding_count,
+                                   uint64_t* pinned_bytes) {
   return guarded("prepare", [&] {
     require(request != nullptr && pinned_bytes != nullptr, "an argument is NULL");
     pool::Allocator& preparing = core(allocator);
     preparing.check_open("prepare");
-    *pinned_bytes = pool::prepare(preparing, convert(preparing, *request));
+    std::set<const pool::Tag*> yield;
+    for (const char* tag : items(yielding, yielding_count, "yielding is NULL")) {
+      yield.insert(&preparing.tags().find(text(tag, "a tag is NULL")));
+    }
+    *pinned_bytes = pool::prepare(preparing, convert(preparing, *request), yield);
   });
 }
 

@@ -39,14 +39,13 @@ void DigestBoard::begin(std::size_t count) {
   digests_ = reinterpret_cast<cumempool_digest*>(extents_ + room_);
 }
 
-std::size_t DigestBoard::add(cumempool_address address, std::size_t bytes) {
-  extents_[added_] = {address, bytes};
-  return added_++;
+void DigestBoard::add(cumempool_address address, std::size_t bytes) {
+  extents_[added_++] = {address, bytes};
 }
 
-std::size_t DigestBoard::start(std::uint64_t seed) {
-  queue_.digest(seed, extents_ + started_, added_ - started_, digests_ + started_);
-  started_ = added_;
+std::size_t DigestBoard::start(std::uint64_t seed, std::size_t count) {
+  queue_.digest(seed, extents_ + started_, count, digests_ + started_);
+  started_ += count;
   return queue_.mark();
 }
 

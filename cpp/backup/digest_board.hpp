@@ -22,11 +22,11 @@ class DigestBoard {
 
   // Begins anew, with room for `count` digests; the queue is idle. Throws Error.
   void begin(std::size_t count);
-  // Adds a range to be digested; the n-th call answers n.
-  std::size_t add(cumempool_address address, std::size_t bytes);
-  // Starts on what was added since the last start(); returns a mark of the queue behind it. Throws
+  // Adds a range to be digested.
+  void add(cumempool_address address, std::size_t bytes);
+  // Starts on the next `count` of what was added; returns a mark of the queue behind them. Throws
   // Error; CUMEMPOOL_RESULT_NOT_SUPPORTED in it where the device cannot compute digests.
-  std::size_t start(std::uint64_t seed);
+  std::size_t start(std::uint64_t seed, std::size_t count);
 
   // Of the n-th range, once its mark is done.
   const cumempool_digest& digest(std::size_t n) const noexcept { return digests_[n]; }

@@ -107,11 +107,13 @@ void HostPlace::settle_views() noexcept {
   left_behind_.clear();
 }
 
-std::byte* HostPlace::view(std::size_t position, std::size_t bytes, bool /*writable*/) {
+std::byte* HostPlace::view(std::size_t position, std::size_t bytes, bool writable) {
   if (position + bytes > bytes_) return nullptr;
   const auto part = part_at(position);
   const std::size_t inside = position - part->position;
-  if (inside + bytes <= part->span.bytes) return part->span.data + inside;
+  // What is written must still be part of the image after a later view has gathered it.
+  const bool stays = !writable || parts_.size() == 1;
+  if (stays && inside + bytes <= part->span.bytes) return part->span.data + inside;
   gather();
   return parts_.front().span.data + position;
 }

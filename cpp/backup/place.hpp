@@ -35,7 +35,8 @@ class Place {
   // Starts the copy of device memory into the image at `position`, which is at most the bytes saved
   // so far; bytes past those make the place grow. Each call begins at the start of a slice. Throws
   // Error. The bytes are there once the transfer's queue and staged copies have been waited for,
-  // and neither side may go before that, whether it threw or not.
+  // and neither side may go before that, whether it threw or not; nor may the same bytes be
+  // saved again.
   virtual void save(Transfer& transfer, std::size_t position, cumempool_address source,
                     std::size_t bytes) = 0;
 

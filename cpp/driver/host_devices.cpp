@@ -75,6 +75,8 @@ cumempool_result HostDevices::device_attribute(int device, cumempool_device_attr
       *value = options_.rdma != 0 ? 1 : 0;
       return CUMEMPOOL_RESULT_SUCCESS;
     case CUMEMPOOL_ATTRIBUTE_FABRIC:
+      *value = (options_.handle_types & CUMEMPOOL_HANDLE_FABRIC) != 0 ? 1 : 0;
+      return CUMEMPOOL_RESULT_SUCCESS;
     case CUMEMPOOL_ATTRIBUTE_COMPUTE_MAJOR:
     case CUMEMPOOL_ATTRIBUTE_COMPUTE_MINOR:
       *value = 0;

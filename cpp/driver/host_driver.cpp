@@ -18,6 +18,8 @@
 //  - A descriptor sent to another process, or duplicated, keeps the pages but not their charge: the
 //    budget gets them back once this process has closed what export_handle returned. Memory that is
 //    imported from another process is charged there.
+//  - A fabric handle works on this host alone, and only for processes that may open each other's
+//    files: those of one user. It keeps no memory, as a real one does not either.
 //  - Each physical handle holds a file descriptor, so RLIMIT_NOFILE limits their number.
 //  - The CPU can touch accessible device memory at any time; such accesses are nobody's work.
 #include "driver/host_driver.hpp"
@@ -139,8 +141,9 @@ std::string problem_with(const cumempool_host_driver_options& options) {
   if (options.bytes_per_device == 0 || options.bytes_per_device % granule != 0) {
     return "bytes_per_device is not a multiple of the granularity (" + format_bytes(granule) + ")";
   }
-  if ((options.handle_types & ~static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD)) != 0) {
-    return "handle_types has more than CUMEMPOOL_HANDLE_POSIX_FD";
+  constexpr std::uint32_t known = CUMEMPOOL_HANDLE_POSIX_FD | CUMEMPOOL_HANDLE_FABRIC;
+  if ((options.handle_types & ~known) != 0) {
+    return "handle_types has more than CUMEMPOOL_HANDLE_POSIX_FD and CUMEMPOOL_HANDLE_FABRIC";
   }
   return options.rdma > 1 ? "rdma is not 0 or 1" : "";
 }

@@ -9,7 +9,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <cstring>
+#include <string>
 #include <utility>
 
 namespace cumempool::driver {
@@ -96,6 +99,44 @@ bool same_file(int first, int second) {
   struct stat b {};
   return fstat(first, &a) == 0 && fstat(second, &b) == 0 && a.st_dev == b.st_dev &&
          a.st_ino == b.st_ino;
+}
+
+// What stands for memory in another process of the same user: where it is open, and which file that
+// is. Unlike a descriptor, it keeps nothing.
+struct FabricHandle {
+  std::array<char, 8> mark;
+  std::uint64_t process;
+  std::uint64_t number;
+  std::uint64_t file_system;
+  std::uint64_t file;
+};
+static_assert(sizeof(FabricHandle) <= CUMEMPOOL_FABRIC_HANDLE_BYTES);
+constexpr std::array<char, 8> kFabricMark{'c', 'u', 'm', 'e', 'm', 'h', 's', 't'};
+
+bool write_fabric(int number, void* exported) {
+  struct stat file {};
+  if (fstat(number, &file) != 0) return false;
+  const FabricHandle handle{kFabricMark, static_cast<std::uint64_t>(getpid()),
+                            static_cast<std::uint64_t>(number), file.st_dev, file.st_ino};
+  std::memset(exported, 0, CUMEMPOOL_FABRIC_HANDLE_BYTES);
+  std::memcpy(exported, &handle, sizeof handle);
+  return true;
+}
+
+// The file that a handle stands for; -1 where it is gone, or is not ours to open.
+Descriptor open_fabric(const void* exported) {
+  FabricHandle handle{};
+  std::memcpy(&handle, exported, sizeof handle);
+  if (handle.mark != kFabricMark) return Descriptor(-1);
+  const std::string path =
+      "/proc/" + std::to_string(handle.process) + "/fd/" + std::to_string(handle.number);
+  struct stat file {};
+  // A number that was given away again may stand for anything, which opening might disturb.
+  if (stat(path.c_str(), &file) != 0 || file.st_dev != handle.file_system ||
+      file.st_ino != handle.file) {
+    return Descriptor(-1);
+  }
+  return Descriptor(open(path.c_str(), O_RDWR | O_CLOEXEC));
 }
 
 // Forgets the exported descriptors that the program has closed.
@@ -381,9 +422,11 @@ cumempool_result HostMemory::export_handle(cumempool_physical physical, std::uin
   if (exported == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   const auto found = handles_.find(physical);
   if (found == handles_.end()) return CUMEMPOOL_RESULT_INVALID_HANDLE;
-  if (handle_type == CUMEMPOOL_HANDLE_FABRIC) return CUMEMPOOL_RESULT_NOT_PERMITTED;
+  const bool fabric = handle_type == CUMEMPOOL_HANDLE_FABRIC;
+  if (fabric && (handle_types_ & handle_type) == 0) return CUMEMPOOL_RESULT_NOT_PERMITTED;
   const auto& memory = found->second;
-  if (handle_type != CUMEMPOOL_HANDLE_POSIX_FD || (memory->handle_types & handle_type) == 0) {
+  if ((!fabric && handle_type != CUMEMPOOL_HANDLE_POSIX_FD) ||
+      (memory->handle_types & handle_type) == 0) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
   }
   settle_exported();
@@ -391,6 +434,10 @@ cumempool_result HostMemory::export_handle(cumempool_physical physical, std::uin
   memory->exported.reserve(memory->exported.size() + 1);
   if (std::find(exported_.begin(), exported_.end(), memory) == exported_.end()) {
     exported_.push_back(memory);
+  }
+  if (fabric) {
+    return write_fabric(memory->descriptor.get(), exported) ? CUMEMPOOL_RESULT_SUCCESS
+                                                            : from_errno(errno);
   }
   const int number = fcntl(memory->descriptor.get(), F_DUPFD_CLOEXEC, 0);
   if (number < 0) return from_errno(errno);
@@ -402,9 +449,16 @@ cumempool_result HostMemory::export_handle(cumempool_physical physical, std::uin
 cumempool_result HostMemory::import_handle(const void* exported, std::uint32_t handle_type,
                                            cumempool_physical* physical) {
   if (exported == nullptr || physical == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
-  if (handle_type == CUMEMPOOL_HANDLE_FABRIC) return CUMEMPOOL_RESULT_NOT_PERMITTED;
+  if (handle_type == CUMEMPOOL_HANDLE_FABRIC) {
+    if ((handle_types_ & handle_type) == 0) return CUMEMPOOL_RESULT_NOT_PERMITTED;
+    return import_file(open_fabric(exported).get(), handle_type, physical);
+  }
   if (handle_type != CUMEMPOOL_HANDLE_POSIX_FD) return CUMEMPOOL_RESULT_INVALID_VALUE;
-  const int number = *static_cast<const int*>(exported);
+  return import_file(*static_cast<const int*>(exported), handle_type, physical);
+}
+
+cumempool_result HostMemory::import_file(int number, std::uint32_t handle_type,
+                                         cumempool_physical* physical) {
   struct stat file {};
   // Only what create() made has these seals.
   if (fcntl(number, F_GET_SEALS) != kSeals || fstat(number, &file) != 0 ||
@@ -420,9 +474,8 @@ cumempool_result HostMemory::import_handle(const void* exported, std::uint32_t h
   } else {
     Descriptor copy(fcntl(number, F_DUPFD_CLOEXEC, 0));
     if (copy.get() < 0) return from_errno(errno);
-    memory =
-        std::make_shared<HostPhysical>(std::move(copy), static_cast<std::size_t>(file.st_size), -1,
-                                       static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD));
+    memory = std::make_shared<HostPhysical>(std::move(copy), static_cast<std::size_t>(file.st_size),
+                                            -1, handle_type);
   }
   handles_.emplace(next_handle_, memory);
   ++memory->handles;

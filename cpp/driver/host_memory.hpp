@@ -138,6 +138,7 @@ class HostMemory {
                                std::uint64_t& bits) const;
   cumempool_result protect(Mappings::iterator first, Mappings::iterator last, std::uint64_t devices,
                            cumempool_access access);
+  cumempool_result import_file(int number, std::uint32_t handle_type, cumempool_physical* physical);
   bool overlaps_mapping(cumempool_address address, std::size_t bytes) const;
   bool inside_reservation(cumempool_address address, std::size_t bytes) const;
   void settle(HostPhysical& memory);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <functional>
 #include <map>
 #include <random>
 #include <utility>
@@ -75,17 +76,38 @@ std::size_t Allocator::round_up(const Device& device, std::size_t bytes) const {
   return (bytes + granularity - 1) / granularity * granularity;
 }
 
-cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t bytes) {
+// Other programs and libraries of the process need some of the device, too.
+void Allocator::refuse_below_margin(const Device& device, std::size_t bytes) const {
+  const std::uint64_t margin = memory_margin_;
+  if (margin == 0) return;
+  std::uint64_t free = 0;
+  std::uint64_t total = 0;
+  const driver::ContextScope scope(driver_, device.ordinal());
+  driver_.memory_info(device.ordinal(), free, total);
+  if (free >= bytes && free - bytes >= margin) return;
+  Error error(CUMEMPOOL_OUT_OF_MEMORY, "the memory margin of " + format_bytes(margin) +
+                                           " would not stay free on the device");
+  error.bytes = bytes;
+  error.free_bytes = free;
+  error.total_bytes = total;
+  error.advice = "free device memory, or set a smaller margin";
+  throw error;
+}
+
+cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t bytes, bool preserved) {
   counters_.malloc_calls += 1;
   try {
     check_open("malloc");
-    bury({});  // what the driver did not take back may be what is missing now
+    bury_leftovers();  // what the driver did not take back may be what is missing now
     const std::shared_ptr<Device> on = devices_.at(device);
     const std::size_t rounded = round_up(*on, bytes);
-    const auto record = std::make_shared<Record>(shared_from_this(), tag, device, bytes,
-                                                 make_memory(tag, *on, rounded));
-    publish(record);
-    return record->address;
+    refuse_below_margin(*on, rounded);
+    for (;;) {
+      const MemoryChoice choice = tags_.memory(tag);
+      const auto record = std::make_shared<Record>(shared_from_this(), tag, device, bytes,
+                                                   make_memory(choice, *on, rounded), preserved);
+      if (publish(record, choice)) return record->address;
+    }
   } catch (Error& error) {
     annotate(error, "malloc", nullptr);
     error.tag = tag.name;
@@ -97,10 +119,13 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
 }
 
 void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
+  check_peers(choice);
   const Turnstile::Turn turn(turnstile_, "set_memory");
-  if (tags_.memory(tag) == choice) return;
-  std::uint64_t bytes = 0;
-  records_.for_each([&](const Record& record) { bytes += record.tag == &tag ? record.bytes : 0; });
+  if (tags_.is_made_of(tag, choice)) return;
+  // In one step: what is being allocated meanwhile looks at the choice again when it is published.
+  const std::uint64_t bytes =
+      records_.update_unless([&](const Record& record) { return record.tag == &tag; },
+                             [&] { tags_.set_memory(tag, choice); });
   if (bytes != 0) {
     Error error(CUMEMPOOL_IN_USE,
                 format_bytes(bytes) + " of the tag live that were made otherwise");
@@ -108,11 +133,47 @@ void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
     error.advice = "choose backing and peers before the first allocation of the tag";
     throw error;
   }
-  tags_.set_memory(tag, choice);
 }
 
-vmm::Allocation Allocator::make_memory(const Tag& tag, const Device& on, std::size_t bytes) {
-  const MemoryChoice choice = tags_.memory(tag);
+void Allocator::preserve(cumempool_address address) {
+  const Turnstile::Turn turn(turnstile_, "preserve");  // transitions read it without the lock
+  const RecordPointer record = Registry::instance().find(address);
+  if (record == nullptr || record->owner.get() != this) {
+    Error error(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator");
+    error.operation = "preserve";
+    error.advice = "pass a tensor of the allocator's pools";
+    throw error;
+  }
+  records_.update([&] { record->preserved = true; });
+}
+
+// What no device's memory could be given to. Whether they reach the device of an allocation is seen
+// when there is one.
+void Allocator::check_peers(const MemoryChoice& choice) const {
+  if (choice.peers.empty()) return;
+  const int count = driver_.device_count();
+  const auto reaches_another = [&](int peer) {
+    for (int other = 0; other < count; ++other) {
+      if (other != peer && driver_.peer_access(peer, other)) return true;
+    }
+    return count == 1;  // there is none
+  };
+  for (const int peer : choice.peers) {
+    const std::string name = "device " + std::to_string(peer);
+    if (peer < 0 || peer >= count) {
+      Error error(CUMEMPOOL_INVALID_ARGUMENT, "there is no " + name + " to give access to");
+      error.advice = "the driver has " + std::to_string(count) + " device(s), counted from 0";
+      throw error;
+    }
+    if (reaches_another(peer)) continue;
+    Error error(CUMEMPOOL_UNSUPPORTED, name + " cannot reach memory of any other device");
+    error.advice = "leave it out of peers; nvidia-smi topo -p2p rw says which reach each other";
+    throw error;
+  }
+}
+
+vmm::Allocation Allocator::make_memory(const MemoryChoice& choice, const Device& on,
+                                       std::size_t bytes) {
   if (choice.backing == CUMEMPOOL_BACKING_CUDA_MALLOC) {
     return {driver_, vmm::OrdinaryMemory(driver_, ledger_, on.ordinal(), bytes), on.ordinal(),
             bytes};
@@ -140,21 +201,31 @@ std::vector<int> Allocator::users_of(const MemoryChoice& choice, int device) con
   return users;
 }
 
-void Allocator::publish(const RecordPointer& record) {
+// False, with nothing held, where memory of the tag is to be made otherwise by now.
+bool Allocator::publish(const RecordPointer& record, const MemoryChoice& made_of) {
+  const auto still = [&] { return tags_.is_made_of(*record->tag, made_of); };
   try {
     record->memory.map();
-    records_.add(record);
+    if (!records_.add(record, std::cref(still))) {
+      bury(record);
+      return false;
+    }
   } catch (const std::exception&) {
-    bury({record});  // kept, should the driver not take back what it gave
+    bury(record);  // kept, should the driver not take back what it gave
     throw;
   }
   Registry::instance().add(record);
+  return true;
 }
 
 void Allocator::note_malloc_failure(const std::string& why) noexcept {
   counters_.malloc_failures += 1;
-  const std::lock_guard lock(aside_mutex_);
-  last_malloc_failure_ = why;
+  try {
+    const std::lock_guard lock(aside_mutex_);
+    last_malloc_failure_ = why;
+  } catch (const std::exception&) {
+    // No host memory to note it in: the count says that there was one.
+  }
 }
 
 std::string Allocator::last_malloc_failure() const {
@@ -166,23 +237,26 @@ void Allocator::free(const RecordPointer& record) noexcept {
   counters_.free_calls += 1;
   // Held across the teardown, which needs the context: another thread may be closing.
   const std::shared_ptr<Device> device = devices_.find(record->device);
-  if (records_.retire(record)) bury({record});
+  if (records_.retire(record)) bury(record);
 }
 
-void Allocator::bury(std::vector<RecordPointer> records) noexcept {
-  if (records.empty() && buried_ == 0) return;
-  {
-    const std::lock_guard lock(aside_mutex_);
-    records.insert(records.end(), graveyard_.begin(), graveyard_.end());
-    graveyard_.clear();
+void Allocator::bury(const RecordPointer& record) noexcept {
+  bury_leftovers();
+  if (!tear_down(*record)) graveyard_.put(record);
+}
+
+void Allocator::bury_leftovers() noexcept {
+  RecordList records = graveyard_.take_all();
+  while (RecordPointer record = records.pop()) {
+    if (!tear_down(*record)) graveyard_.put(std::move(record));
   }
-  std::vector<RecordPointer> left;
-  for (RecordPointer& record : records) {
-    if (!tear_down(*record)) left.push_back(std::move(record));
-  }
-  const std::lock_guard lock(aside_mutex_);
-  graveyard_.insert(graveyard_.end(), left.begin(), left.end());
-  buried_ = graveyard_.size();  // those of other threads included
+}
+
+void Allocator::unclaim(const std::vector<RecordPointer>& claimed) noexcept {
+  RecordList doomed;
+  records_.unclaim(claimed, [&](const RecordPointer& record) { doomed.push(record); });
+  bury_leftovers();
+  while (RecordPointer record = doomed.pop()) bury(record);
 }
 
 bool Allocator::tear_down(Record& record) noexcept {
@@ -190,19 +264,12 @@ bool Allocator::tear_down(Record& record) noexcept {
     try {
       const driver::ContextScope scope(driver_, record.device);
       driver_.fence(record.device);
-    } catch (const Error&) {
+    } catch (const std::exception&) {
       return false;  // work may still be in flight (R5): tried again later
     }
   }
   record.image.reset();
   return record.memory.teardown() == CUMEMPOOL_RESULT_SUCCESS;
-}
-
-std::uint64_t Allocator::pending_free_bytes() const {
-  const std::lock_guard lock(aside_mutex_);
-  std::uint64_t bytes = 0;
-  for (const RecordPointer& record : graveyard_) bytes += record->bytes;
-  return bytes;
 }
 
 std::uint64_t Allocator::trim_stores() {
@@ -274,7 +341,7 @@ std::uint64_t Allocator::release_host_memory() {
 
 void Allocator::close(bool force) {
   const Turnstile::Turn turn(turnstile_, "close");
-  bury({});
+  bury_leftovers();
   if (!closed_) {
     if (!force) refuse_close_in_use();
     records_.seal(false);
@@ -307,7 +374,7 @@ std::vector<std::string> Allocator::give_everything_back() {
   };
   const auto all = records_.claim([](const Record&) { return true; });
   for (const RecordPointer& record : all) attempt(record.get(), [&] { vacate(*record); });
-  bury(records_.unclaim(all));
+  unclaim(all);
   attempt(nullptr, [&] { trim_stores(); });
   for (const auto& device : devices_.used()) attempt(nullptr, [&] { device->drop_streams(); });
   return problems;

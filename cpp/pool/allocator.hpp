@@ -16,6 +16,7 @@
 #include "cumempool/cumempool.h"
 #include "driver/driver.hpp"
 #include "pool/device.hpp"
+#include "pool/graveyard.hpp"
 #include "pool/record_set.hpp"
 #include "pool/tag.hpp"
 #include "pool/turnstile.hpp"
@@ -35,6 +36,12 @@ struct Counters {
   std::atomic<std::uint64_t> open_views{0};  // of backups
 };
 
+// How far the transition under way has come, in bytes of the allocations that it copies.
+struct Progress {
+  std::atomic<std::uint64_t> done{0};
+  std::atomic<std::uint64_t> total{0};
+};
+
 // Shared: every live record keeps its allocator alive, so that torch may free whenever it likes.
 class Allocator : public std::enable_shared_from_this<Allocator> {
  public:
@@ -45,10 +52,18 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
   // The address of `bytes` of device memory under `tag`, which may be at most 2^62. Throws Error;
   // then nothing is held.
-  cumempool_address malloc(const Tag& tag, int device, std::size_t bytes);
+  cumempool_address malloc(const Tag& tag, int device, std::size_t bytes, bool preserved = false);
 
-  // Changes what later memory of a tag is made of. Throws Error (CUMEMPOOL_IN_USE) while memory
-  // that was made otherwise lives: all memory of a tag is alike (R8).
+  // From now on malloc() leaves this much of a device's memory free, or fails; 0 = takes all of it.
+  void set_memory_margin(std::uint64_t bytes) noexcept { memory_margin_ = bytes; }
+
+  // Has the contents of the allocation that holds an address kept wherever its tag is discarded.
+  // Throws Error (CUMEMPOOL_NOT_OWNED).
+  void preserve(cumempool_address address);
+
+  // Changes what later memory of a tag is made of. Throws Error: CUMEMPOOL_IN_USE while memory that
+  // was made otherwise lives, since all memory of a tag is alike (R8); CUMEMPOOL_INVALID_ARGUMENT
+  // for a peer that does not exist, CUMEMPOOL_UNSUPPORTED for one that reaches no other device.
   void set_memory(Tag& tag, const MemoryChoice& choice);
 
   // What the registry found at an address that the program frees. Never fails: what the driver does
@@ -74,9 +89,9 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // the transition under way.
   void release_leftovers() noexcept;
 
-  // Tears down what transitions hand back and what earlier attempts left over.
-  void bury(std::vector<RecordPointer> records) noexcept;
-  std::uint64_t pending_free_bytes() const;
+  // Ends the claims of a transition, and tears down what was freed meanwhile.
+  void unclaim(const std::vector<RecordPointer>& claimed) noexcept;
+  std::uint64_t pending_free_bytes() const noexcept { return graveyard_.bytes(); }
 
   void note_malloc_failure(const std::string& why) noexcept;
   std::string last_malloc_failure() const;
@@ -95,14 +110,19 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   std::uint64_t digest_seed() const noexcept { return digest_seed_; }
   const vmm::Ledger& ledger() const noexcept { return ledger_; }
   Counters& counters() noexcept { return counters_; }
+  Progress& progress() noexcept { return progress_; }
 
  private:
   std::size_t round_up(const Device& device, std::size_t bytes) const;
-  vmm::Allocation make_memory(const Tag& tag, const Device& on, std::size_t bytes);
+  void refuse_below_margin(const Device& device, std::size_t bytes) const;
+  vmm::Allocation make_memory(const MemoryChoice& choice, const Device& on, std::size_t bytes);
+  void check_peers(const MemoryChoice& choice) const;
   std::vector<int> users_of(const MemoryChoice& choice, int device) const;
+  void bury(const RecordPointer& record) noexcept;
+  void bury_leftovers() noexcept;
   bool tear_down(Record& record) noexcept;
   void refuse_close_in_use();
-  void publish(const RecordPointer& record);
+  bool publish(const RecordPointer& record, const MemoryChoice& made_of);
   std::vector<std::string> give_everything_back();
   void vacate(Record& record);
   std::uint64_t trim_stores();
@@ -115,16 +135,17 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   const std::uint64_t digest_seed_;
   vmm::Ledger ledger_;
   Counters counters_;
+  Progress progress_;
   TagTable tags_;
   DeviceTable devices_;
   backup::Stores stores_;
   RecordSet records_;
   Turnstile turnstile_;
   std::atomic<bool> closed_{false};
+  std::atomic<std::uint64_t> memory_margin_{0};
 
-  std::atomic<std::size_t> buried_{0};  // records in the graveyard, or about to be
-  mutable std::mutex aside_mutex_;      // guards the three below
-  std::vector<RecordPointer> graveyard_;
+  Graveyard graveyard_;
+  mutable std::mutex aside_mutex_;           // guards the two below
   std::shared_ptr<backup::Image> stranded_;  // the first of a list
   std::string last_malloc_failure_;
 };

@@ -22,7 +22,7 @@ void Arrival::plan(std::vector<RecordPointer> claimed) {
     report_.row(record);
     zero_[record.tag] = allocator_.tags().policy(*record.tag).on_wake == CUMEMPOOL_ON_WAKE_ZERO;
     held_before_[i] = record.memory.holds_physical();
-    lanes_.add(record.device, i);
+    lanes_.add(record, i);
   }
 }
 

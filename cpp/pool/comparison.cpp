@@ -1,11 +1,18 @@
 // Digests of the allocations that go to sleep, computed by their device.
 #include "pool/comparison.hpp"
 
+#include <algorithm>
+
 namespace cumempool::pool {
 namespace {
 
-// Slices per launch: enough to fill a device, few enough that the first answers come at once.
-constexpr std::size_t kLaunchSlices = 512;
+// Slices per launch, each of which keeps one multiprocessor busy. Wide launches fill a device, and
+// are few enough that the first answers come at once. Narrow ones take the part of its memory
+// bandwidth that copies over the fastest links leave.
+constexpr std::size_t kWideSlices = 512;
+constexpr std::size_t kNarrowSlices = 64;
+// How far launches run ahead of the item that is asked for.
+constexpr std::size_t kAheadSlices = 1024;
 
 }  // namespace
 
@@ -16,39 +23,85 @@ void Comparison::start(Device& device, const std::vector<Item>& items) {
     for (const Item& item : items) count += item.image->slices().size();
     backup::DigestBoard& board = device.digest_board();
     board.begin(count);
-    begun_.insert(device.ordinal());
-    std::vector<std::size_t> waiting;  // for the next launch
-    std::size_t added = 0;
+    Progress& progress = progress_[device.ordinal()];
+    progress.width = kWideSlices;
     for (const Item& item : items) {
       for (const backup::Slice& slice : item.image->slices()) {
-        const std::size_t at = board.add(item.address + slice.offset, slice.bytes);
-        if (slice.position == 0) places_[item.item] = {at, 0};
-        ++added;
+        board.add(item.address + slice.offset, slice.bytes);
       }
-      waiting.push_back(item.item);
-      if (added < kLaunchSlices && &item != &items.back()) continue;
-      const std::size_t mark = board.start(allocator_.digest_seed());
-      for (const std::size_t waited : waiting) places_[waited].mark = mark;
-      waiting.clear();
-      added = 0;
+      const std::size_t first = progress.added;
+      progress.added += item.image->slices().size();
+      places_[device.ordinal()][item.item] = {first, progress.added};
     }
+    advance(device, kAheadSlices);
   } catch (Error& error) {
-    for (const Item& item : items) places_.erase(item.item);
-    annotate(error, operation_, nullptr);
-    report_.problems.push_back("contents could not be compared, so all of them were copied: " +
-                               error.message());
+    give_up(device, error);
   }
 }
 
 const cumempool_digest* Comparison::wait(Device& device, std::size_t item) {
-  const auto found = places_.find(item);
-  if (found == places_.end()) return nullptr;
-  device.digest_queue().wait(found->second.mark);
+  pass(device, item);
+  const auto& places = places_[device.ordinal()];
+  const auto found = places.find(item);
+  if (found == places.end()) return nullptr;
+  const std::vector<Launch>& launches = progress_.at(device.ordinal()).launches;
+  const auto last = std::lower_bound(
+      launches.begin(), launches.end(), found->second.end,
+      [](const Launch& launch, std::size_t wanted) { return launch.end < wanted; });
+  device.digest_queue().wait(last->mark);
   return &device.digest_board().digest(found->second.first);
 }
 
+void Comparison::pass(Device& device, std::size_t item) {
+  const auto& places = places_[device.ordinal()];
+  const auto found = places.find(item);
+  if (found == places.end()) return;
+  try {
+    advance(device, found->second.end + kAheadSlices);
+  } catch (Error& error) {
+    give_up(device, error);
+  }
+}
+
+void Comparison::make_way(Device& device) {
+  const auto found = progress_.find(device.ordinal());
+  if (found != progress_.end()) found->second.width = kNarrowSlices;
+}
+
+void Comparison::complete(Device& device) {
+  const auto found = progress_.find(device.ordinal());
+  if (found == progress_.end()) return;
+  try {
+    advance(device, found->second.added);
+  } catch (Error& error) {
+    give_up(device, error);
+  }
+  finish(device);
+}
+
 void Comparison::finish(Device& device) {
-  if (begun_.erase(device.ordinal()) != 0) device.digest_queue().drain();
+  if (progress_.count(device.ordinal()) != 0) device.digest_queue().drain();
+}
+
+// Launches until `end` slices of the board are under way, or all are.
+void Comparison::advance(Device& device, std::size_t end) {
+  Progress& progress = progress_.at(device.ordinal());
+  while (progress.started < std::min(end, progress.added)) {
+    const std::size_t count = std::min(progress.width, progress.added - progress.started);
+    const std::size_t mark = device.digest_board().start(allocator_.digest_seed(), count);
+    progress.started += count;
+    progress.launches.push_back({progress.started, mark});
+  }
+}
+
+// Without digests everything is copied, and nothing can be compared with the next time.
+void Comparison::give_up(Device& device, Error& error) {
+  places_.erase(device.ordinal());
+  const auto found = progress_.find(device.ordinal());
+  if (found != progress_.end()) found->second.added = found->second.started;
+  annotate(error, operation_, nullptr);
+  report_.problems.push_back("contents could not be compared, so all of them were copied: " +
+                             error.message());
 }
 
 }  // namespace cumempool::pool

@@ -4,8 +4,6 @@
 
 #include <cstddef>
 #include <map>
-#include <memory>
-#include <set>
 #include <vector>
 
 #include "backup/image.hpp"
@@ -26,25 +24,45 @@ class Comparison {
     cumempool_address address;
     const backup::Image* image;
   };
-  // Starts on all allocations of a device, which are asked for in this order.
+  // Begins with the allocations of a device, which are asked for in this order.
   void start(Device& device, const std::vector<Item>& items);
 
   // The digests of an item's slices, in order, once they are computed; null where there are none.
   const cumempool_digest* wait(Device& device, std::size_t item);
-  // Waits for all that a device was given.
+  // Goes on with what follows an item, which is not waited for.
+  void pass(Device& device, std::size_t item);
+  // From now on digests leave most of the device's memory bandwidth to copies.
+  void make_way(Device& device);
+  // Computes the rest of a device's digests, and waits for them.
+  void complete(Device& device);
+  // Waits for all that was begun on a device.
   void finish(Device& device);
 
  private:
+  // Slices of an item, on the board.
   struct Place {
-    std::size_t first;  // on the board
+    std::size_t first;
+    std::size_t end;
+  };
+  struct Launch {
+    std::size_t end;  // slices on the board that are done once the mark is
     std::size_t mark;
   };
+  struct Progress {
+    std::size_t added = 0;    // slices on the board
+    std::size_t started = 0;  // of them
+    std::size_t width;        // slices per launch
+    std::vector<Launch> launches;
+  };
+
+  void advance(Device& device, std::size_t end);
+  void give_up(Device& device, Error& error);
 
   Allocator& allocator_;
   const char* operation_;
   Report& report_;
-  std::map<std::size_t, Place> places_;
-  std::set<int> begun_;  // devices with digests under way
+  std::map<int, std::map<std::size_t, Place>> places_;  // by device and item
+  std::map<int, Progress> progress_;                    // of devices with digests under way
 };
 
 }  // namespace cumempool::pool

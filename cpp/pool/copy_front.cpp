@@ -34,6 +34,7 @@ void CopyFront::finish(Entry& entry) {
     report_.row(*entry.record).copy_seconds += std::chrono::duration<double>(now - since_).count();
     since_ = now;
   }
+  progress_.done += entry.record->bytes;
   ++finished_;
 }
 

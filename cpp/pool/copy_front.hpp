@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "backup/copy_queue.hpp"
+#include "pool/allocator.hpp"
 #include "pool/report.hpp"
 
 namespace cumempool::pool {
@@ -15,8 +16,12 @@ namespace cumempool::pool {
 // device, but for construction.
 class CopyFront {
  public:
-  CopyFront(backup::CopyQueue& queue, Report& report)
-      : queue_(queue), report_(report), seen_(queue.enqueued()), since_(Clock::now()) {}
+  CopyFront(backup::CopyQueue& queue, Report& report, Progress& progress)
+      : queue_(queue),
+        report_(report),
+        progress_(progress),
+        seen_(queue.enqueued()),
+        since_(Clock::now()) {}
 
   // The first copy is about to begin: time counts from here.
   void begin() { since_ = Clock::now(); }
@@ -45,6 +50,7 @@ class CopyFront {
 
   backup::CopyQueue& queue_;
   Report& report_;
+  Progress& progress_;
   std::deque<Entry> entries_;
   const Record* last_staged_ = nullptr;
   std::size_t finished_ = 0;  // entries at the front whose time is entered

@@ -10,6 +10,24 @@
 
 namespace cumempool::pool {
 
+void refuse_to_sleep(Allocator& allocator, const char* operation, const Record& record,
+                     Pinned pinned) {
+  const std::string holders =
+      pinned == Pinned::kCounts ? allocator.tags().holders(*record.tag) : std::string();
+  if (!holders.empty()) {
+    Error error(CUMEMPOOL_IN_USE, "its memory is pinned by " + holders);
+    error.advice = "have the holder deregister the memory and release its pin first";
+    annotate(error, operation, &record);
+    throw error;
+  }
+  if (record.memory.is_ordinary()) {
+    Error error(CUMEMPOOL_UNSUPPORTED, "its memory is of cudaMalloc, which cannot sleep");
+    error.advice = "leave the tag out, or give it backing='vmm'";
+    annotate(error, operation, &record);
+    throw error;
+  }
+}
+
 Departure::Departure(Allocator& allocator, const char* operation, const SleepRequest& request,
                      Report& report)
     : allocator_(allocator),
@@ -29,7 +47,7 @@ bool Departure::wants(const Record& record) const {
 }
 
 bool Departure::discards(const Record& record) const {
-  return request_.actions.at(record.tag) == CUMEMPOOL_ON_SLEEP_DISCARD;
+  return request_.actions.at(record.tag) == CUMEMPOOL_ON_SLEEP_DISCARD && !record.preserved;
 }
 
 // Asleep, and its backup is to go.
@@ -46,28 +64,10 @@ bool Departure::releasable(const Record& record) const {
          (spare(record) || discards(record) || dead_.live_extents(record).empty());
 }
 
-// Memory that must not go, or cannot.
-void Departure::refuse(const std::vector<RecordPointer>& claimed) const {
-  for (const RecordPointer& record : claimed) {
-    if (record->asleep) continue;
-    const std::string holders = allocator_.tags().holders(*record->tag);
-    if (!holders.empty()) {
-      Error error(CUMEMPOOL_IN_USE, "its memory is pinned by " + holders);
-      error.advice = "have the holder deregister the memory and release its pin first";
-      annotate(error, operation_, record.get());
-      throw error;
-    }
-    if (record->memory.is_ordinary()) {
-      Error error(CUMEMPOOL_UNSUPPORTED, "its memory is of cudaMalloc, which cannot sleep");
-      error.advice = "leave the tag out, or give it backing='vmm'";
-      annotate(error, operation_, record.get());
-      throw error;
-    }
-  }
-}
-
 void Departure::plan(const std::vector<RecordPointer>& claimed) {
-  refuse(claimed);
+  for (const RecordPointer& record : claimed) {
+    if (!record->asleep) refuse_to_sleep(allocator_, operation_, *record);
+  }
   for (const RecordPointer& record : claimed) {
     if (record->asleep) {
       if (forgettable(*record)) forgotten_.push_back(record);
@@ -86,7 +86,7 @@ void Departure::plan(const std::vector<RecordPointer>& claimed) {
     if (sleepers_[i].image == nullptr) {
       discarded_.push_back(i);
     } else {
-      lanes_.add(sleepers_[i].record->device, i);
+      lanes_.add(*sleepers_[i].record, i);
     }
   }
 }
@@ -226,16 +226,24 @@ void Departure::start_copies() {
 
 void Departure::copy(Lane& lane, std::size_t index, std::size_t& culprit) {
   Sleeper& sleeper = sleepers_[index];
-  const cumempool_digest* digests = sleeper.fresh ? nullptr : comparison_.wait(*lane.device, index);
+  const cumempool_digest* digests = nullptr;
+  if (sleeper.fresh) {
+    comparison_.pass(*lane.device, index);
+  } else {
+    digests = comparison_.wait(*lane.device, index);
+  }
   try {
     lane.copy(index, *sleeper.record, sleeper.choice.tier, [&] {
+      std::uint64_t copied = sleeper.image->bytes();
       if (digests == nullptr) {
         sleeper.image->save(lane.transfer, sleeper.record->address);
-        return;
+      } else {
+        copied = sleeper.image->save_changes(lane.transfer, sleeper.record->address, digests);
       }
-      const std::uint64_t copied =
-          sleeper.image->save_changes(lane.transfer, sleeper.record->address, digests);
       sleeper.clean_bytes = sleeper.image->bytes() - copied;
+      // Links between devices are fast enough to feel what digests take of the memory's bandwidth.
+      const bool fast = sleeper.choice.tier == CUMEMPOOL_BACKUP_PEER;
+      if (fast && copied != 0) comparison_.make_way(*lane.device);
     });
   } catch (const Error&) {
     culprit = lane.transfer.staged.failed_label().value_or(index);
@@ -245,7 +253,7 @@ void Departure::copy(Lane& lane, std::size_t index, std::size_t& culprit) {
 
 void Departure::keep_digests() {
   lanes_.each([this](Lane& lane) {
-    comparison_.finish(*lane.device);
+    comparison_.complete(*lane.device);
     for (const std::size_t i : lane.items) {
       backup::Image& image = *sleepers_[i].image;
       const cumempool_digest* digests = comparison_.wait(*lane.device, i);

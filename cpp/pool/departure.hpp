@@ -17,6 +17,12 @@
 
 namespace cumempool::pool {
 
+// Throws Error where memory that is awake cannot sleep: CUMEMPOOL_IN_USE where it is pinned, unless
+// `pinned` is left out, CUMEMPOOL_UNSUPPORTED where it is ordinary.
+enum class Pinned { kCounts, kIsLeftOut };
+void refuse_to_sleep(Allocator& allocator, const char* operation, const Record& record,
+                     Pinned pinned = Pinned::kCounts);
+
 // The steps of one sleep or swap, in the order of the calls. Until finish() has returned, undo()
 // takes all of it back.
 class Departure {
@@ -66,7 +72,6 @@ class Departure {
     Stage stage = Stage::kAwake;
   };
 
-  void refuse(const std::vector<RecordPointer>& claimed) const;
   bool discards(const Record& record) const;
   bool forgettable(const Record& record) const;
   static bool spare(const Record& record);

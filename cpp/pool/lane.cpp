@@ -35,16 +35,18 @@ Lane* Lanes::find(int device) noexcept {
   return nullptr;
 }
 
-void Lanes::add(int device, std::size_t item) {
+void Lanes::add(const Record& record, std::size_t item) {
+  const int device = record.device;
   Lane* lane = find(device);
   if (lane == nullptr) {
     const driver::ContextScope scope(allocator_.driver(), device);
     const std::shared_ptr<Device> on = allocator_.devices().at(device);
     on->settle();
-    lanes_.push_back(std::make_unique<Lane>(on, direction_, report_));
+    lanes_.push_back(std::make_unique<Lane>(on, direction_, report_, allocator_.progress()));
     lane = lanes_.back().get();
   }
   lane->items.push_back(item);
+  allocator_.progress().total += record.bytes;
 }
 
 void Lanes::each_in_turn(const std::function<void(Lane&, std::size_t)>& step) {

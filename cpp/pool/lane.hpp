@@ -13,10 +13,10 @@
 namespace cumempool::pool {
 
 struct Lane {
-  Lane(std::shared_ptr<Device> of, Direction direction, Report& report)
+  Lane(std::shared_ptr<Device> of, Direction direction, Report& report, Progress& progress)
       : device(std::move(of)),
         transfer(device->transfer(direction)),
-        front(transfer.queue, report) {}
+        front(transfer.queue, report, progress) {}
 
   std::shared_ptr<Device> device;
   backup::Transfer transfer;
@@ -38,8 +38,8 @@ class Lanes {
   Lanes(Allocator& allocator, Direction direction, Report& report)
       : allocator_(allocator), direction_(direction), report_(report) {}
 
-  // Appends an item to the lane of a device. Throws Error.
-  void add(int device, std::size_t item);
+  // Appends an item, which is a record, to the lane of its device. Throws Error.
+  void add(const Record& record, std::size_t item);
 
   std::vector<std::unique_ptr<Lane>>& all() noexcept { return lanes_; }
   Lane* find(int device) noexcept;

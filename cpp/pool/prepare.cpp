@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "pool/dead_ranges.hpp"
+#include "pool/departure.hpp"
 #include "pool/places.hpp"
 
 namespace cumempool::pool {
@@ -17,13 +18,16 @@ struct Need {
   std::size_t bytes;
 };
 
-std::vector<Need> needs(Allocator& allocator, const SleepRequest& request) {
+std::vector<Need> needs(Allocator& allocator, const SleepRequest& request,
+                        const std::set<const Tag*>& yielding) {
   const DeadRanges dead(request.dead);
   std::vector<Need> all;
   allocator.records().for_each([&](const Record& record) {
     const auto action = request.actions.find(record.tag);
     if (action == request.actions.end() || record.asleep || record.doomed) return;
-    if (action->second != CUMEMPOOL_ON_SLEEP_OFFLOAD) return;
+    refuse_to_sleep(allocator, "prepare", record,
+                    yielding.count(record.tag) == 0 ? Pinned::kCounts : Pinned::kIsLeftOut);
+    if (action->second != CUMEMPOOL_ON_SLEEP_OFFLOAD && !record.preserved) return;
     const auto live = dead.live_extents(record);
     const BackupChoice choice = allocator.tags().backup(*record.tag);
     if (reusable(allocator, record, choice, live)) return;  // has its room
@@ -64,7 +68,8 @@ void warm_up(Allocator& allocator, int ordinal) {
 
 }  // namespace
 
-std::uint64_t prepare(Allocator& allocator, const SleepRequest& request) {
+std::uint64_t prepare(Allocator& allocator, const SleepRequest& request,
+                      const std::set<const Tag*>& yielding) {
   const Turnstile::Turn turn(allocator.turnstile(), "prepare");
   allocator.check_open("prepare");
   struct Sum {
@@ -74,7 +79,7 @@ std::uint64_t prepare(Allocator& allocator, const SleepRequest& request) {
   std::map<backup::HostArena*, Sum> sums;
   try {
     std::map<int, bool> warm;
-    std::vector<Need> all = needs(allocator, request);
+    std::vector<Need> all = needs(allocator, request, yielding);
     limit_pinned(allocator, all);
     for (const Need& need : all) {
       if (!warm[need.device]) warm_up(allocator, need.device);

@@ -17,14 +17,15 @@ class Allocator;
 // guarded by the lock of the RecordSet.
 struct Record {
   Record(std::shared_ptr<Allocator> owner_of, const Tag& under, int on_device,
-         std::size_t bytes_requested, vmm::Allocation&& made)
+         std::size_t bytes_requested, vmm::Allocation&& made, bool is_preserved)
       : owner(std::move(owner_of)),
         tag(&under),
         device(on_device),
         requested_bytes(bytes_requested),
         address(made.address()),
         bytes(made.bytes()),
-        memory(std::move(made)) {}
+        memory(std::move(made)),
+        preserved(is_preserved) {}
 
   const std::shared_ptr<Allocator> owner;
   const Tag* const tag;
@@ -37,6 +38,7 @@ struct Record {
   std::uint64_t sequence = 0;
   std::uint64_t generation = 1;
   bool asleep = false;
+  bool preserved;           // its contents are kept where those of its tag are discarded
   bool unreleased = false;  // asleep, but the driver would not take the memory back
   bool intact = false;      // unreleased, and that memory still holds the contents
   // Asleep: the backup. Awake: a retained one, whose digests tell what has changed since. Null:
@@ -45,6 +47,8 @@ struct Record {
   BackupChoice image_choice;  // where it is
   bool claimed = false;       // by the transition under way
   bool doomed = false;        // freed by the program while claimed
+
+  std::shared_ptr<Record> next;  // of the list that it is in once it was taken out of the set
 };
 
 }  // namespace cumempool::pool

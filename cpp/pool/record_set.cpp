@@ -5,12 +5,14 @@
 
 namespace cumempool::pool {
 
-void RecordSet::add(const RecordPointer& record) {
+bool RecordSet::add(const RecordPointer& record, const std::function<bool()>& still) {
   const std::lock_guard lock(mutex_);
   if (sealed_) throw Error(CUMEMPOOL_CLOSED, "the allocator is closed");
+  if (!still()) return false;
   record->sequence = next_sequence_;
   records_.emplace(next_sequence_, record);
   ++next_sequence_;
+  return true;
 }
 
 bool RecordSet::retire(const RecordPointer& record) {
@@ -33,19 +35,6 @@ std::vector<RecordPointer> RecordSet::claim(const std::function<bool(const Recor
   return claimed;
 }
 
-std::vector<RecordPointer> RecordSet::unclaim(const std::vector<RecordPointer>& claimed) {
-  const std::lock_guard lock(mutex_);
-  std::vector<RecordPointer> doomed;
-  for (const RecordPointer& record : claimed) {
-    record->claimed = false;
-    if (record->doomed) {
-      records_.erase(record->sequence);
-      doomed.push_back(record);
-    }
-  }
-  return doomed;
-}
-
 void RecordSet::for_each(const std::function<void(Record&)>& visit) {
   const std::lock_guard lock(mutex_);
   for (const auto& entry : records_) visit(*entry.second);
@@ -54,6 +43,15 @@ void RecordSet::for_each(const std::function<void(Record&)>& visit) {
 void RecordSet::update(const std::function<void()>& change) {
   const std::lock_guard lock(mutex_);
   change();
+}
+
+std::uint64_t RecordSet::update_unless(const std::function<bool(const Record&)>& hinders,
+                                       const std::function<void()>& change) {
+  const std::lock_guard lock(mutex_);
+  std::uint64_t bytes = 0;
+  for (const auto& entry : records_) bytes += hinders(*entry.second) ? entry.second->bytes : 0;
+  if (bytes == 0) change();
+  return bytes;
 }
 
 bool RecordSet::seal(bool only_if_empty) {

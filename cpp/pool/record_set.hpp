@@ -17,8 +17,9 @@ using RecordPointer = std::shared_ptr<Record>;
 // Thread-safe. Its lock is only ever held for bookkeeping, never across a driver call.
 class RecordSet {
  public:
-  // Throws Error (CUMEMPOOL_CLOSED) after seal().
-  void add(const RecordPointer& record);
+  // Unless `still` says no, which is asked under the lock: then false, and no effect. Throws Error
+  // (CUMEMPOOL_CLOSED) after seal().
+  bool add(const RecordPointer& record, const std::function<bool()>& still);
 
   // Takes the record out for teardown by the caller: true. Where a transition has claimed it, it is
   // only marked, comes back from unclaim(), and the answer is false.
@@ -27,14 +28,27 @@ class RecordSet {
   // Claims the records that `wanted` picks, in order of allocation.
   std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted);
 
-  // Ends the claims. Returns those freed meanwhile, taken out, for teardown by the caller.
-  std::vector<RecordPointer> unclaim(const std::vector<RecordPointer>& claimed);
+  // Ends the claims. Hands those freed meanwhile, taken out, to `doomed` for their teardown.
+  template <typename Doomed>
+  void unclaim(const std::vector<RecordPointer>& claimed, Doomed doomed) noexcept {
+    const std::lock_guard lock(mutex_);
+    for (const RecordPointer& record : claimed) {
+      record->claimed = false;
+      if (!record->doomed) continue;
+      records_.erase(record->sequence);
+      doomed(record);
+    }
+  }
 
   // Runs `visit` on every record, in order of allocation, under the lock: no driver calls in there.
   void for_each(const std::function<void(Record&)>& visit);
 
   // Runs `change` under the lock.
   void update(const std::function<void()>& change);
+
+  // The same, unless `hinders` picks any record; returns how many bytes of records it picks.
+  std::uint64_t update_unless(const std::function<bool(const Record&)>& hinders,
+                              const std::function<void()>& change);
 
   // No records can be added from now on. With `only_if_empty`, false and no effect where one lives.
   bool seal(bool only_if_empty);

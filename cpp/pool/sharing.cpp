@@ -49,11 +49,11 @@ cumempool_allocation_info export_memory(Allocator& allocator, cumempool_address 
                   record->device, record->bytes);
   } catch (Error& error) {
     annotate(error, "export", record.get());
-    allocator.bury(allocator.records().unclaim(claimed));
+    allocator.unclaim(claimed);
     throw;
   }
   const cumempool_allocation_info info = describe(*record);
-  allocator.bury(allocator.records().unclaim(claimed));
+  allocator.unclaim(claimed);
   return info;
 }
 

@@ -8,6 +8,13 @@
 #include "pool/registry.hpp"
 
 namespace cumempool::pool {
+namespace {
+
+Error not_bound(std::uint32_t number) {
+  return {CUMEMPOOL_INVALID_ARGUMENT, "slot " + std::to_string(number) + " is not bound"};
+}
+
+}  // namespace
 
 SlotTable& SlotTable::instance() {
   static auto& table = *new SlotTable;  // never destroyed: torch may call after static destructors
@@ -22,6 +29,7 @@ std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, const
     if (slot.allocator != nullptr) continue;
     slot.allocator = allocator;
     slot.tag = &tag;
+    slot.preserves = false;
     allocator->counters().bound_slots += 1;
     return number;
   }
@@ -33,6 +41,18 @@ std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, const
   throw error;
 }
 
+void SlotTable::preserve(std::uint32_t number) {
+  if (number < kSlotCount) {
+    Slot& slot = slots_.at(number);
+    const std::lock_guard lock(slot.mutex);
+    if (slot.allocator != nullptr) {
+      slot.preserves = true;
+      return;
+    }
+  }
+  throw not_bound(number);
+}
+
 void SlotTable::unbind(std::uint32_t number) {
   std::shared_ptr<Allocator> allocator;
   if (number < kSlotCount) {
@@ -41,26 +61,26 @@ void SlotTable::unbind(std::uint32_t number) {
     allocator = std::exchange(slot.allocator, nullptr);
     slot.tag = nullptr;
   }
-  if (allocator == nullptr) {
-    throw Error(CUMEMPOOL_INVALID_ARGUMENT, "slot " + std::to_string(number) + " is not bound");
-  }
+  if (allocator == nullptr) throw not_bound(number);
   allocator->counters().bound_slots -= 1;
 }
 
 void* SlotTable::malloc(std::uint32_t number, std::size_t bytes, int device) noexcept {
   std::shared_ptr<Allocator> allocator;
   const Tag* tag = nullptr;
+  bool preserves = false;
   {
     Slot& slot = slots_.at(number);
     const std::lock_guard lock(slot.mutex);
     allocator = slot.allocator;
     tag = slot.tag;
+    preserves = slot.preserves;
   }
   if (allocator == nullptr) return nullptr;
   try {
     // Integer to pointer: the address is the device's, and torch hands it back as it is.
     return reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
-        static_cast<std::uintptr_t>(allocator->malloc(*tag, device, bytes)));
+        static_cast<std::uintptr_t>(allocator->malloc(*tag, device, bytes, preserves)));
   } catch (const std::exception&) {
     return nullptr;  // Allocator::malloc has noted why
   }

@@ -20,7 +20,10 @@ class SlotTable {
 
   // Throws Error (CUMEMPOOL_OUT_OF_SLOTS, CUMEMPOOL_CLOSED).
   std::uint32_t bind(const std::shared_ptr<Allocator>& allocator, const Tag& tag);
-  // Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a slot that is not bound.
+  // What is allocated through the slot until it is unbound keeps its contents where its tag is
+  // discarded. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a slot that is not bound.
+  void preserve(std::uint32_t slot);
+  // Throws the same.
   void unbind(std::uint32_t slot);
 
   // Null where the slot is not bound or the memory cannot be had. Leaves no error behind (R1).
@@ -33,6 +36,7 @@ class SlotTable {
     std::mutex mutex;
     std::shared_ptr<Allocator> allocator;
     const Tag* tag = nullptr;
+    bool preserves = false;
   };
 
   std::array<Slot, kSlotCount> slots_;

@@ -25,6 +25,7 @@ cumempool_allocation_info describe(const Record& record) {
     info.backup_tier = record.image->tier();
   }
   info.sequence = record.sequence;
+  info.preserved = record.preserved ? 1 : 0;
   info.backing =
       record.memory.is_ordinary() ? CUMEMPOOL_BACKING_CUDA_MALLOC : CUMEMPOOL_BACKING_VMM;
   return info;
@@ -50,6 +51,7 @@ void count(const cumempool_allocation_info& info, const Record& record,
   }
   (record.asleep ? stats.backup_bytes : stats.retained_bytes) += info.backup_bytes;
   if (record.unreleased) stats.unreleased_bytes += info.bytes;
+  if (record.preserved) stats.preserved_bytes += info.bytes;
 }
 
 class Collector {

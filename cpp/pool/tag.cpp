@@ -141,6 +141,11 @@ MemoryChoice TagTable::memory(const Tag& tag) const {
   return tag.memory;
 }
 
+bool TagTable::is_made_of(const Tag& tag, const MemoryChoice& choice) const {
+  const std::lock_guard lock(mutex_);
+  return tag.memory == choice;
+}
+
 void TagTable::set_memory(Tag& tag, const MemoryChoice& choice) {
   const std::lock_guard lock(mutex_);
   tag.memory = choice;

@@ -71,6 +71,7 @@ class TagTable {
   BackupChoice backup(const Tag& tag) const;
   void set_backup(Tag& tag, const BackupChoice& choice);
   MemoryChoice memory(const Tag& tag) const;
+  bool is_made_of(const Tag& tag, const MemoryChoice& choice) const;
   void set_memory(Tag& tag, const MemoryChoice& choice);
 
   // Until the pin is taken off again, no memory of the tag may go.

@@ -9,11 +9,12 @@ namespace cumempool::pool {
 Transition::Transition(Allocator& allocator, const char* operation)
     : allocator_(allocator), turn_(allocator.turnstile(), operation), operation_(operation) {
   allocator_.check_open(operation);
+  allocator_.progress().done = allocator_.progress().total = 0;
   allocator_.release_leftovers();
 }
 
 Transition::~Transition() {
-  allocator_.bury(allocator_.records().unclaim(claimed_));
+  allocator_.unclaim(claimed_);
   Counters& counters = allocator_.counters();
   if (!committed_) {
     counters.failed_transitions += 1;
@@ -43,7 +44,7 @@ std::vector<RecordPointer> Transition::claim(const std::function<bool(const Reco
   try {
     claimed_.insert(claimed_.end(), claimed.begin(), claimed.end());
   } catch (const std::exception&) {  // out of host memory: then nobody would end the claims
-    allocator_.bury(allocator_.records().unclaim(claimed));
+    allocator_.unclaim(claimed);
     throw;
   }
   return claimed;

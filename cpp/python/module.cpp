@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -114,13 +115,14 @@ DriverPointer open_cuda() {
 }
 
 DriverPointer open_host(int devices, std::uint64_t bytes_per_device, std::uint64_t granularity,
-                        bool rdma) {
+                        bool rdma, bool fabric) {
   cumempool_host_driver_options options{};
   options.size = sizeof options;
   options.device_count = devices;
   options.bytes_per_device = bytes_per_device;
   options.granularity = granularity;
   options.handle_types = CUMEMPOOL_HANDLE_POSIX_FD;
+  if (fabric) options.handle_types |= CUMEMPOOL_HANDLE_FABRIC;
   options.rdma = rdma ? 1 : 0;
   auto driver = std::make_shared<Driver>();
   call([&] { return cumempool_host_driver_create(&options, &driver->table); });
@@ -243,6 +245,7 @@ py::dict allocation_fields(const cumempool_allocation_info& info) {
   fields["backup_tier"] = tier_name(info.backup_tier);
   fields["backing"] = backing_name(info.backing);
   fields["sequence"] = info.sequence;
+  fields["preserved"] = info.preserved != 0;
   return fields;
 }
 
@@ -266,6 +269,7 @@ py::dict tag_fields(const cumempool_tag_stats& stats) {
   fields["backing"] = backing_name(stats.backing);
   fields["pins"] = stats.pins;
   fields["unreleased_bytes"] = stats.unreleased_bytes;
+  fields["preserved_bytes"] = stats.preserved_bytes;
   return fields;
 }
 
@@ -315,6 +319,34 @@ class Connection {
 };
 using ConnectionPointer = std::shared_ptr<Connection>;
 
+// A connection whose memory could not be unmapped, so that its owner goes on keeping that awake: it
+// ends with the process.
+void keep_open(ConnectionPointer connection) {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<ConnectionPointer>;
+  const std::lock_guard lock(mutex);
+  kept->push_back(std::move(connection));
+}
+
+// Calls of the kernel that older headers, and Pythons built with those, do not know. Their numbers
+// are the same on every architecture. What they return is close-on-exec, and the caller's.
+constexpr long kPidfdOpen = 434;
+constexpr long kPidfdGetfd = 438;
+
+int descriptor_of(long returned) {
+  if (returned >= 0) return static_cast<int>(returned);
+  PyErr_SetFromErrno(PyExc_OSError);
+  throw py::error_already_set();
+}
+
+// A descriptor of a process, which becomes readable when the process ends.
+int pidfd_open(int process) { return descriptor_of(syscall(kPidfdOpen, process, 0)); }
+
+// A copy of a descriptor of another process.
+int pidfd_getfd(int process, int number) {
+  return descriptor_of(syscall(kPidfdGetfd, process, number, 0));
+}
+
 // What keeps the memory behind a capsule, and the driver under it, alive: device memory, a view of
 // a backup, or memory of another process.
 struct Lease {
@@ -333,6 +365,11 @@ struct Lease {
   ~Lease() {
     if (address != 0) cumempool_free(address);
     if (view != nullptr) cumempool_end_backup_view(view);
+    if (shared == nullptr) return;
+    const cumempool_status status = cumempool_shared_close(shared);
+    if (status != CUMEMPOOL_OK && status != CUMEMPOOL_FORKED && connection != nullptr) {
+      keep_open(std::move(connection));
+    }
     cumempool_shared_destroy(shared);
   }
 };
@@ -474,11 +511,15 @@ cumempool_backup_policy backup_policy(const BackupFields& fields) {
   return policy;
 }
 
-// A wake in a thread of its own. The driver stays as long as its memory is being worked on.
+class Allocator;
+
+// A wake in a thread of its own. The driver stays as long as its memory is being worked on, and so
+// does the allocator, which closes itself when it goes. (Not by pybind11's keep_alive, whose 3.1
+// crashes where an argument is of the wrong type.)
 class Waking {
  public:
-  Waking(DriverPointer driver, cumempool_waking* waking)
-      : driver_(std::move(driver)), waking_(waking) {}
+  Waking(DriverPointer driver, std::shared_ptr<const Allocator> allocator, cumempool_waking* waking)
+      : driver_(std::move(driver)), allocator_(std::move(allocator)), waking_(waking) {}
   Waking(const Waking&) = delete;
   Waking& operator=(const Waking&) = delete;
   // cumempool.WakeHandle waits before, where Python may end the thread; this hardly ever does.
@@ -508,11 +549,12 @@ class Waking {
 
  private:
   DriverPointer driver_;
+  std::shared_ptr<const Allocator> allocator_;
   cumempool_waking* waking_;
   std::atomic<cumempool_report*> report_ = nullptr;
 };
 
-class Allocator {
+class Allocator : public std::enable_shared_from_this<Allocator> {
  public:
   Allocator(DriverPointer driver, std::uint64_t host_backup_limit, bool retain_backups,
             const std::optional<BackupFields>& overflow)
@@ -608,9 +650,12 @@ class Allocator {
     return address;
   }
 
-  py::capsule malloc_capsule(const std::string& tag, int device, std::size_t bytes) {
+  py::capsule malloc_capsule(const std::string& tag, int device, std::size_t bytes,
+                             bool preserved) {
+    const char* name = tag_text(tag);
+    const auto allocate = preserved ? &cumempool_malloc_preserved : &cumempool_malloc;
     auto lease = std::make_unique<Lease>();
-    lease->address = malloc(tag, device, bytes);
+    call([&] { return allocate(allocator_, name, device, bytes, &lease->address); });
     lease->driver = driver_;
     void* data = pointer_to(lease->address);
     return make_capsule(std::move(lease), data, place(*driver_, device), bytes);
@@ -633,6 +678,21 @@ class Allocator {
     return slot;
   }
 
+  void preserve(std::uint64_t address) {
+    call([&] { return cumempool_preserve(allocator_, address); });
+  }
+
+  void set_memory_margin(std::uint64_t bytes) {
+    call([&] { return cumempool_set_memory_margin(allocator_, bytes); });
+  }
+
+  std::pair<std::uint64_t, std::uint64_t> progress() {
+    std::uint64_t done = 0;
+    std::uint64_t total = 0;
+    call([&] { return cumempool_progress(allocator_, &done, &total); });
+    return {done, total};
+  }
+
   py::dict sleep(const std::vector<std::pair<std::string, int>>& tags, bool drop_backups,
                  const std::vector<Pair>& dead, const std::vector<Stream>& streams) {
     const SleepRequest request(tags, drop_backups, dead, device_streams(streams));
@@ -642,10 +702,15 @@ class Allocator {
   }
 
   std::uint64_t prepare(const std::vector<std::pair<std::string, int>>& tags,
-                        const std::vector<Pair>& dead) {
+                        const std::vector<Pair>& dead, const std::vector<std::string>& yielding) {
     const SleepRequest request(tags, false, dead, {});
+    std::vector<const char*> names;
+    names.reserve(yielding.size());
+    for (const std::string& tag : yielding) names.push_back(tag_text(tag));
     std::uint64_t pinned = 0;
-    call([&] { return cumempool_prepare(allocator_, request.get(), &pinned); });
+    call([&] {
+      return cumempool_prepare(allocator_, request.get(), names.data(), names.size(), &pinned);
+    });
     return pinned;
   }
 
@@ -686,7 +751,7 @@ class Allocator {
       return cumempool_wake_begin(allocator_, names.data(), names.count(), first.data(),
                                   first.size(), current.data(), current.size(), &waking);
     });
-    return std::make_unique<Waking>(driver_, waking);
+    return std::make_unique<Waking>(driver_, shared_from_this(), waking);
   }
 
   std::uint64_t release_host_memory() {
@@ -734,10 +799,14 @@ PYBIND11_MODULE(_core, module) {
   module.def("slot_count", &cumempool_slot_count);
   module.def("open_cuda", &open_cuda);
   module.def("open_host", &open_host, py::arg("devices"), py::arg("bytes_per_device"),
-             py::arg("granularity"), py::arg("rdma"));
+             py::arg("granularity"), py::arg("rdma"), py::arg("fabric"));
   module.def(
       "free", [](std::uint64_t address) { call([&] { return cumempool_free(address); }); },
       py::arg("address"));
+  module.def(
+      "preserve_slot",
+      [](std::uint32_t slot) { call([&] { return cumempool_preserve_slot(slot); }); },
+      py::arg("slot"));
   module.def(
       "unbind_slot", [](std::uint32_t slot) { call([&] { return cumempool_unbind_slot(slot); }); },
       py::arg("slot"));
@@ -751,6 +820,8 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<Connection, ConnectionPointer>(module, "Connection")
       .def(py::init<int>(), py::arg("fd"));
+  module.def("pidfd_open", &pidfd_open, py::arg("process"));
+  module.def("pidfd_getfd", &pidfd_getfd, py::arg("process"), py::arg("number"));
   module.def("open_shared", &open_shared, py::arg("driver"), py::arg("device"), py::arg("exported"),
              py::arg("bytes"), py::arg("writable"), py::arg("connection"));
 
@@ -759,7 +830,7 @@ PYBIND11_MODULE(_core, module) {
       .def("done", &Waking::done)
       .def("finish", &Waking::finish);
 
-  py::class_<Allocator>(module, "Allocator")
+  py::class_<Allocator, std::shared_ptr<Allocator>>(module, "Allocator")
       .def(py::init<DriverPointer, std::uint64_t, bool, const std::optional<BackupFields>&>(),
            py::arg("driver"), py::arg("host_backup_limit"), py::arg("retain_backups"),
            py::arg("overflow"))
@@ -776,17 +847,19 @@ PYBIND11_MODULE(_core, module) {
       .def("export_fabric", &Allocator::export_fabric, py::arg("address"))
       .def("malloc", &Allocator::malloc, py::arg("tag"), py::arg("device"), py::arg("bytes"))
       .def("malloc_capsule", &Allocator::malloc_capsule, py::arg("tag"), py::arg("device"),
-           py::arg("bytes"))
+           py::arg("bytes"), py::arg("preserved") = false)
       .def("bind_slot", &Allocator::bind_slot, py::arg("tag"))
+      .def("preserve", &Allocator::preserve, py::arg("address"))
+      .def("set_memory_margin", &Allocator::set_memory_margin, py::arg("bytes"))
+      .def("progress", &Allocator::progress)
       .def("sleep", &Allocator::sleep, py::arg("tags"), py::arg("drop_backups"), py::arg("dead"),
            py::arg("streams"))
-      .def("prepare", &Allocator::prepare, py::arg("tags"), py::arg("dead"))
+      .def("prepare", &Allocator::prepare, py::arg("tags"), py::arg("dead"), py::arg("yielding"))
       .def("wake", &Allocator::wake, py::arg("tags"), py::arg("streams"))
       .def("swap", &Allocator::swap, py::arg("sleep"), py::arg("dead"), py::arg("wake"),
            py::arg("streams"))
-      // The allocator object closes itself when it goes, so it stays while the wake is under way.
       .def("wake_begin", &Allocator::wake_begin, py::arg("tags"), py::arg("first"),
-           py::arg("streams"), py::keep_alive<0, 1>())
+           py::arg("streams"))
       .def("view_backup", &Allocator::view_backup, py::arg("address"), py::arg("bytes"),
            py::arg("writable"))
       .def("release_host_memory", &Allocator::release_host_memory)

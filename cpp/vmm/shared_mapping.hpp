@@ -4,45 +4,38 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 
 #include "driver/driver.hpp"
-#include "vmm/ledger.hpp"
-#include "vmm/mapping.hpp"
-#include "vmm/physical_memory.hpp"
-#include "vmm/reservation.hpp"
 
 namespace cumempool::vmm {
 
-// Not thread-safe. The memory lives as long as this mapping, whatever becomes of its owner.
+struct SharedParts;
+
+// Not thread-safe. The memory lives as long as this mapping, whatever becomes of its owner. What
+// cannot be given back at its end, or where opening fails, is kept as it is, since work may still
+// use it (R5), and tried again whenever memory of the same driver is opened or closed.
 class SharedMapping {
  public:
   // `exported` is what export_handle wrote there: an int (POSIX fd, stays the caller's) or a fabric
-  // handle, of `bytes` in all. `device` is the one that will use it here. Throws Error; then
-  // nothing is held.
+  // handle, of `bytes` in all. `device` is the one that will use it here. Throws Error.
   SharedMapping(driver::Driver driver, int device, std::uint32_t handle_type, const void* exported,
                 std::size_t bytes, cumempool_access access);
-  // Like close(), and what fails stays held.
+  // Like close().
   ~SharedMapping();
   SharedMapping(const SharedMapping&) = delete;
   SharedMapping& operator=(const SharedMapping&) = delete;
 
-  cumempool_address address() const noexcept { return range_.address(); }
-  std::size_t bytes() const noexcept { return range_.bytes(); }
+  cumempool_address address() const noexcept;
 
   // Waits for work in flight on the device, and gives everything back. Throws Error; may be
   // repeated.
   void close();
 
+  // Tries what is kept of a driver once more, and never again: the driver goes.
+  static void forget_leftovers(const cumempool_driver& table) noexcept;
+
  private:
-  driver::Driver driver_;
-  int device_;
-  Ledger ledger_;
-  driver::RetainedContext context_;
-  // Order matters: destroyed last to first.
-  Reservation range_;
-  std::optional<PhysicalMemory> physical_;
-  std::optional<Mapping> mapping_;
+  std::unique_ptr<SharedParts> parts_;
 };
 
 }  // namespace cumempool::vmm

@@ -45,7 +45,7 @@ typedef struct cumempool_host_driver_options {
   int32_t device_count;      /* 1 to 64 */
   uint64_t bytes_per_device; /* memory of each device; a multiple of the granularity */
   uint64_t granularity;      /* a power of two, at least the page size */
-  uint32_t handle_types; /* what create() and export_handle() grant; CUMEMPOOL_HANDLE_POSIX_FD */
+  uint32_t handle_types; /* what create() and export_handle() grant: bits of CUMEMPOOL_HANDLE_* */
   uint32_t rdma;         /* 1 = create() grants memory for RDMA */
 } cumempool_host_driver_options;
 
@@ -154,7 +154,8 @@ typedef struct cumempool_memory_policy {
 } cumempool_memory_policy;
 
 /* What memory of a declared tag is made of. CUMEMPOOL_IN_USE while memory of the tag lives that was
- * made otherwise; CUMEMPOOL_UNSUPPORTED from malloc where a peer cannot reach the device. */
+ * made otherwise; CUMEMPOOL_INVALID_ARGUMENT for a peer that does not exist; CUMEMPOOL_UNSUPPORTED
+ * for one that reaches no other device, and from malloc where a peer cannot reach the device. */
 CUMEMPOOL_API cumempool_status cumempool_set_memory(cumempool_allocator *allocator, const char *tag,
                                                     const cumempool_memory_policy *policy);
 
@@ -175,6 +176,29 @@ CUMEMPOOL_API cumempool_status cumempool_malloc(cumempool_allocator *allocator, 
                                                 int device, size_t bytes,
                                                 cumempool_address *address);
 
+/* The same for contents that are kept wherever the tag is discarded: such memory sleeps and wakes
+ * with its tag, and is backed up each time. */
+CUMEMPOOL_API cumempool_status cumempool_malloc_preserved(cumempool_allocator *allocator,
+                                                          const char *tag, int device, size_t bytes,
+                                                          cumempool_address *address);
+
+/* Has the contents of the allocation that holds `address` kept from now on wherever its tag is
+ * discarded. Waits for a transition of another thread. */
+CUMEMPOOL_API cumempool_status cumempool_preserve(cumempool_allocator *allocator,
+                                                  cumempool_address address);
+
+/* From now on an allocation, through a slot too, is refused with CUMEMPOOL_OUT_OF_MEMORY where less
+ * than `bytes` of its device would stay free; 0, as at the start, takes all there is. Wakes are not
+ * concerned. */
+CUMEMPOOL_API cumempool_status cumempool_set_memory_margin(cumempool_allocator *allocator,
+                                                           uint64_t bytes);
+
+/* How far the transition under way has come, or the last one went: bytes of the allocations whose
+ * copies are done, and of all that it copies or fills. For another thread to look at now and then;
+ * never waits. */
+CUMEMPOOL_API cumempool_status cumempool_progress(cumempool_allocator *allocator,
+                                                  uint64_t *done_bytes, uint64_t *total_bytes);
+
 /* Frees by the address that malloc (or a slot) returned, awake or asleep, whichever allocator it
  * came from. Waits for work in flight on the device. While a transition is using the allocation, it
  * goes when the transition ends. */
@@ -188,6 +212,10 @@ CUMEMPOOL_API uint32_t cumempool_slot_count(void);
 /* Routes a slot that is not bound to (allocator, tag). The tag must be declared. */
 CUMEMPOOL_API cumempool_status cumempool_bind_slot(cumempool_allocator *allocator, const char *tag,
                                                    uint32_t *slot);
+
+/* What is allocated through a bound slot is preserved until the slot is unbound, as by
+ * cumempool_malloc_preserved(). */
+CUMEMPOOL_API cumempool_status cumempool_preserve_slot(uint32_t slot);
 
 /* Ends the routing: cumempool_malloc_<slot> returns NULL until it is bound again;
  * cumempool_free_<slot> goes on working for what was allocated. */
@@ -249,10 +277,13 @@ CUMEMPOOL_API cumempool_status cumempool_sleep(cumempool_allocator *allocator,
                                                cumempool_report **report);
 
 /* Pins the host memory that this sleep will need beyond what is free, so that the sleep only
- * copies, and writes the bytes pinned. A transition that starts meanwhile waits. On failure, what
- * was pinned until then stays. */
+ * copies, and writes the bytes pinned. Refused where the sleep would be, with the same error:
+ * memory that is pinned, or cannot sleep. `yielding`: tags whose holders take their pins off before
+ * a sleep. A transition that starts meanwhile waits. On failure, what was pinned until then stays.
+ */
 CUMEMPOOL_API cumempool_status cumempool_prepare(cumempool_allocator *allocator,
                                                  const cumempool_sleep_request *request,
+                                                 const char *const *yielding, size_t yielding_count,
                                                  uint64_t *pinned_bytes);
 
 /* Wakes every sleeping allocation of the tags (tags NULL = all): all or none. When it returns, the
@@ -343,7 +374,9 @@ typedef struct cumempool_allocation_info {
   uint64_t backup_bytes; /* bytes of the backup that has its contents, or those of its last sleep */
   cumempool_backup_tier backup_tier; /* of that backup; UNSET where there is none */
   cumempool_backing backing;
-  uint64_t sequence; /* order of allocation */
+  uint64_t sequence;  /* order of allocation */
+  uint32_t preserved; /* 1 = its contents are kept where its tag is discarded */
+  uint32_t reserved;
 } cumempool_allocation_info;
 
 /* The live allocation that holds an address, anywhere inside it. `allocator` NULL = any allocator;
@@ -373,6 +406,7 @@ typedef struct cumempool_tag_stats {
   cumempool_backing backing;
   uint64_t pins;             /* see cumempool_pin */
   uint64_t unreleased_bytes; /* asleep, but the driver would not take the memory back */
+  uint64_t preserved_bytes;  /* awake or asleep, with contents that no discard touches */
 } cumempool_tag_stats;
 
 typedef struct cumempool_totals {
@@ -406,7 +440,8 @@ typedef struct cumempool_shared cumempool_shared;
 
 /* Maps what cumempool_export() wrote there, `bytes` in all, for use by `device`. An fd stays the
  * caller's. The memory lives as long as the mapping, whatever becomes of its owner. READ may be
- * refused with CUMEMPOOL_UNSUPPORTED. */
+ * refused with CUMEMPOOL_UNSUPPORTED. Where it fails and the driver does not take back what it gave
+ * until then, that is tried again whenever memory of this driver is opened or closed. */
 CUMEMPOOL_API cumempool_status cumempool_shared_open(const cumempool_driver *driver, int device,
                                                      uint32_t handle_type, const void *exported,
                                                      uint64_t bytes, cumempool_access access,
@@ -414,7 +449,10 @@ CUMEMPOOL_API cumempool_status cumempool_shared_open(const cumempool_driver *dri
 CUMEMPOOL_API cumempool_address cumempool_shared_address(const cumempool_shared *shared);
 /* Waits for work in flight on the device, and unmaps; may be repeated where it fails. */
 CUMEMPOOL_API cumempool_status cumempool_shared_close(cumempool_shared *shared);
-/* Drops the handle; one that was not closed is closed first. */
+/* Drops the handle; one that was not closed is closed first. Where that fails, because the device
+ * cannot be waited for, the memory stays mapped: work may still use it. That, too, is tried again
+ * whenever memory of this driver is opened or closed, so a driver has to outlive it; the built-in
+ * ones do. */
 CUMEMPOOL_API void cumempool_shared_destroy(cumempool_shared *shared);
 
 typedef struct cumempool_snapshot cumempool_snapshot;

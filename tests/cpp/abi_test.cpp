@@ -251,10 +251,145 @@ TEST_F(Abi, R11_ProbingADeviceLeavesNothingBehind) {
   EXPECT_EQ(cumempool_probe_device(&host.table(), 0, &probe), CUMEMPOOL_INVALID_ARGUMENT);
 }
 
+// What a probe of a device says whose driver answers some calls in its own way.
+cumempool_device_probe probe_of(const cumempool_driver& table) {
+  cumempool_device_probe probe{};
+  probe.size = sizeof probe;
+  must(cumempool_probe_device(&table, 0, &probe));
+  return probe;
+}
+
+// A host driver some of whose entries a test replaces; the others go on to the real one.
+struct Altered {
+  explicit Altered(const Host& host) : inner(&host.table()), table(host.table()) {}
+  static const cumempool_driver*& real() {
+    static const cumempool_driver* driver = nullptr;
+    return driver;
+  }
+  cumempool_driver& alter() {
+    real() = inner;
+    return table;
+  }
+
+  const cumempool_driver* inner;
+  cumempool_driver table;
+};
+
+TEST_F(Abi, AProbeSaysWhyADeviceCannotBeUsed) {
+  Altered old_gpu(host);
+  old_gpu.alter().device_attribute = [](void* self, int device, cumempool_device_attribute which,
+                                        int* value) {
+    const auto result = Altered::real()->device_attribute(self, device, which, value);
+    if (which == CUMEMPOOL_ATTRIBUTE_VIRTUAL_MEMORY) *value = 0;
+    return result;
+  };
+  const auto old = probe_of(old_gpu.table);
+  EXPECT_EQ(old.usable, 0);
+  EXPECT_NE(std::string(old.reason).find("does not support virtual memory"), std::string::npos);
+  EXPECT_STREQ(old.name, "cumempool host device 0");
+
+  Altered forgetful(host);
+  forgetful.alter().fill = [](void*, int, cumempool_address, std::uint8_t, std::uint64_t,
+                              cumempool_stream) -> cumempool_result { return 0; };
+  const auto wrong = probe_of(forgetful.table);
+  EXPECT_EQ(wrong.usable, 0);
+  EXPECT_NE(std::string(wrong.reason).find("does not hold what was written"), std::string::npos)
+      << wrong.reason;
+
+  Altered unpinnable(host);
+  unpinnable.alter().host_register = [](void*, int, void*, std::uint64_t) -> cumempool_result {
+    return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+  };
+  const auto tight = probe_of(unpinnable.table);
+  EXPECT_EQ(tight.usable, 0);
+  EXPECT_NE(std::string(tight.reason).find("ulimit -l"), std::string::npos) << tight.reason;
+  host.expect_empty();
+}
+
+TEST_F(Abi, R8_WhatADeviceClaimsAndDoesNotGrantIsSaid) {
+  Altered boastful(host);
+  boastful.alter().device_attribute = [](void* self, int device, cumempool_device_attribute which,
+                                         int* value) {
+    const auto result = Altered::real()->device_attribute(self, device, which, value);
+    if (which == CUMEMPOOL_ATTRIBUTE_FABRIC || which == CUMEMPOOL_ATTRIBUTE_RDMA) *value = 1;
+    return result;
+  };
+  const auto probe = probe_of(boastful.table);
+  EXPECT_EQ(probe.usable, 1) << probe.reason;
+  EXPECT_EQ(probe.handle_types_claimed,
+            static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD | CUMEMPOOL_HANDLE_FABRIC));
+  EXPECT_EQ(probe.handle_types, static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD));
+  EXPECT_EQ(probe.rdma_claimed, 1);
+  EXPECT_EQ(probe.rdma, 0);
+}
+
+TEST_F(Abi, NullProbesAndObjectsThatAreNotThereAreNoHarm) {
+  cumempool_device_probe probe{};
+  probe.size = sizeof probe;
+  EXPECT_EQ(cumempool_probe_device(nullptr, 0, &probe), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_probe_device(&host.table(), 0, nullptr), CUMEMPOOL_INVALID_ARGUMENT);
+  cumempool_host_driver_options options{};
+  options.size = sizeof options;
+  EXPECT_EQ(cumempool_host_driver_create(&options, nullptr), CUMEMPOOL_INVALID_ARGUMENT);
+  cumempool_waking_destroy(nullptr);
+  cumempool_shared_destroy(nullptr);
+  cumempool_end_backup_view(nullptr);
+  EXPECT_EQ(cumempool_waking_done(nullptr), 0);
+  EXPECT_EQ(cumempool_waking_finish(nullptr, nullptr), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_waking_wait(nullptr, 1, {}), CUMEMPOOL_INVALID_ARGUMENT);
+}
+
+TEST_F(Abi, ASwapAndAPrepareWithoutWhatTheyNeedAreInvalid) {
+  constexpr auto kInvalid = CUMEMPOOL_INVALID_ARGUMENT;
+  pool.declare("kv");
+  cumempool_report* report = nullptr;
+  cumempool_swap_request request{};
+  request.size = sizeof request;
+  EXPECT_EQ(cumempool_swap(pool.get(), nullptr, &report), kInvalid);
+  EXPECT_EQ(cumempool_swap(pool.get(), &request, &report), kInvalid) << "no sleep";
+  cumempool_sleep_request sleep{};
+  sleep.size = sizeof sleep;
+  request.sleep = &sleep;
+  EXPECT_EQ(cumempool_swap(pool.get(), &request, nullptr), kInvalid);
+  request.size -= 8;
+  EXPECT_EQ(cumempool_swap(pool.get(), &request, &report), kInvalid) << "another version";
+  EXPECT_EQ(report, nullptr);
+  cumempool_waking* waking = nullptr;
+  EXPECT_EQ(cumempool_wake_begin(pool.get(), nullptr, 0, nullptr, 1, nullptr, 0, &waking), kInvalid)
+      << "first is NULL";
+  EXPECT_EQ(cumempool_wake_begin(pool.get(), nullptr, 0, nullptr, 0, nullptr, 0, nullptr),
+            kInvalid);
+  const cumempool_address nobody = 5;
+  EXPECT_EQ(cumempool_wake_begin(pool.get(), nullptr, 0, &nobody, 1, nullptr, 0, &waking),
+            CUMEMPOOL_NOT_OWNED);
+  EXPECT_EQ(waking, nullptr);
+}
+
 TEST_F(Abi, R11_AnAllocatorThatIsNotUsedHoldsNothing) {
   pool.declare("kv");
   EXPECT_EQ(pool.snapshot().totals.reserved_address_bytes, 0U);
   host.expect_empty();
+}
+
+TEST_F(Abi, ProgressCountsTheBytesOfWhatIsCopied) {
+  std::uint64_t done = 7;
+  std::uint64_t total = 7;
+  EXPECT_EQ(cumempool_progress(pool.get(), nullptr, &total), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_progress(pool.get(), &done, nullptr), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_progress(nullptr, &done, &total), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(done + total, 14U);
+  must(cumempool_progress(pool.get(), &done, &total));
+  EXPECT_EQ(done + total, 0U);
+  pool.malloc("kept", 3 * kGranule);
+  pool.malloc("dropped", kGranule);
+  must(pool.sleep({{{"kept", kOffload}, {"dropped", kDiscard}}, {}}).status);
+  must(cumempool_progress(pool.get(), &done, &total));
+  EXPECT_EQ(done, 3 * kGranule);
+  EXPECT_EQ(total, 3 * kGranule) << "discarding copies nothing";
+  must(pool.wake().status);
+  must(cumempool_progress(pool.get(), &done, &total));
+  EXPECT_EQ(done, 4 * kGranule);
+  EXPECT_EQ(total, 4 * kGranule);
 }
 
 }  // namespace

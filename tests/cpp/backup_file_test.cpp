@@ -247,6 +247,46 @@ TEST_P(BackupFileWishesTest, ServesManyThreads) {
   EXPECT_EQ(file.held_bytes(), 0U);
 }
 
+// A disk that breaks, or fills up, behind a file that is open.
+void put_in_place_of(const BackupFile& file, const char* path, int flags) {
+  const int other = open(path, flags | O_CLOEXEC);
+  ASSERT_GE(other, 0) << path;
+  ASSERT_EQ(dup2(other, file.fd()), file.fd());
+  close(other);
+}
+
+TEST(BackupFileTest, R4_ADiskThatFailsIsSaidToBeLookedAt) {
+  const TemporaryDirectory directory;
+  BackupFile file(directory.path());
+  const std::size_t offset = file.acquire(kBlock);
+  const Pages pages = numbered(kBlock, 1);
+  put_in_place_of(file, directory.path().c_str(), O_RDONLY | O_DIRECTORY);
+  for (const bool writes : {true, false}) {
+    const Error error = error_of([&] {
+      if (writes) {
+        file.write(offset, pages.data(), kBlock);
+      } else {
+        file.read(offset, pages.data(), kBlock);
+      }
+    });
+    EXPECT_EQ(error.status, CUMEMPOOL_BACKUP_FAILED);
+    EXPECT_EQ(error.bytes, kBlock);
+    EXPECT_NE(error.problem.find(writes ? "writing at" : "reading at"), std::string::npos)
+        << error.message();
+    EXPECT_NE(error.advice.find("look at the disk"), std::string::npos) << error.message();
+  }
+}
+
+TEST(BackupFileTest, R4_ADiskThatFillsUpIsSaidToNeedRoom) {
+  const TemporaryDirectory directory;
+  BackupFile file(directory.path(), {true, false, false});
+  const std::size_t offset = file.acquire(kBlock);
+  put_in_place_of(file, "/dev/full", O_RDWR);
+  const Error error = error_of([&] { file.write(offset, numbered(kBlock, 1).data(), kBlock); });
+  EXPECT_EQ(error.status, CUMEMPOOL_BACKUP_FAILED);
+  EXPECT_NE(error.advice.find("make room"), std::string::npos) << error.message();
+}
+
 TEST(BackupFileTest, TransfersThatAreRefusedAsDirectOnesAreMadeThroughTheCache) {
   const TemporaryDirectory directory;
   BackupFile file(directory.path());

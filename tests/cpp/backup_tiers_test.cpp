@@ -275,6 +275,54 @@ TEST_F(BackupTiers, WhatTheLimitLeavesNoRoomForGoesToTheOverflow) {
   }
 }
 
+TEST_F(BackupTiers, TheLimitIsForPinnedMemoryOnly) {
+  cumempool_allocator_options options = pool_options(2 * kMiB, true);
+  options.overflow = backup_in(CUMEMPOOL_BACKUP_PAGEABLE);
+  const Pool limited(host.table(), options);
+  must(limited.set_backup("filed", file()));
+  const auto filed = limited.malloc("filed", 3 * kMiB);
+  const auto pinned = limited.malloc("weights", 2 * kMiB);
+  const auto over = limited.malloc("weights", kMiB);
+  write_pattern(filed, 3 * kMiB, 1);
+  write_pattern(pinned, 2 * kMiB, 2);
+  write_pattern(over, kMiB, 3);
+  const SleepCall call{{{"filed", kOffload}, {"weights", kOffload}}};
+  std::uint64_t bytes = 0;
+  must(limited.prepare(call, bytes));
+  EXPECT_EQ(bytes, 2 * kMiB);
+  for (int round = 0; round < 2; ++round) {
+    const Outcome slept = limited.sleep(call);
+    must(slept.status);
+    EXPECT_EQ(limited.find(filed).backup_tier, CUMEMPOOL_BACKUP_FILE);
+    EXPECT_EQ(limited.find(pinned).backup_tier, CUMEMPOOL_BACKUP_PINNED);
+    EXPECT_EQ(limited.find(over).backup_tier, CUMEMPOOL_BACKUP_PAGEABLE);
+    const std::uint64_t clean = slept.row("filed").clean_bytes + slept.row("weights").clean_bytes;
+    EXPECT_EQ(clean, round == 0 ? 0 : 6 * kMiB) << "every tier is retained, the overflow as well";
+    must(limited.wake().status);
+    EXPECT_TRUE(holds_pattern(filed, 3 * kMiB, 1));
+    EXPECT_TRUE(holds_pattern(pinned, 2 * kMiB, 2));
+    EXPECT_TRUE(holds_pattern(over, kMiB, 3));
+  }
+}
+
+TEST_F(BackupTiers, ReleasingHostMemoryLeavesTheBackupsOfWhatSleeps) {
+  const auto filed = filled("filed", kBytes, 1);
+  const auto pageable = filled("pageable", kBytes, 2);
+  const auto peer = filled("peer", kBytes, 3);
+  must(pool.set_backup("filed", file()));
+  must(pool.set_backup("pageable", backup_in(CUMEMPOOL_BACKUP_PAGEABLE)));
+  must(pool.set_backup("peer", backup_in(CUMEMPOOL_BACKUP_PEER, nullptr, 1)));
+  must(pool.sleep({{{"filed", kOffload}, {"pageable", kOffload}, {"peer", kOffload}}}).status);
+  pool.release_host_memory();
+  EXPECT_GE(totals().file_bytes, kBytes);
+  EXPECT_GE(totals().pageable_bytes, kBytes);
+  EXPECT_GE(totals().peer_bytes, kBytes);
+  must(pool.wake().status);
+  EXPECT_TRUE(holds_pattern(filed, kBytes, 1));
+  EXPECT_TRUE(holds_pattern(pageable, kBytes, 2));
+  EXPECT_TRUE(holds_pattern(peer, kBytes, 3));
+}
+
 TEST_F(BackupTiers, WithoutAnOverflowTheLimitRefusesPrepareToo) {
   const Pool limited(host.table(), kMiB);
   const auto address = limited.malloc("weights", 2 * kMiB);

@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "driver/builtin.hpp"
 #include "driver/driver.hpp"
@@ -86,6 +88,20 @@ TEST(ResultName, IsTheNameInCudaH) {
   EXPECT_STREQ(result_name(719), "CUDA_ERROR_LAUNCH_FAILED");
   EXPECT_STREQ(result_name(-5), "CUDA_ERROR_UNRECOGNIZED");
   EXPECT_STREQ(result_name(12345), "CUDA_ERROR_UNRECOGNIZED");
+}
+
+TEST(ResultName, IsThereForEveryResultOfCudaHAndForNoOther) {
+  const std::string unknown = result_name(-1);
+  std::set<std::string> names;
+  for (cumempool_result result = 0; result <= 1000; ++result) {
+    const std::string name = result_name(result);
+    if (name == unknown) continue;
+    EXPECT_EQ(name.rfind(result == 0 ? "CUDA_SUCCESS" : "CUDA_ERROR_", 0), 0U) << name;
+    EXPECT_TRUE(names.insert(name).second) << name << " names two results";
+  }
+  EXPECT_GT(names.size(), 100U);
+  EXPECT_STREQ(result_name(1), "CUDA_ERROR_INVALID_VALUE");
+  EXPECT_STREQ(result_name(999), "CUDA_ERROR_UNKNOWN");
 }
 
 TEST(ErrorMessage, SaysAllItKnowsInOrder) {
@@ -171,6 +187,35 @@ TEST(Check, OtherResultsAreDriverErrorsWithAdvice) {
     EXPECT_NE(error.advice, "") << result;
   }
   EXPECT_NE(failure(scripted, "fence", 719).advice.find("restart the process"), std::string::npos);
+}
+
+TEST(Check, R12_AdviceIsAboutWhatTheDriverSaid) {
+  const ScriptedDriver scripted("cuda");
+  const struct {
+    const char* call;
+    std::vector<cumempool_result> results;
+    const char* says;
+  } cases[] = {
+      {"init", {3}, "spawn"},
+      {"create", {4}, "before the process exits"},
+      {"create", {100, 101}, "CUDA_VISIBLE_DEVICES"},
+      {"map", {201, 709}, "do not reset the device"},
+      {"create", {800, 801}, "does not grant this kind of memory"},
+      {"digest", {800, 801}, "digest kernel"},
+      {"export_handle", {304}, "ulimit -n"},
+      {"host_register", {712}, "cudaHostRegister"},
+      {"fence", {214, 220}, "nvidia-smi -q"},
+      {"fence", {700, 702, 710, 714, 715, 716, 717, 718, 719}, "CUDA_LAUNCH_BLOCKING=1 to find"},
+      {"host_register", {900, 901, 906}, "after the capture has ended"},
+      {"map", {205, 999}, "report this message"},
+  };
+  for (const auto& [call, results, says] : cases) {
+    for (const cumempool_result result : results) {
+      const Error error = failure(scripted, call, result);
+      EXPECT_EQ(error.status, CUMEMPOOL_DRIVER_ERROR) << result;
+      EXPECT_NE(error.advice.find(says), std::string::npos) << result << ": " << error.advice;
+    }
+  }
 }
 
 TEST(ContextOwners, GiveBackWhatTheyTook) {

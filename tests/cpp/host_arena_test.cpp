@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backup/host_budget.hpp"
+#include "backup/host_pages.hpp"
 #include "driver/fault_driver.hpp"
 #include "host_fixture.hpp"
 
@@ -66,6 +67,46 @@ class HostArenaTest : public ::testing::Test {
   HostBudget budget{0};
   HostArena arena{Driver(faults.table()), Residence::kPinned, -1, budget};
 };
+
+// ---- pages -------------------------------------------------------------------------------------
+
+TEST(HostPages, AsManyAddressesAreReservedAsTheSystemHas) {
+  std::size_t got = 0;
+  std::byte* const first = backup::reserve_pages(std::size_t{1} << 60, kMiB, got);
+  EXPECT_LT(got, std::size_t{1} << 60) << "more than any processor addresses";
+  EXPECT_GE(got, kMiB);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(first) % backup::kHugePage, 0U);
+  backup::commit_pages(first + got - kMiB, kMiB, -1);
+  std::memset(first + got - kMiB, 1, kMiB);
+  backup::unreserve_pages(first, got);
+}
+
+TEST(HostPages, WhatTheSystemRefusesIsOutOfHostMemory) {
+  std::size_t got = 0;
+  try {
+    backup::reserve_pages(std::size_t{1} << 60, std::size_t{1} << 60, got);
+    FAIL() << "an exabyte of addresses";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status, CUMEMPOOL_OUT_OF_HOST_MEMORY);
+    EXPECT_EQ(error.bytes, std::uint64_t{1} << 60);
+    EXPECT_NE(error.message().find("1.00 EiB"), std::string::npos) << error.message();
+  }
+  EXPECT_EQ(got, 0U);
+  std::byte* const first = backup::reserve_pages(kMiB, kMiB, got);
+  EXPECT_THROW(backup::commit_pages(first + 1, kPage, -1), Error) << "not the start of a page";
+  backup::unreserve_pages(first, got);
+}
+
+TEST(HostPages, ANodeIsAWishThatTheSystemMayRefuse) {
+  for (const int node : {0, 900, 1 << 20}) {
+    std::size_t got = 0;
+    std::byte* const first = backup::reserve_pages(kMiB, kMiB, got);
+    backup::commit_pages(first, kMiB, node);
+    std::memset(first, 1, kMiB);
+    EXPECT_EQ(first[kMiB - 1], std::byte{1}) << node;
+    backup::unreserve_pages(first, got);
+  }
+}
 
 // ---- blocks and spans --------------------------------------------------------------------------
 

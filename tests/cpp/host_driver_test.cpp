@@ -3,6 +3,7 @@
 // host_driver_memory_test.cpp has allocations and read-only access.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <array>
 #include <cstring>
@@ -57,8 +58,7 @@ TEST(HostDriverOptions, RefusesWhatItCannotSimulate) {
   EXPECT_EQ(has(with([](auto& o) { o.granularity = 3 * 4096; }), "granularity"), "");
   EXPECT_EQ(has(with([](auto& o) { o.bytes_per_device = 0; }), "bytes_per_device"), "");
   EXPECT_EQ(has(with([](auto& o) { o.bytes_per_device = kGranule + 1; }), "bytes_per_device"), "");
-  EXPECT_EQ(has(with([](auto& o) { o.handle_types = CUMEMPOOL_HANDLE_FABRIC; }), "handle_types"),
-            "");
+  EXPECT_EQ(has(with([](auto& o) { o.handle_types = 2; }), "handle_types"), "");
   EXPECT_EQ(has(with([](auto& o) { o.rdma = 2; }), "rdma"), "");
 }
 
@@ -457,6 +457,23 @@ TEST_F(HostDriverTest, RegistrationsTakeWholePagesThatExist) {
   EXPECT_EQ(host_driver_counters(&table_).registrations, 0u);
 }
 
+TEST_F(HostDriverTest, RegistrationsDoNotOverlap) {
+  constexpr std::size_t page = 4096;
+  const HostBuffer pages(table_, kGranule, /*registered=*/false);
+  std::uint8_t* const data = pages.data();
+  must(CALL(table_, host_register, 0, data + 4 * page, 4 * page), "host_register");
+  for (const std::size_t from : {0U, 3U, 4U, 5U, 7U}) {
+    EXPECT_EQ(CALL(table_, host_register, 0, data + from * page, 5 * page),
+              CUMEMPOOL_RESULT_HOST_MEMORY_ALREADY_REGISTERED)
+        << from;
+  }
+  EXPECT_EQ(CALL(table_, host_register, 0, data, 4 * page), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(CALL(table_, host_register, 0, data + 8 * page, page), CUMEMPOOL_RESULT_SUCCESS);
+  for (const std::size_t from : {0U, 4U, 8U}) {
+    EXPECT_EQ(CALL(table_, host_unregister, 0, data + from * page), CUMEMPOOL_RESULT_SUCCESS);
+  }
+}
+
 TEST_F(HostDriverTest, CopiesOfNothingAreTakenAndLeaveNoWork) {
   const Block block(table_, kGranule, properties_);
   EXPECT_EQ(fill(block.address(), 1, 0), CUMEMPOOL_RESULT_SUCCESS);
@@ -751,6 +768,60 @@ TEST_F(HostDriverTest, C9_ADigestWhoseArraysAreGoneBreaksTheDeviceNotTheProcess)
   EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
 }
 
+// ---- what the system refuses ----------------------------------------------------------------
+
+// The process can open nothing more for as long as it lives.
+class NoMoreDescriptors {
+ public:
+  NoMoreDescriptors() {
+    getrlimit(RLIMIT_NOFILE, &before_);
+    const int next = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    close(next);
+    const rlimit limit{static_cast<rlim_t>(next), before_.rlim_max};
+    EXPECT_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+  }
+  ~NoMoreDescriptors() { setrlimit(RLIMIT_NOFILE, &before_); }
+  NoMoreDescriptors(const NoMoreDescriptors&) = delete;
+  NoMoreDescriptors(NoMoreDescriptors&&) = delete;
+  NoMoreDescriptors& operator=(const NoMoreDescriptors&) = delete;
+  NoMoreDescriptors& operator=(NoMoreDescriptors&&) = delete;
+
+ private:
+  rlimit before_{};
+};
+
+TEST_F(HostDriverTest, C12_WhatTheSystemRefusesIsNotCharged) {
+  const cumempool_physical physical = create(kGranule);
+  int exported = -1;
+  must(CALL(table_, export_handle, physical, CUMEMPOOL_HANDLE_POSIX_FD, &exported), "export");
+  const std::uint64_t free = free_bytes();
+  {
+    const NoMoreDescriptors limit;
+    constexpr auto kRefused = CUMEMPOOL_RESULT_OPERATING_SYSTEM;
+    cumempool_physical made = 0;
+    cumempool_address address = 0;
+    int descriptor = -1;
+    EXPECT_EQ(CALL(table_, create, kGranule, &properties_, &made), kRefused);
+    EXPECT_EQ(CALL(table_, allocate, 0, kGranule, &address), kRefused);
+    EXPECT_EQ(CALL(table_, export_handle, physical, CUMEMPOOL_HANDLE_POSIX_FD, &descriptor),
+              kRefused);
+    EXPECT_EQ(made + address, 0U);
+    EXPECT_EQ(descriptor, -1);
+  }
+  EXPECT_EQ(free_bytes(), free);
+  EXPECT_EQ(host_driver_counters(&table_).handles, 1U);
+  must(CALL(table_, release, physical), "release");
+  close(exported);
+  must(CALL(table_, release, create(kBudget)), "release");
+}
+
+TEST_F(HostDriverTest, C12_ADeviceLargerThanTheSystemHasIsOutOfMemoryWhenItIsUsed) {
+  cumempool_address address = 0;
+  EXPECT_EQ(CALL(table_, reserve, std::size_t{1} << 56, &address), CUMEMPOOL_RESULT_OUT_OF_MEMORY);
+  EXPECT_EQ(address, 0U);
+  EXPECT_EQ(host_driver_counters(&table_).reserved_bytes, 0U);
+}
+
 // ---- bad pointers ---------------------------------------------------------------------------
 
 TEST_F(HostDriverTest, NullOutputsAreErrors) {
@@ -763,6 +834,25 @@ TEST_F(HostDriverTest, NullOutputsAreErrors) {
   EXPECT_EQ(CALL(table_, context_leave, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
   EXPECT_EQ(CALL(table_, host_register, 0, nullptr, kGranule), CUMEMPOOL_RESULT_INVALID_VALUE);
   EXPECT_EQ(CALL(table_, peer_access, 0, 1, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, granularity, &properties_, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, allocate, 0, kGranule, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, event_create, 0, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, driver_version, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
+  std::uint64_t bytes = 0;
+  EXPECT_EQ(CALL(table_, memory_info, 0, nullptr, &bytes), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, memory_info, 0, &bytes, nullptr), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, stream_is_capturing, 0, kLegacyStream, nullptr),
+            CUMEMPOOL_RESULT_INVALID_VALUE);
+  const cumempool_physical physical = create(kGranule);
+  EXPECT_EQ(CALL(table_, export_handle, physical, CUMEMPOOL_HANDLE_POSIX_FD, nullptr),
+            CUMEMPOOL_RESULT_INVALID_VALUE);
+  int descriptor = -1;
+  cumempool_physical imported = 0;
+  EXPECT_EQ(CALL(table_, import_handle, nullptr, CUMEMPOOL_HANDLE_POSIX_FD, &imported),
+            CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, import_handle, &descriptor, CUMEMPOOL_HANDLE_POSIX_FD, nullptr),
+            CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, release, physical), CUMEMPOOL_RESULT_SUCCESS);
 }
 
 }  // namespace

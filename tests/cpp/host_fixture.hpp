@@ -67,13 +67,14 @@ inline bool all_are(cumempool_address address, std::size_t bytes, std::uint8_t v
 class Host {
  public:
   explicit Host(std::uint64_t granules_per_device = kDeviceGranules, std::int32_t devices = 2,
-                std::uint64_t granule = kGranule) {
+                std::uint64_t granule = kGranule,
+                std::uint32_t handle_types = CUMEMPOOL_HANDLE_POSIX_FD) {
     cumempool_host_driver_options options{};
     options.size = sizeof options;
     options.device_count = devices;
     options.bytes_per_device = granules_per_device * granule;
     options.granularity = granule;
-    options.handle_types = CUMEMPOOL_HANDLE_POSIX_FD;
+    options.handle_types = handle_types;
     must(cumempool_host_driver_create(&options, &table_));
   }
   ~Host() {
@@ -357,9 +358,10 @@ class Pool {
     return request;
   }
 
-  cumempool_status prepare(const SleepCall& call, std::uint64_t& pinned) const {
+  cumempool_status prepare(const SleepCall& call, std::uint64_t& pinned,
+                           const std::vector<const char*>& yielding = {}) const {
     const cumempool_sleep_request request = request_for(call);
-    return cumempool_prepare(allocator_, &request, &pinned);
+    return cumempool_prepare(allocator_, &request, yielding.data(), yielding.size(), &pinned);
   }
 
   Outcome sleep(const SleepCall& call) const {
@@ -438,12 +440,12 @@ class Pool {
 };
 
 // R13: the rows of the tags add up to the totals, and the totals to what the driver says it gave,
-// where `pool` is the only allocator on `host`, no view is open, and nothing else runs. `settled`:
-// no copy failed in a way that nobody knows whether it still runs.
-inline void expect_exact_numbers(const Pool& pool, const Host& host, bool settled = true) {
+// where `pool` is the only allocator on that driver, no view is open, and nothing else runs.
+// `settled`: no copy failed in a way that nobody knows whether it still runs.
+inline void expect_exact_numbers(const Pool& pool, const driver::HostDriverCounters& counters,
+                                 bool settled = true) {
   const Picture picture = pool.snapshot();
   const cumempool_totals& totals = picture.totals;
-  const auto counters = host.counters();
   EXPECT_EQ(totals.physical_bytes + totals.peer_bytes, counters.charged_bytes);
   EXPECT_EQ(totals.host_bytes + totals.staging_bytes, counters.registered_bytes);
 
@@ -491,6 +493,10 @@ inline void expect_exact_numbers(const Pool& pool, const Host& host, bool settle
   }
   EXPECT_GE(totals.host_used_bytes, pinned_backups);
   EXPECT_LE(totals.host_used_bytes, totals.host_bytes);
+}
+
+inline void expect_exact_numbers(const Pool& pool, const Host& host, bool settled = true) {
+  expect_exact_numbers(pool, host.counters(), settled);
 }
 
 }  // namespace cumempool::tests

@@ -154,6 +154,25 @@ TEST_F(OrdinaryMemory, R4_ItsSleepIsRefusedBeforeAnythingHappens) {
   EXPECT_EQ(pool.find(plain).generation, 1U);
 }
 
+TEST_F(OrdinaryMemory, R12_NothingIsPreparedForASleepThatWillBeRefused) {
+  filled("weights", 1);
+  filled_ordinary(2);
+  std::uint64_t pinned = 3;
+  for (const cumempool_on_sleep action : {kOffload, kDiscard}) {
+    EXPECT_EQ(pool.prepare({{{"weights", kOffload}, {"plain", action}}}, pinned),
+              CUMEMPOOL_UNSUPPORTED);
+    EXPECT_STREQ(cumempool_last_error()->operation, "prepare");
+    EXPECT_STREQ(cumempool_last_error()->tag, "plain");
+    EXPECT_TRUE(last_message_has("cudaMalloc")) << last_message();
+    EXPECT_EQ(pool.prepare({{{"weights", kOffload}, {"plain", action}}}, pinned, {"plain"}),
+              CUMEMPOOL_UNSUPPORTED);
+  }
+  EXPECT_EQ(pinned, 3U);
+  EXPECT_EQ(host.counters().registered_bytes, 0U);
+  must(pool.prepare({{{"weights", kOffload}}}, pinned));
+  EXPECT_EQ(pinned, kBytes);
+}
+
 TEST_F(OrdinaryMemory, ATagWithoutMemorySleepsLikeAny) {
   must(cumempool_free(filled_ordinary()));
   EXPECT_EQ(pool.sleep("plain", kOffload).status, CUMEMPOOL_OK);
@@ -271,6 +290,57 @@ TEST_F(MemoryPolicy, ValuesThatCannotBeAreRefused) {
   EXPECT_EQ(pool.find(pool.malloc("kv", 1)).backing, kVmm);
 }
 
+TEST_F(MemoryPolicy, R8_AChoiceMadeWhileMemoryIsBeingAllocatedHoldsForThatMemory) {
+  must(pool.set_memory("kv", kVmm));
+  for (const char* entry : {"create", "map", "set_access"}) {
+    SCOPED_TRACE(entry);
+    bool once = false;
+    faults.observe([&](const char* called) {
+      if (once || std::string(called) != entry) return;
+      once = true;
+      must(pool.set_memory("kv", kOrdinary));
+    });
+    const cumempool_address address = pool.malloc("kv", kBytes);
+    faults.observe(nullptr);
+    EXPECT_TRUE(once);
+    EXPECT_EQ(pool.find(address).backing, kOrdinary);
+    EXPECT_EQ(pool.snapshot().totals.reserved_address_bytes, 0U) << "the first try is gone";
+    expect_exact_numbers(pool, host);
+    EXPECT_EQ(pool.set_memory("kv", kVmm), CUMEMPOOL_IN_USE);
+    must(cumempool_free(address));
+    must(pool.set_memory("kv", kVmm));
+  }
+}
+
+TEST_F(MemoryPolicy, R8_ThreadsThatAllocateAndChooseNeverMixWhatATagIsMadeOf) {
+  std::atomic<bool> stop{false};
+  std::atomic<int> mixed{0};
+  pool.declare("kv");
+  std::thread chooser([&] {
+    for (int round = 0; !stop; ++round) {
+      const cumempool_status chosen = pool.set_memory("kv", round % 2 == 0 ? kVmm : kOrdinary);
+      if (chosen != CUMEMPOOL_OK && chosen != CUMEMPOOL_IN_USE) ++mixed;
+    }
+  });
+  std::vector<std::thread> allocating;
+  for (int thread = 0; thread < 2; ++thread) {
+    allocating.emplace_back([&] {
+      for (int round = 0; round < 300; ++round) {
+        const cumempool_address first = pool.malloc("kv", kBytes);
+        const cumempool_address second = pool.malloc("kv", kBytes);
+        if (pool.find(first).backing != pool.find(second).backing) ++mixed;
+        must(cumempool_free(first));
+        must(cumempool_free(second));
+      }
+    });
+  }
+  for (std::thread& thread : allocating) thread.join();
+  stop = true;
+  chooser.join();
+  EXPECT_EQ(mixed, 0);
+  expect_exact_numbers(pool, host);
+}
+
 // ---- peers -------------------------------------------------------------------------------------
 
 class Peers : public MemoryPolicy {
@@ -338,8 +408,8 @@ TEST_F(Peers, AllAreThoseThatCan) {
 }
 
 TEST_F(Peers, R13_AListedDeviceThatCannotReachItIsUnsupportedAndHoldsNothing) {
-  link(false);
   must(pool.set_memory("kv", kVmm, {0, 1}));
+  link(false);  // since then
   cumempool_address address = 3;
   EXPECT_EQ(pool.try_malloc("kv", kBytes, 0, address), CUMEMPOOL_UNSUPPORTED);
   EXPECT_EQ(address, 3U);
@@ -353,12 +423,28 @@ TEST_F(Peers, R13_AListedDeviceThatCannotReachItIsUnsupportedAndHoldsNothing) {
   EXPECT_TRUE(reaches(1, address));
 }
 
-TEST_F(Peers, ADeviceThatIsNotThereFailsTheMalloc) {
-  must(pool.set_memory("kv", kVmm, {7}));
-  cumempool_address address = 0;
-  EXPECT_EQ(pool.try_malloc("kv", kBytes, 0, address), CUMEMPOOL_DRIVER_ERROR);
-  EXPECT_EQ(cumempool_last_error()->result, CUMEMPOOL_RESULT_INVALID_DEVICE);
-  EXPECT_EQ(host.counters().reserved_bytes, 0U);
+TEST_F(Peers, R12_WhatCannotBeAPeerIsRefusedWhereItIsChosen) {
+  must(pool.set_memory("kv", kVmm, {1}));
+  for (const std::int32_t none : {-1, 3, 7}) {
+    EXPECT_EQ(pool.set_memory("kv", kVmm, {0, none}), CUMEMPOOL_INVALID_ARGUMENT) << none;
+    EXPECT_TRUE(last_message_has("no device " + std::to_string(none))) << last_message();
+    EXPECT_TRUE(last_message_has("3 device(s)")) << last_message();
+  }
+  link(false);
+  EXPECT_EQ(pool.set_memory("kv", kVmm, {2}), CUMEMPOOL_UNSUPPORTED);
+  EXPECT_TRUE(last_message_has("device 2")) << last_message();
+  link(true);
+  const cumempool_address address = filled("kv", 1);
+  EXPECT_TRUE(reaches(1, address)) << "the choice of before";
+  EXPECT_FALSE(reaches(2, address));
+}
+
+TEST_F(Peers, TheOnlyDeviceMayListItself) {
+  const Host alone(kDeviceGranules, 1);
+  const Pool one(alone);
+  must(one.set_memory("kv", kVmm, {0}));
+  write_pattern(one.malloc("kv", kBytes), kBytes, 1);
+  EXPECT_EQ(one.set_memory("other", kVmm, {1}), CUMEMPOOL_INVALID_ARGUMENT);
 }
 
 TEST_F(Peers, R4_AWakeThatCannotGiveAccessAgainLeavesAllAsleepWithItsContents) {
@@ -415,6 +501,26 @@ TEST_F(Pins, R4_EverySleepIsRefusedAndNamesAllHolders) {
   EXPECT_TRUE(holds_pattern(kv, kBytes, 1));
   EXPECT_TRUE(holds_pattern(weights, kBytes, 2));
   must(pool.sleep("weights", kOffload).status);  // nobody pinned it
+}
+
+TEST_F(Pins, R12_NothingIsPreparedForASleepThatWillBeRefused) {
+  filled("kv", 1);
+  filled("weights", 2);
+  const std::uint64_t pin = pool.pin("kv", "nixl agent");
+  std::uint64_t pinned = 3;
+  for (const cumempool_on_sleep action : {kOffload, kDiscard}) {
+    EXPECT_EQ(pool.prepare({{{"weights", kOffload}, {"kv", action}}}, pinned), CUMEMPOOL_IN_USE);
+    EXPECT_STREQ(cumempool_last_error()->operation, "prepare");
+    EXPECT_TRUE(last_message_has("'nixl agent'")) << last_message();
+  }
+  EXPECT_EQ(pool.prepare({{{"kv", kOffload}}}, pinned, {"weights"}), CUMEMPOOL_IN_USE);
+  EXPECT_EQ(pool.prepare({{{"kv", kOffload}}}, pinned, {"nobody"}), CUMEMPOOL_UNKNOWN_TAG);
+  EXPECT_EQ(pinned, 3U);
+  EXPECT_EQ(host.counters().registered_bytes, 0U);
+  must(pool.prepare({{{"kv", kOffload}}}, pinned, {"kv"}));
+  EXPECT_EQ(pinned, kBytes) << "the holder has said that it gives way";
+  must(cumempool_unpin(pool.get(), pin));
+  must(pool.prepare({{{"weights", kOffload}, {"kv", kOffload}}}, pinned));
 }
 
 TEST_F(Pins, EachIsTakenOffOnce) {

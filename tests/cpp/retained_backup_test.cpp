@@ -266,6 +266,83 @@ TEST_F(RetainedBackup, EveryTierCanBeKept) {
   }
 }
 
+// ---- more slices than one launch takes
+// ------------------------------------------------------------
+
+// Small allocations, so many that digests are computed in several launches.
+class ManySlices : public ::testing::TestWithParam<cumempool_backup_tier> {
+ protected:
+  static constexpr std::size_t kCount = 2000;
+
+  void SetUp() override {
+    for (std::size_t i = 0; i < kCount; ++i) {
+      addresses.push_back(pool.malloc("weights", kGranule));
+      write_pattern(addresses[i], kGranule, static_cast<std::uint32_t>(i));
+    }
+    must(pool.set_backup("weights", backup_in(GetParam(), nullptr, 1)));
+  }
+
+  // Puts all to sleep, wakes it, and returns the clean bytes.
+  std::uint64_t cycle(std::size_t problems = 0) {
+    faults_.reset_counts();
+    const Outcome outcome = pool.sleep({{{"weights", kOffload}}, {}});
+    EXPECT_EQ(outcome.status, CUMEMPOOL_OK);
+    EXPECT_EQ(outcome.problems.size(), problems);
+    must(pool.wake().status);
+    expect_exact_numbers(pool, host);
+    return outcome.row("weights").clean_bytes;
+  }
+
+  void expect_patterns() const {
+    for (std::size_t i = 0; i < kCount; ++i) {
+      EXPECT_TRUE(holds_pattern(addresses[i], kGranule, static_cast<std::uint32_t>(i))) << i;
+    }
+  }
+
+  Host host{kCount + 16};
+  FaultDriver faults_{host.table()};
+  Pool pool{faults_.table(), pool_options(0, true)};
+  std::vector<cumempool_address> addresses;
+};
+
+TEST_P(ManySlices, EachIsJudgedByItsOwnDigest) {
+  EXPECT_EQ(cycle(), 0U);
+  EXPECT_GT(faults_.calls("digest"), 2U);
+  EXPECT_EQ(cycle(), kCount * kGranule);
+  for (const std::size_t changed : {std::size_t{0}, std::size_t{511}, std::size_t{512},
+                                    std::size_t{1024}, std::size_t{1600}, kCount - 1}) {
+    write_pattern(addresses[changed], kGranule, 7777);
+    EXPECT_EQ(cycle(), (kCount - 1) * kGranule) << changed;
+    EXPECT_TRUE(holds_pattern(addresses[changed], kGranule, 7777));
+    write_pattern(addresses[changed], kGranule, static_cast<std::uint32_t>(changed));
+    EXPECT_EQ(cycle(), (kCount - 1) * kGranule) << changed << ", changed back";
+  }
+  expect_patterns();
+}
+
+TEST_P(ManySlices, WhereALaterLaunchFailsTheRestIsCopied) {
+  cycle();
+  faults_.fail_nth("digest", 3, kNotSupported);
+  const std::uint64_t clean = cycle(1);
+  EXPECT_GT(clean, 0U);
+  EXPECT_LT(clean, kCount * kGranule);
+  expect_patterns();
+  EXPECT_EQ(cycle(), 0U) << "there was nothing to compare with";
+  EXPECT_EQ(cycle(), kCount * kGranule);
+  expect_patterns();
+}
+
+TEST_P(ManySlices, WhereALaterLaunchOfTheFirstSleepFailsNothingIsLost) {
+  faults_.fail_nth("digest", 3, kNotSupported);
+  EXPECT_EQ(cycle(1), 0U);
+  expect_patterns();
+  EXPECT_EQ(cycle(), 0U);
+  EXPECT_EQ(cycle(), kCount * kGranule);
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiers, ManySlices,
+                         ::testing::Values(CUMEMPOOL_BACKUP_PINNED, CUMEMPOOL_BACKUP_PEER));
+
 // ---- digests that cannot be had ----------------------------------------------------------------
 
 TEST_F(RetainedBackup, WithoutDigestsAllIsCopiedAndTheReportSaysSo) {

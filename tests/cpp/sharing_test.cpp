@@ -1,12 +1,14 @@
-// Memory handed to others as a descriptor: what is exported and what is refused, what an importer
-// sees and for how long, and that neither side leaks.
+// Memory handed to others as a descriptor or a fabric handle: what is exported and what is refused,
+// what an importer sees and for how long, and that neither side leaks.
 #include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -82,9 +84,15 @@ class Shared {
   cumempool_status status_;
 };
 
+constexpr std::uint32_t kBothTypes = CUMEMPOOL_HANDLE_POSIX_FD | CUMEMPOOL_HANDLE_FABRIC;
+using FabricHandle = std::array<unsigned char, CUMEMPOOL_FABRIC_HANDLE_BYTES>;
+
 // `importer` stands for the driver of another process: it knows nothing of the owner's memory.
 class Sharing : public ::testing::Test {
  protected:
+  explicit Sharing(std::uint32_t handle_types = CUMEMPOOL_HANDLE_POSIX_FD)
+      : importer(kDeviceGranules, 2, kGranule, handle_types),
+        host(kDeviceGranules, 2, kGranule, handle_types) {}
   void SetUp() override {
     for (const char* entry : {"context_leave", "context_release"}) importing.exclude(entry);
     address = filled("kv", 1);
@@ -119,6 +127,13 @@ class Sharing : public ::testing::Test {
     table.context_leave(table.self, &token);
     table.context_release(table.self, device);
     return result;
+  }
+
+  // What an earlier failure has kept goes with the next mapping that is closed.
+  void retry_leftovers() {
+    importing.fail_nothing();
+    const Export exported(pool, address);
+    must(Shared(importing.table(), exported.get()).close());
   }
 
   Host importer;
@@ -436,19 +451,219 @@ TEST_F(Sharing, R4_R13_ACloseWhoseEveryCallFailsInTurnIsRepeated) {
   expect_exact_numbers(pool, host);
 }
 
+TEST_F(Sharing, R5_ADestroyThatCannotWaitKeepsTheMappingUntilItCan) {
+  const Export exported(pool, address);
+  must(exported.status());
+  for (const char* entry : {"fence", "unmap", "release", "unreserve"}) {
+    SCOPED_TRACE(entry);
+    Shared shared(importing.table(), exported.get());
+    const cumempool_address at = shared.address();
+    {
+      UserStream stream(importer);
+      stream.fill(at, kBytes, 7);
+      importing.fail_nth(entry, 1, 719);
+      shared.destroy();
+      EXPECT_EQ(importing.failures(), 1U);
+      EXPECT_EQ(importer.counters().reserved_bytes, kBytes);
+      EXPECT_EQ(importer.counters().retained_contexts, 2U);
+      if (std::string(entry) == "fence") {
+        EXPECT_EQ(importer.counters().queued_commands, 1U) << "nobody has waited";
+        EXPECT_EQ(importer.counters().mapped_bytes, kBytes);
+      }
+    }
+    retry_leftovers();
+    importer.expect_empty();
+    EXPECT_TRUE(all_are(address, kBytes, 7));
+    write_pattern(address, kBytes, 1);
+    importing.reset_counts();
+  }
+}
+
+TEST_F(Sharing, R13_WhatAFailedOpenCannotGiveBackIsTriedAgain) {
+  const Export exported(pool, address);
+  must(exported.status());
+  std::uint64_t call = 1;
+  for (bool reached = true; reached; ++call) {
+    SCOPED_TRACE(call);
+    importing.reset_counts();
+    importing.fail_nth_of_any(call, 719, Repeat::kFromThenOn);
+    {
+      const Shared shared(importing.table(), exported.get());
+      reached = importing.failures() != 0;
+      EXPECT_EQ(shared.status() != CUMEMPOOL_OK, reached);
+      importing.fail_nothing();
+    }
+    retry_leftovers();
+    importer.expect_empty();
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(call, 5U);
+}
+
+TEST_F(Sharing, R13_LeftoversOfOneDriverAreNoBusinessOfAnother) {
+  const Export exported(pool, address);
+  must(exported.status());
+  importing.fail_nth("fence", 1, 719);
+  Shared(importing.table(), exported.get()).destroy();
+  must(Shared(importer.table(), exported.get()).close());
+  EXPECT_EQ(importer.counters().mapped_bytes, kBytes);
+  retry_leftovers();
+  importer.expect_empty();
+}
+
+TEST(SharingDrivers, LeftoversOfABrokenDeviceGoWithTheirDriver) {
+  const Host host;
+  const Pool pool(host);
+  const cumempool_address address = pool.malloc("kv", kBytes);
+  const Export exported(pool, address);
+  must(exported.status());
+  cumempool_host_driver_options options{};
+  options.size = sizeof options;
+  options.device_count = 1;
+  options.bytes_per_device = kBytes;
+  options.granularity = kGranule;
+  const cumempool_driver* table = nullptr;
+  must(cumempool_host_driver_create(&options, &table));
+  Shared shared(*table, exported.get());
+  must(shared.status());
+  cumempool_context_token token{};
+  cumempool_stream stream = 0;
+  ASSERT_EQ(table->context_enter(table->self, 0, &token), CUMEMPOOL_RESULT_SUCCESS);
+  ASSERT_EQ(table->stream_create(table->self, 0, &stream), CUMEMPOOL_RESULT_SUCCESS);
+  ASSERT_EQ(table->fill(table->self, 0, shared.address(), 7, kBytes, stream),
+            CUMEMPOOL_RESULT_SUCCESS);
+  ASSERT_EQ(table->context_leave(table->self, &token), CUMEMPOOL_RESULT_SUCCESS);
+  // Somebody unmaps what work is to use.
+  ASSERT_EQ(table->unmap(table->self, shared.address(), kBytes), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(shared.close(), CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(cumempool_last_error()->result, CUMEMPOOL_RESULT_ILLEGAL_ADDRESS);
+  shared.destroy();
+  EXPECT_EQ(driver::host_driver_counters(table).reserved_bytes, kBytes) << "kept";
+  cumempool_host_driver_destroy(table);
+  must(cumempool_free(address));
+  EXPECT_EQ(pool.snapshot().totals.physical_bytes, 0U);
+}
+
+// ---- fabric handles ----------------------------------------------------------------------------
+
+class FabricSharing : public Sharing {
+ protected:
+  FabricSharing() : Sharing(kBothTypes) {}
+
+  FabricHandle exported_of(cumempool_address at) const {
+    FabricHandle handle{};
+    cumempool_allocation_info info{};
+    must(cumempool_export(pool.get(), at, CUMEMPOOL_HANDLE_FABRIC, handle.data(), &info));
+    EXPECT_EQ(info.address, at);
+    return handle;
+  }
+  static cumempool_shared* open(const cumempool_driver& table, const FabricHandle& handle) {
+    cumempool_shared* shared = nullptr;
+    const cumempool_status status = cumempool_shared_open(
+        &table, 0, CUMEMPOOL_HANDLE_FABRIC, handle.data(), kBytes, kReadWrite, &shared);
+    EXPECT_EQ(status == CUMEMPOOL_OK, shared != nullptr);
+    return shared;
+  }
+};
+
+TEST_F(FabricSharing, R8_MemoryHasBothHandlesWhereTheDriverGrantsThem) {
+  EXPECT_EQ(pool.snapshot().tag("kv").handle_types, kBothTypes);
+  cumempool_device_probe probe{};
+  probe.size = sizeof probe;
+  must(cumempool_probe_device(&host.table(), 0, &probe));
+  EXPECT_EQ(probe.handle_types, kBothTypes);
+  EXPECT_EQ(probe.handle_types_claimed, kBothTypes);
+}
+
+TEST_F(FabricSharing, R13_BothSidesSeeTheSameBytesAndNothingLeaks) {
+  const std::size_t descriptors = open_descriptors();
+  for (const cumempool_driver* table : {&importer.table(), &host.table()}) {
+    for (int round = 0; round < 100; ++round) {
+      write_pattern(address, kBytes, 1);
+      cumempool_shared* shared = open(*table, exported_of(address));
+      ASSERT_NE(shared, nullptr);
+      const cumempool_address at = cumempool_shared_address(shared);
+      EXPECT_TRUE(holds_pattern(at, kBytes, 1));
+      write_pattern(at, kBytes, 2);
+      EXPECT_TRUE(holds_pattern(address, kBytes, 2));
+      EXPECT_EQ(host.counters().charged_bytes, kBytes) << "charged once";
+      cumempool_shared_destroy(shared);
+    }
+  }
+  EXPECT_EQ(open_descriptors(), descriptors);
+  importer.expect_empty();
+  expect_exact_numbers(pool, host);
+}
+
+TEST_F(FabricSharing, AHandleKeepsNothingAndIsNoGoodOnceTheMemoryIsGone) {
+  const FabricHandle handle = exported_of(address);
+  must(cumempool_free(address));
+  EXPECT_EQ(host.counters().charged_bytes, 0U);
+  EXPECT_EQ(open(importer.table(), handle), nullptr);
+  const cumempool_address later = filled("kv", 2);
+  EXPECT_EQ(open(importer.table(), handle), nullptr) << "another file with the same number";
+  must(cumempool_free(later));
+}
+
+TEST_F(FabricSharing, AWakeMakesAnotherHandle) {
+  const FabricHandle before = exported_of(address);
+  must(pool.sleep("kv", kOffload).status);
+  must(pool.wake().status);
+  EXPECT_EQ(open(importer.table(), before), nullptr);
+  cumempool_shared* shared = open(importer.table(), exported_of(address));
+  ASSERT_NE(shared, nullptr);
+  EXPECT_TRUE(holds_pattern(cumempool_shared_address(shared), kBytes, 1));
+  cumempool_shared_destroy(shared);
+}
+
+TEST_F(FabricSharing, R13_WhatIsNoHandleIsRefused) {
+  FabricHandle handle = exported_of(address);
+  EXPECT_EQ(open(importer.table(), FabricHandle{}), nullptr);
+  for (const std::size_t at : {0U, 8U, 16U, 24U, 32U}) {  // each field of it
+    handle[at] = static_cast<unsigned char>(handle[at] ^ 0x55U);
+    EXPECT_EQ(open(importer.table(), handle), nullptr) << at;
+    handle[at] = static_cast<unsigned char>(handle[at] ^ 0x55U);
+  }
+  const Host without;
+  EXPECT_EQ(open(without.table(), handle), nullptr);
+  EXPECT_EQ(cumempool_last_error()->result, CUMEMPOOL_RESULT_NOT_PERMITTED);
+  importer.expect_empty();
+}
+
 // ---- processes ---------------------------------------------------------------------------------
 
 constexpr const char* kDescriptorVariable = "CUMEMPOOL_TEST_DESCRIPTOR";
 
 // What the other process does: 0 where it saw the owner's bytes and wrote its own.
+int answer(const cumempool_driver& table, std::uint32_t handle_type, const void* exported) {
+  cumempool_shared* shared = nullptr;
+  if (cumempool_shared_open(&table, 0, handle_type, exported, kBytes, kReadWrite, &shared) !=
+      CUMEMPOOL_OK) {
+    return 2;
+  }
+  const cumempool_address at = cumempool_shared_address(shared);
+  const bool seen = holds_pattern(at, kBytes, 1);
+  write_pattern(at, kBytes, 2);
+  const bool closed = cumempool_shared_close(shared) == CUMEMPOOL_OK;
+  cumempool_shared_destroy(shared);
+  return seen && closed ? 0 : 3;
+}
+
 int import_and_answer(int descriptor) {
   const Host own;
-  const Shared shared(own.table(), &descriptor);
+  const int code = answer(own.table(), CUMEMPOOL_HANDLE_POSIX_FD, &descriptor);
   close(descriptor);
-  if (shared.status() != CUMEMPOOL_OK) return 2;
-  if (!holds_pattern(shared.address(), kBytes, 1)) return 3;
-  write_pattern(shared.address(), kBytes, 2);
-  return shared.close() == CUMEMPOOL_OK ? 0 : 4;
+  return code;
+}
+
+// The same, with a fabric handle that comes through a pipe.
+int import_fabric_and_answer(int pipe) {
+  FabricHandle handle{};
+  const bool whole =
+      read(pipe, handle.data(), handle.size()) == static_cast<ssize_t>(handle.size());
+  close(pipe);
+  const Host own(kDeviceGranules, 2, kGranule, kBothTypes);
+  return whole ? answer(own.table(), CUMEMPOOL_HANDLE_FABRIC, handle.data()) : 1;
 }
 
 // Runs this test in a process of its own, which inherits the descriptor; -1 where it crashed.
@@ -490,6 +705,27 @@ TEST(SharingProcesses, AnotherProcessSeesTheBytesAndAnswers) {
   const Export exported(pool, address);
   must(exported.status());
   ASSERT_EQ(run_again_with(*exported.get()), 0);
+  EXPECT_TRUE(holds_pattern(address, kBytes, 2));
+}
+
+TEST(SharingProcesses, AnotherProcessImportsByAFabricHandleAlone) {
+  if (const char* inherited = std::getenv(kDescriptorVariable)) {
+    ASSERT_EQ(import_fabric_and_answer(std::atoi(inherited)), 0);
+    return;
+  }
+  const Host host(kDeviceGranules, 2, kGranule, kBothTypes);
+  const Pool pool(host);
+  const cumempool_address address = pool.malloc("kv", kBytes);
+  write_pattern(address, kBytes, 1);
+  FabricHandle handle{};
+  cumempool_allocation_info info{};
+  must(cumempool_export(pool.get(), address, CUMEMPOOL_HANDLE_FABRIC, handle.data(), &info));
+  int ends[2];
+  ASSERT_EQ(pipe(ends), 0);
+  ASSERT_EQ(write(ends[1], handle.data(), handle.size()), static_cast<ssize_t>(handle.size()));
+  close(ends[1]);
+  EXPECT_EQ(run_again_with(ends[0]), 0);
+  close(ends[0]);
   EXPECT_TRUE(holds_pattern(address, kBytes, 2));
 }
 

@@ -33,7 +33,7 @@ TEST(Tag, NamesAreOneTo255Bytes) {
 TEST(Tag, NamesAreUtf8) {
   for (const char* valid :
        {"weights", "kv cache", "gewicht-\xC3\xBC", "\xE6\x9D\x83\xE9\x87\x8D", "\xF0\x9F\x98\xB4",
-        "\xED\x9F\xBF", "\xEE\x80\x80", "\xF4\x8F\xBF\xBF"}) {
+        "\xE0\xA0\x80", "\xED\x9F\xBF", "\xEE\x80\x80", "\xF0\x90\x80\x80", "\xF4\x8F\xBF\xBF"}) {
     EXPECT_EQ(declare(valid), CUMEMPOOL_OK) << valid;
   }
   const char* const invalid[] = {
@@ -49,6 +49,10 @@ TEST(Tag, NamesAreUtf8) {
       "\xF5\x80\x80\x80",  // past U+10FFFF
       "\xFF",              // never used
       "abc\xC3(",          // not followed by a continuation
+      "\xE6(\x87",         // the second byte is no continuation
+      "\xE6\x9D(",         // the third byte is no continuation
+      "\xF0\x9F(\xB4",     // the third byte is no continuation
+      "\xF0(\x98\xB4",     // the second byte is no continuation
   };
   for (const char* name : invalid) {
     EXPECT_EQ(declare(name), CUMEMPOOL_INVALID_ARGUMENT) << testing::PrintToString(name);

@@ -1,5 +1,7 @@
 // Transitions that are refused, fail, or are disturbed: what the caller sees, and that nothing is
 // lost.
+#include <atomic>
+#include <chrono>
 #include <string>
 #include <thread>
 #include <vector>
@@ -165,6 +167,21 @@ TEST_F(TransitionFailure, R4_DiscardedMemoryIsAttachedAgainWithoutAskingForMemor
   EXPECT_TRUE(holds_pattern(first, 8 * kGranule, 1));
   EXPECT_TRUE(holds_pattern(second, 8 * kGranule, 2));
   EXPECT_EQ(pool.find(first).generation, 1U);
+}
+
+TEST_F(TransitionFailure, R4_DiscardedMemoryIsWholeAgainHoweverFarTheCopiesOfAnotherDeviceHadCome) {
+  const auto discarded = filled("kv", kGranule, 1);
+  const auto here = filled("weights", kGranule, 2);
+  std::vector<cumempool_address> there;
+  for (std::uint32_t i = 0; i < 3; ++i) there.push_back(filled("weights", kGranule, 3 + i, 1));
+  faults.fail_nth("unmap", 5, 719);  // the last of all
+  EXPECT_EQ(pool.sleep({{{"kv", kDiscard}, {"weights", kOffload}}}).status, CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(pool.find(discarded).state, CUMEMPOOL_AWAKE);
+  EXPECT_EQ(pool.find(discarded).generation, 1U) << "its memory was never given back";
+  EXPECT_TRUE(holds_pattern(discarded, kGranule, 1));
+  EXPECT_TRUE(holds_pattern(here, kGranule, 2));
+  for (std::uint32_t i = 0; i < 3; ++i) EXPECT_TRUE(holds_pattern(there[i], kGranule, 3 + i));
+  expect_exact_numbers(pool, host);
 }
 
 TEST_F(TransitionFailure, R4_MemoryIsGivenBackBehindTheCopiesAndDiscardedMemoryLast) {
@@ -356,11 +373,19 @@ TEST_F(TransitionFailure, R3_CallsFromInsideATransitionAreBusy) {
 
 TEST_F(TransitionFailure, R3_ATransitionOfAnotherThreadIsWaitedFor) {
   const auto address = filled("weights", kGranule, 1);
+  using namespace std::chrono_literals;
   std::thread other;
   cumempool_status woken = CUMEMPOOL_INTERNAL;
+  std::atomic<bool> ended{false};
   faults.observe([&](const char* entry) {
     if (std::string(entry) != "copy_to_host" || other.joinable()) return;
-    other = std::thread([&] { woken = pool.wake().status; });
+    other = std::thread([&] {
+      woken = pool.wake().status;
+      ended = true;
+    });
+    // Time enough to end for a wake that does not wait.
+    for (int i = 0; i < 50 && !ended; ++i) std::this_thread::sleep_for(2ms);
+    EXPECT_FALSE(ended);
   });
   EXPECT_EQ(pool.sleep("weights", kOffload).status, CUMEMPOOL_OK);
   other.join();

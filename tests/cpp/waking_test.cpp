@@ -126,6 +126,25 @@ TEST_F(WakingTest, R5_AStreamThatWaitsSeesTheContentsBeforeTheWakeEnds) {
   expect_whole();
 }
 
+TEST_F(WakingTest, R5_AStreamWaitsForACopyThatHasNotRun) {
+  UserStream stream(host);
+  Gate gate;
+  // Before the wake looks how far its copies are, which lets the device run them.
+  faults.observe([&gate](const char* entry) {
+    if (std::string(entry) == "event_query") gate.wait();
+  });
+  const Waking waking = pool.begin_wake();
+  must(waking.status());
+  gate.wait_until_somebody_waits();
+  EXPECT_FALSE(holds_pattern(all[0], kGranule, 0)) << "in the queue only";
+  must(waking.wait(all[0], stream.get()));
+  synchronize(stream);
+  EXPECT_TRUE(holds_pattern(all[0], kGranule, 0));
+  gate.open();
+  must(waking.finish().status);
+  expect_whole();
+}
+
 TEST_F(WakingTest, AWaitHoldsUntilTheCopyIsInTheQueue) {
   UserStream stream(host);
   Gate gate;
