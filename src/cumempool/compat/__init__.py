@@ -1,0 +1,1 @@
+"""Stand-ins for the memory allocators of other projects, one module for each."""

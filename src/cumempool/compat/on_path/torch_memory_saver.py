@@ -1,0 +1,5 @@
+"""Found as ``torch_memory_saver`` where this folder comes first on the path of a process."""
+
+from cumempool.compat.torch_memory_saver import install
+
+install()

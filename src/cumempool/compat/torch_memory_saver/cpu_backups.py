@@ -1,0 +1,89 @@
+"""The backups that a program has asked to see, and what it sees of them after a resume."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from cumempool.allocator import CuMemAllocator
+from cumempool.errors import NotInPoolError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CpuBackups"]
+
+_ViewKey = tuple[str, int, int, str, tuple[int, ...], tuple[int, ...]]
+
+
+class CpuBackups:
+    """Views of backups. Where backups are retained, a tensor's view stays at its address.
+
+    A view that somebody holds makes the next sleep write to other memory. To a program that
+    retains backups, and looks again, the older view is given with the newer contents.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[_ViewKey, torch.Tensor] = {}
+        self._given: dict[_ViewKey, weakref.ref[torch.Tensor]] = {}
+
+    def view(
+        self, allocator: CuMemAllocator, tensor: torch.Tensor, retain: bool
+    ) -> torch.Tensor | None:
+        """A view that cannot be written to; None where there is no backup that could be seen.
+
+        Args:
+            allocator: Whose memory it is.
+            tensor: What the backup is of.
+            retain: Whether the view stays visible when the tensor is awake again.
+        """
+        try:
+            info = allocator.allocation_of(tensor)
+        except NotInPoolError:
+            return None
+        key = (
+            info.tag,
+            info.sequence,
+            tensor.data_ptr(),
+            f"{tensor.dtype} {tensor.is_conj()} {tensor.is_neg()}",
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+        )
+        with self._lock:
+            if info.state == "awake":
+                return self._kept.get(key) if retain else None
+            if info.state == "discarded":
+                return None
+            view = allocator.read_backup(tensor)
+            if not retain:
+                return view
+            if info.backup_tier != "file":  # which maps its views for reading
+                view = self._at_its_address(key, view)
+            self._kept[key] = view
+            return view
+
+    def _at_its_address(self, key: _ViewKey, view: torch.Tensor) -> torch.Tensor:
+        given = self._given.get(key)
+        older = None if given is None else given()
+        if older is None:
+            self._given[key] = weakref.ref(view)
+            return view
+        if older.data_ptr() != view.data_ptr():
+            _bytes_of(older).copy_(_bytes_of(view))
+        return older
+
+    def forget(self, tags: Collection[str]) -> None:
+        """Lets go of the views of some tags, so that backups can be written to where they are."""
+        with self._lock:
+            self._kept = {key: view for key, view in self._kept.items() if key[0] not in tags}
+            self._given = {key: ref for key, ref in self._given.items() if ref() is not None}
+
+
+def _bytes_of(view: torch.Tensor) -> torch.Tensor:
+    """The memory of a view, as an ordinary tensor."""
+    import torch
+
+    return torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage())

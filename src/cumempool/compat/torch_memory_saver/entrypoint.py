@@ -1,0 +1,450 @@
+"""`TorchMemorySaver`: regions whose memory is paused and resumed, as tags of a `CuMemAllocator`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
+
+from cumempool.allocator import CuMemAllocator
+from cumempool.backup import Backup
+from cumempool.compat.torch_memory_saver.cpu_backups import CpuBackups
+from cumempool.compat.torch_memory_saver.graph_captures import GraphCaptures
+from cumempool.compat.torch_memory_saver.open_regions import OpenRegions
+from cumempool.config import CuMemConfig
+from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cumempool.scope import MemoryPoolScope
+
+__all__ = ["CpuBackupBackend", "HookMode", "TorchMemorySaver"]
+
+CpuBackupBackend = Literal["mmap", "pinned"]
+HookMode = Literal["preload", "torch"]
+
+_TAG_DEFAULT: Final = "default"
+#: Ends the names of tags whose contents go to files.
+_DISK: Final = ":disk"
+_PRELOAD_VARIABLES: Final = ("TMS_INIT_ENABLE", "TMS_INIT_ENABLE_DISK_BACKUP")
+
+_logger = logging.getLogger("cumempool")
+
+
+class TorchMemorySaver:
+    """Pauses memory that was allocated in its regions, and resumes it at the same addresses.
+
+    A tag here may have memory with and without a backup. Each kind is a tag of its own in the
+    allocator, such as ``"weights:pinned"`` and ``"weights:discarded"``; a pause or a resume takes
+    all kinds of a tag in one transaction. All methods may be called from any thread.
+
+    Args:
+        allocator: What to allocate with. None: one of its own, made at the first use with the
+            configuration of the ``CUMEMPOOL_*`` variables.
+    """
+
+    def __init__(self, *, allocator: CuMemAllocator | None = None) -> None:
+        self._allocator = allocator
+        # Reentrant: what holds it may make the allocator.
+        self._lock: Final = threading.RLock()
+        self._names: dict[str, set[str]] = {}
+        self._regions: Final = OpenRegions()
+        self._graphs: Final = GraphCaptures()
+        self._backups: Final = CpuBackups()
+        self._hook_mode: HookMode = "torch"
+        self._margin_bytes = 0
+        self._retain = _flag("TMS_RETAIN_CPU_BACKUP")
+        self._disk_directory = os.environ.get("TMS_DISK_BACKUP_DIR") or None
+
+    @property
+    def allocator(self) -> CuMemAllocator:
+        """The allocator below; the first use makes it.
+
+        Raises:
+            UnavailableError: There is no driver here, with the reason.
+            InvalidArgumentError: A ``CUMEMPOOL_*`` variable has a value that it does not take.
+        """
+        with self._lock:
+            if self._allocator is None:
+                _warn_of_preload_variables()
+                self._allocator = CuMemAllocator(CuMemConfig.from_env())
+                self._allocator.set_memory_margin(self._margin_bytes)
+            return self._allocator
+
+    # ---- allocating ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def region(
+        self,
+        tag: str = _TAG_DEFAULT,
+        enable_cpu_backup: bool = False,
+        enable_disk_backup: bool = False,
+        cpu_backup_backend: CpuBackupBackend | None = None,
+        *,
+        all_threads: bool = False,
+    ) -> Iterator[None]:
+        """What the calling thread allocates in the body can be paused.
+
+        Regions nest; the innermost one counts.
+
+        Args:
+            tag: What `pause` and `resume` name it by.
+            enable_cpu_backup: Keep the contents in host memory during a pause; else a resume brings
+                memory with undefined contents.
+            enable_disk_backup: Keep them in a file instead; see `set_disk_backup_dir`.
+            cpu_backup_backend: ``"pinned"``, or ``"mmap"`` for pageable host memory. None: what
+                ``TMS_INIT_CPU_BACKUP_BACKEND`` says, else ``"pinned"``.
+            all_threads: Take what other threads allocate as well, gradients among them.
+
+        Raises:
+            InvalidArgumentError: Both kinds of backup, a backend that does not exist or without
+                `enable_cpu_backup`, or no directory for files.
+            UnavailableError: There is no driver here.
+            InUseError: With `all_threads`: another thread has a region open.
+            OutOfSlotsError: Too many regions are open at the same time.
+        """
+        backup = self._backup(enable_cpu_backup, enable_disk_backup, cpu_backup_backend)
+        name = f"{tag}:{_kind(backup)}"
+        self._declare(tag, name, backup)
+
+        def make_scope() -> MemoryPoolScope:
+            return self.allocator.use_memory_pool(name, all_threads=all_threads)
+
+        with self._regions.opened(name, make_scope):
+            yield
+
+    @contextlib.contextmanager
+    def cuda_graph(
+        self,
+        cuda_graph: torch.cuda.CUDAGraph,
+        pool: tuple[int, int] | None = None,
+        stream: torch.cuda.Stream | None = None,
+        capture_error_mode: str = "global",
+        tag: str = _TAG_DEFAULT,
+        enable_cpu_backup: bool = False,
+        cpu_backup_backend: CpuBackupBackend | None = None,
+    ) -> Iterator[None]:
+        """Captures the body into a graph, as ``torch.cuda.graph``, into memory that can be paused.
+
+        Args:
+            cuda_graph: What to capture into.
+            pool: What graphs that share memory have in common: ``other.pool()``, or what
+                ``torch.cuda.graph_pool_handle()`` gives, which only serves as a name here, since
+                memory comes from a pool of the tag. None: a pool for this graph alone.
+            stream: What to capture; None: torch's own.
+            capture_error_mode: As of ``torch.cuda.graph``.
+            tag: What `pause` and `resume` name the memory by.
+            enable_cpu_backup: As for `region`; replays do not need it, unless the graph reads what
+                was left in its memory by the capture or by an earlier replay.
+            cpu_backup_backend: As for `region`.
+
+        Raises:
+            InUseError: Memory of the same pool and tag is paused.
+            OutOfSlotsError: Too many graphs with pools of their own; let them share a `pool`.
+            UnsupportedError: The allocator is on the ``host`` driver.
+            InvalidArgumentError: As for `region`.
+        """
+        import torch
+
+        if self.allocator.config.driver != "cuda":
+            raise UnsupportedError(
+                "cuda_graph: the host driver has no graphs; use the cuda driver",
+                operation="cuda_graph",
+                tag=tag,
+                advice="use the cuda driver",
+            )
+        backup = self._backup(enable_cpu_backup, False, cpu_backup_backend)
+        device = torch.cuda.current_device() if stream is None else int(stream.device.index)
+
+        pools = self._graphs.pool(
+            self.allocator,
+            lambda name: self._declare(tag, name, backup),
+            f"{tag}:{_kind(backup)}",
+            device,
+            pool,
+            cuda_graph,
+        )
+        with (
+            pools as handle,
+            torch.cuda.graph(
+                cuda_graph,
+                pool=cast(Any, handle),
+                stream=stream,
+                capture_error_mode=capture_error_mode,
+            ),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def disable(self) -> Iterator[None]:
+        """What the calling thread allocates in the body is torch's own, and not paused.
+
+        It leaves the thread's regions and enters them again. On leaving, what torch has reserved
+        meanwhile and no tensor uses goes back to the device.
+
+        Raises:
+            UnsupportedError: In the body of `cuda_graph`, whose memory has to be in one pool.
+        """
+        if self._graphs.capturing():
+            raise UnsupportedError(
+                "disable: the memory of a graph comes from one pool, which can be paused; allocate "
+                "before the capture, or capture with torch.cuda.graph",
+                operation="disable",
+                advice="allocate before the capture, or capture with torch.cuda.graph",
+            )
+        with self._regions.left():
+            reserved = _reserved_bytes()
+            try:
+                yield
+            finally:
+                if _reserved_bytes() > reserved:
+                    _empty_cache()
+
+    # ---- pausing -------------------------------------------------------------------------------
+
+    def pause(self, tag: str | None = None) -> None:
+        """Gives the memory of a tag back to the device; addresses stay.
+
+        All or nothing. Work in flight is finished first. What is paused stays so; a tag without
+        memory is no error. The calling thread's own regions may be open.
+
+        Args:
+            tag: None: all tags.
+
+        Raises:
+            InUseError: Another thread has a region of the tag open.
+            StreamCaptureError: The calling thread's current stream is being captured.
+            OutOfHostMemoryError: No host memory for the backup.
+            BackupError: A backup file cannot be made or written.
+            TransitionInProgressError: Called from inside a transition.
+            DriverError: A driver call failed.
+        """
+        names = self._names_of(tag)
+        if not names:
+            _logger.debug("pause(%r): nothing was allocated under it", tag)
+            return
+        self._backups.forget(names)
+        self._graphs.reap(self.allocator)
+        with contextlib.ExitStack() as stack:
+            if self._regions.names().intersection(names):
+                stack.enter_context(self._regions.left())
+            self.allocator.sleep(tags=names)
+
+    def resume(self, tag: str | None = None) -> None:
+        """Brings the memory of a tag back at the same addresses, with the contents that were kept.
+
+        All or nothing: where it fails all is still paused, and it can be called again. What is not
+        paused stays as it is. Unless `retain_cpu_backup`, host memory that holds nothing of what
+        is paused goes back to the system.
+
+        Args:
+            tag: None: all tags.
+
+        Raises:
+            OutOfMemoryError: The device has no room (also a ``RuntimeError``).
+            StreamCaptureError: The calling thread's current stream is being captured.
+            BackupError: A backup file could not be read.
+            TransitionInProgressError: Called from inside a transition.
+            DriverError: A driver call failed.
+        """
+        names = self._names_of(tag)
+        if not names:
+            _logger.debug("resume(%r): nothing was allocated under it", tag)
+            return
+        self._graphs.reap(self.allocator)
+        self.allocator.wake_up(names)
+        if not self._retain:
+            self._backups.forget(names)
+            self.allocator.release_host_memory()
+
+    def get_cpu_backup(self, x: torch.Tensor, zero_copy: bool = False) -> torch.Tensor | None:
+        """The backup of a paused tensor, on the CPU.
+
+        Args:
+            x: A tensor or view of memory that was allocated in a region.
+            zero_copy: Give a view of the backup, which cannot be written to, and which keeps its
+                host memory while it lives.
+
+        Returns:
+            A tensor of the same shape, dtype and strides (a copy is as ``clone`` makes it); None
+            where there is no backup of it in this process's memory: it is not of a region, its
+            region keeps none, or it is not paused. Where `retain_cpu_backup` is on, one that was
+            asked for during the last pause is still given after the resume.
+
+        Raises:
+            InvalidTypeError: It is no tensor, or a quantized one.
+            InvalidArgumentError: Not all of its bytes are in the backup.
+        """
+        view = self._backups.view(self.allocator, x, self._retain)
+        return view if view is None or zero_copy else view.clone()
+
+    # ---- settings ------------------------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        """True: regions take effect. Where there is no driver, they raise `UnavailableError`."""
+        return True
+
+    @property
+    def hook_mode(self) -> HookMode:
+        """``"torch"`` or ``"preload"``; both route torch's allocations, without ``LD_PRELOAD``.
+
+        With ``"preload"``, torch_memory_saver also takes what libraries allocate by ``cudaMalloc``
+        beside torch. That is not covered here; a warning says so.
+        """
+        return self._hook_mode
+
+    @hook_mode.setter
+    def hook_mode(self, hook_mode: HookMode) -> None:
+        if hook_mode not in get_args(HookMode):
+            raise InvalidArgumentError(f"hook_mode={hook_mode!r} is not 'torch' or 'preload'")
+        if hook_mode == "preload" and self._hook_mode != "preload":
+            _logger.warning(
+                "hook_mode='preload': nothing is preloaded. Regions take what torch allocates, "
+                "CUDA graphs included; what libraries allocate beside torch is not paused."
+            )
+        self._hook_mode = hook_mode
+
+    @property
+    def memory_margin_bytes(self) -> int:
+        """Bytes of each device that regions leave free; 0 at the start.
+
+        An allocation that would leave less raises torch's own out-of-memory error. A resume is not
+        concerned.
+        """
+        return self._margin_bytes
+
+    @memory_margin_bytes.setter
+    def memory_margin_bytes(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidTypeError(f"memory_margin_bytes is an int, not {value!r}")
+        if value < 0:
+            raise InvalidArgumentError(f"memory_margin_bytes={value} is negative")
+        with self._lock:
+            if self._allocator is not None:
+                self._allocator.set_memory_margin(value)
+            self._margin_bytes = value
+
+    @property
+    def retain_cpu_backup(self) -> bool:
+        """Whether backups are kept after a resume, so that the next pause copies only what changed.
+
+        It counts at each resume. ``TMS_RETAIN_CPU_BACKUP=1`` switches it on from the start. (It
+        keeps nothing where the allocator was made with ``retain_backups=False``.)
+        """
+        return self._retain
+
+    @retain_cpu_backup.setter
+    def retain_cpu_backup(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise InvalidTypeError(f"retain_cpu_backup is a bool, not {value!r}")
+        self._retain = value
+
+    def set_disk_backup_dir(self, path: str) -> None:
+        """Says where regions with ``enable_disk_backup`` keep contents, from the next pause on.
+
+        ``TMS_DISK_BACKUP_DIR`` says it from the start.
+
+        Args:
+            path: A directory; made where it does not exist.
+
+        Raises:
+            OSError: It cannot be made.
+        """
+        directory = os.path.abspath(path)
+        os.makedirs(directory, exist_ok=True)
+        with self._lock:
+            self._disk_directory = directory
+            disk = [n for names in self._names.values() for n in names if n.endswith(_DISK)]
+            for name in disk:
+                self.allocator.set_backup(name, Backup.file(directory))
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _names_of(self, tag: str | None) -> list[str]:
+        """The allocator's tags behind one of ours, or behind all."""
+        if tag is not None and not isinstance(tag, str):
+            raise InvalidTypeError(f"a tag is a str or None, not {tag!r}")
+        with self._lock:
+            if tag is not None:
+                return sorted(self._names.get(tag, ()))
+            return sorted(name for names in self._names.values() for name in names)
+
+    def _declare(self, tag: str, name: str, backup: Backup | None) -> None:
+        """Makes one of the allocator's tags known, with its policy."""
+        if not isinstance(tag, str):
+            raise InvalidTypeError(f"a tag is a str, not {tag!r}")
+        with self._lock:
+            if name not in self._names.get(tag, ()):
+                self.allocator.use_memory_pool(
+                    name, on_sleep="discard" if backup is None else "offload", backup=backup
+                )
+                self._names.setdefault(tag, set()).add(name)
+
+    def _backup(self, cpu: bool, disk: bool, backend: str | None) -> Backup | None:
+        if cpu and disk:
+            raise InvalidArgumentError(
+                "enable_cpu_backup and enable_disk_backup exclude each other; choose one"
+            )
+        if backend is not None and not cpu:
+            raise InvalidArgumentError("cpu_backup_backend requires enable_cpu_backup=True")
+        if disk:
+            return Backup.file(self._disk_directory_made())
+        if not cpu:
+            return None
+        chosen = backend or os.environ.get("TMS_INIT_CPU_BACKUP_BACKEND") or "pinned"
+        if chosen not in get_args(CpuBackupBackend):
+            raise InvalidArgumentError(f"cpu_backup_backend={chosen!r} is not 'pinned' or 'mmap'")
+        return Backup.pinned() if chosen == "pinned" else Backup.pageable()
+
+    def _disk_directory_made(self) -> str:
+        if self._disk_directory is None:
+            raise InvalidArgumentError(
+                "enable_disk_backup: there is no directory for files; call set_disk_backup_dir() "
+                "or set TMS_DISK_BACKUP_DIR first"
+            )
+        os.makedirs(self._disk_directory, exist_ok=True)
+        return self._disk_directory
+
+
+def _kind(backup: Backup | None) -> str:
+    if backup is None:
+        return "discarded"
+    return "disk" if backup.tier == "file" else backup.tier
+
+
+def _flag(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() in {"1", "true", "yes", "on"}
+
+
+def _warn_of_preload_variables() -> None:
+    found = [variable for variable in _PRELOAD_VARIABLES if _flag(variable)]
+    if found:
+        _logger.warning(
+            "%s has no effect, since nothing is preloaded: allocate inside region(), with "
+            "all_threads=True where other threads allocate too",
+            ", ".join(found),
+        )
+
+
+def _reserved_bytes() -> int:
+    """What torch has reserved on all devices, pools included."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return 0
+    return sum(torch.cuda.memory_reserved(d) for d in range(torch.cuda.device_count()))
+
+
+def _empty_cache() -> None:
+    import torch
+
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        # torch before 2.9 refuses while somebody captures a graph. What is unused stays cached.
+        _logger.debug("torch refused to empty its cache")

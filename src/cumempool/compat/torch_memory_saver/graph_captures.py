@@ -1,0 +1,114 @@
+"""Which pool a graph is captured into, and for how long it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from cumempool.allocator import CuMemAllocator
+from cumempool.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["GraphCaptures", "PoolHandle"]
+
+PoolHandle = tuple[int, int]
+"""What torch knows a pool by."""
+
+_PoolKey = tuple[str, int]
+"""The allocator's tag of a pool, and its device."""
+
+
+class GraphCaptures:
+    """Graphs that name the same pool share one of the allocator's, until the last of them is gone.
+
+    torch lets programs name a pool that does not exist yet; the allocator makes its own. So a
+    handle that a program passes is looked up here by tag and device.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._graphs: Counter[_PoolKey] = Counter()
+        self._issued: dict[PoolHandle, _PoolKey] = {}
+        # Only appended to by finalizers, which may run anywhere, locks being held.
+        self._gone: deque[_PoolKey] = deque()
+        self._local = threading.local()
+
+    def capturing(self) -> bool:
+        """Whether the calling thread is in the body of a capture."""
+        return bool(getattr(self._local, "depth", 0))
+
+    @contextlib.contextmanager
+    def pool(
+        self,
+        allocator: CuMemAllocator,
+        declare: Callable[[str], None],
+        prefix: str,
+        device: int,
+        shared: PoolHandle | None,
+        graph: torch.cuda.CUDAGraph,
+    ) -> Iterator[PoolHandle]:
+        """The pool to capture a graph into; it stays for as long as the graph object lives.
+
+        Args:
+            allocator: Whose pool it is.
+            declare: Makes a tag known before it is used.
+            prefix: What the tags of the pools begin with.
+            device: The ordinal of the device.
+            shared: What the program calls the pool; None: one that no other graph has.
+            graph: What is captured into.
+        """
+        self.reap(allocator)
+        with self._lock:
+            if shared is None:
+                key = self._own_key(prefix, device)
+            else:
+                key = self._shared_key(prefix, device, shared)
+            declare(key[0])
+            handle = allocator.graph_pool(key[0], device=device)
+            weakref.finalize(graph, self._gone.append, key).atexit = False
+            self._graphs[key] += 1
+            self._issued[handle] = key
+        self._local.depth = getattr(self._local, "depth", 0) + 1
+        try:
+            yield handle
+        finally:
+            self._local.depth -= 1
+
+    def _own_key(self, prefix: str, device: int) -> _PoolKey:
+        number = 0
+        while (key := (f"{prefix}:graph{number}", device)) in self._graphs:
+            number += 1
+        return key
+
+    def _shared_key(self, prefix: str, device: int, shared: PoolHandle) -> _PoolKey:
+        try:
+            first, second = (int(part) for part in shared)
+        except (TypeError, ValueError):
+            raise InvalidArgumentError(
+                f"pool={shared!r} is not what torch.cuda.graph_pool_handle() or graph.pool() gives"
+            ) from None
+        issued = self._issued.get((first, second))
+        if issued is not None and issued[1] == device and _prefix_of(issued[0]) == prefix:
+            return issued
+        return f"{prefix}:graph{first}.{second}", device
+
+    def reap(self, allocator: CuMemAllocator) -> None:
+        """Releases the pools whose last graph is gone."""
+        with self._lock:
+            while self._gone:
+                key = self._gone.popleft()
+                self._graphs[key] -= 1
+                if self._graphs[key] == 0:
+                    del self._graphs[key]
+                    self._issued = {h: k for h, k in self._issued.items() if k != key}
+                    allocator.release_graph_pool(key[0], device=key[1])
+
+
+def _prefix_of(name: str) -> str:
+    return name.rpartition(":graph")[0]

@@ -1,0 +1,1 @@
+"""The part of ``torch_memory_saver.hooks`` that programs import."""

@@ -1,0 +1,99 @@
+"""The regions that each thread has open, which can be left for a while and entered again."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cumempool.scope import MemoryPoolScope
+
+__all__ = ["OpenRegions"]
+
+
+class _Region:
+    """One region; each entry is a scope of its own."""
+
+    def __init__(self, name: str, make_scope: Callable[[], MemoryPoolScope]) -> None:
+        self.name = name
+        self._make_scope = make_scope
+        self._scope: MemoryPoolScope | None = None
+        self._ended = False
+
+    def enter(self) -> None:
+        """Routes, unless the region has ended meanwhile."""
+        if not self._ended:
+            scope = self._make_scope()
+            scope.__enter__()
+            self._scope = scope
+
+    def leave(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        """Stops routing. The scope gets to see the error, to which it may have to add."""
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.__exit__(kind, error, traceback)
+
+    def end(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leaves it for good."""
+        self._ended = True
+        self.leave(kind, error, traceback)
+
+
+class OpenRegions:
+    """Knows for the calling thread what `opened` has opened and not yet closed."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def _mine(self) -> tuple[_Region, ...]:
+        found: tuple[_Region, ...] = getattr(self._local, "regions", ())
+        return found
+
+    def names(self) -> set[str]:
+        """The names of the calling thread's open regions."""
+        return {region.name for region in self._mine()}
+
+    @contextlib.contextmanager
+    def opened(self, name: str, make_scope: Callable[[], MemoryPoolScope]) -> Iterator[None]:
+        """Allocations of the body go to a scope.
+
+        Args:
+            name: The tag of the scope.
+            make_scope: Makes a scope that was not entered; called again after each `left`.
+        """
+        region = _Region(name, make_scope)
+        with contextlib.ExitStack() as stack:
+            region.enter()
+            stack.push(region.end)
+            outer = self._mine()
+            self._local.regions = (*outer, region)
+            stack.callback(setattr, self._local, "regions", outer)
+            yield
+
+    @contextlib.contextmanager
+    def left(self) -> Iterator[None]:
+        """In the body the calling thread is in none of its regions.
+
+        Regions may be opened in the body, and end with it.
+        """
+        regions = self._mine()
+        with contextlib.ExitStack() as stack:
+            for region in reversed(regions):
+                stack.callback(region.enter)  # the stack unwinds outermost first
+                region.leave()
+            stack.callback(setattr, self._local, "regions", regions)
+            self._local.regions = ()
+            yield

@@ -1,0 +1,99 @@
+"""Puts cumempool's module under the name ``torch_memory_saver``, here and in child processes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from cumempool.compat.torch_memory_saver.utils import change_env
+from cumempool.errors import InUseError
+
+__all__ = ["configure_subprocess", "folder_for_path", "install", "uninstall"]
+
+_NAME: Final = "torch_memory_saver"
+_OURS: Final = "cumempool.compat.torch_memory_saver"
+#: What can be imported from the package under its lent name.
+_MODULES: Final = (
+    "",
+    ".entrypoint",
+    ".hooks",
+    ".hooks.base",
+    ".hooks.mode_preload",
+    ".testing_utils",
+    ".utils",
+)
+_lock = threading.Lock()
+
+
+def folder_for_path() -> str:
+    """The folder that, on ``PYTHONPATH``, makes a process import cumempool's module instead.
+
+    It holds one file and nothing else. For programs whose code cannot be changed.
+    """
+    return str(Path(__file__).resolve().parents[1] / "on_path")
+
+
+def install() -> None:
+    """Makes ``import torch_memory_saver`` give this module, from now on, in the whole process.
+
+    Processes that `multiprocessing` starts by ``spawn`` or ``forkserver`` get it too, since they
+    take over ``sys.path``; for others see `configure_subprocess`. Installing twice is no error.
+
+    Raises:
+        InUseError: The real torch_memory_saver has been imported; nothing was changed.
+    """
+    with _lock:
+        loaded = sys.modules.get(_NAME)
+        ours = importlib.import_module(_OURS)
+        if loaded is not None and loaded is not ours and not _is_on_its_way(loaded):
+            raise InUseError(
+                "torch_memory_saver has been imported from "
+                f"{getattr(loaded, '__file__', 'somewhere')} already, and whoever did goes on "
+                "using it; call install() before anything imports torch_memory_saver",
+                operation="install",
+                advice="call install() before anything imports torch_memory_saver",
+            )
+        for module in _MODULES:
+            sys.modules[_NAME + module] = importlib.import_module(_OURS + module)
+        folder = folder_for_path()
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+
+
+def uninstall() -> None:
+    """Takes the name back. Who has imported this module under it goes on using it.
+
+    Without `install` before, it does nothing.
+    """
+    with _lock:
+        ours = importlib.import_module(_OURS)
+        if sys.modules.get(_NAME) is not ours:
+            return
+        for module in _MODULES:
+            sys.modules.pop(_NAME + module, None)
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder_for_path())
+
+
+def _is_on_its_way(loaded: object) -> bool:
+    """Whether it is the file in `folder_for_path`, which is calling `install` now."""
+    file = getattr(loaded, "__file__", None)
+    return file is not None and str(Path(file).resolve().parent) == folder_for_path()
+
+
+@contextlib.contextmanager
+def configure_subprocess() -> Iterator[None]:
+    """Processes started in the body import this module as ``torch_memory_saver``.
+
+    However they are started: it puts `folder_for_path` in front of ``PYTHONPATH``. Nothing is
+    preloaded.
+    """
+    before = os.environ.get("PYTHONPATH")
+    with change_env("PYTHONPATH", os.pathsep.join([folder_for_path(), *filter(None, [before])])):
+        yield

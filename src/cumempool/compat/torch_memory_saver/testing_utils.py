@@ -1,0 +1,43 @@
+"""What the examples of torch_memory_saver measure with; the module's name is given by it."""
+
+from __future__ import annotations
+
+import sys
+
+from cumempool.compat.torch_memory_saver.utils import is_xpu
+from cumempool.report import format_bytes
+
+__all__ = ["empty_cache", "get_and_print_gpu_memory", "get_device", "is_xpu"]
+
+
+def get_device() -> str:
+    """``"cuda"``: what tensors that can be paused are on."""
+    return "cuda"
+
+
+def empty_cache() -> None:
+    """Gives back what torch has cached and no tensor uses."""
+    import torch
+
+    torch.cuda.empty_cache()
+
+
+def get_and_print_gpu_memory(message: str, gpu_id: int = 0) -> int:
+    """Writes a line about the memory of a GPU to standard output.
+
+    The figure is that of the driver (``cudaMemGetInfo``), over all processes on the GPU. Asking for
+    it creates a context on the GPU where there is none.
+
+    Args:
+        message: What the line says beside the figure.
+        gpu_id: The ordinal of the GPU.
+
+    Returns:
+        Bytes in use.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info(gpu_id)
+    used = int(total - free)
+    sys.stdout.write(f"GPU {gpu_id}: {format_bytes(used)} in use ({message})\n")
+    return used

@@ -1,0 +1,90 @@
+"""The sleep-mode backend ``cumempool`` for vLLM's ``SleepModeBackendFactory``.
+
+This is the one module that imports vLLM when it is imported itself; vLLM does that when the backend
+is selected.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+from vllm.device_allocator.sleep_mode_backend import (  # type: ignore[import-not-found]
+    SleepModeBackend,
+)
+
+from cumempool.compat import vllm
+from cumempool.errors import InvalidArgumentError
+
+__all__ = ["CumempoolBackend"]
+
+#: What every level keeps: state of the running engine, and memory of captured graphs.
+_KEPT: Final = ("runtime", vllm.CUDAGRAPH_TAG)
+
+
+class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
+    """Puts what vLLM has allocated through `cumempool.compat.vllm` to sleep.
+
+    A call that fails changes neither the memory nor the state, and can be repeated.
+    """
+
+    def suspend(self, level: int = 1) -> None:
+        """Gives the device memory back.
+
+        Args:
+            level: 1 keeps the weights; 2 discards them, and they are loaded again after `resume`.
+
+        Raises:
+            InvalidArgumentError: Another level.
+            InUseError: vLLM's own allocator holds the memory, since this one was not installed.
+            CumempoolError: As `cumempool.compat.vllm.CuMemAllocator.sleep`.
+        """
+        if level not in (1, 2):
+            raise InvalidArgumentError(f"sleep: there are the levels 1 and 2, not {level!r}")
+        kept = ("weights", *_KEPT) if level == 1 else _KEPT
+        _allocator("sleep").sleep(kept)
+        self._state = "SUSPENDED"
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        """Maps the memory again and restores what was kept.
+
+        Args:
+            tags: Of ``"weights"`` and ``"kv_cache"``, those to wake; all else wakes in any case.
+                None wakes all.
+
+        Raises:
+            OutOfMemoryError: (a ``RuntimeError``) The device has no room.
+            CumempoolError: As `cumempool.compat.vllm.CuMemAllocator.wake_up`.
+        """
+        before, self._state = self._state, "RESUMING"
+        try:
+            _allocator("wake_up").wake_up(tags)
+        except BaseException:
+            self._state = before
+            raise
+        self._state = "RUNNING"
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Gives the memory of some tags back without keeping its contents.
+
+        Raises:
+            InUseError: As `suspend`.
+            CumempoolError: As `cumempool.compat.vllm.CuMemAllocator.discard`.
+        """
+        _allocator("discard").discard(tags)
+        self._state = "SUSPENDED"
+
+    @classmethod
+    def is_supported(cls) -> bool:
+        """Whether the library and a driver can be loaded here."""
+        return vllm.cumem_available
+
+    @classmethod
+    def preserves_communicators(cls) -> bool:
+        """True: what was not allocated in a pool is not touched."""
+        return True
+
+
+def _allocator(operation: str) -> vllm.CuMemAllocator:
+    vllm._refuse_own_memory(operation, sys.modules.get(vllm._MODULE))
+    return vllm.CuMemAllocator.get_instance()
