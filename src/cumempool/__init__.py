@@ -14,6 +14,7 @@ from cumempool.errors import (
     BackupError,
     ClosedError,
     CumempoolError,
+    DistributedTransitionError,
     DriverError,
     ForkedError,
     InternalError,
@@ -33,6 +34,7 @@ from cumempool.errors import (
 )
 from cumempool.guard import HookRegistration, Pin, RegistrableRange
 from cumempool.kv_transfer import KVTransferConfig
+from cumempool.paths import get_cmake_dir, get_include, get_library
 from cumempool.probe import Availability, DeviceProbe, TorchProbe, is_available, probe
 from cumempool.report import TagReport, TransitionReport
 from cumempool.sharing import SharedLayout, SharedMemory, SharedRange, open_shared
@@ -52,6 +54,7 @@ __all__ = [
     "CuMemConfig",
     "CumempoolError",
     "DeviceProbe",
+    "DistributedTransitionError",
     "DriverError",
     "ForkedError",
     "HookRegistration",
@@ -82,6 +85,9 @@ __all__ = [
     "UnsupportedError",
     "WakeHandle",
     "__version__",
+    "get_cmake_dir",
+    "get_include",
+    "get_library",
     "is_available",
     "open_shared",
     "probe",

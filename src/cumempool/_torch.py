@@ -14,17 +14,21 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from cumempool.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "LIBRARY",
     "CurrentStream",
     "ExpandableSegmentsOff",
     "PoolRoute",
+    "PrivatePool",
     "ReadOnlyTensor",
     "build_kind",
     "cached_bytes",
@@ -32,12 +36,17 @@ __all__ = [
     "dead_ranges",
     "devices_in_use",
     "empty_cache",
+    "expandable_segments_bypass_pools",
     "from_capsule",
+    "is_capturing",
     "is_initialized",
     "live_settings",
+    "nvtx_range",
     "replace_setting",
     "return_unused",
+    "store_of_group",
     "tensor_over",
+    "warm_capture_stream",
     "with_lazy_bits",
 ]
 
@@ -93,10 +102,43 @@ def current_streams() -> list[CurrentStream]:
     ]
 
 
+def is_capturing() -> bool:
+    """Whether the calling thread's current stream is being captured into a graph."""
+    return is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def warm_capture_stream(device: int) -> None:
+    """Has cuBLAS make its workspace for torch's capture stream now, in ordinary memory.
+
+    torch keeps one per stream for good. Made during a capture, it would lie in the memory of that
+    graph, and graphs of other tags that are captured later would use it while that tag sleeps.
+    Does nothing where it would not end up in ordinary memory, or the stream is on another device.
+    """
+    if is_capturing() or +_open_routes:
+        return
+    with torch.cuda.device(device):
+        if torch.cuda.graph.default_capture_stream is None:
+            torch.cuda.graph.default_capture_stream = torch.cuda.Stream()
+        stream = torch.cuda.graph.default_capture_stream
+        if stream.device.index != device:
+            return
+        with torch.cuda.stream(stream), torch.no_grad():
+            square = torch.zeros(16, 16, dtype=torch.bfloat16, device=stream.device)
+            torch.addmm(square[0], torch.mm(square, square), square)  # through both its interfaces
+
+
 def empty_cache() -> None:
     """Gives torch's unused segments back, those of pools that are gone included."""
     if is_initialized():
         torch.cuda.empty_cache()
+
+
+def nvtx_range(name: str) -> contextlib.AbstractContextManager[object]:
+    """An NVTX range of a name, where this torch can make one."""
+    if build_kind() != "cuda":
+        return contextlib.nullcontext()
+    mark: contextlib.AbstractContextManager[object] = torch.cuda.nvtx.range(name)
+    return mark
 
 
 def cached_bytes() -> int:
@@ -260,20 +302,64 @@ def _pluggable_allocator(slot: int) -> Any:
         return _pluggable[slot].allocator()
 
 
-class PoolRoute:
-    """Routes the calling thread's allocations on some devices to a slot, from `begin` to `end`.
+class PrivatePool:
+    """A pool of torch's own on one device, whose segments come from a slot, until `release`.
 
-    torch's own context manager and the destructor of its ``MemPool`` are not used. The destructor
+    torch's context manager and the destructor of its ``MemPool`` are not used. The destructor
     empties the pool's cache, which torch asserts must not happen while any pool scope or graph
     capture is under way on the device, in any thread: a nested scope would abort the process. Here
     a pool is released by count, which is always allowed; torch frees it with the next emptying of
     its cache, and `return_unused` asks for that when something is there to be freed.
+
+    Attributes:
+        device: The device ordinal.
+        id: What torch knows it by.
     """
 
-    def __init__(self, slot: int, devices: Sequence[int]) -> None:
+    def __init__(self, slot: int, device: int) -> None:
+        with torch.cuda.device(device):
+            pool = torch.cuda.MemPool(_pluggable_allocator(slot))
+        # The object goes on holding its count of the pool until `release` takes that count itself;
+        # its destructor must never run, not even when the interpreter ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+        self._pool = pool
+        self.device: Final = device
+        self.id: Final = (int(pool.id[0]), int(pool.id[1]))
+
+    def users(self) -> int:
+        """How many counts torch has of it: graphs, routes, and this object until `release`."""
+        return int(self._pool.use_count())
+
+    def segments(self) -> list[tuple[int, bool]]:
+        """The address of each of its segments, and whether something in it is in use."""
+        return [
+            (segment["address"], any(block["state"] != "inactive" for block in segment["blocks"]))
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment.get("segment_pool_id", (0, 0))) == self.id
+        ]
+
+    def release(self) -> None:
+        """Gives up the count of this object. What is unused goes once no graph counts it either."""
+        _C._cuda_releasePool(self.device, self.id)
+
+    def forget(self) -> None:
+        """Has `return_unused` see to its segments, now that nobody counts it."""
+        with _pools_lock:
+            _released_pools.add(self.id)
+
+
+class PoolRoute:
+    """Routes allocations on some devices to a slot, from `begin` to `end`.
+
+    They are those of the calling thread, or of every thread of the process. torch gives an
+    allocation to the route that began last and takes its thread.
+    """
+
+    def __init__(self, slot: int, devices: Sequence[int], *, all_threads: bool = False) -> None:
         self._slot = slot
         self._devices = tuple(devices)
-        self._pools: list[tuple[int, tuple[int, int]]] = []
+        self._all_threads = all_threads
+        self._pools: list[PrivatePool] = []
         self._expandable = ExpandableSegmentsOff()
 
     def begin(self) -> None:
@@ -287,21 +373,18 @@ class PoolRoute:
             raise
 
     def _begin_device(self, device: int) -> None:
-        with torch.cuda.device(device):
-            pool = torch.cuda.MemPool(_pluggable_allocator(self._slot))
-        # The object goes on holding its count of the pool until `end` takes that count itself; its
-        # destructor must never run, not even when the interpreter ends.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
-        identity = (int(pool.id[0]), int(pool.id[1]))
-        begin = getattr(_C, "_cuda_beginAllocateCurrentThreadToPool", _C._cuda_beginAllocateToPool)
+        pool = PrivatePool(self._slot, device)
+        begin = _C._cuda_beginAllocateToPool
+        if not self._all_threads:  # which older torch does not tell apart
+            begin = getattr(_C, "_cuda_beginAllocateCurrentThreadToPool", begin)
         try:
-            begin(device, identity)
+            begin(device, pool.id)
         except BaseException:
-            _C._cuda_releasePool(device, identity)
+            pool.release()
             raise
         with _pools_lock:
             _open_routes[device] += 1
-        self._pools.append((device, identity))
+        self._pools.append(pool)
 
     def end(self) -> None:
         """Ends the routing and gives up the pools; what is unused in them goes back to the slot.
@@ -312,19 +395,20 @@ class PoolRoute:
             stack.callback(return_unused)
             stack.callback(self._expandable.end)
             while self._pools:
-                stack.callback(_end_device, *self._pools.pop(0))
+                stack.callback(_end_device, self._pools.pop(0))
 
 
-def _end_device(device: int, identity: tuple[int, int]) -> None:
+def _end_device(pool: PrivatePool) -> None:
     with _pools_lock:
-        _open_routes[device] -= 1
-        _released_pools.add(identity)
-    _C._cuda_endAllocateToPool(device, identity)
-    _C._cuda_releasePool(device, identity)  # the count that beginning took
-    _C._cuda_releasePool(device, identity)  # the count of the MemPool object
+        _open_routes[pool.device] -= 1
+    pool.forget()
+    _C._cuda_endAllocateToPool(pool.device, pool.id)
+    _C._cuda_releasePool(pool.device, pool.id)  # the count that beginning took
+    pool.release()
 
 
-_pools_lock = threading.Lock()
+# Reentrant: an allocator that the garbage collector ends while torch is read releases its pools.
+_pools_lock = threading.RLock()
 # Scopes that are open, by device.
 _open_routes: Counter[int] = Counter()
 # Pools whose scope has ended and that torch may still hold segments of.
@@ -403,6 +487,13 @@ def _apply_settings(text: str) -> None:
     setter(text)
 
 
+def expandable_segments_bypass_pools() -> bool:
+    """Whether torch would now make segments of pools without asking their allocator."""
+    if _version() >= _HONOURS_CUSTOM_POOLS:
+        return False
+    return bool(live_settings().get("expandable_segments", False))
+
+
 class ExpandableSegmentsOff:
     """Keeps expandable segments away while a scope is open, where this torch needs that.
 
@@ -453,3 +544,13 @@ class ExpandableSegmentsOff:
         traceback: TracebackType | None,
     ) -> None:
         self.end()
+
+
+def store_of_group(group: ProcessGroup | None) -> Any:
+    """The store that the ranks of a process group met through; None: of the default group."""
+    from torch.distributed import distributed_c10d
+
+    chosen: Any = distributed_c10d.GroupMember.WORLD if group is None else group
+    if hasattr(chosen, "get_group_store"):  # not in every torch since 2.6
+        return chosen.get_group_store()
+    return distributed_c10d._world.pg_map[chosen][1]

@@ -1,14 +1,14 @@
-"""Moving what is loaded already into the pool.
+"""Moves tensors that exist already into the pool.
 
 Storages are copied into packed allocations, and every tensor over them is pointed at the copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -18,7 +18,7 @@ from cumempool.errors import InvalidArgumentError, InvalidTypeError, NotInPoolEr
 if TYPE_CHECKING:
     from cumempool.allocator import CuMemAllocator
 
-__all__ = ["adopt_module"]
+__all__ = ["Found", "adopt_tensors", "device_type_of", "refusal"]
 
 # What torch's own allocator aligns to, so that kernels find adopted memory as aligned as any other.
 _ALIGNMENT: Final = 512
@@ -29,12 +29,31 @@ _PACK_BYTES: Final = 256 * 1024**2
 _PLAIN_TYPES: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
+@dataclass(frozen=True)
+class Found:
+    """A tensor to be moved.
+
+    Attributes:
+        name: What messages call it.
+        tensor: It.
+        tag: The tag to move it under.
+        preserved: Whether its contents are kept where the tag is discarded.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    tag: str
+    preserved: bool = False
+
+
 @dataclass
 class _Storage:
-    """One storage and the named tensors of the module that view it."""
+    """One storage and the tensors that view it; it goes where the first of them is to go."""
 
     name: str
     address: int
+    tag: str
+    preserved: bool
     storage: torch.UntypedStorage
     tensors: list[torch.Tensor] = field(default_factory=list)
 
@@ -43,9 +62,9 @@ class _Storage:
         return self.storage.nbytes()
 
 
-def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def device_type_of(allocator: CuMemAllocator) -> str:
+    """What torch calls the devices of an allocator."""
+    return "cpu" if allocator.config.driver == "host" else "cuda"
 
 
 def _check_kind(name: str, tensor: torch.Tensor, device_type: str) -> None:
@@ -53,12 +72,14 @@ def _check_kind(name: str, tensor: torch.Tensor, device_type: str) -> None:
     problem = ""
     if type(tensor) not in _PLAIN_TYPES:
         problem = f"is a {type(tensor).__module__}.{type(tensor).__qualname__}, a tensor subclass"
+        if type(tensor).__name__ in ("DTensor", "FlatParameter"):
+            problem += ", which frees and makes storage itself: shard inside use_memory_pool()"
     elif tensor.layout is not torch.strided:
         problem = f"has the layout {tensor.layout}, not torch.strided"
     elif tensor.device.type == "meta":
         problem = "is on the meta device: it has no memory yet"
     elif tensor.device.type != device_type:
-        problem = f"is on {tensor.device}: move the module to {device_type} first"
+        problem = f"is on {tensor.device}: move it to {device_type} first"
     elif tensor.is_quantized:
         problem = "is quantized, and its scales lie outside its storage"
     elif tensor.is_conj() or tensor.is_neg():
@@ -66,10 +87,11 @@ def _check_kind(name: str, tensor: torch.Tensor, device_type: str) -> None:
     elif tensor.is_shared() and device_type == "cpu":
         problem = "is in shared memory of several processes"
     if problem:
-        raise _refusal(name, problem)
+        raise refusal(name, problem)
 
 
-def _refusal(name: str, problem: str) -> InvalidTypeError:
+def refusal(name: str, problem: str) -> InvalidTypeError:
+    """What is raised of something that cannot be moved."""
     return InvalidTypeError(f"adopt: {name!r} {problem}; nothing was moved", operation="adopt")
 
 
@@ -77,26 +99,30 @@ def _address(name: str, storage: torch.UntypedStorage) -> int:
     try:
         return storage.data_ptr()
     except RuntimeError as error:  # a storage that torch only pretends to have
-        raise _refusal(name, f"has no memory: {error}") from None
+        raise refusal(name, f"has no memory: {error}") from None
 
 
-def _collect(module: torch.nn.Module, device_type: str) -> list[_Storage]:
-    """The distinct storages of a module, in order of first appearance, with the tensors on each."""
+def _collect(found: Iterable[Found], device_type: str) -> list[_Storage]:
+    """The distinct storages, in order of first appearance, with the tensors on each."""
     storages: dict[tuple[torch.device, int], _Storage] = {}
     seen: set[int] = set()
-    for name, tensor in _named_tensors(module):
-        if id(tensor) in seen:
+    for one in found:
+        if id(one.tensor) in seen:
             continue
-        seen.add(id(tensor))
-        _check_kind(name, tensor, device_type)
-        storage = tensor.untyped_storage()
+        seen.add(id(one.tensor))
+        _check_kind(one.name, one.tensor, device_type)
+        storage = one.tensor.untyped_storage()
         if storage.nbytes() == 0:
             continue
-        address = _address(name, storage)
-        known = storages.setdefault((tensor.device, address), _Storage(name, address, storage))
+        address = _address(one.name, storage)
+        known = storages.setdefault(
+            (one.tensor.device, address),
+            _Storage(one.name, address, one.tag, one.preserved, storage),
+        )
         if storage.nbytes() > known.size:  # two storages over one memory, from NumPy for example
             known.storage = storage
-        known.tensors.append(tensor)
+        known.preserved = known.preserved or one.preserved
+        known.tensors.append(one.tensor)
     _refuse_overlaps(list(storages.values()))
     return list(storages.values())
 
@@ -105,15 +131,16 @@ def _refuse_overlaps(storages: list[_Storage]) -> None:
     """Storages that share part of their memory would come apart."""
     for left, right in pairwise(sorted(storages, key=lambda storage: storage.address)):
         if left.address + left.size > right.address:
-            raise _refusal(right.name, f"shares part of the memory of {left.name!r}")
+            raise refusal(right.name, f"shares part of the memory of {left.name!r}")
 
 
 def _packs(storages: list[_Storage]) -> Iterator[list[_Storage]]:
-    """Groups of storages of one device, each to be packed into one allocation."""
-    by_device: dict[torch.device, list[_Storage]] = {}
+    """Groups of storages that go to one place, each to be packed into one allocation."""
+    by_place: dict[tuple[torch.device, str, bool], list[_Storage]] = {}
     for storage in storages:
-        by_device.setdefault(storage.storage.device, []).append(storage)
-    for group in by_device.values():
+        place = (storage.storage.device, storage.tag, storage.preserved)
+        by_place.setdefault(place, []).append(storage)
+    for group in by_place.values():
         pack: list[_Storage] = []
         size = 0
         for storage in group:
@@ -129,11 +156,13 @@ def _aligned(size: int) -> int:
     return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
 
 
-def _move(allocator: CuMemAllocator, pack: list[_Storage], tag: str) -> int:
+def _move(allocator: CuMemAllocator, pack: list[_Storage]) -> int:
     """Moves a pack into an allocation of its own, and returns the bytes of that."""
-    device = pack[0].storage.device
+    first = pack[0]
     total = sum(_aligned(storage.size) for storage in pack)
-    memory = allocator.empty(total, dtype=torch.uint8, device=device, tag=tag)
+    memory = allocator._empty_bytes(
+        total, device=first.storage.device, tag=first.tag, preserved=first.preserved
+    )
     offset = 0
     for old in pack:
         copy = memory[offset : offset + old.size]
@@ -156,19 +185,24 @@ def _point(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> None:
     tensor.data = moved
 
 
-def adopt_module(allocator: CuMemAllocator, module: torch.nn.Module, tag: str) -> int:
-    """See `CuMemAllocator.adopt`."""
-    if not isinstance(module, torch.nn.Module):
-        raise InvalidTypeError(f"adopt: a torch.nn.Module is needed, not {type(module).__name__}")
-    device_type = "cpu" if allocator.config.driver == "host" else "cuda"
-    storages = [
-        storage
-        for storage in _collect(module, device_type)
-        if not _is_ours(allocator, storage, tag)
-    ]
+def adopt_tensors(allocator: CuMemAllocator, found: Iterable[Found]) -> int:
+    """Moves tensors under their tags, all of them checked before the first is moved.
+
+    Returns:
+        Bytes of device memory allocated for them; 0 where all lie under their tags already.
+    """
+    storages, unpreserved = [], []
+    for storage in _collect(found, device_type_of(allocator)):
+        there = _ours(allocator, storage)
+        if there is None:
+            storages.append(storage)
+        elif storage.preserved and not there["preserved"]:
+            unpreserved.append(there["address"])
+    for address in unpreserved:
+        allocator._preserve(address)
     allocated = 0
     for pack in _packs(storages):
-        allocated += _move(allocator, pack, tag)
+        allocated += _move(allocator, pack)
         for storage in pack:
             storage.tensors.clear()
             storage.storage = torch.UntypedStorage(0)
@@ -176,17 +210,19 @@ def adopt_module(allocator: CuMemAllocator, module: torch.nn.Module, tag: str) -
     return allocated
 
 
-def _is_ours(allocator: CuMemAllocator, storage: _Storage, tag: str) -> bool:
-    """Whether a storage lies in the pool under this very tag already."""
+def _ours(allocator: CuMemAllocator, storage: _Storage) -> dict[str, Any] | None:
+    """The allocation that holds a storage, where that is under the right tag already."""
     try:
         found = allocator._core.find(storage.address)
     except NotInPoolError:
-        return False
-    if found["tag"] != tag and found["state"] != "awake":
+        return None
+    if found["tag"] == storage.tag:
+        return found
+    if found["state"] != "awake":
         raise InvalidArgumentError(
             f"adopt: {storage.name!r} is asleep under the tag {found['tag']!r} and cannot be read: "
             "wake that tag first; nothing was moved",
             operation="adopt",
             tag=found["tag"],
         )
-    return bool(found["tag"] == tag)
+    return None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import sys
 import threading
+import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from numbers import Integral
-from types import TracebackType
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 
 from cumempool.backup import Backup, check_backup
@@ -24,7 +26,10 @@ from cumempool.errors import (
     InvalidTypeError,
     OutOfMemoryError,
     UnknownTagError,
+    UnsupportedError,
 )
+from cumempool.events import EventLog, Observer
+from cumempool.graph_pool import GraphPools
 from cumempool.guard import (
     Arrival,
     Hook,
@@ -35,7 +40,10 @@ from cumempool.guard import (
     Transitions,
 )
 from cumempool.probe import open_driver
-from cumempool.report import TransitionReport, format_bytes
+from cumempool.progress import OnProgress, ProgressRegistration, ProgressWatch
+from cumempool.publishing import Publisher
+from cumempool.report import TransitionReport
+from cumempool.scope import MemoryPoolScope, current_scope, open_tags
 from cumempool.sharing import Endpoint, SharedMemory, SharedRange, install_reducers, layout_of
 from cumempool.stats import AllocationInfo, Stats, TagStats
 from cumempool.waking import WakeHandle, memory_of
@@ -65,7 +73,6 @@ _T = TypeVar("_T")
 _LARGEST: Final = 2**62  # bytes; what the core takes, and what fits torch's sizes and strides
 
 _instance_lock = threading.Lock()
-_open_scopes = threading.local()
 
 
 def _check_tag(tag: object) -> str:
@@ -93,6 +100,14 @@ def _check_choice(value: object, allowed: Mapping[str | None, int], what: str) -
         names = ", ".join(repr(name) for name in allowed)
         raise InvalidArgumentError(f"{what}={value!r} is not one of {names}")
     return allowed[value]
+
+
+def _check_margin(margin: object) -> int:
+    if not isinstance(margin, int) or isinstance(margin, bool):
+        raise InvalidTypeError(f"a margin is a number of bytes, not {margin!r}")
+    if not 0 <= margin <= _LARGEST:
+        raise InvalidArgumentError(f"a margin of {margin} bytes does not exist")
+    return margin
 
 
 def _overrides(actions: Mapping[str, int], known: Mapping[str, TagStats]) -> dict[str, str]:
@@ -135,14 +150,33 @@ class CuMemAllocator:
             self.config.retain_backups,
             overflow._to_core() if overflow is not None else None,
         )
-        self._scopes_lock = threading.Lock()
-        self._scopes: Counter[str] = Counter()
         self._memory_lock = threading.Lock()
         self._memory: dict[str, tuple[int, bool, list[int]]] = {}
         self._hooks: Final = Hooks()
         self._transitions: Final = Transitions()
         self._endpoint_lock = threading.Lock()
         self._endpoint: Endpoint | None = None
+        self._progress: Final = ProgressWatch(self._core.progress)
+        directory = self.config.out_of_memory_directory
+        # Not methods of this allocator: in a cycle it would outlive its last reference.
+        self._observer: Final = Observer(
+            partial(_stats_of, self._core),
+            partial(_allocations_of, self._core),
+            partial(_cached_ranges, self.config.driver),
+            during=[
+                self._progress.watching,
+                *([_nvtx_range] if self.config.nvtx else []),
+            ],
+            directory=None if directory is None else Path(directory),
+        )
+        self._publisher: Publisher | None = None
+        if self.config.publish:
+            self._publisher = Publisher(
+                self._observer.snapshot, self._observer.summary, Path(sys.argv[0]).name or "python"
+            )
+        self._graph_pools: Final = GraphPools(self._core)
+        weakref.finalize(self, self._graph_pools.abandon).atexit = False
+        self._has_preserved = False
 
     @classmethod
     def get_instance(cls, config: CuMemConfig | None = None) -> CuMemAllocator:
@@ -177,14 +211,15 @@ class CuMemAllocator:
         devices: Sequence[int] | None = None,
         backing: Backing | None = None,
         peers: Literal["all"] | Sequence[int] | None = None,
+        all_threads: bool = False,
     ) -> MemoryPoolScope:
         """A context manager: what this thread allocates inside comes from a pool under `tag`.
 
         Scopes nest, and the innermost one counts; a tag may be entered again. Other threads are not
-        affected. On leaving, unused segments go back at once (where other scopes are open, with the
-        last of them, since torch frees nothing before); segments whose tensors die later go back at
-        ``torch.cuda.empty_cache()``. On the ``host`` driver torch cannot be routed: there,
-        the scope sets the tag that `empty` takes when it is given none.
+        affected, unless `all_threads`. On leaving, unused segments go back at once (where other
+        scopes are open, with the last of them, since torch frees nothing before); segments whose
+        tensors die later go back at ``torch.cuda.empty_cache()``. On the ``host`` driver torch
+        cannot be routed: there, the scope sets the tag that `empty` takes when it is given none.
 
         Args:
             tag: 1 to 255 bytes of UTF-8.
@@ -198,15 +233,20 @@ class CuMemAllocator:
             peers: Devices that get access to the memory beside its own, now and at each wake:
                 their ordinals, or ``"all"`` that can. None leaves it as it was. Memory of
                 ``"cuda_malloc"`` takes none here: ``cudaDeviceEnablePeerAccess`` is for all of it.
+            all_threads: Take what every other thread allocates as well, for as long as the scope is
+                open; ``backward()`` runs in threads of autograd, and gradients land in the pool. A
+                scope that a thread enters meanwhile is its own.
 
         Raises:
             InvalidArgumentError: A tag, policy or device that does not exist.
             UnsupportedError: No device can reach the peer that `backup` names.
             InUseError: Memory of the tag lives that was made otherwise than `backing` and `peers`
-                say.
+                say. On entering with `all_threads`: another thread has a scope open.
             OutOfSlotsError: On entering: too many scopes are open at the same time.
             ClosedError: The allocator is closed.
         """
+        if not isinstance(all_threads, bool):
+            raise InvalidTypeError(f"all_threads is a bool, not {all_threads!r}")
         place = None if backup is None else check_backup(backup, "backup")
         self._declare(tag, on_sleep, on_wake)
         if place is not None:
@@ -215,7 +255,7 @@ class CuMemAllocator:
             self._set_memory(tag, backing, peers)
         if devices is not None:
             devices = self._check_devices(devices)
-        return MemoryPoolScope(self, tag, devices)
+        return MemoryPoolScope(self, tag, devices, all_threads=all_threads)
 
     def _set_memory(self, tag: str, backing: object, peers: object) -> None:
         """Changes what was given, and leaves the other as it was."""
@@ -284,45 +324,206 @@ class CuMemAllocator:
         dtype = dtype if dtype is not None else torch.get_default_dtype()
         if not isinstance(dtype, torch.dtype):
             raise InvalidTypeError(f"dtype is a torch.dtype or None, not {dtype!r}")
-        tag = self._current_tag() if tag is None else _check_tag(tag)
+        scope = current_scope(self)
+        if tag is None:
+            tag = DEFAULT_TAG if scope is None else scope.tag
         self._declare(tag, None, None)
+        preserved = scope is not None and scope.preserves and scope.tag == tag
         ordinal, on = self._resolve_device(device)
         span = math.prod(max(extent, 1) for extent in shape) * dtype.itemsize
         if span > _LARGEST:
             raise InvalidArgumentError(f"a shape of {span} bytes cannot be allocated", tag=tag)
         if 0 in shape:
             return torch.empty(shape, dtype=dtype, device=on)
-        memory = _torch.from_capsule(self._malloc_capsule(tag, ordinal, span))
+        memory = self._allocate(tag, ordinal, span, preserved)
         return _torch.tensor_over(
             memory.untyped_storage(), dtype, shape, _contiguous_strides(shape), 0
         )
 
-    def _malloc_capsule(self, tag: str, device: int, size: int) -> object:
+    def _empty_bytes(
+        self, size: int, *, device: torch.device, tag: str, preserved: bool
+    ) -> torch.Tensor:
+        """A tensor of that many bytes, whatever scopes are open."""
+        self._declare(tag, None, None)
+        self._has_preserved = self._has_preserved or preserved
+        return self._allocate(tag, self._resolve_device(device)[0], size, preserved)
+
+    def _allocate(self, tag: str, device: int, size: int, preserved: bool) -> torch.Tensor:
+        from cumempool import _torch
+
         install_reducers(self)
-        return self._with_room(lambda: self._core.malloc_capsule(tag, device, size))
+        try:
+            capsule = self._with_room(
+                lambda: self._core.malloc_capsule(tag, device, size, preserved)
+            )
+        except OutOfMemoryError as error:
+            self._observer.note_failure("malloc", error)
+            raise
+        return _torch.from_capsule(capsule)
 
-    def adopt(self, module: torch.nn.Module, tag: str = "weights") -> int:
-        """Moves the storage of a module's parameters and buffers into the pool, packed.
+    def graph_pool(
+        self, tag: str, *, device: torch.device | str | int | None = None
+    ) -> tuple[int, int]:
+        """The id of a pool that CUDA graphs are captured into: ``torch.cuda.graph(g, pool=...)``.
 
-        Parameters keep their identity; tied weights, views of one storage and strides stay as they
-        are. Old storage is freed as far as nothing else refers to it. See `cumempool.adopt`.
+        The memory of the graphs sleeps and wakes with the tag, at the same addresses, so they
+        replay as before; while it sleeps they must not be replayed. The id is the same for a tag
+        and device until `release_graph_pool` or `close`, and the pool holds a slot as long. Ask for
+        it before each capture: captures do not go with memory that sleeps.
 
         Args:
-            module: The module; on the device of this allocator.
+            tag: 1 to 255 bytes of UTF-8.
+            device: None: the current CUDA device.
+
+        Raises:
+            UnsupportedError: The ``host`` driver has no CUDA graphs; or torch before 2.11 has
+                expandable segments on.
+            InUseError: Memory of the pool is asleep: torch would hand out parts of it.
+            InvalidArgumentError: A tag or a device that does not exist.
+            OutOfSlotsError: Too many scopes and graph pools are open at the same time.
+            ClosedError: The allocator is closed.
+        """
+        self._declare(tag, None, None)
+        if self.config.driver != "cuda":
+            raise UnsupportedError(
+                f"graph_pool: the {self.config.driver} driver has no CUDA graphs; "
+                "use the cuda driver",
+                operation="graph_pool",
+                tag=tag,
+                advice="use the cuda driver",
+            )
+        install_reducers(self)
+        return self._graph_pools.open(tag, self._resolve_device(device)[0])
+
+    def release_graph_pool(
+        self, tag: str, *, device: torch.device | str | int | None = None
+    ) -> int:
+        """Gives up the graph pools of a tag; their ids must not be captured into any more.
+
+        Memory of graphs that live stays, and sleeps and wakes as before, until they are deleted.
+
+        Args:
+            tag: The tag.
+            device: None: those on every device.
+
+        Returns:
+            How many pools there were.
+
+        Raises:
+            InvalidArgumentError: A device that does not exist.
+        """
+        ordinal = None if device is None else self._resolve_device(device)[0]
+        return self._graph_pools.release(_check_tag(tag), ordinal)
+
+    def preserve_contents(self) -> MemoryPoolScope:
+        """A context manager inside a `use_memory_pool` scope: what it takes keeps its contents.
+
+        For what cannot be made again in a tag that is discarded: rotary caches, quantization
+        scales. Such memory sleeps and wakes with its tag and is backed up at each sleep, also where
+        the call or the tag's policy discards the tag, and at `discard`. It is for this thread only.
+
+        Raises:
+            InvalidArgumentError: No scope is open.
+            OutOfSlotsError: On entering: too many scopes are open at the same time.
+        """
+        around = current_scope(self)
+        if around is None:
+            raise InvalidArgumentError(
+                "preserve_contents() goes inside a use_memory_pool() scope, whose tag it takes",
+                operation="preserve_contents",
+                advice="enter use_memory_pool() first",
+            )
+        self._has_preserved = True
+        return MemoryPoolScope(self, around.tag, around.devices, preserves=True)
+
+    def preserve(self, what: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> int:
+        """Has contents kept from now on wherever their tag is discarded, as `preserve_contents`.
+
+        Nothing is moved: it goes for the whole allocation that a tensor lies in, so that what torch
+        has put beside it is backed up as well. Waits for a transition of another thread.
+
+        Args:
+            what: A tensor, some of them, or a module: its buffers.
+
+        Returns:
+            Bytes of the allocations that they lie in.
+
+        Raises:
+            NotInPoolError: Memory that is not of this allocator. Nothing is preserved then.
+            InvalidTypeError: Something that is no tensor.
+            TransitionInProgressError: Called from inside a transition.
+        """
+        infos = {}
+        for tensor in _tensors_of(what):
+            if memory_of(tensor):
+                info = self.allocation_of(tensor)
+                infos[info.address] = info
+        for address in infos:
+            self._preserve(address)
+        return sum(info.bytes for info in infos.values())
+
+    def _preserve(self, address: int) -> None:
+        self._has_preserved = True
+        self._core.preserve(address)
+
+    def set_memory_margin(self, margin: int) -> None:
+        """Has allocations fail for lack of memory where less than that would stay free.
+
+        Free for other libraries and processes on the device. It concerns what is allocated from now
+        on, in scopes too, where torch empties its cache and tries once more; wakes take all there
+        is.
+
+        Args:
+            margin: Bytes; 0, as at the start, for none.
+
+        Raises:
+            InvalidArgumentError: A negative or huge number.
+        """
+        self._core.set_memory_margin(_check_margin(margin))
+
+    def adopt(
+        self,
+        what: torch.nn.Module | torch.optim.Optimizer,
+        tag: str = "weights",
+        *,
+        gradients: bool | str = False,
+        preserve_buffers: bool = False,
+    ) -> int:
+        """Moves a module's parameters and buffers, or an optimizer's state, into the pool, packed.
+
+        Tensors keep their identity; tied weights, views of one storage and strides stay as they
+        are. Old storage is freed as far as nothing else refers to it.
+
+        State that an optimizer makes later, in its first step for example, or takes from
+        ``load_state_dict``, is moved after the step that made it, unless it is under the tag
+        already: take that step inside ``use_memory_pool(tag)``, and nothing has to be moved. State
+        on the CPU stays there. Gradients that are made later are caught by
+        ``use_memory_pool(tag, all_threads=True)`` around ``backward()``.
+
+        Args:
+            what: The module, on the device of this allocator; or the optimizer.
             tag: The tag to move it under.
+            gradients: Move the gradients that a module's parameters have now as well, under the
+                same tag, or under the one that is named.
+            preserve_buffers: Keep the contents of a module's buffers where the tag is discarded;
+                see `preserve_contents`.
 
         Returns:
             Bytes of device memory allocated for it; 0 where all of it was under the tag already.
 
         Raises:
-            InvalidTypeError: It is no module, or a tensor of it is of a kind that cannot be moved;
+            InvalidTypeError: It is neither, or a tensor of it is of a kind that cannot be moved;
                 the message names it. Nothing was moved.
             InvalidArgumentError: A tensor of it is asleep under another tag. Nothing was moved.
             OutOfMemoryError: The device has no room; what was moved so far stays moved.
         """
-        from cumempool.adopt import adopt_module
+        from cumempool.training import adopt_object
 
-        return adopt_module(self, module, _check_tag(tag))
+        if not isinstance(gradients, bool):
+            _check_tag(gradients)
+        if not isinstance(preserve_buffers, bool):
+            raise InvalidTypeError(f"preserve_buffers is a bool, not {preserve_buffers!r}")
+        return adopt_object(self, what, _check_tag(tag), gradients, preserve_buffers)
 
     # ---- transitions ---------------------------------------------------------------------------
 
@@ -404,6 +605,9 @@ class CuMemAllocator:
 
         Raises:
             UnknownTagError: A tag that was never used.
+            InUseError: A tag is pinned and has no hooks that could take the pin off, so that the
+                sleep would be refused.
+            UnsupportedError: Memory of a tag is of ``backing="cuda_malloc"``.
             OutOfHostMemoryError: There is not so much host memory, or it is over
                 ``host_backup_limit``.
             TransitionInProgressError: Called from inside a transition.
@@ -411,13 +615,15 @@ class CuMemAllocator:
         """
         actions = list(self._plan_sleep(offload_tags, tags)[0].items())
         dead = self._dead_ranges(actions)
+        # Hooks take pins off before a sleep.
+        yielding = sorted(self._hooks.yielding().intersection(tag for tag, _ in actions))
         if not background:
-            return self._core.prepare(actions, dead)
+            return self._core.prepare(actions, dead, yielding)
         future: Future[int] = Future()
 
         def run() -> None:
             try:
-                future.set_result(self._core.prepare(actions, dead))
+                future.set_result(self._core.prepare(actions, dead, yielding))
             except CumempoolError as error:
                 future.set_exception(error)
 
@@ -488,24 +694,35 @@ class CuMemAllocator:
         addresses = _addresses(first)
         if blocking and addresses:
             raise InvalidArgumentError("`first` goes with blocking=False: else all come at once")
-        with self._transitions.turn("wake_up"):
+        if not blocking:
+            return self._begin_wake(chosen, addresses)
+        with self._observer.watch("wake_up") as watched, self._transitions.turn("wake_up"):
             streams = self._current_streams()
             asleep = self._asleep(chosen)
-            if not blocking:
-                return self._begin_wake(chosen, addresses, streams, asleep)
-            raw = self._with_room(lambda: self._core.wake(chosen, streams))
-            return _report("wake_up", raw, {}, self._hooks.after_map(self._awake(asleep)))
+            raw, problems = self._transitions.arriving(
+                lambda: self._with_room(lambda: self._core.wake(chosen, streams)),
+                lambda: self._hooks.owed(self._awake(asleep)),
+            )
+            report = watched.report = _report("wake_up", raw, {}, problems)
+        return report
 
-    def _begin_wake(
-        self,
-        tags: list[str] | None,
-        first: list[int],
-        streams: list[_torch.CurrentStream],
-        asleep: frozenset[int],
-    ) -> WakeHandle:
-        waking = self._with_room(lambda: self._core.wake_begin(tags, first, streams))
-        arrival = Arrival(waking.finish, lambda: self._hooks.after_map(self._awake(asleep)))
-        self._transitions.expect(arrival)
+    def _begin_wake(self, tags: list[str] | None, first: list[int]) -> WakeHandle:
+        begin = time.perf_counter()
+        with self._observer.failing("wake_up", begin), self._transitions.turn("wake_up"):
+            streams = self._current_streams()
+            asleep = self._asleep(tags)
+            waking: _core.Waking | None = None
+
+            def wait() -> None:
+                if waking is None:  # it has not begun, or was interrupted when it had
+                    return
+                with self._observer.failing("wake_up", begin):
+                    waking.finish()
+                self._observer.note("wake_up", None, time.perf_counter() - begin)
+
+            arrival = Arrival(wait, lambda: self._hooks.owed(self._awake(asleep)))
+            self._transitions.expect(arrival)
+            waking = self._with_room(lambda: self._core.wake_begin(tags, first, streams))
         return WakeHandle(waking, self.config.driver, self._transitions, arrival)
 
     def swap(
@@ -534,15 +751,22 @@ class CuMemAllocator:
         actions, overrides = self._plan_sleep(offload_tags, named)
         self._refuse_open_scopes("swap", actions)
         pairs = list(actions.items())
-        with self._transitions.turn("swap"), self._departing(actions):
+        with (
+            self._observer.watch("swap") as watched,
+            self._transitions.turn("swap"),
+            self._departing(actions),
+        ):
             streams = self._current_streams()
             asleep = self._asleep(chosen)
             # Ranges that are dead are looked up at each try: emptying the cache changes them.
-            raw = self._with_room(
-                lambda: self._core.swap(pairs, self._dead_ranges(pairs), chosen, streams)
+            raw, problems = self._transitions.arriving(
+                lambda: self._with_room(
+                    lambda: self._core.swap(pairs, self._dead_ranges(pairs), chosen, streams)
+                ),
+                lambda: self._hooks.owed(self._awake(asleep)),
             )
-            problems = self._hooks.after_map(self._awake(asleep))
-        return _report("swap", raw, overrides, problems)
+            report = watched.report = _report("swap", raw, overrides, problems)
+        return report
 
     def read_backup(self, tensor: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
         """The backup of a sleeping tensor as a tensor on the CPU, without a copy.
@@ -679,11 +903,19 @@ class CuMemAllocator:
         """
         if not isinstance(holder, str):
             raise InvalidTypeError(f"holder is a str, not {holder!r}")
+        try:
+            holder.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(
+                f"the holder {holder!r} cannot be encoded as UTF-8: {error}"
+            ) from None
         core = self._core
         number = core.pin(_check_tag(tag), holder)
         return Pin(tag, holder, lambda: core.unpin(number))
 
-    def share(self, what: torch.Tensor | str, *, writable: bool = True) -> SharedMemory:
+    def share(
+        self, what: torch.Tensor | str, *, writable: bool = True, fabric: bool = False
+    ) -> SharedMemory:
         """A descriptor by which other processes of the same user can open memory: `open_shared`.
 
         It can be pickled, and says nothing to other users. It holds nothing: the memory has to
@@ -695,6 +927,11 @@ class CuMemAllocator:
             what: A tensor of this allocator; or a tag: all of it that is awake.
             writable: False grants reading only. (Which keeps honest programs from writing: whoever
                 gets a descriptor has the rights of this user.)
+            fabric: Put the memory's FABRIC handles into the descriptor, for processes on other
+                hosts of the NVLink domain. **Whoever has such a descriptor can map the memory**, to
+                read and to write, and nobody can tell who does. The tag cannot sleep until it is
+                revoked, and handles that were given out stay good for as long as anybody has the
+                memory mapped.
 
         Raises:
             NotInPoolError: The tensor's memory is not of this allocator.
@@ -702,10 +939,12 @@ class CuMemAllocator:
             InvalidArgumentError: It sleeps, or there is nothing of it.
             InvalidTypeError: Neither a tensor nor a tag, or a tensor that is more than its bytes.
             UnsupportedError: It is of ``backing="cuda_malloc"``, or has no handles to be shared by.
+            TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
         """
-        if not isinstance(writable, bool):
-            raise InvalidTypeError(f"writable is a bool, not {writable!r}")
+        for name, value in (("writable", writable), ("fabric", fabric)):
+            if not isinstance(value, bool):
+                raise InvalidTypeError(f"{name} is a bool, not {value!r}")
         if isinstance(what, str):
             self._check_known(what, "share")
             infos, layout = [i for i in self.snapshot() if i.tag == what], None
@@ -723,13 +962,15 @@ class CuMemAllocator:
             for i in infos
         ]
         endpoint = self._open_endpoint()
-        return endpoint.describe(self.config.driver, infos[0].tag, ranges, layout, writable)
+        tag = infos[0].tag
+        return endpoint.describe(self.config.driver, tag, ranges, layout, writable, fabric)
 
     def revoke(self, tag: str) -> int:
         """Withdraws what was shared of a tag, so that it can sleep.
 
         Importers keep what they have mapped, and the device keeps that memory for them until they
-        close it; from the next wake on, it is another one than the owner's.
+        close it; from the next wake on, it is another one than the owner's. FABRIC handles that
+        descriptors carry cannot be taken back: they open the memory as long as there is any.
 
         Args:
             tag: A tag that was used before.
@@ -777,11 +1018,11 @@ class CuMemAllocator:
 
     def stats(self) -> Stats:
         """Bytes per tag and state, and totals. Cheap; works on a closed allocator too."""
-        return Stats.from_snapshot(self._core.snapshot(False))
+        return _stats_of(self._core)
 
     def snapshot(self) -> list[AllocationInfo]:
         """Every live allocation, in order of allocation."""
-        return [AllocationInfo(**info) for info in self._core.snapshot(True)["allocations"]]
+        return _allocations_of(self._core)
 
     def tag_of(self, tensor: torch.Tensor) -> str:
         """The tag of the allocation that holds a tensor's memory.
@@ -811,18 +1052,26 @@ class CuMemAllocator:
                 else's memory. Memory of ``backing="cuda_malloc"`` stays until it is deleted.
 
         Raises:
-            InUseError: Without `force`: tensors live, scopes are open or backups are being read;
-                nothing was changed.
+            InUseError: Without `force`: tensors or CUDA graphs live, scopes are open or backups are
+                being read; nothing was changed.
             DriverError: The driver did not take something back.
         """
         if not isinstance(force, bool):
             raise InvalidTypeError(f"force is a bool, not {force!r}")
         self._empty_cache()
+        if force:
+            self._graph_pools.abandon()
+            self._empty_cache()
+        elif len(self._graph_pools) and self._only_graph_pools_are_left():
+            self._graph_pools.release_all()
+            self._empty_cache()
         self._core.close(force)
         with self._endpoint_lock:
             endpoint = self._endpoint
         if endpoint is not None:
             endpoint.close()
+        if self._publisher is not None:
+            self._publisher.close()
         with _instance_lock:
             if CuMemAllocator._instance is self:
                 CuMemAllocator._instance = None
@@ -834,7 +1083,60 @@ class CuMemAllocator:
             f"{stats.awake_bytes} bytes awake, {stats.asleep_bytes} asleep>"
         )
 
+    @property
+    def events(self) -> EventLog:
+        """The latest transitions, and failures of them and of allocations; oldest first."""
+        return self._observer.log
+
+    def on_progress(self, callback: OnProgress, *, after: float = 1.0) -> ProgressRegistration:
+        """Has a callback told how far long transitions have come, about ten times a second.
+
+        Not for wakes in the background, whose handle tells. See also `show_progress`.
+
+        Args:
+            callback: Called with the operation, the bytes done, and the bytes in all, from a thread
+                of its own; at the end of a transition that succeeded with all of them. What it
+                raises is logged.
+            after: Seconds that a transition may take before the first call.
+
+        Returns:
+            What takes it out again; a context manager.
+
+        Raises:
+            InvalidTypeError: It cannot be called, or `after` is no number.
+            InvalidArgumentError: `after` is negative.
+        """
+        return self._progress.register(callback, after)
+
+    def save_snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Writes statistics, allocations and the latest events to a file, as JSON.
+
+        ``cumempool report`` renders it.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        Path(path).write_text(json.dumps(self._observer.snapshot()), encoding="utf-8")
+
+    def record(self, path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+        """A context manager that writes a trace: each event meanwhile, as a line of JSON.
+
+        ``cumempool report`` renders it.
+
+        Raises:
+            OSError: On entering: the file cannot be made.
+        """
+        return self._observer.recording(Path(path))
+
     # ---- inside --------------------------------------------------------------------------------
+
+    def _only_graph_pools_are_left(self) -> bool:
+        """Whether closing is possible once graph pools are released, in which no graph lives."""
+        self._graph_pools.refuse_close()
+        unused = self._graph_pools.unused_segments()
+        return not open_tags(self, self.stats().tags) and all(
+            info.address in unused for info in self.snapshot()
+        )
 
     def _declare(self, tag: str, on_sleep: OnSleep | None, on_wake: OnWake | None) -> None:
         self._core.declare_tag(
@@ -886,13 +1188,6 @@ class CuMemAllocator:
             ordinal = self._check_device(current if named == torch.device(kind) else named.index)
         return ordinal, torch.device("cpu") if kind == "cpu" else torch.device(kind, ordinal)
 
-    def _current_tag(self) -> str:
-        open_scopes: list[MemoryPoolScope] = getattr(_open_scopes, "stack", [])
-        for scope in reversed(open_scopes):
-            if scope._allocator is self:
-                return scope.tag
-        return DEFAULT_TAG
-
     def _plan_sleep(
         self, offload_tags: Sequence[str] | str | None, tags: Sequence[str] | str | None
     ) -> tuple[dict[str, int], dict[str, str]]:
@@ -924,10 +1219,15 @@ class CuMemAllocator:
     ) -> TransitionReport:
         self._refuse_open_scopes(operation, actions)
         pairs = list(actions.items())
-        with self._transitions.turn(operation), self._departing(actions):
+        with (
+            self._observer.watch(operation) as watched,
+            self._transitions.turn(operation),
+            self._departing(actions),
+        ):
             dead = self._dead_ranges(pairs)
             raw = self._core.sleep(pairs, drop_backups, dead, self._current_streams())
-        return _report(operation, raw, overrides)
+            report = watched.report = _report(operation, raw, overrides)
+        return report
 
     def _departing(self, tags: Iterable[str]) -> contextlib.AbstractContextManager[None]:
         """Calls the hooks of tags that are put to sleep in the body."""
@@ -963,19 +1263,20 @@ class CuMemAllocator:
             return []
         from cumempool import _torch
 
+        self._graph_pools.reap()
         _torch.return_unused()
-        return _torch.dead_ranges() if any(a == _OFFLOAD for _, a in actions) else []
+        kept = self._has_preserved or any(action == _OFFLOAD for _, action in actions)
+        return _torch.dead_ranges() if kept else []
 
     def _refuse_open_scopes(self, operation: str, tags: Iterable[str]) -> None:
-        with self._scopes_lock:
-            open_tags = [tag for tag in tags if self._scopes[tag]]
-        if open_tags:
-            names = ", ".join(repr(tag) for tag in open_tags)
+        entered = open_tags(self, tags)
+        if entered:
+            names = ", ".join(repr(tag) for tag in entered)
             raise InUseError(
                 f"{operation}: a use_memory_pool() scope of {names} is open, and would hand out "
                 "memory that sleeps; leave it first",
                 operation=operation,
-                tag=open_tags[0],
+                tag=entered[0],
                 advice="leave the scope first",
             )
 
@@ -1001,90 +1302,27 @@ class CuMemAllocator:
             _torch.empty_cache()
 
 
-class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
-    """One entry into a pool, made by `CuMemAllocator.use_memory_pool`; entered once.
-
-    Attributes:
-        tag: The tag that it allocates under.
-    """
-
-    def __init__(self, allocator: CuMemAllocator, tag: str, devices: Sequence[int] | None) -> None:
-        self.tag: Final = tag
-        self._allocator = allocator
-        self._devices = devices
-        self._slot: int | None = None
-        self._route: _torch.PoolRoute | None = None
-        self._used = False
-
-    def __enter__(self) -> MemoryPoolScope:
-        if self._used:
-            raise InvalidArgumentError("a scope is entered once; call use_memory_pool() again")
-        allocator = self._allocator
-        slot = allocator._core.bind_slot(self.tag)
-        try:
-            if allocator.config.driver == "cuda":
-                from cumempool import _torch
-
-                install_reducers(allocator)
-                devices = _torch.devices_in_use() if self._devices is None else self._devices
-                route = _torch.PoolRoute(slot, devices)
-                route.begin()
-                self._route = route
-        except BaseException:
-            _unbind(slot)
-            raise
-        self._used = True
-        self._slot = slot
-        with allocator._scopes_lock:
-            allocator._scopes[self.tag] += 1
-        _open_scopes.stack = [*getattr(_open_scopes, "stack", []), self]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        allocator = self._allocator
-        slot, self._slot = self._slot, None
-        if slot is None:  # not entered, or left already
-            return
-        stack = getattr(_open_scopes, "stack", [])
-        if self in stack:  # not there where another thread leaves the scope
-            stack.remove(self)
-        try:
-            if self._route is not None:
-                self._route.end()
-        finally:
-            _unbind(slot)
-            with allocator._scopes_lock:
-                allocator._scopes[self.tag] -= 1
-        if error is not None:
-            self._explain(error)
-
-    def _explain(self, error: BaseException) -> None:
-        """Adds what the driver said to torch's out-of-memory error, which knows nothing of it."""
-        if type(error).__name__ != "OutOfMemoryError" or not hasattr(error, "add_note"):
-            return
-        reason = self._allocator.stats().last_malloc_failure
-        if not reason:
-            return
-        error.add_note(f"cumempool: {reason}")
-        from cumempool import _torch
-
-        cached = _torch.cached_bytes()
-        if cached:
-            error.add_note(
-                f"cumempool: torch has {format_bytes(cached)} cached outside the pool, which it "
-                "does not free while a pool scope is open; torch.cuda.empty_cache() before it does"
-            )
+def _stats_of(core: _core.Allocator) -> Stats:
+    return Stats.from_snapshot(core.snapshot(False))
 
 
-def _unbind(slot: int) -> None:
-    from cumempool import _core
+def _allocations_of(core: _core.Allocator) -> list[AllocationInfo]:
+    return [AllocationInfo(**info) for info in core.snapshot(True)["allocations"]]
 
-    _core.unbind_slot(slot)
+
+def _cached_ranges(driver: str) -> list[tuple[int, int]]:
+    """(address, bytes) of what torch holds of pools as free."""
+    if driver != "cuda":
+        return []
+    from cumempool import _torch
+
+    return _torch.dead_ranges()
+
+
+def _nvtx_range(operation: str) -> contextlib.AbstractContextManager[object]:
+    from cumempool import _torch
+
+    return _torch.nvtx_range(f"cumempool.{operation}")
 
 
 def _report(
@@ -1119,6 +1357,19 @@ def _addresses(tensors: object) -> list[int]:
         raise InvalidTypeError(f"first is an iterable of tensors, not {tensors!r}")
     found = ((tensor, memory_of(tensor)) for tensor in tensors)
     return [address for tensor, address in found if tensor.numel()]
+
+
+def _tensors_of(what: object) -> Iterable[torch.Tensor]:
+    """The tensors that `CuMemAllocator.preserve` was given."""
+    import torch
+
+    if isinstance(what, torch.nn.Module):
+        return what.buffers()
+    if isinstance(what, torch.Tensor):
+        return (what,)
+    if not isinstance(what, Iterable):
+        raise InvalidTypeError(f"preserve: tensors or a module are needed, not {what!r}")
+    return what
 
 
 def _check_shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:

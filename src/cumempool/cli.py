@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from cumempool.errors import CumempoolError
+
+if TYPE_CHECKING:
+    from cumempool.doctor import Check
+    from cumempool.selftest import Outcome
 
 __all__ = ["main"]
 
@@ -40,3 +51,223 @@ def demo(driver: str, mib: int) -> None:
         raise click.ClickException(str(error)) from error
     if not passed:
         raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.option(
+    "--driver",
+    type=click.Choice(["cuda", "host"]),
+    default="cuda",
+    show_default=True,
+    help="host: memory of the CPU, which works everywhere and is for tests.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def doctor(driver: str, as_json: bool) -> None:
+    """Checks this machine. Each check is PASS, WARN or FAIL, with a reason and a fix.
+
+    Exits with 1 where a check failed.
+    """
+    from cumempool import doctor as doctors
+
+    checks = doctors.examine("host" if driver == "host" else "cuda")
+    good = doctors.passed(checks)
+    if as_json:
+        record = {"passed": good, "checks": [check.to_dict() for check in checks]}
+        click.echo(json.dumps(record, indent=2))
+    else:
+        _print_checks(checks)
+    if not good:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.option(
+    "--driver",
+    type=click.Choice(["cuda", "host"]),
+    default="cuda",
+    show_default=True,
+    help="host: memory of the CPU, which works everywhere and is for tests.",
+)
+@click.option("-k", "matching", default="", metavar="TEXT", help="Only checks with this in them.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def selftest(driver: str, matching: str, as_json: bool) -> None:
+    """Tries each promise of the pools on this machine's driver.
+
+    Exits with 1 where one does not hold, and where no check was run.
+    """
+    from cumempool.config import CuMemConfig
+    from cumempool.selftest import run_selftest
+
+    console = Console(quiet=as_json)
+    config = CuMemConfig(driver="host" if driver == "host" else "cuda")
+    outcomes = []
+    try:
+        for outcome in run_selftest(config, matching=matching):
+            outcomes.append(outcome)
+            console.print(_line(outcome), soft_wrap=True)
+    except CumempoolError as error:
+        raise click.ClickException(str(error)) from error
+    counts = {status: sum(o.status == status for o in outcomes) for status in _STYLES}
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    good = bool(counts["PASS"]) and not counts["FAIL"]
+    if as_json:
+        record = {"passed": good, "checks": [outcome.to_dict() for outcome in outcomes]}
+        click.echo(json.dumps(record, indent=2))
+    if not good:
+        raise click.exceptions.Exit(1)
+
+
+def _line(outcome: Outcome) -> Text:
+    text = Text.assemble(
+        (outcome.status, _STYLES[outcome.status]),
+        f"  {outcome.rule:<3}  {outcome.name} ({outcome.seconds:.2f} s)",
+    )
+    if outcome.reason:
+        text.append(f"\n      {outcome.reason}")
+    return text
+
+
+@main.command()
+@click.option("--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True)
+@click.option("--once", is_flag=True, help="Print it once; also where output is no terminal.")
+def top(interval: float, once: bool) -> None:
+    """Shows the pools of this user's processes that publish their statistics.
+
+    They do with CuMemConfig(publish=True) or CUMEMPOOL_PUBLISH=1.
+    """
+    from cumempool.top import run_top
+
+    try:
+        run_top(Console(), interval=interval, once=once)
+    except CumempoolError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False, writable=True))
+@click.option("--process", type=int, help="Whose; needed where several processes publish.")
+def snapshot(file: str, process: int | None) -> None:
+    """Writes the allocations and latest events of a running process to FILE, as JSON.
+
+    The process has to publish: CuMemConfig(publish=True) or CUMEMPOOL_PUBLISH=1. From inside a
+    program, CuMemAllocator.save_snapshot() does the same.
+    """
+    from cumempool.publishing import published, request_snapshot
+
+    try:
+        found = [one for one in published() if process in (None, one.process)]
+        if len(found) != 1:
+            listed = ", ".join(f"{one.process} ({one.name})" for one in found) or "none"
+            raise click.ClickException(f"one publishing process is needed; there are: {listed}")
+        record = request_snapshot(found[0])
+    except CumempoolError as error:
+        raise click.ClickException(str(error)) from error
+    Path(file).write_text(json.dumps(record), encoding="utf-8")
+    click.echo(f"{len(record['allocations'])} allocations of process {found[0].process}: {file}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False), help="HTML; FILE.html if not given."
+)
+@click.option("--png", type=click.Path(dir_okay=False), help="Write the pictures as PNG as well.")
+@click.option(
+    "--torch",
+    "pickled",
+    type=click.Path(dir_okay=False),
+    metavar="PICKLE",
+    help="Write it for torch's memory visualizer as well.",
+)
+@click.option(
+    "--link",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/S",
+    help="What the link can do; else rates are compared with the fastest one.",
+)
+def report(
+    file: str, output: str | None, png: str | None, pickled: str | None, link: float | None
+) -> None:
+    """Renders a snapshot or trace to one HTML page, which needs no network.
+
+    Needs matplotlib: pip install cumempool[report].
+    """
+    from cumempool import page
+
+    try:
+        record = page.load(Path(file))
+        target = Path(output or f"{file}.html")
+        target.write_text(page.to_html(record, link_gb_per_s=link), encoding="utf-8")
+        written = [target]
+        if png:
+            Path(png).write_bytes(page.to_png(record))
+            written.append(Path(png))
+        if pickled:
+            Path(pickled).write_bytes(page.to_torch(record))
+            written.append(Path(pickled))
+    except ImportError as error:
+        raise click.ClickException(f"{error}: pip install cumempool[report]") from error
+    except CumempoolError as error:
+        raise click.ClickException(str(error)) from error
+    for path in written:
+        click.echo(path)
+
+
+@main.command()
+@click.option(
+    "--driver",
+    type=click.Choice(["cuda", "host"]),
+    default="cuda",
+    show_default=True,
+    help="host: memory of the CPU; says nothing about a GPU.",
+)
+@click.option(
+    "--gib",
+    type=click.FloatRange(min=0.001),
+    default=4.0,
+    show_default=True,
+    help="GiB of device memory, and of pinned host memory.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def bench(driver: str, gib: float, rounds: int, as_json: bool) -> None:
+    """Measures sleep and wake on this machine, beside plain copies of the same bytes."""
+    from cumempool.bench import run_bench
+    from cumempool.config import CuMemConfig
+
+    config = CuMemConfig(
+        driver="host" if driver == "host" else "cuda",
+        host_driver_bytes=int((gib + 1) * 1024**3),
+    )
+    try:
+        measurements = run_bench(config, int(gib * 1024**3), rounds)
+    except CumempoolError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps([one.to_dict() for one in measurements], indent=2))
+        return
+    table = Table("what", "ms", "GB/s", "of the plain copy", box=None, pad_edge=False)
+    for one in measurements:
+        share = "" if one.link is None else f"{one.link:.2f}x"
+        table.add_row(one.name, f"{one.seconds * 1e3:.1f}", f"{one.gb_per_s:.1f}", share)
+    Console().print(table)
+
+
+_STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
+
+
+def _print_checks(checks: list[Check]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "check", "found"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        found = Text(check.value)
+        if check.reason:
+            found.append(f"\n{check.reason}")
+        if check.fix:
+            found.append(f"\nfix: {check.fix}", style="bold")
+        table.add_row(Text(check.status, style=_STYLES[check.status]), Text(check.name), found)
+    console = Console()
+    console.print(table)
+    counts = {status: sum(check.status == status for check in checks) for status in _STYLES}
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))

@@ -38,7 +38,9 @@ DRIVERS: Final[tuple[DriverName, ...]] = ("cuda", "host")
 
 _ENV_PREFIX: Final = "CUMEMPOOL_"
 #: Variables with the prefix of the settings that are none; `CuMemConfig.from_env` lets them be.
-RESERVED: Final = frozenset({"CUMEMPOOL_REQUIRE_GPU"})
+RESERVED: Final = frozenset(
+    {"CUMEMPOOL_COMMIT", "CUMEMPOOL_REQUIRE_GPU", "CUMEMPOOL_TMS_FILES", "CUMEMPOOL_VLLM_FILES"}
+)
 
 _BOOLEANS: Final = MappingProxyType(
     {
@@ -64,7 +66,11 @@ _MOST_HOST_DEVICES: Final = 64
 _OVERFLOW_TIERS: Final = ("pageable", "file")
 _OVERFLOW_VALUES: Final = "pageable or file:DIRECTORY"
 _METAVARS: Final = MappingProxyType(
-    {"driver": "{" + ",".join(DRIVERS) + "}", "host_backup_overflow": "BACKUP"}
+    {
+        "driver": "{" + ",".join(DRIVERS) + "}",
+        "host_backup_overflow": "BACKUP",
+        "out_of_memory_directory": "DIRECTORY",
+    }
 )
 
 _logger = logging.getLogger("cumempool")
@@ -132,6 +138,16 @@ def _check_overflow(backup: Backup, what: str) -> Backup:
     if backup.tier not in _OVERFLOW_TIERS:
         raise InvalidArgumentError(f"{what} cannot take an overflow: give {_OVERFLOW_VALUES}")
     return backup
+
+
+def _parse_directory(text: str) -> str:
+    return _check_directory(text, repr(text))
+
+
+def _check_directory(path: str, what: str) -> str:
+    if not os.path.isdir(path):
+        raise InvalidArgumentError(f"{what} is not a directory that exists")
+    return path
 
 
 def _parse_device_count(text: str) -> int:
@@ -238,6 +254,33 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "Keep backups while awake, and copy only what has changed since the last sleep.",
     ),
     Setting(
+        "nvtx",
+        "CUMEMPOOL_NVTX",
+        "--cumem-nvtx",
+        "/".join(_BOOLEANS),
+        "off",
+        _parse_bool,
+        "Mark transitions as NVTX ranges, for profilers.",
+    ),
+    Setting(
+        "out_of_memory_directory",
+        "CUMEMPOOL_OUT_OF_MEMORY_DIRECTORY",
+        "--cumem-out-of-memory-directory",
+        "a directory that exists",
+        "nothing is written",
+        _parse_directory,
+        "Where statistics, allocations and the latest events are written when memory runs out.",
+    ),
+    Setting(
+        "publish",
+        "CUMEMPOOL_PUBLISH",
+        "--cumem-publish",
+        "/".join(_BOOLEANS),
+        "off",
+        _parse_bool,
+        "Let other processes of this user read the statistics: cumempool top, cumempool snapshot.",
+    ),
+    Setting(
         "host_driver_devices",
         "CUMEMPOOL_HOST_DRIVER_DEVICES",
         "--cumem-host-driver-devices",
@@ -311,6 +354,11 @@ class CuMemConfig:
             memory or a file; their texts are taken as well. None = such a sleep is refused.
         retain_backups: Keep backups while their memory is awake, and copy only what has changed
             since the last sleep.
+        nvtx: Mark transitions as NVTX ranges, for profilers.
+        out_of_memory_directory: Where statistics, allocations and the latest events are written,
+            as a file for ``cumempool report``, when memory runs out; None = nowhere.
+        publish: Write the statistics once a second to a file that only this user can read, for
+            ``cumempool top`` and ``cumempool snapshot``.
         host_driver_devices: How many devices the host driver simulates, 1 to 64.
         host_driver_bytes: Memory of each simulated device, in bytes.
 
@@ -326,6 +374,9 @@ class CuMemConfig:
     host_backup_limit: int | None = None
     host_backup_overflow: Backup | None = None
     retain_backups: bool = True
+    nvtx: bool = False
+    out_of_memory_directory: str | None = None
+    publish: bool = False
     host_driver_devices: int = 1
     host_driver_bytes: int = 8 * 1024**3
 
@@ -342,6 +393,17 @@ class CuMemConfig:
             _check_overflow(backup, f"host_backup_overflow={str(backup)!r}")
             object.__setattr__(self, "host_backup_overflow", backup)
         _check_bool("retain_backups", self.retain_backups)
+        _check_bool("nvtx", self.nvtx)
+        if self.out_of_memory_directory is not None:
+            if not isinstance(self.out_of_memory_directory, str):
+                raise _wrong_type(
+                    "out_of_memory_directory", self.out_of_memory_directory, "a str or None"
+                )
+            _check_directory(
+                self.out_of_memory_directory,
+                f"out_of_memory_directory={self.out_of_memory_directory!r}",
+            )
+        _check_bool("publish", self.publish)
         _check_int("host_driver_devices", self.host_driver_devices, _MOST_HOST_DEVICES)
         _check_int("host_driver_bytes", self.host_driver_bytes, _MOST_BYTES)
         if self.enable_sleep_mode:

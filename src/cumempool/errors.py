@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 __all__ = [
     "ERROR_BY_STATUS",
@@ -10,6 +11,7 @@ __all__ = [
     "BackupError",
     "ClosedError",
     "CumempoolError",
+    "DistributedTransitionError",
     "DriverError",
     "ForkedError",
     "InUseError",
@@ -20,6 +22,7 @@ __all__ = [
     "OutOfHostMemoryError",
     "OutOfMemoryError",
     "OutOfSlotsError",
+    "RankState",
     "SharingError",
     "StreamCaptureError",
     "TransitionInProgressError",
@@ -234,6 +237,53 @@ class SharingError(CumempoolError, RuntimeError):
     slept since it was shared (its generation is stale). The message says which; have the owner
     ``share()`` it again.
     """
+
+
+RankState = Literal["unchanged", "contents_lost", "not_undone"]
+"""What a rank is left with: all as before; as before but for contents that had been discarded; or
+in between, since the way back failed there."""
+
+
+class DistributedTransitionError(CumempoolError, RuntimeError):
+    """A rank failed, or did not answer, so that no rank of the group sleeps or wakes.
+
+    Unlike other errors it may leave something changed; `states` says where. The message has the
+    reason of every rank that failed. See to those ranks, then repeat the call on all.
+
+    Args:
+        message: As for `CumempoolError`.
+        rank: The rank in the group that raises it, or None.
+        failures: Rank -> what it failed with, for all that said so.
+        unanswered: Ranks that did not answer within the timeout.
+        states: Rank -> what it is left with: ``"unchanged"``, ``"contents_lost"`` or
+            ``"not_undone"``; for those ranks that said so, this one among them.
+        lost_tags: Tags of this rank that were discarded, and whose contents are gone.
+        fields: The fields of `CumempoolError`.
+    """
+
+    rank: int | None
+    failures: dict[int, str]
+    unanswered: tuple[int, ...]
+    states: dict[int, RankState]
+    lost_tags: tuple[str, ...]
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        rank: int | None = None,
+        failures: Mapping[int, str] | None = None,
+        unanswered: tuple[int, ...] = (),
+        states: Mapping[int, RankState] | None = None,
+        lost_tags: tuple[str, ...] = (),
+        **fields: Any,
+    ) -> None:
+        super().__init__(message, **fields)
+        self.rank = rank
+        self.failures = dict(failures or {})
+        self.unanswered = tuple(unanswered)
+        self.states = dict(states or {})
+        self.lost_tags = tuple(lost_tags)
 
 
 class InternalError(CumempoolError, RuntimeError):

@@ -7,10 +7,10 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final
+from typing import Final, TypeVar
 
 from cumempool.errors import CumempoolError, InvalidTypeError, TransitionInProgressError
 
@@ -43,6 +43,8 @@ class RegistrableRange:
     device: int
     generation: int
 
+
+_T = TypeVar("_T")
 
 Hook = Callable[[str, Sequence[RegistrableRange]], object]
 """Called with a tag and the ranges concerned."""
@@ -117,6 +119,11 @@ class Hooks:
         with self._lock:
             return {entry.tag for entry in self._entries}
 
+    def yielding(self) -> set[str]:
+        """Tags that have hooks which may take pins off before a sleep."""
+        with self._lock:
+            return {entry.tag for entry in self._entries if entry.before_unmap is not None}
+
     def _before_unmap(self, ranges: Ranges) -> list[_Entry]:
         """Calls the hooks of tags whose memory is about to go; returns those that were called.
 
@@ -130,43 +137,94 @@ class Hooks:
                     entry.before_unmap(entry.tag, ranges[entry.tag])
                     ran.append(entry)
         except BaseException as error:
-            _note(error, self._call_after(ran, ranges))
+            _note(error, tell(_owed(ran, ranges)))
             raise
         return ran
 
-    def after_map(self, ranges: Ranges) -> list[str]:
-        """Calls the hooks of tags whose memory is there (again); returns what failed, as texts."""
-        return self._call_after(self._of(ranges), ranges)
+    def owed(self, ranges: Ranges) -> list[Owed]:
+        """What hooks have to be told of memory that is there (again), by `tell`."""
+        return _owed(self._of(ranges), ranges)
 
-    def _call_after(self, entries: Sequence[_Entry], ranges: Ranges) -> list[str]:
-        problems: list[str] = []
-        for entry in entries:
-            if entry.after_map is None or not ranges.get(entry.tag):
-                continue
-            try:
-                entry.after_map(entry.tag, ranges[entry.tag])
-            except Exception as error:  # whatever a stranger's code raises: the memory is awake
-                _logger.exception("an after_map hook of tag %r failed", entry.tag)
-                problems.append(
-                    f"an after_map hook of tag {entry.tag!r} failed: "
-                    f"{type(error).__name__}: {error}"
-                )
-        return problems
-
-    @contextlib.contextmanager
-    def departing(self, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> Iterator[None]:
+    def departing(self, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> Departing:
         """Calls ``before_unmap`` hooks, and their ``after_map`` where the body fails.
 
         Args:
             ranges: What is about to go.
             ranges_now: What is there after a failure.
         """
-        ran = self._before_unmap(ranges)
+        return Departing(self, ranges, ranges_now)
+
+
+class Departing(contextlib.AbstractContextManager[None]):
+    """The hooks around memory that goes, from `Hooks.departing`.
+
+    No generator: one that an interrupt cuts off before its first ``yield`` has come back is ended
+    by whoever drops it, which is too late.
+    """
+
+    def __init__(self, hooks: Hooks, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> None:
+        self._hooks = hooks
+        self._ranges = ranges
+        self._ranges_now = ranges_now
+        self._ran: list[_Entry] = []
+
+    def __enter__(self) -> None:
+        self._ran = self._hooks._before_unmap(self._ranges)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            _note(error, tell(_owed(self._ran, self._ranges_now())))
+
+
+Owed = tuple[_Entry, Sequence[RegistrableRange]]
+
+
+def _owed(entries: Sequence[_Entry], ranges: Ranges) -> list[Owed]:
+    return [
+        (entry, ranges[entry.tag])
+        for entry in entries
+        if entry.after_map is not None and ranges.get(entry.tag)
+    ]
+
+
+def tell(owed: list[Owed], problems: list[str] | None = None) -> list[str]:
+    """Calls ``after_map`` hooks, and takes each out of `owed` as it is called.
+
+    What they raise is no failure: the memory is awake. What is no `Exception`, such as the end of
+    the program, goes on when all of them have been called.
+
+    Args:
+        owed: From `Hooks.owed`. Where an interrupt strikes between two hooks, what is left of it
+            can be told later.
+        problems: Where what failed is added, as texts.
+
+    Returns:
+        `problems`.
+    """
+    problems = [] if problems is None else problems
+    last: BaseException | None = None
+    while owed:
+        entry, ranges = owed[0]
         try:
-            yield
-        except BaseException as error:
-            _note(error, self._call_after(ran, ranges_now()))
-            raise
+            hook = entry.after_map
+            del owed[0]
+            if hook is not None:
+                hook(entry.tag, ranges)
+        except Exception as error:  # whatever a stranger's code raises: the memory is awake
+            _logger.exception("an after_map hook of tag %r failed", entry.tag)
+            problems.append(
+                f"an after_map hook of tag {entry.tag!r} failed: {type(error).__name__}: {error}"
+            )
+        except BaseException as error:  # noqa: BLE001 -- goes on once all others were told
+            last = last or error
+    if last is not None:
+        raise last
+    return problems
 
 
 def _note(error: BaseException, problems: Sequence[str]) -> None:
@@ -217,57 +275,74 @@ class Arrival:
 
     Args:
         wait: Waits for its end; raises what it failed with.
-        call: Calls the hooks; returns what failed, as texts.
+        owed: What hooks are to be told then.
     """
 
-    def __init__(self, wait: Callable[[], object], call: Callable[[], list[str]]) -> None:
+    def __init__(self, wait: Callable[[], object], owed: Callable[[], list[Owed]]) -> None:
         self._wait = wait
-        self._call = call
-        self.settled = False
+        self._find = owed
+        self._owed: list[Owed] | None = None
         self.problems: list[str] = []
+        self.settled = False
 
     def _settle(self) -> None:
-        try:
-            self._wait()
-            self.problems = self._call()
-        except CumempoolError as error:  # nothing woke; whoever has the handle is told
-            _logger.debug("a wake in the background has failed: %s", error)
-        finally:
-            self.settled = True
+        """May be repeated where an interrupt has cut it off."""
+        if self._owed is None:
+            try:
+                self._wait()
+                self._owed = self._find()
+            except CumempoolError as error:  # nothing woke; whoever has the handle is told
+                _logger.debug("a wake in the background has failed: %s", error)
+                self._owed = []
+        tell(self._owed, self.problems)
+        self.settled = True  # not before the last hook has returned, which may ask
 
 
 class Transitions:
     """Lets one transition with its hooks through at a time; hooks cannot start another.
 
     Before each of them, the hooks of wakes that went on in the background are called.
+
+    An interrupt may strike between any two calls. What has to be undone is therefore nothing but
+    the lock, which knows its owner, and which the end of a ``with`` block opens by no Python code.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._lock = threading.RLock()
         self._arrivals: list[Arrival] = []
         _live.add(self)
 
-    @contextlib.contextmanager
-    def turn(self, operation: str) -> Iterator[None]:
+    def turn(self, operation: str) -> Turn:
         """Waits for the transition of another thread, and for wakes in the background.
 
         Raises:
             TransitionInProgressError: The calling thread is inside one itself.
         """
-        if self._owner == threading.get_ident():
-            raise TransitionInProgressError(
-                f"{operation}: called from inside a transition of the same allocator, or from one "
-                "of its hooks; call it after that has returned",
-                operation=operation,
-                advice="call it after that has returned",
-            )
-        with self._lock, self._owning():
-            yield
+        return Turn(self, operation)
 
     def expect(self, arrival: Arrival) -> None:
         """Adds a wake that goes on; called inside a turn."""
         self._arrivals.append(arrival)
+
+    def arriving(
+        self, wake: Callable[[], _T], owed: Callable[[], list[Owed]]
+    ) -> tuple[_T, list[str]]:
+        """Wakes, then calls hooks; called inside a turn.
+
+        Where an interrupt strikes between the two, the hooks are left to the next turn.
+
+        Args:
+            wake: Wakes, and raises where nothing has woken.
+            owed: What hooks are to be told of what is awake then.
+
+        Returns:
+            What `wake` has returned, and what failed of the hooks, as texts.
+        """
+        arrival = Arrival(lambda: None, owed)
+        self.expect(arrival)
+        woken = wake()
+        self._settle_all()
+        return woken, arrival.problems
 
     def settle(self, arrival: Arrival) -> list[str]:
         """Sees to it that the hooks of a wake have been called; returns what failed, as texts.
@@ -282,27 +357,63 @@ class Transitions:
 
     def settle_soon(self) -> None:
         """As `settle` for all, but where another thread has its turn: the next turn does it."""
-        if self._lock.acquire(blocking=False):
-            try:
-                with self._owning():
-                    pass
-            finally:
+        if self._is_mine():
+            return
+        try:
+            if self._lock.acquire(blocking=False):
+                self._settle_all()
+        finally:
+            if self._is_mine():
                 self._lock.release()
 
-    @contextlib.contextmanager
-    def _owning(self) -> Iterator[None]:
-        self._owner = threading.get_ident()
-        try:
-            while self._arrivals:
-                self._arrivals.pop(0)._settle()
-            yield
-        finally:
-            self._owner = None
+    def _is_mine(self) -> bool:
+        """Whether the calling thread is inside a turn."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]  # conditions use it too
+
+    def _settle_all(self) -> None:
+        while self._arrivals:
+            try:
+                self._arrivals[0]._settle()
+            finally:
+                if self._arrivals[0].settled:  # else it was interrupted, and is tried once more
+                    del self._arrivals[0]
 
     def _forked(self) -> None:
-        self._lock = threading.Lock()  # the thread that had it is not in this process
-        self._owner = None
+        self._lock = threading.RLock()  # the thread that had it is not in this process
         self._arrivals = []
+
+
+class Turn:
+    """One turn of `Transitions`, as a context manager."""
+
+    def __init__(self, transitions: Transitions, operation: str) -> None:
+        self._transitions = transitions
+        self._operation = operation
+        # Of the lock itself, and looked up before it is entered: a function of Python could be
+        # interrupted before it has opened the lock.
+        self._leave = transitions._lock.__exit__
+
+    def __enter__(self) -> None:
+        transitions = self._transitions
+        if transitions._is_mine():
+            raise TransitionInProgressError(
+                f"{self._operation}: called from inside a transition of the same allocator, or "
+                "from one of its hooks; call it after that has returned",
+                operation=self._operation,
+                advice="call it after that has returned",
+            )
+        try:
+            transitions._lock.acquire()
+            transitions._settle_all()
+        except BaseException:
+            if transitions._is_mine():
+                transitions._lock.release()
+            raise
+
+    @property
+    def __exit__(self) -> Callable[..., None]:
+        """The end of the lock."""
+        return self._leave
 
 
 _live: Final[weakref.WeakSet[Transitions]] = weakref.WeakSet()

@@ -124,6 +124,7 @@ def open_driver(config: CuMemConfig) -> _core.Driver:
         bytes_per_device=config.host_driver_bytes // HOST_GRANULARITY * HOST_GRANULARITY,
         granularity=HOST_GRANULARITY,
         rdma=False,
+        fabric=False,
     )
 
 

@@ -1,39 +1,32 @@
-"""Sharing pool memory between processes of one user: the owner's endpoint and the importer's side.
+"""The importer's side of shared memory: asking its owner, mapping what he sends, tensors on it.
 
-The owner listens on a Unix socket without a name in the file system. An importer of the same user,
-who has to present the secret of its descriptor, gets a file descriptor per allocation; its
-connection is its lease: while it is open, the owner's tag is pinned, and it ends with the importer.
+Also how ``torch.multiprocessing`` sends tensors of a pool: as what they are, shared memory.
 """
 
 from __future__ import annotations
 
 import array
-import atexit
 import contextlib
-import hmac
-import json
 import logging
 import os
-import secrets
-import select
 import socket
-import struct
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from cumempool.descriptor import VERSION, SharedLayout, SharedMemory, SharedRange, layout_of
+from cumempool.endpoint import Endpoint
 from cumempool.errors import (
-    ClosedError,
     CumempoolError,
+    DriverError,
     InvalidArgumentError,
     InvalidTypeError,
     SharingError,
     UnsupportedError,
 )
-from cumempool.guard import Pin
+from cumempool.wire import MOST_FDS, PATIENCE, Wire, close_all, home, peer_of, relay_name
 
 if TYPE_CHECKING:
     import torch
@@ -51,465 +44,7 @@ __all__ = [
     "open_shared",
 ]
 
-_VERSION: Final = 1
-_MOST_RANGES: Final = 10_000
-_MOST_MESSAGE: Final = 2 << 20  # bytes; what so many ranges need, fabric handles included
-_MOST_FDS: Final = 64  # per message; the kernel takes up to 253
-_MOST_REQUESTS: Final = 64  # that are answered at the same time
-_PATIENCE: Final = 10.0  # seconds for a request and its answer
-_LENGTH: Final = struct.Struct("!I")
-_MORE, _FAILED = b"f", b"e"  # what goes before descriptors, and before an error instead of them
-
 _logger = logging.getLogger("cumempool")
-
-
-@dataclass(frozen=True, slots=True)
-class SharedRange:
-    """One allocation of the owner.
-
-    Attributes:
-        address: Its start in the owner's address space.
-        bytes: Its size.
-        generation: Its generation when it was shared.
-        sequence: What tells it from later allocations at the same address.
-        device: What names its device in every process: a UUID, or the ordinal on ``host``.
-    """
-
-    address: int
-    bytes: int
-    generation: int
-    sequence: int
-    device: str
-
-    def _key(self) -> list[int]:
-        return [self.address, self.bytes, self.generation, self.sequence]
-
-
-@dataclass(frozen=True, slots=True)
-class SharedLayout:
-    """A tensor inside a range.
-
-    Attributes:
-        offset: Bytes from the start of the range to the first element.
-        dtype: Name of the element type, such as ``"bfloat16"``.
-        shape: Elements per dimension.
-        strides: In elements.
-    """
-
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SharedMemory:
-    """What `CuMemAllocator.share` returns: small, picklable, and useless to other users.
-
-    Attributes:
-        version: Of this format.
-        driver: ``"cuda"`` or ``"host"``.
-        owner: Process number of the owner.
-        endpoint: Name of the owner's socket, in the abstract namespace.
-        secret: What the importer has to present.
-        tag: The tag of the memory.
-        writable: Whether importers may ask for write access.
-        ranges: The allocations.
-        layout: The tensor that was shared, inside the only range; None where a tag was.
-    """
-
-    version: int
-    driver: str
-    owner: int
-    endpoint: str
-    secret: str
-    tag: str
-    writable: bool
-    ranges: tuple[SharedRange, ...]
-    layout: SharedLayout | None
-
-    def __repr__(self) -> str:
-        """Without the secret."""
-        total = sum(part.bytes for part in self.ranges)
-        return (
-            f"<SharedMemory of process {self.owner}: {total} bytes of {self.tag!r} in "
-            f"{len(self.ranges)} allocations>"
-        )
-
-
-# ---- messages ------------------------------------------------------------------------------------
-
-
-class _Wire:
-    """A connection whose messages have to be through at a deadline."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self._deadline = time.monotonic() + _PATIENCE
-
-    def _hurry(self) -> None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"not through after {_PATIENCE:.0f} seconds")
-        self.connection.settimeout(left)
-
-    def send(self, message: Mapping[str, Any], before: bytes = b"") -> None:
-        data = json.dumps(message).encode()
-        self._hurry()
-        self.connection.sendall(before + _LENGTH.pack(len(data)) + data)
-
-    def _receive_exactly(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            self._hurry()
-            part = self.connection.recv(min(count - len(data), 1 << 16))
-            if not part:
-                raise EOFError("the other end hung up")
-            data += part
-        return bytes(data)
-
-    def receive(self) -> dict[str, Any]:
-        (length,) = _LENGTH.unpack(self._receive_exactly(_LENGTH.size))
-        if length > _MOST_MESSAGE:
-            raise ValueError(f"a message of {length} bytes")
-        try:
-            message = json.loads(self._receive_exactly(length))
-        except RecursionError:
-            raise ValueError("a message too deep") from None
-        if not isinstance(message, dict):
-            raise TypeError("a message that is no object")
-        return message
-
-    def send_fds(self, fds: Sequence[int]) -> None:
-        self._hurry()
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-        self.connection.sendmsg([_MORE], [rights])
-
-    def receive_fds(self, count: int) -> list[int]:
-        """As many descriptors, close-on-exec; none stays open where it raises."""
-        self._hurry()
-        fds = array.array("i")
-        data, ancillary, flags, _ = self.connection.recvmsg(
-            1, socket.CMSG_LEN(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-        )
-        for level, kind, raw in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-        if data == _MORE and len(fds) == count:
-            return list(fds)
-        _close_all(fds)
-        if data == _FAILED:
-            raise SharingError(f"the owner refused: {self.receive().get('error')}")
-        if flags & socket.MSG_CTRUNC:
-            raise SharingError("no room for more open files", advice="raise ulimit -n")
-        raise EOFError("the other end hung up")
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    """Process and user of the other end, as the kernel knows them."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    process, user, _ = struct.unpack("3i", raw)
-    return process, user
-
-
-# ---- the owner's side ----------------------------------------------------------------------------
-
-
-class _Lease:
-    """One importer's connection, and the pin that goes with it."""
-
-    def __init__(self, connection: socket.socket, pin: Pin) -> None:
-        self.connection = connection
-        self.pin = pin
-        self.watched = False  # by the thread that closes it; else it is still being answered
-
-    def end(self) -> None:
-        """Takes the pin off; whoever has the connection finds it shut, and closes it."""
-        self.pin.release()
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-
-class Endpoint:
-    """Serves the memory of one allocator to processes of the same user who know a secret of it.
-
-    One thread waits for requests and for the ends of leases; each request is answered in a thread
-    of its own, which has ended after a few seconds. Secrets are signatures of what was shared, so
-    that sharing leaves nothing behind.
-
-    Args:
-        core: The allocator.
-    """
-
-    def __init__(self, core: _core.Allocator) -> None:
-        self._core = core
-        self._lock = threading.RLock()  # stop() may be called by the garbage collector, anywhere
-        self._key = secrets.token_bytes(32)
-        self._withdrawals: dict[str, int] = {}  # per tag; part of what is signed
-        self._leases: dict[int, _Lease] = {}
-        self._connections: set[socket.socket] = set()
-        self._room = threading.BoundedSemaphore(_MOST_REQUESTS)
-        self._closing = threading.Event()
-        self.name: Final = f"cumempool-{os.getpid()}-{secrets.token_hex(16)}"
-        self._events = select.epoll()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._listener.bind("\0" + self.name)
-            self._listener.listen(_MOST_REQUESTS)
-            self._listener.setblocking(False)
-            self._events.register(self._listener, select.EPOLLIN)
-        except OSError as error:
-            self._listener.close()
-            self._events.close()
-            raise SharingError(f"no Unix socket could be made: {error}") from None
-        self._thread = threading.Thread(target=self._watch, name="cumempool-sharing", daemon=True)
-        self._thread.start()
-        _endpoints.add(self)
-
-    # ---- what the allocator calls --------------------------------------------------------------
-
-    def describe(
-        self,
-        driver: str,
-        tag: str,
-        ranges: Sequence[SharedRange],
-        layout: SharedLayout | None,
-        writable: bool,
-    ) -> SharedMemory:
-        """The descriptor of memory, for other processes."""
-        if self._closing.is_set():
-            raise ClosedError("the allocator is closed", operation="share", tag=tag)
-        if len(ranges) > _MOST_RANGES:
-            raise SharingError(
-                f"{tag!r} has {len(ranges)} allocations, and {_MOST_RANGES} can be shared at once",
-                advice="share the tensors",
-            )
-        secret = self._sign(tag, writable, [part._key() for part in ranges])
-        return SharedMemory(
-            _VERSION, driver, os.getpid(), self.name, secret, tag, writable, tuple(ranges), layout
-        )
-
-    def revoke(self, tag: str) -> int:
-        """Withdraws all that was shared of a tag; returns how many leases that has ended."""
-        with self._lock:
-            self._withdrawals[tag] = self._withdrawals.get(tag, 0) + 1
-            ended = [lease for lease in self._leases.values() if lease.pin.tag == tag]
-            ended = [lease for lease in ended if not lease.pin.released]
-        for lease in ended:
-            lease.end()
-        return len(ended)
-
-    def close(self) -> None:
-        """Ends all leases, and waits for the thread. Closing twice is no error."""
-        self.stop()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def stop(self) -> None:
-        """Ends all leases; the thread ends soon."""
-        with self._lock:
-            self._closing.set()
-            leases = list(self._leases.values())
-        for lease in leases:
-            lease.end()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-
-    def _sign(self, tag: str, writable: bool, ranges: Sequence[Sequence[int]]) -> str:
-        signed = json.dumps([_VERSION, tag, self._withdrawals.get(tag, 0), writable, ranges])
-        return hmac.new(self._key, signed.encode(), "sha256").hexdigest()
-
-    # ---- the thread ----------------------------------------------------------------------------
-
-    def _watch(self) -> None:
-        listener = self._listener.fileno()
-        while not self._closing.is_set():
-            for fd, _ in self._events.poll():
-                if fd == listener:
-                    self._accept()
-                else:
-                    self._end(fd)
-        with self._lock:
-            watched = [fd for fd, lease in self._leases.items() if lease.watched]
-        for fd in watched:
-            self._end(fd)
-        self._events.close()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if not self._closing.wait(0.1):  # no descriptors left: they may come back
-                _logger.warning("an importer could not be accepted: %s", error)
-            return
-        process, user = _peer(connection)
-        if user != os.geteuid():
-            _logger.warning("process %d of user %d asked for shared memory", process, user)
-        elif self._room.acquire(blocking=False):
-            self._connections.add(connection)
-            arguments = (connection, process)
-            try:
-                threading.Thread(target=self._serve, args=arguments, daemon=True).start()
-                return
-            except RuntimeError as error:  # no more threads
-                _logger.warning("an importer could not be answered: %s", error)
-                self._room.release()
-        self._hang_up(connection)
-
-    def _end(self, fd: int) -> None:
-        """An importer has gone, or has sent what it should not."""
-        with self._lock:
-            lease = self._leases.pop(fd)
-        self._events.unregister(fd)
-        lease.pin.release()
-        self._hang_up(lease.connection)
-
-    def _hang_up(self, connection: socket.socket) -> None:
-        self._connections.discard(connection)
-        connection.close()
-
-    # ---- answering -----------------------------------------------------------------------------
-
-    def _serve(self, connection: socket.socket, process: int) -> None:
-        kept = False
-        try:
-            kept = self._answer(_Wire(connection), process)
-        except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
-            _logger.debug("process %d went away or sent garbage: %r", process, error)
-        finally:
-            self._room.release()
-            if not kept:
-                self._hang_up(connection)
-
-    def _answer(self, wire: _Wire, process: int) -> bool:
-        """Whether there is a lease now."""
-        request = wire.receive()
-        try:
-            tag, ranges = self._check(request)
-            number = self._core.pin(tag, f"process {process}, which has it open")
-        except CumempoolError as error:
-            wire.send({"error": str(error)}, before=_FAILED)
-            return False
-        fd = wire.connection.fileno()
-        lease = _Lease(
-            wire.connection,
-            Pin(tag, f"process {process}", lambda: self._core.unpin(number)),
-        )
-        with self._lock:
-            self._leases[fd] = lease
-        try:
-            self._check(request)  # what was withdrawn before the pin, revoke() did not see
-            self._hand_out(wire, ranges)
-            with self._lock:
-                self._events.register(fd, select.EPOLLIN | select.EPOLLRDHUP)
-                lease.watched = True
-            return True
-        except CumempoolError as error:
-            wire.send({"error": str(error)}, before=_FAILED)
-            return False
-        finally:
-            if not lease.watched:
-                with self._lock:
-                    del self._leases[fd]
-                lease.pin.release()
-
-    def _check(self, request: Mapping[str, Any]) -> tuple[str, list[SharedRange]]:
-        tag, granted, writable = request["tag"], request["granted"], request["writable"]
-        if not (isinstance(tag, str) and isinstance(granted, bool) and isinstance(writable, bool)):
-            raise TypeError("a field of the wrong type")
-        keys = request["ranges"]
-        with self._lock:
-            signature = self._sign(tag, granted, keys)
-        if not hmac.compare_digest(signature, request["secret"]):
-            raise SharingError("this memory is not shared, or no longer", tag=tag)
-        if self._closing.is_set():
-            raise ClosedError("the allocator is closed", tag=tag)
-        if writable and not granted:
-            raise SharingError("this memory is shared for reading only", tag=tag)
-        return tag, [SharedRange(a, b, g, s, "") for a, b, g, s in keys]
-
-    def _hand_out(self, wire: _Wire, ranges: Sequence[SharedRange]) -> None:
-        """Exports and sends, some at a time; the pin keeps the memory awake meanwhile."""
-        for first in range(0, len(ranges), _MOST_FDS):
-            fds: list[int] = []
-            try:
-                for part in ranges[first : first + _MOST_FDS]:
-                    fd, info = self._core.export_fd(part.address)
-                    fds.append(fd)
-                    _check_current(part, info)
-                wire.send_fds(fds)
-            finally:
-                _close_all(fds)
-
-    def _forked(self) -> None:
-        """In a child of the owner, which serves nothing and keeps no descriptor."""
-        self._lock = threading.RLock()  # a thread that had it is not in this process
-        self._closing.set()
-        self._leases.clear()
-        for connection in self._connections:
-            connection.close()
-        self._events.close()
-        self._listener.close()
-
-
-def _check_current(part: SharedRange, info: Mapping[str, Any]) -> None:
-    if info["sequence"] != part.sequence:
-        raise SharingError("the memory was freed since it was shared", tag=info["tag"])
-    if info["generation"] != part.generation:
-        raise SharingError(
-            f"the memory is of generation {info['generation']}, and the descriptor of "
-            f"{part.generation}: it has slept since it was shared; share it again",
-            tag=info["tag"],
-            advice="share it again",
-        )
-
-
-_endpoints: Final[weakref.WeakSet[Endpoint]] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for endpoint in _endpoints:
-        endpoint._forked()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-@atexit.register
-def _close_all_endpoints() -> None:
-    """No thread of theirs runs when the interpreter goes."""
-    for endpoint in list(_endpoints):
-        endpoint.close()
-
-
-def layout_of(tensor: torch.Tensor, start: int) -> SharedLayout:
-    """Where a tensor is in the allocation that starts at an address.
-
-    Raises:
-        InvalidTypeError: More than bytes, shape and strides is needed to read it.
-    """
-    if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-        raise InvalidTypeError(
-            "a quantized tensor, and one that is conjugated or negated lazily, is more than its "
-            "bytes; share its resolve_conj().resolve_neg(), or its parts"
-        )
-    return SharedLayout(
-        offset=tensor.data_ptr() - start,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        strides=tuple(tensor.stride()),
-    )
-
-
-# ---- the importer's side -------------------------------------------------------------------------
 
 
 def open_shared(
@@ -520,12 +55,15 @@ def open_shared(
 ) -> torch.Tensor | list[torch.Tensor]:
     """Tensors on the physical memory of another process, or of this one.
 
-    The owner's tag cannot sleep while they live. The memory outlives its owner.
+    The owner's tag cannot sleep while they live. The memory outlives its owner. Memory that has
+    FABRIC handles is imported by them, and by file descriptors where that fails. A descriptor that
+    carries such handles also opens where its owner cannot be reached, on another host of the NVLink
+    domain; then the owner does not know of it.
 
     Args:
         memory: What `CuMemAllocator.share` returned, as it arrived here.
         device: The device that will use it here; None: the one that the memory is on. Another one
-            needs peer access to that.
+            needs peer access to that, and is to be named on another host.
         writable: False maps it for reading only: torch refuses to write to the tensors, and so
             does the device, where it can.
 
@@ -544,36 +82,85 @@ def open_shared(
         raise InvalidTypeError(f"a SharedMemory is needed, not {memory!r}")
     if not isinstance(writable, bool):
         raise InvalidTypeError(f"writable is a bool, not {writable!r}")
-    if memory.version != _VERSION:
+    if memory.version != VERSION:
         raise InvalidArgumentError(
-            f"the descriptor is of version {memory.version}, this is {_VERSION}: both processes "
+            f"the descriptor is of version {memory.version}, this is {VERSION}: both processes "
             "need the same version of cumempool"
         )
-    from cumempool import _core, _torch
+    from cumempool import _torch
 
     _check_layout(memory)
     driver = _driver(memory.driver)
     devices = [_local_device(memory, part, device, driver.device_count) for part in memory.ranges]
-    tensors: list[torch.Tensor] = []
-    with _ask(memory, writable) as wire:
-        connection = _core.Connection(wire.connection.fileno())
-        handles = _handles(wire, len(memory.ranges))
-        with contextlib.closing(handles):
-            for part, ordinal, fd in zip(memory.ranges, devices, handles, strict=True):
-                arguments = (driver, ordinal, fd, part.bytes)
-                try:
-                    capsule = _core.open_shared(*arguments, writable, connection)
-                except UnsupportedError:
-                    if writable:
-                        raise
-                    # This device maps nothing for reading only; torch still refuses to write.
-                    capsule = _core.open_shared(*arguments, True, connection)
-                tensors.append(_torch.from_capsule(capsule))
+    connection = _connect(memory)
+    if connection is None:
+        capsules = _map_carried(memory, driver, devices, writable)
+    else:
+        with connection, _talking(memory):
+            wire = Wire(connection)
+            _ask(wire, memory, writable)
+            capsules = _map_leased(memory, driver, devices, writable, wire)
+    tensors = [_torch.from_capsule(capsule) for capsule in capsules]
     if memory.layout is not None:
         tensors = [_in_layout(tensors[0], memory.layout)]
     if not writable:
         tensors = [_torch.ReadOnlyTensor(tensor) for tensor in tensors]
     return tensors if memory.layout is None else tensors[0]
+
+
+def _map_leased(
+    memory: SharedMemory,
+    driver: _core.Driver,
+    devices: Sequence[int],
+    writable: bool,
+    wire: Wire,
+) -> list[object]:
+    """Capsules of memory whose owner has been asked for it; they keep the lease."""
+    from cumempool import _core
+
+    lease = _core.Connection(wire.connection.fileno())
+    capsules = []
+    with contextlib.closing(_handles(wire, len(memory.ranges))) as handles:
+        for part, ordinal, (fd, fabric) in zip(memory.ranges, devices, handles, strict=True):
+            place = (driver, ordinal, part.bytes, writable, lease)
+            try:
+                capsule = None if fabric is None else _map(fabric, *place)
+            except (UnsupportedError, DriverError) as error:
+                _logger.debug("memory is opened by its file descriptor: %s", error)
+                capsule = None
+            capsules.append(_map(fd, *place) if capsule is None else capsule)
+    return capsules
+
+
+def _map_carried(
+    memory: SharedMemory, driver: _core.Driver, devices: Sequence[int], writable: bool
+) -> list[object]:
+    """Capsules of memory whose descriptor carries its handles. Nobody is asked, and none knows."""
+    if writable and not memory.writable:
+        raise SharingError("this memory is shared for reading only", tag=memory.tag)
+    return [
+        _map(part.fabric, driver, ordinal, part.bytes, writable, None)
+        for part, ordinal in zip(memory.ranges, devices, strict=True)
+    ]
+
+
+def _map(
+    exported: int | bytes,
+    driver: _core.Driver,
+    device: int,
+    size: int,
+    writable: bool,
+    lease: _core.Connection | None,
+) -> object:
+    from cumempool import _core
+
+    try:
+        return _core.open_shared(driver, device, exported, size, writable, lease)
+    except (UnsupportedError, DriverError):
+        if writable:
+            raise
+        # Some devices map nothing for reading only; torch still refuses to write.
+        return _core.open_shared(driver, device, exported, size, True, lease)
 
 
 def _check_layout(memory: SharedMemory) -> None:
@@ -625,17 +212,21 @@ _drivers: Final[dict[str, Any]] = {}
 
 def _driver(name: str) -> _core.Driver:
     """The driver that maps what others share; one of a kind per process."""
-    from cumempool.config import CuMemConfig
-    from cumempool.probe import HOST_GRANULARITY, open_driver
+    from cumempool import _core
+    from cumempool.probe import HOST_GRANULARITY
 
     with _drivers_lock:
         if name not in _drivers:
             # On `host`, memory of others counts for no device here.
-            _drivers[name] = open_driver(
-                CuMemConfig(driver="cuda")
+            _drivers[name] = (
+                _core.open_cuda()
                 if name == "cuda"
-                else CuMemConfig(
-                    driver="host", host_driver_devices=64, host_driver_bytes=HOST_GRANULARITY
+                else _core.open_host(
+                    devices=64,
+                    bytes_per_device=HOST_GRANULARITY,
+                    granularity=HOST_GRANULARITY,
+                    rdma=False,
+                    fabric=True,
                 )
             )
         driver: _core.Driver = _drivers[name]
@@ -681,47 +272,133 @@ def _by_uuid(uuid: str) -> int:
 
 
 @contextlib.contextmanager
-def _ask(memory: SharedMemory, writable: bool) -> Iterator[_Wire]:
-    """A connection to the owner, who has got the request."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        wire = _Wire(connection)
+def _talking(memory: SharedMemory) -> Iterator[None]:
+    """Says of which owner it was that did not answer, or answered garbage."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        if isinstance(error, CumempoolError):
+            raise
+        raise SharingError(
+            f"process {memory.owner}, which owns the memory, does not answer "
+            f"({type(error).__name__}: {error})",
+            tag=memory.tag,
+            advice="share it again from a process that lives",
+        ) from None
+
+
+def _connect(memory: SharedMemory) -> socket.socket | None:
+    """A connection to the owner, by the name of its endpoint, or else by way of its relay.
+
+    None where there is no way to it, and none is needed: the descriptor carries all handles.
+    """
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise SharingError(
+            f"no Unix socket could be made: {error}", tag=memory.tag, advice="raise ulimit -n"
+        ) from None
+    try:
+        connection.settimeout(PATIENCE)
+        connection.connect("\0" + memory.endpoint)
+    except (OSError, ValueError, TypeError) as error:
+        connection.close()
         try:
-            connection.settimeout(_PATIENCE)
-            connection.connect("\0" + memory.endpoint)
-            if _peer(connection)[1] != os.geteuid():
-                raise SharingError("the endpoint belongs to another user")
-            wire.send(
-                {
-                    "tag": memory.tag,
-                    "granted": memory.writable,
-                    "writable": writable,
-                    "ranges": [part._key() for part in memory.ranges],
-                    "secret": memory.secret,
-                }
-            )
-            yield wire
-        except (OSError, EOFError, ValueError, TypeError) as error:
-            if isinstance(error, CumempoolError):
-                raise
+            return _connect_by_relay(memory)
+        except (OSError, ValueError, TypeError, OverflowError) as second:
+            if all(part.fabric for part in memory.ranges):
+                return None
             raise SharingError(
-                f"process {memory.owner}, which owns the memory, cannot be reached, or does not "
-                f"answer ({type(error).__name__}: {error})",
+                f"process {memory.owner}, which owns the memory, cannot be reached "
+                f"({type(error).__name__}: {error}; past namespaces: {second})",
                 tag=memory.tag,
                 advice="share it again from a process that lives",
             ) from None
+    if peer_of(connection)[1] != os.geteuid():
+        connection.close()
+        raise SharingError("the endpoint belongs to another user", tag=memory.tag)
+    return connection
 
 
-def _handles(wire: _Wire, count: int) -> Generator[int, None, None]:
-    """Descriptors as they come; each is closed when the next one is asked for."""
+def _connect_by_relay(memory: SharedMemory) -> socket.socket:
+    """A connection made here, whose other end is sent to the owner over a socket copied from it.
+
+    The kernel permits that to who may trace the owner, in whatever network namespace.
+
+    Raises:
+        OSError: It is not permitted, or there is no such process or socket.
+    """
+    if not memory.home or memory.home != home():
+        raise ProcessLookupError("it is of another host or PID namespace")
+    with _relay_of(memory) as relay:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))
+            deadline = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    # Its flags are the owner's as well, so it stays as it is: blocking.
+                    relay.sendmsg([b"\0"], [rights], socket.MSG_DONTWAIT)
+                    return ours
+                except OSError as error:
+                    if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
+                        ours.close()
+                        raise
+                time.sleep(0.01)
+
+
+def _relay_of(memory: SharedMemory) -> socket.socket:
+    """A copy of the owner's end of the relay."""
+    from cumempool import _core
+
+    process = _core.pidfd_open(memory.owner)
+    try:
+        # Who answers to the number still lives when the copy is made, so it is the same process.
+        if os.stat(f"/proc/{memory.owner}").st_uid != os.geteuid():
+            raise PermissionError("the process belongs to another user")
+        number = _core.pidfd_getfd(process, memory.relay)
+    finally:
+        os.close(process)
+    try:
+        relay = socket.socket(fileno=number)
+    except OSError:
+        os.close(number)
+        raise
+    if relay.getsockname() != relay_name(memory.endpoint).encode():
+        relay.close()
+        raise ProcessLookupError("the process is another one by now")
+    return relay
+
+
+def _ask(wire: Wire, memory: SharedMemory, writable: bool) -> None:
+    wire.send(
+        {
+            "tag": memory.tag,
+            "granted": memory.writable,
+            "writable": writable,
+            "ranges": [part._key() for part in memory.ranges],
+            "secret": memory.secret,
+            "fabric": True,
+        }
+    )
+
+
+def _handles(wire: Wire, count: int) -> Generator[tuple[int, bytes | None], None, None]:
+    """Descriptors and FABRIC handles as they come; each is closed when the next is asked for."""
     while count:
-        fds = wire.receive_fds(min(count, _MOST_FDS))
+        fds = wire.receive_fds(min(count, MOST_FDS))
         count -= len(fds)
         try:
-            while fds:
-                yield fds[0]
+            fabric = [
+                None if text is None else bytes.fromhex(text) for text in wire.receive()["fabric"]
+            ]
+            for handle in fabric[: len(fds)]:
+                yield fds[0], handle
                 os.close(fds.pop(0))
+            if fds:
+                raise ValueError("fewer FABRIC handles than descriptors")
         finally:
-            _close_all(fds)
+            close_all(fds)
 
 
 # ---- torch.multiprocessing -----------------------------------------------------------------------

@@ -36,6 +36,7 @@ class AllocationInfo:
             None where there is none.
         backing: What it is made of: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
         sequence: Order of allocation.
+        preserved: Its contents are kept where its tag is discarded.
     """
 
     address: int
@@ -49,6 +50,11 @@ class AllocationInfo:
     backup_tier: str | None
     backing: str
     sequence: int
+    preserved: bool
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, of types that ``json.dumps`` takes."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class TagStats:
         backing: What its memory is made of: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
         pins: How many forbid that it goes to sleep; see `CuMemAllocator.pin`.
         unreleased_bytes: Asleep, but the driver would not take the memory back.
+        preserved_bytes: Awake or asleep, with contents that are kept where the tag is discarded.
     """
 
     tag: str
@@ -93,6 +100,7 @@ class TagStats:
     backing: str
     pins: int
     unreleased_bytes: int
+    preserved_bytes: int
 
     @property
     def asleep_bytes(self) -> int:
@@ -110,6 +118,7 @@ _COUNTS = (
     "backup_bytes",
     "retained_bytes",
     "unreleased_bytes",
+    "preserved_bytes",
 )
 _ON_SLEEP = (None, "offload", "discard")
 _ON_WAKE = (None, "undefined", "zero")

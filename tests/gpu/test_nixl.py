@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,14 @@ from cumempool.nixl import is_installed
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nixl_kv_transfer.py"
 GIB = 1024**3
+TIMEOUT = 280  # seconds; TCP moves about 0.5 GB/s
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 pytestmark = [
     pytest.mark.skipif(not is_installed(), reason="NIXL is not installed: pip install nixl"),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU; this needs two"),
+    pytest.mark.xfail(
+        torch.cuda.device_count() < 2, reason="there is one GPU; this needs two", run=False
+    ),
 ]
 
 
@@ -28,15 +32,21 @@ def transfer(tmp_path: Path, *arguments: str, **variables: str) -> dict[str, Any
     """Runs the example, which compares every byte itself, and returns its figures."""
     figures = tmp_path / "figures.json"
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, str(EXAMPLE), *arguments, "--json", str(figures)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
         env=environment | variables,
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+        start_new_session=True,
+    ) as example:
+        try:
+            said, _ = example.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(example.pid, signal.SIGKILL)  # its two processes as well
+            pytest.fail(f"not done after {TIMEOUT} s: {example.communicate()[0]}")
+    print(said)
+    assert example.returncode == 0, said
     found: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))
     assert found["devices"] == [0, 1]
     assert found["bytes"] >= GIB

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ def make_allocator() -> Iterator[MakeAllocator]:
         limit: int | None = None,
         overflow: Backup | None = None,
         retain: bool = True,
+        **settings: Any,
     ) -> CuMemAllocator:
         config = CuMemConfig(
             driver="host",
@@ -114,6 +116,7 @@ def make_allocator() -> Iterator[MakeAllocator]:
             host_backup_limit=limit,
             host_backup_overflow=overflow,
             retain_backups=retain,
+            **settings,
         )
         made.append(CuMemAllocator(config))
         return made[-1]

@@ -250,6 +250,7 @@ def test_snapshot_lists_live_allocations_in_order_with_every_field(alloc: CuMemA
         "backup_tier": None,
         "backing": "vmm",
         "sequence": one.sequence,
+        "preserved": False,
     }
     assert asdict(two) == {
         "address": second.data_ptr(),
@@ -263,6 +264,7 @@ def test_snapshot_lists_live_allocations_in_order_with_every_field(alloc: CuMemA
         "backup_tier": "pinned",
         "backing": "vmm",
         "sequence": one.sequence + 2,
+        "preserved": False,
     }
     alloc.wake_up()
     _, woken = alloc.snapshot()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,6 +79,23 @@ def test_memory_of_cuda_malloc_does_not_sleep(plain: CuMemAllocator, call: str) 
     plain.wake_up()
     assert torch.equal(tensor, random_bytes(MIB))
     assert torch.equal(kv, random_bytes(MIB, 1))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_nothing_is_prepared_for_a_sleep_that_will_be_refused(
+    plain: CuMemAllocator, background: bool
+) -> None:
+    tensor = filled(plain, MIB, "plain")
+    kv = filled(plain, MIB, "kv", 1)
+    prepare: Callable[[], object] = {
+        False: lambda: plain.prepare(tags=("kv", "plain")),
+        True: lambda: plain.prepare(tags=("kv", "plain"), background=True).result(timeout=60),
+    }[background]
+    with pytest.raises(UnsupportedError, match=r"prepare.*cudaMalloc, which cannot sleep"):
+        prepare()
+    assert plain.stats().host_bytes == 0
+    assert plain.prepare(tags="kv") == GRANULE
+    del tensor, kv
 
 
 def test_an_empty_tag_of_cuda_malloc_sleeps_like_any(plain: CuMemAllocator) -> None:

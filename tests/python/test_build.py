@@ -1,4 +1,4 @@
-"""What is built and installed: exported symbols, public headers, the CMake package, cuda.h."""
+"""What is built and installed for C and C++: symbols, headers, CMake package, example, cuda.h."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
+import cumempool
+
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = sorted((ROOT / "include" / "cumempool").glob("*.h"))
+EXAMPLE = ROOT / "examples" / "cpp"
 # The environment's own tools come first, also where it was not activated.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
@@ -129,6 +132,100 @@ def test_program_outside_the_project_finds_the_cmake_package(prefix: Path, tmp_p
     assert version == importlib.metadata.version("cumempool")
     assert int(freed) == 1 << 20
     assert (same_address, same_contents) == ("1", "1")
+
+
+# ---- paths for C and C++ programs
+
+
+def test_the_paths_lead_to_what_is_installed(prefix: Path) -> None:
+    places = [cumempool.get_include(), cumempool.get_library(), cumempool.get_cmake_dir()]
+    inside = ["include", "lib/libcumempool.so", "lib/cmake/cumempool"]
+    assert [Path(place) for place in places] == [prefix.resolve() / path for path in inside]
+    assert (Path(cumempool.get_include()) / "cumempool" / "cumempool.h").is_file()
+    assert (Path(cumempool.get_cmake_dir()) / "cumempoolConfig.cmake").is_file()
+
+
+@pytest.mark.parametrize("name", ["get_include", "get_library", "get_cmake_dir"])
+def test_what_is_not_installed_is_an_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cumempool, "__path__", [str(tmp_path)])
+    with pytest.raises(cumempool.UnavailableError, match=f"^{name}: .*install cumempool") as caught:
+        getattr(cumempool, name)()
+    assert caught.value.operation == name
+    assert str(caught.value).endswith(caught.value.advice)
+
+
+# ---- the C++ example
+
+
+def assert_example_works(program: Path) -> None:
+    lines = run(program, "host").splitlines()
+    assert lines[0] == f"cumempool {importlib.metadata.version('cumempool')}, driver host"
+    assert [line for line in lines if line.startswith("proven: ")] == [
+        "proven: awake, both tags hold memory",
+        "proven: asleep, they hold none of the device's memory",
+        "proven: awake again, at the same addresses in new physical memory",
+        "proven: the weights are equal bit for bit",
+        "proven: the cache is zero",
+    ]
+
+
+def test_the_cpp_example_is_built_as_the_readme_says(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (commands,) = re.findall(r"^```text\n(cmake -S examples/cpp .*?)^```$", readme, re.M | re.S)
+    shutil.copytree(EXAMPLE, tmp_path / "examples" / "cpp")
+    said = run("bash", "-euo", "pipefail", "-c", f"cd {tmp_path}\n{commands}")
+    assert "proven: the weights are equal bit for bit\n" in said
+    assert_example_works(tmp_path / "build" / "example" / "sleep_wake")
+
+
+def compile_example(source: Path, program: Path) -> Path:
+    library = Path(cumempool.get_library())
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wpedantic", "-Werror"]
+    places = [f"-I{cumempool.get_include()}", library, f"-Wl,-rpath,{library.parent}"]
+    run(tool("CXX", "c++", "g++"), *flags, source, *places, "-o", program)
+    return program
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example as a compiler alone makes it, from the paths that the package gives."""
+    program = tmp_path_factory.mktemp("example") / "sleep_wake"
+    return compile_example(EXAMPLE / "sleep_wake.cpp", program)
+
+
+def test_the_cpp_example_is_built_by_a_compiler_alone(example: Path) -> None:
+    assert_example_works(example)
+
+
+def test_the_cpp_example_fails_where_nothing_slept(tmp_path: Path) -> None:
+    text = (EXAMPLE / "sleep_wake.cpp").read_text()
+    assert text.count("  put_to_sleep(allocator);\n") == 1
+    source = tmp_path / "sleepless.cpp"
+    sleepless = text.replace("  put_to_sleep(allocator);", "  static_cast<void>(put_to_sleep);")
+    source.write_text(sleepless)
+    program = compile_example(source, tmp_path / "sleepless")
+    done = subprocess.run([program, "host"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "NOT PROVEN: asleep, they hold none of the device's memory" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [((), 2), (("rocm",), 2), (("host", "host"), 2), (("cuda",), 1)]
+)
+def test_the_cpp_example_says_what_it_cannot_do(
+    arguments: tuple[str, ...], code: int, example: Path
+) -> None:
+    if arguments == ("cuda",) and cumempool.is_available():
+        code = 0
+    done = subprocess.run([example, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    said = {0: "proven", 1: "NOT PROVEN: ", 2: "usage: sleep_wake host|cuda"}[code]
+    assert said in done.stdout + done.stderr
+
+
+# ---- how it is built
 
 
 def test_build_needs_no_cuda_toolkit(tmp_path: Path) -> None:

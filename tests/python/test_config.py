@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -44,10 +45,24 @@ def test_defaults() -> None:
         "host_backup_limit": None,
         "host_backup_overflow": None,
         "retain_backups": True,
+        "nvtx": False,
+        "out_of_memory_directory": None,
+        "publish": False,
         "host_driver_devices": 1,
         "host_driver_bytes": 8 * GIB,
     }
     assert not config.cumem_allocator_enabled
+
+
+def test_the_directory_for_out_of_memory_must_exist(tmp_path: Path) -> None:
+    assert CuMemConfig(out_of_memory_directory=str(tmp_path)).out_of_memory_directory
+    for wrong in (str(tmp_path / "missing"), ""):
+        with pytest.raises(InvalidArgumentError, match="not a directory that exists"):
+            CuMemConfig(out_of_memory_directory=wrong)
+        with pytest.raises(InvalidArgumentError, match="CUMEMPOOL_OUT_OF_MEMORY_DIRECTORY"):
+            CuMemConfig.from_env({"CUMEMPOOL_OUT_OF_MEMORY_DIRECTORY": wrong})
+    with pytest.raises(InvalidTypeError, match="a str or None"):
+        CuMemConfig(out_of_memory_directory=tmp_path)  # type: ignore[arg-type]
 
 
 def test_immutable_keyword_only_hashable_and_picklable() -> None:

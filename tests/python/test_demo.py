@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import re
 
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import RunPython
+from rich.console import Console
 
-from cumempool import __version__
+from cumempool import Availability, CuMemConfig, __version__
 from cumempool import demo as demo_module
 from cumempool.cli import main
 
@@ -76,6 +78,33 @@ def test_more_than_the_device_has_is_an_error_without_a_traceback(
     result = CliRunner().invoke(main, ["demo", "--driver", "host", "--mib", "64"])
     assert result.exit_code == 1
     assert "CUDA_ERROR_OUT_OF_MEMORY" in result.output
+
+
+def test_on_a_gpu_the_first_line_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_module, "probe", lambda driver: Availability(True, "", "", driver))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H999")
+    output = io.StringIO()
+    for wanted in ("cuda", "auto"):
+        config = demo_module._choose_driver(wanted, Console(file=output, width=120))
+        assert config.driver == "cuda"
+    assert output.getvalue().count("device memory of NVIDIA H999") == 2
+    assert "NO GPU" not in output.getvalue()
+
+
+def test_memory_in_use_on_a_gpu_is_what_its_driver_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Allocator:
+        config = CuMemConfig(driver="cuda")
+
+    order: list[str] = []
+
+    def count() -> tuple[int, int]:
+        order.append("count")
+        return 30, 100
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", count)
+    assert demo_module._memory_used(Allocator()) == 70  # type: ignore[arg-type]
+    assert order == ["synchronize", "count"]
 
 
 def small_configuration() -> object:

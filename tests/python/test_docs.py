@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import builtins
+import importlib
+import importlib.util
+import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import click
 import pytest
 from conftest import RunPython
 
@@ -149,7 +156,189 @@ def test_exceptions_that_are_named_exist(page: Path) -> None:
     assert sorted(named - known) == []
 
 
-def test_allocator_methods_that_the_readme_calls_exist() -> None:
-    called = set(re.findall(r"\balloc\.(\w+)", README))
-    assert called
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_allocator_methods_that_are_called_exist(page: Path) -> None:
+    called = set(re.findall(r"\b(?:alloc|allocator)\.(\w+)\(", page.read_text(encoding="utf-8")))
     assert [name for name in called if not hasattr(cumempool.CuMemAllocator, name)] == []
+
+
+# ---- code blocks
+
+
+def load_runner() -> ModuleType:
+    """``tests/pages.py``, which is in no package."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "tests" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pages"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+RUNNER = load_runner()
+#: Those that the documentation is made of; others are for developers.
+READ = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: The blocks of the README are run above.
+RUN = [
+    page
+    for page in READ[1:]
+    if any(RUNNER.is_run(block, False) for block in RUNNER.blocks_of(page.read_text("utf-8")))
+]
+
+
+def relative(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def run_page(page: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "tests" / "pages.py"), str(page)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def check_text(text: str) -> None:
+    for block in RUNNER.blocks_of(text):
+        RUNNER.check(block)
+
+
+@pytest.mark.parametrize("page", READ, ids=relative)
+def test_every_block_is_of_a_known_kind_and_can_be_read(page: Path) -> None:
+    check_text(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", RUN, ids=relative)
+def test_the_blocks_of_a_page_run_in_order(page: Path) -> None:
+    done = run_page(page)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\nassert 1 + 1 == 3\n```\n",
+        "```python\nimport cumempool\n```\n\n```python\ncumempool.no_such_name\n```\n",
+        "```sh\ncumempool no-such-command\n```\n",
+        "```sh\ncumempool doctor --driver host | grep nonsense\n```\n",
+        '```python\nimport warnings\nwarnings.warn("old", DeprecationWarning)\n```\n',
+    ],
+    ids=["a wrong value", "a missing name", "a missing command", "a failing pipe", "a warning"],
+)
+def test_a_broken_block_is_found(text: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf-8")
+    done = run_page(page)
+    assert done.returncode != 0
+    assert "page.md" in done.stderr
+
+
+def test_blocks_share_names_and_a_folder_and_leave_none(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nimport os\nhere = os.getcwd()\n```\n"
+        "<!-- given\nhidden = 3\n-->\n"
+        '```python title="script.py"\nimport sys\nsys.exit(0 if sys.argv[1] == "3" else 1)\n```\n'
+        "```python gpu\nraise SystemExit('ran without a GPU')\n```\n"
+        "```sh\npython script.py 3\n```\n"
+        "```python\nassert hidden == 3 and os.listdir() == ['script.py']\nprint(here)\n```\n",
+        encoding="utf-8",
+    )
+    done = run_page(page)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not Path(done.stdout.strip()).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("```python3\n```\n", ValueError),
+        ("```python gpu slow\n```\n", ValueError),
+        ("- a list\n\n  ```python\n  indented\n  ```\n", ValueError),
+        ("```python gpu\nin no language\n```\n", SyntaxError),
+        ("```sh gpu\ncumempool doctor --no-such-option\n```\n", click.UsageError),
+        ("```sh\npip install cumempool\ncumempool doctor\n```\n", ValueError),
+        ("```sh\npython examples/no_such.py\n```\n", FileNotFoundError),
+        ("```sh\npython examples/rlhf_loop.py --no-such-option\n```\n", AssertionError),
+    ],
+)
+def test_what_is_not_run_is_looked_at(text: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        check_text(text)
+
+
+# ---- pages that follow the code
+
+
+def test_the_quick_start_has_the_two_commands_of_the_readme() -> None:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^pip install .*$", README, re.MULTILINE)
+    assert len(lines) == 2
+    assert re.findall(r"^pip install .*$", page, re.MULTILINE)[:2] == lines
+
+
+def named_in_reference() -> set[str]:
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    return set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
+
+
+def test_the_reference_has_every_public_name() -> None:
+    covered = set()
+    for name in named_in_reference():
+        package, _, last = name.rpartition(".")
+        found = getattr(importlib.import_module(package), last, None)
+        if found is None or inspect.ismodule(found):
+            found = importlib.import_module(name)
+            covered |= {id(getattr(found, each)) for each in found.__all__}
+        covered.add(id(found))
+    public = [name for name in cumempool.__all__ if not name.startswith("__")]
+    assert [name for name in public if id(getattr(cumempool, name)) not in covered] == []
+
+
+def source_text() -> str:
+    """All code of the library, with texts that are written in pieces joined."""
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "cpp").rglob("*.cpp")]
+    files += [ROOT / "cpp" / "abi" / "boundary.hpp"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    return re.sub(r'"\s*\n\s*f?"', "", text)
+
+
+#: Messages of others that people find here.
+OTHERS = {
+    "CUDA out of memory. Tried to allocate",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_NOT_PERMITTED",
+    "IBV_WC_REM_ACCESS_ERR",
+    "expandable_segments",
+    "Cannot re-initialize CUDA in forked subprocess",
+}
+
+
+def messages_of_troubleshooting() -> list[str]:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    return re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+
+
+def test_messages_in_troubleshooting_are_those_of_the_library() -> None:
+    source = source_text()
+    messages = messages_of_troubleshooting()
+    assert len(messages) > 25
+    gone = [
+        message
+        for message in messages
+        if message not in OTHERS
+        and any(part.strip() not in source for part in message.split("...") if part.strip())
+    ]
+    assert gone == []
+
+
+def test_troubleshooting_has_every_check_of_doctor() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    source = (ROOT / "src" / "cumempool" / "doctor.py").read_text(encoding="utf-8")
+    names = {name.split(":")[-1].strip() for name in re.findall(r'Check\(\s*f?"([^"]+)"', source)}
+    names |= {re.split("[ {]", name)[0] for name in re.findall(r'name = f?"([^"{]+)', source)}
+    assert len(names) > 12
+    assert sorted(name for name in names if f"| `{name}" not in page) == []

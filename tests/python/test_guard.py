@@ -523,3 +523,22 @@ leave.set()
 thread.join()
 """)
     assert (done.code, done.out, done.err) == (0, "7\n", "")
+
+
+def test_nothing_is_prepared_for_memory_that_stays_pinned(alloc: CuMemAllocator) -> None:
+    kv = filled(alloc, MIB, "kv")
+    with alloc.pin("kv", "a raw registration"):
+        with pytest.raises(InUseError, match=r"prepare.*pinned by 'a raw registration'"):
+            alloc.prepare(tags="kv")
+        with (
+            alloc.register_hooks("kv", after_map=lambda tag, ranges: None),
+            pytest.raises(InUseError),
+        ):
+            alloc.prepare(tags="kv")
+        assert alloc.stats().host_bytes == 0
+    pin = alloc.pin("kv", "what its hook takes off")
+    with alloc.register_hooks("kv", before_unmap=lambda tag, ranges: pin.release()):
+        assert alloc.prepare(tags="kv") == GRANULE
+        alloc.sleep(tags="kv")
+    alloc.wake_up()
+    assert torch.equal(kv, random_bytes(MIB))

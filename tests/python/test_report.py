@@ -143,6 +143,12 @@ def test_str_has_a_line_per_tag_override_and_problem() -> None:
     assert str(empty) == "sleep: nothing changed in 0.0 ms"
 
 
+def test_a_line_leaves_out_what_there_is_nothing_of() -> None:
+    assert str(TagReport("a")) == "a: 0 allocations"
+    assert str(TagReport("a", (2,), 1)) == "a: 1 allocation on device 2"
+    assert str(TagReport("a", (), 1, bytes_freed=GIB)) == "a: 1 allocation, freed 1.00 GiB"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from cumempool import (
     CuMemConfig,
     InUseError,
     InvalidArgumentError,
+    InvalidTypeError,
     OutOfMemoryError,
     OutOfSlotsError,
     _core,
@@ -122,12 +126,118 @@ def test_other_threads_are_not_affected(alloc: CuMemAllocator) -> None:
     assert seen == ["default"]
 
 
+# ---- all threads
+
+
+def in_a_thread(work: Callable[[], object]) -> object:
+    """What `work` returns in a thread of its own; it raises what that raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(timeout=60)
+
+
+def test_a_scope_for_all_threads_takes_what_other_threads_allocate(alloc: CuMemAllocator) -> None:
+    with alloc.use_memory_pool("a", all_threads=True) as scope:
+        assert scope.all_threads
+        assert in_a_thread(lambda: tag_here(alloc)) == "a"
+        assert tag_here(alloc) == "a"
+        with alloc.use_memory_pool("mine"):
+            assert tag_here(alloc) == "mine"
+            assert in_a_thread(lambda: tag_here(alloc)) == "a"
+    assert in_a_thread(lambda: tag_here(alloc)) == "default"
+
+
+def test_a_scope_that_a_thread_enters_inside_of_one_for_all_is_its_own(
+    alloc: CuMemAllocator,
+) -> None:
+    def enter() -> tuple[str, str]:
+        with alloc.use_memory_pool("theirs"):
+            inside = tag_here(alloc)
+        return inside, tag_here(alloc)
+
+    with alloc.use_memory_pool("a", all_threads=True):
+        assert in_a_thread(enter) == ("theirs", "a")
+
+
+def test_scopes_for_all_threads_nest_in_one_thread_and_the_innermost_takes_all(
+    alloc: CuMemAllocator,
+) -> None:
+    with alloc.use_memory_pool("a", all_threads=True):
+        with alloc.use_memory_pool("b", all_threads=True):
+            assert in_a_thread(lambda: tag_here(alloc)) == "b"
+        assert in_a_thread(lambda: tag_here(alloc)) == "a"
+
+
+@pytest.mark.parametrize("theirs_for_all", [False, True])
+def test_a_scope_for_all_threads_does_not_take_those_of_an_open_scope(
+    alloc: CuMemAllocator, theirs_for_all: bool
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> str:
+        with alloc.use_memory_pool("theirs", all_threads=theirs_for_all):
+            entered.set()
+            assert leave.wait(60)
+            return tag_here(alloc)
+
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(hold)
+        assert entered.wait(60)
+        mine = alloc.use_memory_pool("a", all_threads=True)
+        with pytest.raises(InUseError, match=r"'a'.*'theirs'") as caught:
+            mine.__enter__()
+        assert (caught.value.tag, caught.value.device) == ("a", 0)
+        assert str(caught.value).endswith(caught.value.advice)
+        with alloc.use_memory_pool("b"):  # for this thread alone it goes
+            assert tag_here(alloc) == "b"
+        leave.set()
+        assert held.result(60) == "theirs"
+    with mine:
+        assert in_a_thread(lambda: tag_here(alloc)) == "a"
+
+
+def test_scopes_for_all_threads_on_other_devices_do_not_meet(
+    make_allocator: MakeAllocator,
+) -> None:
+    allocator = make_allocator(devices=2)
+    with allocator.use_memory_pool("a", all_threads=True, devices=[0]):
+
+        def enter() -> str:
+            with allocator.use_memory_pool("b", all_threads=True, devices=[1]):
+                return tag_here(allocator)
+
+        assert in_a_thread(enter) == "b"
+
+
+def test_scopes_of_several_allocators_meet_too(make_allocator: MakeAllocator) -> None:
+    """There is one list of them in torch."""
+    one, two = make_allocator(), make_allocator()
+    with one.use_memory_pool("a"), two.use_memory_pool("b", all_threads=True):
+        assert in_a_thread(lambda: (tag_here(one), tag_here(two))) == ("default", "b")
+
+        def enter() -> None:
+            with one.use_memory_pool("c", all_threads=True):
+                pytest.fail("entered")
+
+        with pytest.raises(InUseError, match="'c'"):
+            in_a_thread(enter)
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_all_threads_is_a_bool(alloc: CuMemAllocator, value: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="all_threads"):
+        alloc.use_memory_pool("a", all_threads=value)
+
+
+# ---- leaving
+
+
 def test_another_thread_may_leave_the_scope(alloc: CuMemAllocator) -> None:
     scope = alloc.use_memory_pool("a")
     scope.__enter__()
     thread = threading.Thread(target=scope.__exit__, args=(None, None, None))
     thread.start()
     thread.join()
+    assert tag_here(alloc) == "default"
     alloc.sleep()  # no scope is open any more
     alloc.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
 import dataclasses
 import gc
 import json
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from conftest import GRANULE, MIB, MakeAllocator, RunPython, bits, filled, rando
 from cumempool import (
     ClosedError,
     CuMemAllocator,
+    DriverError,
     InUseError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -33,19 +36,52 @@ from cumempool import (
     SharedMemory,
     SharingError,
     UnsupportedError,
+    _core,
     open_shared,
 )
+from cumempool.sharing import Endpoint
 
 NOBODY = 65534
+
+
+def can_watch_processes() -> bool:
+    try:
+        os.close(_core.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
+
+
+def can_copy_descriptors() -> bool:
+    try:
+        process = _core.pidfd_open(os.getpid())
+    except OSError:
+        return False
+    try:
+        os.close(_core.pidfd_getfd(process, process))
+    except OSError:
+        return False
+    finally:
+        os.close(process)
+    return True
+
+
+needs_pidfd = pytest.mark.skipif(
+    not can_watch_processes(), reason="this kernel, or its sandbox, has no pidfd_open"
+)
+needs_getfd = pytest.mark.skipif(
+    not can_copy_descriptors(), reason="this kernel, or its sandbox, has no pidfd_getfd"
+)
 
 
 class Importer:
     """A process that opens what this one shares."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, wrapper: Sequence[str] = ()) -> None:
         path = os.pathsep.join(part for part in sys.path if part)
         self.process = subprocess.Popen(
             [
+                *wrapper,
                 sys.executable,
                 "-W",
                 "error",
@@ -79,6 +115,12 @@ class Importer:
         self.process.stdin.close()
         self.process.wait(timeout=60)
         self.process.stdout.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_other_tests_is_left() -> None:
+    """Descriptors are counted here; those of garbage would go when it is collected."""
+    gc.collect()
 
 
 @pytest.fixture
@@ -159,7 +201,7 @@ def test_more_allocations_than_fit_into_a_message(
     assert [int(tensor[0]) for tensor in opened] == list(range(150))
     del opened
     until(lambda: pins(alloc) == 0)
-    assert fds() <= before + 3  # the endpoint
+    until(lambda: fds() <= before + 4)  # the endpoint
     del tensors
 
 
@@ -207,6 +249,9 @@ def test_what_is_open_elsewhere_does_not_sleep(alloc: CuMemAllocator, importer: 
     until(lambda: pins(alloc) == 1)
     with pytest.raises(InUseError):
         alloc.discard("kv")
+    with pytest.raises(InUseError, match=f"process {importer.process.pid}"):
+        alloc.prepare(tags="kv")
+    assert alloc.stats().host_bytes == 0
     importer.ask("close", "b")
     until(lambda: pins(alloc) == 0)
     alloc.sleep(tags="kv")
@@ -290,6 +335,27 @@ def test_a_killed_importer_ends_its_lease(alloc: CuMemAllocator) -> None:
     importer.kill()
     until(lambda: pins(alloc) == 0)
     until(lambda: fds() == before)
+    importer.end()
+    alloc.sleep(tags="kv")
+    alloc.wake_up()
+    assert torch.equal(kv, random_bytes(MIB))
+
+
+@needs_pidfd
+def test_a_killed_importer_ends_its_lease_though_a_child_of_it_lives(alloc: CuMemAllocator) -> None:
+    kv = filled(alloc, MIB, "kv")
+    importer = Importer()
+    alloc.share(kv)
+    before = fds()
+    importer.open(alloc.share(kv))
+    child = int(importer.ask("fork"))
+    try:
+        importer.kill()
+        until(lambda: pins(alloc) == 0)
+        until(lambda: fds() == before)
+        os.kill(child, 0)  # lives, and has the connection
+    finally:
+        os.kill(child, signal.SIGKILL)
     importer.end()
     alloc.sleep(tags="kv")
     alloc.wake_up()
@@ -402,6 +468,7 @@ def test_no_descriptor_is_left_to_a_program_that_is_started(alloc: CuMemAllocato
     assert len(ours) >= 4  # the endpoint, both ends of the lease, the memory
     assert [name for name in ours if name in listed.stdout] == []
     assert "eventpoll" not in listed.stdout
+    assert "pidfd" not in listed.stdout
     del opened
 
 
@@ -521,13 +588,14 @@ def test_garbage_is_harmless(alloc: CuMemAllocator) -> None:
         until(lambda: pins(alloc) == 0)
     opened = open_shared(memory)
     assert isinstance(opened, torch.Tensor)
-    until(lambda: fds() == before + 3)  # both ends of the lease, and the importer's memory
+    # Both ends of the lease, what tells the importer's end, and the importer's memory.
+    until(lambda: fds() == before + 3 + can_watch_processes())
 
 
 def test_slow_clients_are_few_and_do_not_last(
     alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cumempool.sharing._PATIENCE", 0.5)
+    monkeypatch.setattr("cumempool.wire.PATIENCE", 0.5)
     kv = alloc.empty(3, tag="kv")
     memory = alloc.share(kv)
     threads, before = threading.active_count(), fds()
@@ -551,6 +619,293 @@ def test_slow_clients_are_few_and_do_not_last(
         stranger.close()
     del opened
     until(lambda: fds() == before)
+
+
+# ---- past namespaces
+
+
+def refuse(*_: object) -> None:
+    raise ConnectionRefusedError("there is no such name")
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name of a socket is found from here, as from another network namespace."""
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@needs_getfd
+def test_who_does_not_find_the_name_comes_by_the_relay(
+    alloc: CuMemAllocator, unreachable: None
+) -> None:
+    kv = filled(alloc, MIB, "kv")
+    memory = alloc.share(kv)
+    before = fds()
+    for _ in range(20):
+        opened = open_shared(memory)
+        assert isinstance(opened, torch.Tensor)
+        assert torch.equal(opened, random_bytes(MIB))
+        assert pins(alloc) == 1
+        with pytest.raises(InUseError, match=f"process {os.getpid()}, which has it open"):
+            alloc.sleep(tags="kv")
+        del opened
+        until(lambda: pins(alloc) == 0)
+    until(lambda: fds() == before)
+    alloc.sleep(tags="kv")
+    with pytest.raises(SharingError, match="refused"):
+        open_shared(memory)
+    alloc.wake_up()
+
+
+def other_network() -> Sequence[str]:
+    """What runs a program in a network namespace of its own; skips where that is not permitted."""
+    wrapper = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-U", "-c", "-n"]
+    try:
+        subprocess.run([*wrapper, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespace can be made here: {error}")
+    return wrapper
+
+
+@needs_getfd
+def test_a_process_in_another_network_namespace_opens_it(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(1000, dtype=torch.int32, tag="kv").fill_(1)
+    importer = Importer(wrapper=other_network())
+    assert importer.open(alloc.share(kv)) == "1 4000"
+    assert importer.ask("fill", "a", 2) == "filled"
+    assert kv.eq(2).all()
+    with pytest.raises(InUseError, match=f"process {importer.process.pid}"):
+        alloc.sleep(tags="kv")
+    importer.kill()
+    until(lambda: pins(alloc) == 0)
+    importer.end()
+
+
+@needs_getfd
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_the_relay_is_not_for_another_user(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    try:
+        stranger = Importer(str(NOBODY), wrapper=other_network())
+    except AssertionError:
+        pytest.skip("another user cannot read the interpreter or the package")
+    answer = stranger.open(memory)
+    stranger.end()
+    assert answer.startswith("SharingError"), answer
+    assert "cannot be reached" in answer
+    assert pins(alloc) == 0
+
+
+@needs_getfd
+def test_what_is_not_the_relay_is_left_alone(
+    alloc: CuMemAllocator, unreachable: None, importer: Importer
+) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    before = fds()
+    with (
+        open("/dev/zero", "rb") as file,
+        contextlib.ExitStack() as both,
+    ):
+        pair = [both.enter_context(end) for end in socket.socketpair()]
+        for wrong in (
+            {"relay": -1},
+            {"relay": 10**6},
+            {"relay": 2**40},
+            {"relay": file.fileno()},
+            {"relay": pair[0].fileno()},
+            {"endpoint": memory.endpoint[:-1]},
+            {"home": ""},
+            {"home": memory.home + "1"},
+            {"owner": importer.process.pid},
+            {"owner": 2**22 + 1},
+            {"owner": -1},
+        ):
+            with pytest.raises(SharingError, match="cannot be reached"):
+                open_shared(dataclasses.replace(memory, **wrong))  # type: ignore[arg-type]
+    assert fds() == before
+    with pytest.raises(SharingError, match="not shared"):
+        open_shared(dataclasses.replace(memory, secret="0" * 64))
+    opened = open_shared(memory)
+    assert isinstance(opened, torch.Tensor)
+
+
+def test_garbage_over_the_relay_is_harmless(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    before = fds()
+    endpoint = alloc._endpoint
+    assert isinstance(endpoint, Endpoint)
+
+    def send(text: bytes, *numbers: int) -> None:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", numbers))
+        endpoint._relay.sendmsg([text], [rights] if numbers else [])
+
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(open("/dev/zero", "rb"))
+        datagrams = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        network = opened.enter_context(socket.socket(socket.AF_INET))
+        loose = opened.enter_context(socket.socket(socket.AF_UNIX))
+        ends = [opened.enter_context(end) for end in socket.socketpair()]
+        for _ in range(3):
+            send(b"")
+            send(b"x" * 10_000)
+            for each in (file, datagrams, network, loose):
+                send(b"\0", each.fileno())
+            send(b"\0", file.fileno(), ends[1].fileno(), ends[1].fileno())
+        ends[0].sendall(garbage(memory)["noise"])
+    until(lambda: fds() == before and pins(alloc) == 0)
+    shared = open_shared(memory)
+    assert isinstance(shared, torch.Tensor)
+
+
+# ---- FABRIC handles
+
+
+@pytest.fixture
+def fabric(monkeypatch: pytest.MonkeyPatch, make_allocator: MakeAllocator) -> CuMemAllocator:
+    """An allocator whose memory has FABRIC handles."""
+    plain = _core.open_host
+    monkeypatch.setattr(_core, "open_host", lambda **options: plain(**{**options, "fabric": True}))
+    return make_allocator()
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Notes of which type the handles are that are imported here."""
+    noted: list[type] = []
+    real = _core.open_shared
+
+    def note(driver: Any, device: int, exported: Any, *rest: Any) -> object:
+        noted.append(type(exported))
+        return real(driver, device, exported, *rest)
+
+    monkeypatch.setattr(_core, "open_shared", note)
+    return noted
+
+
+def test_memory_without_fabric_handles_comes_by_descriptors(
+    alloc: CuMemAllocator, imported: list[type]
+) -> None:
+    kv = alloc.empty(3, tag="kv").fill_(4)
+    opened = open_shared(alloc.share(kv))
+    assert isinstance(opened, torch.Tensor)
+    assert opened.eq(4).all()
+    assert imported == [int]
+    with pytest.raises(UnsupportedError, match="that type of handle"):
+        alloc.share(kv, fabric=True)
+    assert pins(alloc) == 1
+
+
+def test_memory_with_fabric_handles_comes_by_them(
+    fabric: CuMemAllocator, imported: list[type], importer: Importer
+) -> None:
+    kv = [fabric.empty(3, tag="kv").fill_(number) for number in range(70)]
+    assert fabric.stats().tags["kv"].handle_types == ("posix_fd", "fabric")
+    before = fds()
+    memory = fabric.share("kv")
+    opened = open_shared(memory)
+    assert [int(tensor.view(torch.float32)[0]) for tensor in opened] == list(range(70))
+    assert imported == [bytes] * 70
+    assert importer.open(fabric.share(kv[7])) == "1 12"
+    assert importer.ask("read", "a") == "7.0"
+    assert pins(fabric) == 2
+    with pytest.raises(InUseError, match="which has it open"):
+        fabric.sleep(tags="kv")
+    importer.ask("close", "a")
+    del opened
+    until(lambda: pins(fabric) == 0)
+    until(lambda: fds() <= before + 4)  # the endpoint
+    fabric.sleep(tags="kv")
+    fabric.wake_up()
+    with pytest.raises(SharingError, match="share it again"):
+        open_shared(memory)
+
+
+def test_where_a_fabric_handle_does_not_open_the_descriptor_does(
+    fabric: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried = _core.open_shared, []
+
+    def refuse_fabric(driver: Any, device: int, exported: Any, *rest: Any) -> object:
+        tried.append(type(exported))
+        if isinstance(exported, bytes):
+            raise DriverError("CUDA_ERROR_NOT_PERMITTED", result=800)
+        return real(driver, device, exported, *rest)
+
+    monkeypatch.setattr(_core, "open_shared", refuse_fabric)
+    kv = fabric.empty(3, tag="kv").fill_(4)
+    opened = open_shared(fabric.share(kv))
+    assert isinstance(opened, torch.Tensor)
+    assert opened.eq(4).all()
+    assert tried == [bytes, int]
+
+
+@pytest.mark.parametrize("what", ["a tensor", "the tag"])
+def test_a_descriptor_that_carries_handles_opens_where_nobody_can_be_asked(
+    fabric: CuMemAllocator, importer: Importer, what: str
+) -> None:
+    kv = fabric.empty(1000, dtype=torch.int32, tag="kv").fill_(1)
+    memory = fabric.share(kv if what == "a tensor" else "kv", fabric=True)
+    assert {len(part.fabric) for part in memory.ranges} == {64}
+    assert "fabric=" not in repr(memory.ranges)
+    elsewhere = dataclasses.replace(memory, endpoint="nowhere", home="another host", owner=1)
+    assert importer.open(elsewhere).startswith("1 ")
+    assert pins(fabric) == 1  # nobody can say who has it open
+    assert importer.ask("fill", "a", 2) == "filled"
+    assert bits(kv).eq(2).all() if what == "the tag" else kv.eq(2).all()
+    with pytest.raises(InUseError, match="FABRIC handles that were given out; revoke"):
+        fabric.sleep(tags="kv")
+    assert importer.open(memory, "b").startswith("1 ")  # asked, where he can be
+    until(lambda: pins(fabric) == 2)
+    importer.ask("close", "b")
+    until(lambda: pins(fabric) == 1)
+    fabric.share(kv, fabric=True)
+    assert pins(fabric) == 1  # one for all of them
+    assert fabric.revoke("kv") == 0
+    assert "no longer" in importer.open(memory, "b")
+    fabric.sleep(tags="kv")
+    assert importer.ask("read", "a").startswith("2")
+    fabric.wake_up()
+    assert "DriverError" in importer.open(elsewhere, "b")
+    importer.ask("close", "a")
+
+
+def test_handles_that_are_carried_grant_what_was_granted(
+    fabric: CuMemAllocator, unreachable: None
+) -> None:
+    kv = fabric.empty(3, tag="kv").fill_(1)
+    memory = dataclasses.replace(fabric.share(kv, writable=False, fabric=True), home="")
+    with pytest.raises(SharingError, match="for reading only"):
+        open_shared(memory)
+    opened = open_shared(memory, writable=False)
+    assert isinstance(opened, torch.Tensor)
+    assert opened.eq(1).all()
+    with pytest.raises(InvalidArgumentError, match="read-only"):
+        opened.zero_()
+    half = dataclasses.replace(memory.ranges[0], fabric=memory.ranges[0].fabric[:32])
+    with pytest.raises(InvalidArgumentError, match="no fabric handle"):
+        open_shared(dataclasses.replace(memory, ranges=(half,)), writable=False)
+    fabric.revoke("kv")
+
+
+def test_a_failure_to_give_handles_out_leaves_no_pin(
+    fabric: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = fabric.empty(3, tag="kv")
+    current = fabric.share(kv).ranges[0]
+    endpoint = fabric._endpoint
+    assert isinstance(endpoint, Endpoint)
+    for wrong in (
+        dataclasses.replace(current, generation=5),
+        dataclasses.replace(current, sequence=99),
+    ):
+        with pytest.raises(SharingError):
+            endpoint.describe("host", "kv", [current, wrong], None, True, True)
+    assert pins(fabric) == 0
+    with pytest.raises(InvalidTypeError, match="fabric"):
+        fabric.share(kv, fabric=1)  # type: ignore[arg-type]
 
 
 # ---- what can be shared

@@ -19,9 +19,18 @@ from cumempool._torch import ExpandableSegmentsOff, PoolRoute, replace_setting
 class FakePool:
     """A `torch.cuda.MemPool`: its destructor must not run (it aborts inside another scope)."""
 
-    def __init__(self, pool_id: tuple[int, int], destroyed: list[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        pool_id: tuple[int, int],
+        destroyed: list[tuple[int, int]],
+        counts: Counter[tuple[int, int]],
+    ) -> None:
         self.id = pool_id
+        self.counts = counts
         weakref.finalize(self, destroyed.append, pool_id).atexit = False
+
+    def use_count(self) -> int:
+        return self.counts[self.id]
 
 
 class FakeTorch:
@@ -70,7 +79,7 @@ class FakeTorch:
 
     def make_pool(self, slot: object) -> FakePool:
         self.made.append((self.device, slot))
-        pool = FakePool((0, len(self.made)), self.destroyed)
+        pool = FakePool((0, len(self.made)), self.destroyed, self.counts)
         self.counts[pool.id] += 1
         return pool
 
@@ -134,6 +143,15 @@ def test_a_torch_without_routing_by_thread_is_routed_as_a_whole(
     assert fake.events == ["beginAllocateToPool 0 (0, 1)"]
     route.end()
     assert fake.counts[0, 1] == 0
+
+
+def test_a_route_for_all_threads_takes_every_thread(fake: FakeTorch) -> None:
+    route = PoolRoute(7, [0, 1], all_threads=True)
+    route.begin()
+    assert fake.events == ["beginAllocateToPool 0 (0, 1)", "beginAllocateToPool 1 (0, 2)"]
+    fake.events.clear()
+    route.end()
+    assert fake.events == ended(1, 2) + ended(0, 1)
 
 
 def test_a_device_that_fails_to_begin_unroutes_the_others(fake: FakeTorch) -> None:

@@ -1,0 +1,119 @@
+"""What other processes are told of shared memory: what it is, whose, and how to ask for it."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from cumempool.errors import InvalidTypeError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["VERSION", "SharedLayout", "SharedMemory", "SharedRange", "layout_of"]
+
+#: Of the format of `SharedMemory`.
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRange:
+    """One allocation of the owner.
+
+    Attributes:
+        address: Its start in the owner's address space.
+        bytes: Its size.
+        generation: Its generation when it was shared.
+        sequence: What tells it from later allocations at the same address.
+        device: What names its device in every process: a UUID, or the ordinal on ``host``.
+        fabric: Its FABRIC handle, 64 bytes, where it was shared with them; else empty.
+    """
+
+    address: int
+    bytes: int
+    generation: int
+    sequence: int
+    device: str
+    fabric: builtins.bytes = field(default=b"", repr=False)
+
+    def _key(self) -> list[int]:
+        return [self.address, self.bytes, self.generation, self.sequence]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedLayout:
+    """A tensor inside a range.
+
+    Attributes:
+        offset: Bytes from the start of the range to the first element.
+        dtype: Name of the element type, such as ``"bfloat16"``.
+        shape: Elements per dimension.
+        strides: In elements.
+    """
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """What `CuMemAllocator.share` returns: small, picklable, and useless to other users.
+
+    With FABRIC handles in it, it is of use to whoever has it, on any host of the NVLink domain.
+
+    Attributes:
+        version: Of this format.
+        driver: ``"cuda"`` or ``"host"``.
+        owner: Process number of the owner.
+        home: What tells the host and PID namespace that `owner` is a number in; empty: not known.
+        endpoint: Name of the owner's socket, in the abstract namespace.
+        relay: Number of the owner's file descriptor that takes connections from processes that
+            cannot reach that name.
+        secret: What the importer has to present.
+        tag: The tag of the memory.
+        writable: Whether importers may ask for write access.
+        ranges: The allocations.
+        layout: The tensor that was shared, inside the only range; None where a tag was.
+    """
+
+    version: int
+    driver: str
+    owner: int
+    home: str
+    endpoint: str
+    relay: int
+    secret: str
+    tag: str
+    writable: bool
+    ranges: tuple[SharedRange, ...]
+    layout: SharedLayout | None
+
+    def __repr__(self) -> str:
+        """Without the secret."""
+        total = sum(part.bytes for part in self.ranges)
+        return (
+            f"<SharedMemory of process {self.owner}: {total} bytes of {self.tag!r} in "
+            f"{len(self.ranges)} allocations>"
+        )
+
+
+def layout_of(tensor: torch.Tensor, start: int) -> SharedLayout:
+    """Where a tensor is in the allocation that starts at an address.
+
+    Raises:
+        InvalidTypeError: More than bytes, shape and strides is needed to read it.
+    """
+    if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        raise InvalidTypeError(
+            "a quantized tensor, and one that is conjugated or negated lazily, is more than its "
+            "bytes; share its resolve_conj().resolve_neg(), or its parts"
+        )
+    return SharedLayout(
+        offset=tensor.data_ptr() - start,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        strides=tuple(tensor.stride()),
+    )

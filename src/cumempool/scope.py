@@ -1,0 +1,183 @@
+"""One entry into a pool: what this thread, or every thread, allocates inside goes to a slot."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from cumempool.errors import InUseError, InvalidArgumentError
+from cumempool.report import format_bytes
+from cumempool.sharing import install_reducers
+
+if TYPE_CHECKING:
+    from cumempool import _torch
+    from cumempool.allocator import CuMemAllocator
+
+__all__ = ["MemoryPoolScope", "current_scope", "open_tags"]
+
+# Guards the list below, and is held while a scope starts to route, so that torch and the list agree
+# on which scope came later. Reentrant, since the garbage collector may leave a scope in any thread.
+_entering = threading.RLock()
+# The open scopes of the process, in order of entry.
+_open: list[MemoryPoolScope] = []
+
+
+def current_scope(allocator: CuMemAllocator) -> MemoryPoolScope | None:
+    """The innermost scope of this thread and allocator; else one that is for all threads."""
+    mine = threading.get_ident()
+    # Without the lock: a forked child, in which nobody gives it back, has to get its named error.
+    scopes = [scope for scope in reversed(tuple(_open)) if scope._allocator is allocator]
+    for scope in scopes:
+        if scope._thread == mine:
+            return scope
+    return next((scope for scope in scopes if scope.all_threads), None)
+
+
+def open_tags(allocator: CuMemAllocator, tags: Iterable[str]) -> list[str]:
+    """Those of the tags that a scope is open of, in whatever thread."""
+    with _entering:
+        entered = {scope.tag for scope in _open if scope._allocator is allocator}
+    return [tag for tag in tags if tag in entered]
+
+
+class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
+    """One entry into a pool, made by `CuMemAllocator.use_memory_pool`; entered once.
+
+    Attributes:
+        tag: The tag that it allocates under.
+        all_threads: Whether it is for every thread of the process.
+        preserves: Whether contents are kept where the tag is discarded.
+        devices: The ordinals that it is for. None until it is entered: those then in use.
+    """
+
+    def __init__(
+        self,
+        allocator: CuMemAllocator,
+        tag: str,
+        devices: Sequence[int] | None,
+        *,
+        all_threads: bool = False,
+        preserves: bool = False,
+    ) -> None:
+        self.tag: Final = tag
+        self.all_threads: Final = all_threads
+        self.preserves: Final = preserves
+        self._allocator = allocator
+        self.devices = devices
+        self._thread = 0
+        self._slot: int | None = None
+        self._route: _torch.PoolRoute | None = None
+        self._used = False
+
+    def __enter__(self) -> MemoryPoolScope:
+        if self._used:
+            raise InvalidArgumentError("a scope is entered once; call use_memory_pool() again")
+        self.devices = self._reached()
+        with _entering:
+            self._refuse_overlap()
+            self._slot = self._begin()
+            self._used = True
+            self._thread = threading.get_ident()
+            _open.append(self)
+        return self
+
+    def _reached(self) -> Sequence[int]:
+        """The devices that it is for."""
+        if self.devices is not None:
+            return self.devices
+        if self._allocator.config.driver != "cuda":
+            return range(self._allocator._driver.device_count)
+        from cumempool import _torch
+
+        return _torch.devices_in_use()
+
+    def _refuse_overlap(self) -> None:
+        """Refuses to take what other threads allocate in scopes of their own.
+
+        torch gives an allocation to the scope that was entered last and takes its thread, so a
+        scope for all threads would take theirs. One that a thread enters later is not taken.
+        """
+        if not self.all_threads:
+            return
+        mine = threading.get_ident()
+        for other in _open:
+            if other._thread == mine or other._allocator.config.driver != self._driver_name:
+                continue
+            shared = set(other.devices or ()).intersection(self.devices or ())
+            if shared:
+                raise InUseError(
+                    f"use_memory_pool({self.tag!r}, all_threads=True): another thread has a scope "
+                    f"of {other.tag!r} open, and what it allocates would go to {self.tag!r}; "
+                    "leave the other scope first, or enter it after this one",
+                    operation="use_memory_pool",
+                    tag=self.tag,
+                    device=min(shared),
+                    advice="leave the other scope first, or enter it after this one",
+                )
+
+    @property
+    def _driver_name(self) -> str:
+        return self._allocator.config.driver
+
+    def _begin(self) -> int:
+        from cumempool import _core
+
+        slot = self._allocator._core.bind_slot(self.tag)
+        try:
+            if self.preserves:
+                _core.preserve_slot(slot)
+            if self._driver_name == "cuda":
+                from cumempool import _torch
+
+                install_reducers(self._allocator)
+                route = _torch.PoolRoute(slot, self.devices or (), all_threads=self.all_threads)
+                route.begin()
+                self._route = route
+        except BaseException:
+            _core.unbind_slot(slot)
+            raise
+        return slot
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        from cumempool import _core
+
+        slot, self._slot = self._slot, None
+        if slot is None:  # not entered, or left already
+            return
+        try:
+            if self._route is not None:
+                self._route.end()
+        finally:
+            _core.unbind_slot(slot)
+            with _entering:
+                _open.remove(self)
+        if error is not None:
+            self._explain(error)
+
+    def _explain(self, error: BaseException) -> None:
+        """Adds what the driver said to torch's out-of-memory error, which knows nothing of it."""
+        if type(error).__name__ != "OutOfMemoryError":
+            return
+        self._allocator._observer.note_failure("malloc", error)
+        if not hasattr(error, "add_note"):  # Python 3.11
+            return
+        reason = self._allocator.stats().last_malloc_failure
+        if not reason:
+            return
+        error.add_note(f"cumempool: {reason}")
+        from cumempool import _torch
+
+        cached = _torch.cached_bytes()
+        if cached:
+            error.add_note(
+                f"cumempool: torch has {format_bytes(cached)} cached outside the pool, which it "
+                "does not free while a pool scope is open; torch.cuda.empty_cache() before it does"
+            )

@@ -1,0 +1,173 @@
+"""How owner and importer of shared memory talk: messages and descriptors over a Unix socket.
+
+Also what the kernel says of the process at the other end.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from cumempool.errors import SharingError
+
+__all__ = [
+    "FAILED",
+    "MOST_FDS",
+    "PATIENCE",
+    "Wire",
+    "as_stream",
+    "close_all",
+    "home",
+    "peer_of",
+    "pidfd_of_peer",
+    "relay_name",
+]
+
+#: Seconds for a request and its answer.
+PATIENCE: Final = 10.0
+#: Descriptors per message; the kernel takes up to 253.
+MOST_FDS: Final = 64
+_MORE: Final = b"f"  # what goes before descriptors
+#: What goes before an error that is sent instead of descriptors.
+FAILED: Final = b"e"
+
+_MOST_MESSAGE: Final = 2 << 20  # bytes; what the most ranges need, FABRIC handles included
+_LENGTH: Final = struct.Struct("!I")
+_SO_PEERPIDFD: Final = 77  # Linux 6.5; the same number on all that PyTorch is built for
+
+
+class Wire:
+    """A connection whose messages have to be through at a deadline."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._deadline = time.monotonic() + PATIENCE
+
+    def _hurry(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"not through after {PATIENCE:.0f} seconds")
+        self.connection.settimeout(left)
+
+    def send(self, message: Mapping[str, Any], before: bytes = b"") -> None:
+        """Sends a message, behind a byte that says what it is where that is not clear."""
+        data = json.dumps(message).encode()
+        self._hurry()
+        self.connection.sendall(before + _LENGTH.pack(len(data)) + data)
+
+    def _receive_exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            self._hurry()
+            part = self.connection.recv(min(count - len(data), 1 << 16))
+            if not part:
+                raise EOFError("the other end hung up")
+            data += part
+        return bytes(data)
+
+    def receive(self) -> dict[str, Any]:
+        """The next message.
+
+        Raises:
+            OSError: Nothing came in time, or the connection has ended; EOFError, too.
+            ValueError, TypeError: It is none.
+        """
+        (length,) = _LENGTH.unpack(self._receive_exactly(_LENGTH.size))
+        if length > _MOST_MESSAGE:
+            raise ValueError(f"a message of {length} bytes")
+        try:
+            message = json.loads(self._receive_exactly(length))
+        except RecursionError:
+            raise ValueError("a message too deep") from None
+        if not isinstance(message, dict):
+            raise TypeError("a message that is no object")
+        return message
+
+    def send_fds(self, fds: Sequence[int]) -> None:
+        """Sends at most `MOST_FDS` descriptors, which stay the caller's."""
+        self._hurry()
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        self.connection.sendmsg([_MORE], [rights])
+
+    def receive_fds(self, count: int) -> list[int]:
+        """As many descriptors, close-on-exec; none stays open where it raises."""
+        self._hurry()
+        fds = array.array("i")
+        data, ancillary, flags, _ = self.connection.recvmsg(
+            1, socket.CMSG_LEN(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, raw in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+        if data == _MORE and len(fds) == count:
+            return list(fds)
+        close_all(fds)
+        if data == FAILED:
+            raise SharingError(f"the owner refused: {self.receive().get('error')}")
+        if flags & socket.MSG_CTRUNC:
+            raise SharingError("no room for more open files", advice="raise ulimit -n")
+        raise EOFError("the other end hung up")
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Closes descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """Process and user of the other end, as the kernel knows them."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    process, user, _ = struct.unpack("3i", raw)
+    return process, user
+
+
+def relay_name(endpoint: str) -> str:
+    """The address of the socket by which an endpoint takes connections that it is sent."""
+    return f"\0{endpoint}-relay"
+
+
+def home() -> str:
+    """What is the same in processes where a process has the same number; "" where nobody knows."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def pidfd_of_peer(connection: socket.socket, process: int) -> int | None:
+    """What tells the end of the process at the other end; None where the kernel cannot say."""
+    from cumempool import _core
+
+    try:
+        pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        # An older kernel. A process that took over the number meanwhile does no harm: then the one
+        # that is meant is gone, and so is its end of the connection, unless a child of it has that.
+        try:
+            return _core.pidfd_open(process)
+        except OSError:
+            return None
+    os.set_inheritable(pidfd, False)
+    return pidfd
+
+
+def as_stream(fd: int) -> socket.socket | None:
+    """The connection that a descriptor is; None, and the descriptor closed, where it is none."""
+    try:
+        connection = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None
+    if (connection.family, connection.type) == (socket.AF_UNIX, socket.SOCK_STREAM):
+        return connection
+    connection.close()
+    return None

@@ -1,0 +1,269 @@
+"""CUDA graphs whose memory sleeps and wakes with a tag (R5, R10, R14)."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import cumempool
+from cumempool import _core
+
+MIB = 1 << 20
+ELEMENTS = 8 * MIB  # of four bytes
+
+
+def chain(x: torch.Tensor) -> torch.Tensor:
+    """Some large intermediates, and a result that tells a lost one from a kept one."""
+    a = x * 2
+    b = torch.sin(a) + x
+    return b * a - 1
+
+
+def captured(
+    pool: tuple[int, int], work: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    work(x)  # so that nothing is loaded during the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        out = work(x)
+    return graph, out
+
+
+def test_a_graph_replays_as_before_after_its_memory_slept(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device, used: Callable[[], int]
+) -> None:
+    x = torch.linspace(0, 1, ELEMENTS, device=gpu)
+    pool = allocator.graph_pool("graphs")
+    assert allocator.graph_pool("graphs") == pool
+    assert allocator.graph_pool("graphs", device=gpu) == pool
+    graph, out = captured(pool, chain, x)
+    assert allocator.tag_of(out) == "graphs"
+    held = allocator.stats().tags["graphs"].awake_bytes
+    assert held >= 2 * 4 * ELEMENTS
+    addresses = [info.address for info in allocator.snapshot()]
+    graph.replay()
+    first = out.clone()
+    assert torch.equal(first, chain(x))
+    torch.cuda.empty_cache()
+    for cycle in range(4):
+        before = used()
+        report = allocator.sleep(tags="graphs")
+        assert report.bytes_freed == held
+        assert report.bytes_backed_up < held  # intermediates are dead, and are not copied
+        assert before - used() >= held * 0.8  # a first sleep loads a kernel
+        allocator.wake_up("graphs")
+        if cycle == 0:
+            assert torch.equal(out, first)  # what the last replay left is there, too
+        x.add_(1)
+        graph.replay()
+        assert torch.equal(out, chain(x))
+    assert [info.address for info in allocator.snapshot()] == addresses
+
+
+def test_discarded_graph_memory_is_made_again_by_the_replay(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    x = torch.linspace(0, 1, ELEMENTS, device=gpu)
+    graph, out = captured(allocator.graph_pool("graphs"), chain, x)
+    report = allocator.discard("graphs")
+    assert report.bytes_backed_up == 0
+    allocator.wake_up("graphs")
+    graph.replay()
+    assert torch.equal(out, chain(x))
+
+
+def test_a_model_with_its_graphs_sleeps_and_computes_the_same(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    """As an inference engine has it: several captures, weights under a tag of their own."""
+    torch.manual_seed(0)
+    ones = torch.ones(64, 64, device=gpu)
+    (ones @ ones).sum().item()  # the workspace of this stream lies outside of the pool
+    with allocator.use_memory_pool("weights"), torch.no_grad():
+        layers = [torch.randn(1024, 1024, device=gpu) / 32 for _ in range(4)]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = torch.relu(x @ layer)
+        return x
+
+    inputs = {size: torch.randn(size, 1024, device=gpu) for size in (1, 8, 64)}
+    graphs = {}
+    for size, x in inputs.items():
+        graphs[size] = captured(allocator.graph_pool("graphs"), forward, x)
+    expected = {}
+    for size, (graph, out) in graphs.items():
+        graph.replay()
+        expected[size] = out.clone()
+    for _ in range(2):
+        allocator.sleep(("weights", "graphs"))
+        assert allocator.get_current_usage() == 0
+        allocator.wake_up(["weights"])
+        allocator.wake_up(["graphs"])
+        for size, (graph, out) in graphs.items():
+            graph.replay()
+            assert torch.equal(out, expected[size]), size
+
+
+def test_while_the_pool_sleeps_it_is_not_handed_out(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    x = torch.ones(ELEMENTS, device=gpu)
+    pool = allocator.graph_pool("graphs")
+    graph, out = captured(pool, chain, x)
+    allocator.sleep(tags="graphs")
+    with pytest.raises(cumempool.InUseError, match="wake the tag"):
+        allocator.graph_pool("graphs")
+    allocator.wake_up()
+    other, second = captured(allocator.graph_pool("graphs"), chain, x)
+    for one in (graph, other):
+        one.replay()
+    assert torch.equal(out, chain(x))
+    assert torch.equal(second, chain(x))
+
+
+def test_a_sleep_during_a_capture_is_refused_and_the_capture_survives(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    x = torch.ones(ELEMENTS, device=gpu)
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=allocator.graph_pool("graphs")):
+        a = x * 2
+        with pytest.raises(cumempool.StreamCaptureError):
+            allocator.sleep(tags="graphs")
+        out = a + 1
+    graph.replay()
+    assert float(out.min()) == float(out.max()) == 3
+    allocator.sleep(tags="graphs")
+    allocator.wake_up()
+    graph.replay()
+    assert float(out.min()) == 3
+
+
+def test_released_memory_goes_back_once_the_graphs_are_gone(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    x = torch.ones(ELEMENTS, device=gpu)
+    graph, out = captured(allocator.graph_pool("graphs"), chain, x)
+    held = allocator.get_current_usage()
+    assert allocator.release_graph_pool("graphs") == 1
+    assert allocator.release_graph_pool("graphs") == 0
+    assert allocator.get_current_usage() == held
+    allocator.sleep(tags="graphs")
+    allocator.wake_up()
+    graph.replay()
+    assert torch.equal(out, chain(x))
+    del graph, out
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert allocator.get_current_usage() == 0
+    allocator.graph_pool("graphs")  # which also gives the slot of the old one back
+    assert len(allocator._graph_pools) == 1
+    allocator.release_graph_pool("graphs", device=gpu)
+    assert len(allocator._graph_pools) == 0
+
+
+def test_unused_pools_go_back_at_once_and_slots_do_not_run_out(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    x = torch.ones(MIB, device=gpu)
+    for number in range(2 * _core.slot_count()):
+        graph, out = captured(allocator.graph_pool("graphs"), chain, x)
+        graph.replay()
+        assert allocator.tag_of(out) == "graphs", number
+        del graph, out
+        gc.collect()
+        assert allocator.release_graph_pool("graphs") == 1
+        assert allocator.get_current_usage() == 0, number
+
+
+def test_close_names_graphs_that_live_and_releases_unused_pools(gpu: torch.device) -> None:
+    allocator = cumempool.CuMemAllocator(cumempool.CuMemConfig(driver="cuda"))
+    x = torch.ones(ELEMENTS, device=gpu)
+    pool = allocator.graph_pool("graphs")
+    graph, out = captured(pool, chain, x)
+    with pytest.raises(cumempool.InUseError, match="CUDA graphs"):
+        allocator.close()
+    assert allocator.graph_pool("graphs") == pool
+    graph.replay()
+    assert torch.equal(out, chain(x))
+    del graph, out
+    gc.collect()
+    allocator.close()
+    assert allocator.stats().physical_bytes == 0
+
+
+COMMON = """
+import sys, os, torch, cumempool
+a = cumempool.CuMemAllocator(cumempool.CuMemConfig(driver="cuda"))
+x = torch.ones(1 << 20, device="cuda")
+def capture(tag, work):
+    g = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(g, pool=a.graph_pool(tag)):
+        y = work()
+    return g, y
+"""
+
+ENDINGS = {
+    "live": "",
+    "asleep": "a.sleep(tags='graphs')",
+    "released": "a.release_graph_pool('graphs')",
+    "released asleep": "a.sleep(tags='graphs'); a.release_graph_pool('graphs')",
+    "closed by force": "a.close(force=True)",
+    "dropped": "del a",
+    "graph dropped": "del g, y",
+    "exit code": "sys.exit(3)",
+    "at once": "os._exit(4)",
+}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", COMMON + code], capture_output=True, text=True, timeout=180
+    )
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_interpreter_ends_quietly_with_graphs_that_live(ending: str) -> None:
+    done = run(
+        "x * 2\ng, y = capture('graphs', lambda: x * 2)\ng.replay()\ntorch.cuda.synchronize()\n"
+        + ENDINGS[ending]
+    )
+    assert done.returncode == {"exit code": 3, "at once": 4}.get(ending, 0), done.stderr
+    assert done.stderr == ""
+    assert done.stdout == ""
+
+
+def test_graphs_of_one_tag_replay_while_another_tag_sleeps() -> None:
+    """The workspace of cuBLAS, which all captures of a stream share, sleeps with none of them."""
+    done = run(
+        """
+w = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+b = torch.randn(512, device="cuda", dtype=torch.bfloat16)
+v = torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16)
+def work():
+    return torch.nn.functional.linear(v @ w, w, b)
+work(); torch.cuda.synchronize()
+one, first = capture("one", work)
+two, second = capture("two", work)
+one.replay(); two.replay()
+expected = work()
+for asleep, graph, out in (("one", two, second), ("two", one, first)):
+    a.sleep(tags=asleep)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.allclose(out.float(), expected.float(), rtol=2e-2, atol=4), asleep
+    a.wake_up()
+print("RIGHT")
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "RIGHT\n"

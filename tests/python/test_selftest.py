@@ -1,0 +1,86 @@
+"""`cumempool selftest`: all promises hold on the host driver, and a broken one is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cumempool import CuMemAllocator, CuMemConfig, selftest
+from cumempool.cli import main
+from cumempool.selftest import run_selftest
+
+CONFIG = CuMemConfig(driver="host")
+
+
+def test_every_promise_holds_on_the_host_driver() -> None:
+    result = CliRunner().invoke(main, ["selftest", "--driver", "host", "--json"])
+    record = json.loads(result.output)
+    assert result.exit_code == 0, record
+    assert record["passed"]
+    by_status: dict[str, list[str]] = {}
+    for check in record["checks"]:
+        by_status.setdefault(check["status"], []).append(check["rule"])
+    assert len(by_status["PASS"]) >= 15
+    assert "FAIL" not in by_status
+    assert all(check["reason"] for check in record["checks"] if check["status"] == "SKIP")
+
+
+def test_a_wake_that_restores_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    wake_up = CuMemAllocator.wake_up
+
+    def forget(self: CuMemAllocator, *arguments: object, **options: object) -> object:
+        for info in self.snapshot():
+            if info.state == "backed_up":
+                self.discard(info.tag)
+        return wake_up(self, *arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(CuMemAllocator, "wake_up", forget)
+    failed = [one for one in run_selftest(CONFIG, matching="R2") if one.status == "FAIL"]
+    assert [one.rule for one in failed] == ["R2"]
+    assert "has changed" in failed[0].reason
+
+
+def test_memory_that_is_not_given_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+
+    def keep(allocator: CuMemAllocator) -> None:
+        """Keeps its memory."""
+        kept.append(allocator.empty(8, tag="data"))
+
+    monkeypatch.setattr(selftest, "_checks", [("R10", "keeps its memory", keep)])
+    (outcome,) = run_selftest(CONFIG)
+    assert outcome.status == "FAIL"
+    assert "InUseError" in outcome.reason
+    kept.clear()
+
+
+def test_some_checks_can_be_chosen_and_none_is_a_failure() -> None:
+    chosen = CliRunner().invoke(main, ["selftest", "--driver", "host", "-k", "r13"])
+    assert chosen.exit_code == 0
+    assert "1 PASS" in chosen.output
+    nothing = CliRunner().invoke(main, ["selftest", "--driver", "host", "-k", "no such check"])
+    assert nothing.exit_code == 1
+
+
+def test_a_failure_is_printed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(allocator: CuMemAllocator) -> None:
+        allocator.wake_up("nobody")
+
+    monkeypatch.setattr(selftest, "_checks", [("R12", "names a tag", fail)])
+    result = CliRunner().invoke(main, ["selftest", "--driver", "host"])
+    assert result.exit_code == 1
+    assert "UnknownTagError" in result.output
+    assert "1 FAIL" in result.output
+
+
+def test_a_driver_that_is_not_there_is_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU here")
+    result = CliRunner().invoke(main, ["selftest"])
+    assert result.exit_code == 1
+    assert "libcuda" in result.output
