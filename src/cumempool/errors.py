@@ -39,7 +39,8 @@ class CumempoolError(Exception):
     A call that raises has changed nothing: memory, backups and states are as they were before.
 
     Args:
-        message: What happened, where, and what to do, as one text.
+        message: What happened, where, and what to do, as one text; the advice is added where it is
+            not in it.
         operation: The operation that failed: ``"sleep"``, ``"wake"``, ``"malloc"``, ...; or ``""``.
         tag: The tag concerned, or None.
         device: The device ordinal, or None.
@@ -83,6 +84,8 @@ class CumempoolError(Exception):
         advice: str = "",
         secondary: tuple[str, ...] = (),
     ) -> None:
+        if advice and advice.rstrip(".") not in message:
+            message = f"{message}; {advice}" if message else advice
         super().__init__(message)
         self.operation = operation
         self.tag = tag
@@ -97,7 +100,7 @@ class CumempoolError(Exception):
         self.secondary = tuple(secondary)
 
     def __str__(self) -> str:
-        """The message, as it was given."""
+        """The message."""
         return str(self.args[0]) if self.args else ""
 
 

@@ -113,7 +113,7 @@ def test_can_be_caught_as_the_builtin_class(name: str, builtin: type[Exception])
 def test_all_fields_arrive() -> None:
     error = error_from_fields(FIELDS)
     assert type(error) is errors.OutOfMemoryError
-    assert str(error) == FIELDS["message"]
+    assert str(error) == f"{FIELDS['message']}; {FIELDS['advice']}"
     assert vars(error) == {
         "operation": "wake",
         "tag": "kv",
@@ -145,7 +145,7 @@ def test_a_full_device_has_zero_free_bytes_and_not_none() -> None:
 def test_a_status_without_a_class_is_an_internal_error(status: int) -> None:
     error = error_from_fields({**FIELDS, "status": status})
     assert type(error) is errors.InternalError
-    assert str(error) == FIELDS["message"]
+    assert str(error) == f"{FIELDS['message']}; {FIELDS['advice']}"
     assert str(status) in str(error_from_fields({"status": status}))
 
 
@@ -165,6 +165,15 @@ def test_survives_pickling_and_copying(cls: type[CumempoolError]) -> None:
         assert type(again) is cls
         assert str(again) == "text"
         assert vars(again) == vars(error)
+
+
+@pytest.mark.parametrize("cls", EVERY_CLASS)
+def test_the_message_has_the_advice_once(cls: type[CumempoolError]) -> None:
+    assert str(cls("no room", advice="free some")) == "no room; free some"
+    assert str(cls("no room: free some.", advice="free some.")) == "no room: free some."
+    assert str(cls(advice="free some")) == "free some"
+    again = pickle.loads(pickle.dumps(cls("no room", advice="free some")))
+    assert str(again) == "no room; free some"
 
 
 @pytest.mark.parametrize("cls", EVERY_CLASS)

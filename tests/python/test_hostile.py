@@ -485,7 +485,7 @@ def test_1000_tags(make_allocator: MakeAllocator) -> None:
     alloc = make_allocator(mib=2048)
     names = [f"層 {number} ✓" for number in range(1000)]
     tensors = [alloc.empty(2, dtype=torch.int32, tag=tag).fill_(n) for n, tag in enumerate(names)]
-    for tag in names[::7]:
+    for tag in names[::50]:
         alloc.register_hooks(tag, before_unmap=lambda *_: None)
         with alloc.use_memory_pool(tag, on_sleep="discard", on_wake="zero"):
             pass
@@ -496,7 +496,7 @@ def test_1000_tags(make_allocator: MakeAllocator) -> None:
     alloc.wake_up(names[:500])
     alloc.wake_up(names)
     values = [int(tensor[1]) for tensor in tensors]
-    assert values == [0 if number % 7 == 0 else number for number in range(1000)]
+    assert values == [0 if number % 50 == 0 else number for number in range(1000)]
 
 
 # ---- sizes and numbers
@@ -886,6 +886,7 @@ def test_an_owner_that_answers_garbage_is_an_error(
     before = fds()
     with FalseOwner(memory, ANSWERS[answer]) as false:
         assert refusal(false)
+    gc.collect()  # of frames in cycles, which exceptions leave
     until(lambda: fds() == before)
     serves(alloc, memory)
 
@@ -1120,8 +1121,8 @@ ENDINGS: dict[str, tuple[str, int]] = {
     ),
     "many threads": (
         "def work():\n"
-        "    while True:\n"
-        "        x = alloc.empty(100, tag='x'); alloc.sleep(tags='t'); alloc.wake_up()\n"
+        "    while True:\n"  # without operations of torch, which do not survive this
+        "        alloc.sleep(tags='t'); alloc.wake_up(); alloc.snapshot()\n"
         "for _ in range(16): threading.Thread(target=work, daemon=True).start()\n"
         "time.sleep(0.1); sys.exit(7)",
         7,
