@@ -213,9 +213,10 @@ cumempool_status cumempool_set_memory(cumempool_allocator* allocator, const char
     require(policy->peers != nullptr || policy->peer_count == 0, "peers is NULL");
     pool::Allocator& open = core(allocator);
     open.check_open("set_memory");
+    pool::Tag& known = open.tags().find(text(tag, "tag is NULL"));
     cumempool_memory_policy full = *policy;
     if (full.backing == CUMEMPOOL_BACKING_UNSET) full.backing = CUMEMPOOL_BACKING_VMM;
-    open.set_memory(open.tags().find(text(tag, "tag is NULL")), pool::memory_choice(full));
+    open.set_memory(known, pool::memory_choice(full));
   });
 }
 

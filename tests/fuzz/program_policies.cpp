@@ -86,7 +86,6 @@ void Program::run_set_memory(const Operation& operation) {
   Expectation expected;
   if (!tag.declared) {
     expected = Expectation::of(CUMEMPOOL_UNKNOWN_TAG);
-    if (wrong) expected.or_else(CUMEMPOOL_INVALID_ARGUMENT);  // whichever is seen first
   } else if (wrong) {
     expected = Expectation::of(CUMEMPOOL_INVALID_ARGUMENT);
   } else if (!peers.empty() && !settings_.peers_reach_each_other) {

@@ -321,8 +321,9 @@ def test_a_thread_collects_what_another_is_putting_to_sleep(make_allocator: Make
     def litter() -> None:
         try:
             while not over.is_set():
-                for _ in range(4):
-                    Cycle(alloc.empty(MIB, dtype=torch.uint8, tag="t").fill_(1))
+                # May sleep at once; may be too much, while another thread collects.
+                with contextlib.suppress(OutOfMemoryError):
+                    Cycle(alloc.empty(MIB, dtype=torch.uint8, tag="t"))
                 gc.collect()
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             failures.append(error)
@@ -333,13 +334,16 @@ def test_a_thread_collects_what_another_is_putting_to_sleep(make_allocator: Make
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline and not failures:
         alloc.sleep(tags="t")
-        alloc.wake_up()
-        assert torch.equal(kept, random_bytes(8 * MIB))
+        with contextlib.suppress(OutOfMemoryError):
+            alloc.wake_up()
+            assert torch.equal(kept, random_bytes(8 * MIB))
     over.set()
     for thread in threads:
         thread.join(timeout=30)
     assert failures == []
     gc.collect()
+    alloc.wake_up()
+    assert torch.equal(kept, random_bytes(8 * MIB))
     assert alloc.stats().pending_free_bytes == 0
     assert alloc.stats().awake_bytes == 8 * MIB
 
@@ -696,7 +700,7 @@ def test_messages_altered_at_random_are_answered_or_dropped(
                 stranger.shutdown(socket.SHUT_WR)
                 while stranger.recv(4096):
                     pass
-    until(lambda: alloc.stats().tags["kv"].pins == 0 and fds() == before)
+    until(lambda: alloc.stats().tags["kv"].pins == 0 and fds() <= before)
     serves(alloc, memory)
 
 
@@ -724,7 +728,7 @@ def test_descriptors_that_are_sent_to_the_owner_are_closed(
     # Nobody has the other end any more.
     assert os.read(reading, 1) == b""
     os.close(reading)
-    until(lambda: alloc.stats().tags["kv"].pins == 0 and fds() == before)
+    until(lambda: alloc.stats().tags["kv"].pins == 0 and fds() <= before)
     serves(alloc, memory)
 
 
@@ -736,7 +740,7 @@ def test_hundreds_of_connections_that_say_nothing(
         crowd = [connect(memory) for _ in range(100)]
         for stranger in crowd:
             stranger.close()
-    until(lambda: fds() == before and threading.active_count() == threads)
+    until(lambda: fds() <= before and threading.active_count() == threads)
     serves(alloc, memory)
 
 
@@ -887,7 +891,7 @@ def test_an_owner_that_answers_garbage_is_an_error(
     with FalseOwner(memory, ANSWERS[answer]) as false:
         assert refusal(false)
     gc.collect()  # of frames in cycles, which exceptions leave
-    until(lambda: fds() == before)
+    until(lambda: fds() <= before)
     serves(alloc, memory)
 
 
@@ -926,7 +930,7 @@ def test_descriptions_with_numbers_that_nothing_has_are_refused(
     for wrong in forged(memory):
         with pytest.raises(SharingError):
             open_shared(wrong)
-    until(lambda: fds() == before)
+    until(lambda: fds() <= before)
     for device in (2**31, 2**63, 2**64, -1):
         with pytest.raises((InvalidArgumentError, InvalidTypeError)):
             open_shared(memory, device=device)

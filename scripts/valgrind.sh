@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Runs C++ tests under valgrind's memcheck: no invalid access, no use of what was never written, no
+# leak, and no file descriptor left open.
+#
+#   scripts/valgrind.sh
+#
+# Takes about three minutes of one core. BUILD names the build folder, TIME_LIMIT the most seconds.
+# Suppressions, each with its reason, are in scripts/valgrind.supp.
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+build=${BUILD:-$root/build/valgrind}
+limit=${TIME_LIMIT:-900}
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# Not run under memcheck, and why. All of them run plain and under the other sanitizers.
+left_out=(
+  # A hundred times as long: thousands of worlds, of which the sampled sweep below is a part.
+  'Operations/FailureSweep.*'
+  # Millions of digests, to look at their statistics: arithmetic without memory of its own.
+  'Digest.DigestsOfAMillionSmallContentsLookRandom'
+  'Digest.EveryBitOfTheContentsChangesHalfOfEachHalf'
+  # Seconds of threads that race: memcheck runs one at a time; the thread sanitizer is for them.
+  'Threads.*' 'RetainingThreads.*'
+  # Fork and die, and memcheck would report the child as well.
+  '*DeathTest.*' 'Fork.*' '*Processes.*'
+  # Asks for more address space than memcheck leaves to a program.
+  'Abi.SizesThatCannotBeAreInvalidAndTooLargeOnesOutOfMemory'
+  # Wants a GPU. Memcheck knows nothing of what libcuda maps; scripts/compute_sanitizer.sh does.
+  'Gpu/*' 'SampledSweep.R4_R13_OnTheCudaDriver'
+  # The same as on three devices.
+  'SampledSweep.R4_R13_OnAHostDriverOf*'
+)
+
+cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DCUMEMPOOL_BUILD_TESTS=ON >/dev/null
+cmake --build "$build" --target cumempool_tests >/dev/null
+
+filter=$(IFS=:; echo "-${left_out[*]}")
+code=0
+export TEST_SWEEP_POINTS=5
+# --fair-sched: threads that wait for each other by asking again and again take turns.
+timeout "$limit" valgrind --tool=memcheck --error-exitcode=9 --leak-check=full \
+  --show-leak-kinds=definite,indirect,possible --errors-for-leak-kinds=definite,indirect,possible \
+  --track-fds=yes --fair-sched=yes --num-callers=25 --suppressions="$root/scripts/valgrind.supp" \
+  --log-file="$log" "$build/cumempool_tests" --gtest_brief=1 --gtest_filter="$filter" || code=$?
+
+# What is large on purpose: reserved addresses.
+grep -v 'Warning: set address range perms: large range' "$log" | sed 's/^==[0-9]*== //' >"$log.text"
+mv "$log.text" "$log"
+# Standard input, output and error are open at the end; whatever the caller left open is said to be
+# inherited.
+open=$(grep -c '^Open file descriptor' "$log" || true)
+inherited=$(grep -c '<inherited from parent>' "$log" || true)
+if ((code != 0 || open > inherited)); then
+  cat "$log"
+  echo "valgrind: FAILED with status $code, $((open - inherited)) file descriptors left open"
+  exit 1
+fi
+echo "valgrind: $(grep '^ERROR SUMMARY' "$log"); 0 file descriptors left open"
