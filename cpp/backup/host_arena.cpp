@@ -303,6 +303,11 @@ std::uint64_t HostArena::trim(int device) {
     released += block.bytes;
     unmap_block(slot);
   }
+  if (blocks_.empty() && base_ != nullptr) {
+    unreserve_pages(base_, slot_count_ * kBlockBytes);
+    base_ = nullptr;
+    slot_count_ = 0;
+  }
   return released;
 }
 

@@ -153,6 +153,22 @@ TEST_F(HostArenaTest, R13_NoMoreIsHeldThanWholePagesOfWhatIsUsed) {
   }
 }
 
+TEST_F(HostArenaTest, AnArenaThatHoldsNothingHoldsNoAddresses) {
+  // More of them than the address space would have room for.
+  std::vector<std::unique_ptr<HostArena>> arenas;
+  for (int i = 0; i < 200; ++i) {
+    arenas.push_back(another(budget, Residence::kPageable));
+    const ArenaOrder order(*arenas.back(), kPage);
+    give(*arenas.back(), take(*arenas.back(), kPage));
+    ASSERT_EQ(arenas.back()->trim(0), kPage) << i;
+  }
+  HostArena& used_again = *arenas.front();
+  const ArenaOrder order(used_again, kPage);
+  const auto spans = take(used_again, kPage);
+  std::memset(spans.front().data, 1, kPage);
+  give(used_again, spans);
+}
+
 TEST_F(HostArenaTest, ReleasedSpansAreJoinedAndReused) {
   auto first = take(arena, 40 * kPage);
   arena.release(first.front());
