@@ -335,13 +335,15 @@ class Endpoint:
             self._watch_lease(fd, lease, process)
             return True
         except CumempoolError as error:
-            wire.send({"error": str(error)}, before=FAILED)
-            return False
+            refusal = str(error)
         finally:
             if not lease.watched:
                 with self._lock:
                     del self._leases[fd]
                 lease.pin.release()
+        # Not before the pin is off: whoever is told may have the owner sleep.
+        wire.send({"error": refusal}, before=FAILED)
+        return False
 
     def _watch_lease(self, fd: int, lease: _Lease, process: int) -> None:
         with self._lock:

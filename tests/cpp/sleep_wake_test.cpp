@@ -469,7 +469,8 @@ TEST_F(SleepWake, PrepareRefusesWhatSleepWouldRefuse) {
   pool.malloc("weights", kGranule);
   std::uint64_t pinned = 77;
   EXPECT_EQ(pool.prepare(SleepCall{{{"nobody", kOffload}}}, pinned), CUMEMPOOL_UNKNOWN_TAG);
-  EXPECT_EQ(cumempool_prepare(pool.get(), nullptr, nullptr, 0, &pinned), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_prepare(pool.get(), nullptr, nullptr, 0, &pinned),
+            CUMEMPOOL_INVALID_ARGUMENT);
   EXPECT_EQ(pinned, 77U);
   must(pool.prepare(SleepCall{{{"weights", kDiscard}}}, pinned));
   EXPECT_EQ(pinned, 0U);
