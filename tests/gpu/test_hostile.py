@@ -30,6 +30,7 @@ a = cumempool.CuMemAllocator()
 with a.use_memory_pool("t"):
     t = torch.full((4 << 20,), 3.0, device="cuda")
 e = a.empty(4 << 20, dtype=torch.uint8, tag="t").fill_(5)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever began it may ignore it
 torch.cuda.synchronize()
 """
 

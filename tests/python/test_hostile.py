@@ -150,6 +150,7 @@ def test_an_interrupt_at_any_moment_finishes_or_undoes(operation: str) -> None:
 SIGNALS = """
 import os, random, signal, sys, threading, time, torch
 from cumempool import CuMemAllocator
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever began it may ignore it
 alloc = CuMemAllocator()
 tensors = [alloc.empty(16 << 20, dtype=torch.uint8, tag="t").fill_(n) for n in range(1, 7)]
 choose = random.Random(3)
@@ -188,6 +189,7 @@ def test_a_signal_that_nobody_handles_ends_the_process_as_any_other(run_python: 
     done = run_python("""
 import os, signal, threading, torch
 from cumempool import CuMemAllocator
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever began it may ignore it
 alloc = CuMemAllocator()
 tensor = alloc.empty(64 << 20, dtype=torch.uint8, tag="t")
 threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
