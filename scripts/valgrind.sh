@@ -4,15 +4,16 @@
 #
 #   scripts/valgrind.sh
 #
-# Takes about three minutes of one core. BUILD names the build folder, TIME_LIMIT the most seconds.
+# Takes about three minutes of processor time, and a build. BUILD names the build folder, TIME_LIMIT the most seconds.
 # Suppressions, each with its reason, are in scripts/valgrind.supp.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=${BUILD:-$root/build/valgrind}
 limit=${TIME_LIMIT:-900}
+logs=$(mktemp -d)
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+trap 'rm -rf "$logs" "$log"' EXIT
 
 # Not run under memcheck, and why. All of them run plain and under the other sanitizers.
 left_out=(
@@ -38,24 +39,37 @@ cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 cmake --build "$build" --target cumempool_tests >/dev/null
 
 filter=$(IFS=:; echo "-${left_out[*]}")
-code=0
 export TEST_SWEEP_POINTS=5
+
+# shard NUMBER: a part of the tests; as many run side by side as there are processors.
 # --fair-sched: threads that wait for each other by asking again and again take turns.
-timeout "$limit" valgrind --tool=memcheck --error-exitcode=9 --leak-check=full \
-  --show-leak-kinds=definite,indirect,possible --errors-for-leak-kinds=definite,indirect,possible \
-  --track-fds=yes --fair-sched=yes --num-callers=25 --suppressions="$root/scripts/valgrind.supp" \
-  --log-file="$log" "$build/cumempool_tests" --gtest_brief=1 --gtest_filter="$filter" || code=$?
+shard() {
+  GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$1 timeout "$limit" valgrind --tool=memcheck \
+    --error-exitcode=9 --leak-check=full --show-leak-kinds=definite,indirect,possible \
+    --errors-for-leak-kinds=definite,indirect,possible --track-fds=yes --fair-sched=yes \
+    --num-callers=25 --suppressions="$root/scripts/valgrind.supp" --log-file="$logs/$1" \
+    "$build/cumempool_tests" --gtest_brief=1 --gtest_filter="$filter"
+}
+
+shards=$(nproc)
+running=()
+for ((number = 0; number < shards; ++number)); do
+  shard "$number" &
+  running+=($!)
+done
+code=0
+for process in "${running[@]}"; do wait "$process" || code=$?; done
 
 # What is large on purpose: reserved addresses.
-grep -v 'Warning: set address range perms: large range' "$log" | sed 's/^==[0-9]*== //' >"$log.text"
-mv "$log.text" "$log"
+cat "$logs"/* | grep -v 'Warning: set address range perms: large range' | sed 's/^==[0-9]*== //' >"$log"
 # Standard input, output and error are open at the end; whatever the caller left open is said to be
 # inherited.
 open=$(grep -c '^Open file descriptor' "$log" || true)
 inherited=$(grep -c '<inherited from parent>' "$log" || true)
-if ((code != 0 || open > inherited)); then
+errors=$(awk '/^ERROR SUMMARY/ { sum += $3; ++runs } END { print runs ? sum : "no" }' "$log")
+if ((code != 0 || open > inherited)) || [[ $errors != 0 ]]; then
   cat "$log"
   echo "valgrind: FAILED with status $code, $((open - inherited)) file descriptors left open"
   exit 1
 fi
-echo "valgrind: $(grep '^ERROR SUMMARY' "$log"); 0 file descriptors left open"
+echo "valgrind: $errors errors in $shards parts, 0 file descriptors left open"
