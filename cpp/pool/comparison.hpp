@@ -51,7 +51,7 @@ class Comparison {
   struct Progress {
     std::size_t added = 0;    // slices on the board
     std::size_t started = 0;  // of them
-    std::size_t width;        // slices per launch
+    std::size_t width = 0;    // slices per launch
     std::vector<Launch> launches;
   };
 
