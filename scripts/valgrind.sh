@@ -26,8 +26,9 @@ left_out=(
   'Threads.*' 'RetainingThreads.*'
   # Fork and die, and memcheck would report the child as well.
   '*DeathTest.*' 'Fork.*' '*Processes.*'
-  # Asks for more address space than memcheck leaves to a program.
+  # Ask for more address space than memcheck leaves to a program.
   'Abi.SizesThatCannotBeAreInvalidAndTooLargeOnesOutOfMemory'
+  'HostDriverTest.C12_ADeviceLargerThanTheSystemHasIsOutOfMemoryWhenItIsUsed'
   # Wants a GPU. Memcheck knows nothing of what libcuda maps; scripts/compute_sanitizer.sh does.
   'Gpu/*' 'SampledSweep.R4_R13_OnTheCudaDriver'
   # The same as on three devices.
