@@ -40,7 +40,7 @@ cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 cmake --build "$build" --target cumempool_tests >/dev/null
 
 filter=$(IFS=:; echo "-${left_out[*]}")
-export TEST_SWEEP_POINTS=5
+export TEST_SWEEP_POINTS=2
 
 # shard NUMBER: a part of the tests; as many run side by side as there are processors.
 # --fair-sched: threads that wait for each other by asking again and again take turns.
