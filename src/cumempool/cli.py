@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -14,10 +16,37 @@ from rich.text import Text
 from cumempool.errors import CumempoolError
 
 if TYPE_CHECKING:
+    from cumempool.config import DriverName
     from cumempool.doctor import Check
     from cumempool.selftest import Outcome
 
 __all__ = ["main"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead."
+)
+
+
+def _driver_option(text: str) -> Callable[[_Command], _Command]:
+    """The driver, by default that of a GPU; `text` says what the other one is good for here."""
+    return click.option(
+        "--driver",
+        type=click.Choice(["cuda", "host"]),
+        default="cuda",
+        show_default=True,
+        help=text,
+    )
+
+
+@contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """An error of the library ends the command with its message and without a traceback."""
+    try:
+        yield
+    except CumempoolError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @click.group()
@@ -45,31 +74,23 @@ def demo(driver: str, mib: int) -> None:
     """Puts a model and its KV cache to sleep, wakes them, and checks that nothing changed."""
     from cumempool.demo import run_demo
 
-    try:
+    with _errors_for_people():
         passed = run_demo(driver, mib * 1024**2)
-    except CumempoolError as error:
-        raise click.ClickException(str(error)) from error
     if not passed:
         raise click.exceptions.Exit(1)
 
 
 @main.command()
-@click.option(
-    "--driver",
-    type=click.Choice(["cuda", "host"]),
-    default="cuda",
-    show_default=True,
-    help="host: memory of the CPU, which works everywhere and is for tests.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def doctor(driver: str, as_json: bool) -> None:
+@_driver_option("host: memory of the CPU, which works everywhere and is for tests.")
+@_json_option
+def doctor(driver: DriverName, as_json: bool) -> None:
     """Checks this machine. Each check is PASS, WARN or FAIL, with a reason and a fix.
 
     Exits with 1 where a check failed.
     """
     from cumempool import doctor as doctors
 
-    checks = doctors.examine("host" if driver == "host" else "cuda")
+    checks = doctors.examine(driver)
     good = doctors.passed(checks)
     if as_json:
         record = {"passed": good, "checks": [check.to_dict() for check in checks]}
@@ -81,16 +102,10 @@ def doctor(driver: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option(
-    "--driver",
-    type=click.Choice(["cuda", "host"]),
-    default="cuda",
-    show_default=True,
-    help="host: memory of the CPU, which works everywhere and is for tests.",
-)
+@_driver_option("host: memory of the CPU, which works everywhere and is for tests.")
 @click.option("-k", "matching", default="", metavar="TEXT", help="Only checks with this in them.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def selftest(driver: str, matching: str, as_json: bool) -> None:
+@_json_option
+def selftest(driver: DriverName, matching: str, as_json: bool) -> None:
     """Tries each promise of the pools on this machine's driver.
 
     Exits with 1 where one does not hold, and where no check was run.
@@ -99,16 +114,13 @@ def selftest(driver: str, matching: str, as_json: bool) -> None:
     from cumempool.selftest import run_selftest
 
     console = Console(quiet=as_json)
-    config = CuMemConfig(driver="host" if driver == "host" else "cuda")
+    config = CuMemConfig(driver=driver)
     outcomes = []
-    try:
+    with _errors_for_people():
         for outcome in run_selftest(config, matching=matching):
             outcomes.append(outcome)
             console.print(_line(outcome), soft_wrap=True)
-    except CumempoolError as error:
-        raise click.ClickException(str(error)) from error
-    counts = {status: sum(o.status == status for o in outcomes) for status in _STYLES}
-    console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    counts = _print_counts(console, outcomes)
     good = bool(counts["PASS"]) and not counts["FAIL"]
     if as_json:
         record = {"passed": good, "checks": [outcome.to_dict() for outcome in outcomes]}
@@ -137,10 +149,8 @@ def top(interval: float, once: bool) -> None:
     """
     from cumempool.top import run_top
 
-    try:
+    with _errors_for_people():
         run_top(Console(), interval=interval, once=once)
-    except CumempoolError as error:
-        raise click.ClickException(str(error)) from error
 
 
 @main.command()
@@ -154,14 +164,12 @@ def snapshot(file: str, process: int | None) -> None:
     """
     from cumempool.publishing import published, request_snapshot
 
-    try:
+    with _errors_for_people():
         found = [one for one in published() if process in (None, one.process)]
         if len(found) != 1:
             listed = ", ".join(f"{one.process} ({one.name})" for one in found) or "none"
             raise click.ClickException(f"one publishing process is needed; there are: {listed}")
         record = request_snapshot(found[0])
-    except CumempoolError as error:
-        raise click.ClickException(str(error)) from error
     Path(file).write_text(json.dumps(record), encoding="utf-8")
     click.echo(f"{len(record['allocations'])} allocations of process {found[0].process}: {file}")
 
@@ -195,32 +203,25 @@ def report(
     from cumempool import page
 
     try:
-        record = page.load(Path(file))
-        target = Path(output or f"{file}.html")
-        target.write_text(page.to_html(record, link_gb_per_s=link), encoding="utf-8")
-        written = [target]
-        if png:
-            Path(png).write_bytes(page.to_png(record))
-            written.append(Path(png))
-        if pickled:
-            Path(pickled).write_bytes(page.to_torch(record))
-            written.append(Path(pickled))
+        with _errors_for_people():
+            record = page.load(Path(file))
+            target = Path(output or f"{file}.html")
+            target.write_text(page.to_html(record, link_gb_per_s=link), encoding="utf-8")
+            written = [target]
+            if png:
+                Path(png).write_bytes(page.to_png(record))
+                written.append(Path(png))
+            if pickled:
+                Path(pickled).write_bytes(page.to_torch(record))
+                written.append(Path(pickled))
     except ImportError as error:
         raise click.ClickException(f"{error}: pip install cumempool[report]") from error
-    except CumempoolError as error:
-        raise click.ClickException(str(error)) from error
     for path in written:
         click.echo(path)
 
 
 @main.command()
-@click.option(
-    "--driver",
-    type=click.Choice(["cuda", "host"]),
-    default="cuda",
-    show_default=True,
-    help="host: memory of the CPU; says nothing about a GPU.",
-)
+@_driver_option("host: memory of the CPU; says nothing about a GPU.")
 @click.option(
     "--gib",
     type=click.FloatRange(min=0.001),
@@ -229,20 +230,18 @@ def report(
     help="GiB of device memory, and of pinned host memory.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def bench(driver: str, gib: float, rounds: int, as_json: bool) -> None:
+@_json_option
+def bench(driver: DriverName, gib: float, rounds: int, as_json: bool) -> None:
     """Measures sleep and wake on this machine, beside plain copies of the same bytes."""
     from cumempool.bench import run_bench
     from cumempool.config import CuMemConfig
 
     config = CuMemConfig(
-        driver="host" if driver == "host" else "cuda",
+        driver=driver,
         host_driver_bytes=int((gib + 1) * 1024**3),
     )
-    try:
+    with _errors_for_people():
         measurements = run_bench(config, int(gib * 1024**3), rounds)
-    except CumempoolError as error:
-        raise click.ClickException(str(error)) from error
     if as_json:
         click.echo(json.dumps([one.to_dict() for one in measurements], indent=2))
         return
@@ -269,5 +268,11 @@ def _print_checks(checks: list[Check]) -> None:
         table.add_row(Text(check.status, style=_STYLES[check.status]), Text(check.name), found)
     console = Console()
     console.print(table)
+    _print_counts(console, checks)
+
+
+def _print_counts(console: Console, checks: Sequence[Check | Outcome]) -> dict[str, int]:
+    """How many checks there are of each status."""
     counts = {status: sum(check.status == status for check in checks) for status in _STYLES}
     console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    return counts
