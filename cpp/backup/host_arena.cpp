@@ -42,6 +42,12 @@ Error over_limit(const HostBudget& budget, std::uint64_t bytes) {
   return error;
 }
 
+void not_pinned(Error& error) {
+  error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
+  error.problem = "host memory for a backup could not be pinned";
+  error.advice = "free host memory, or raise the limit on locked memory (ulimit -l)";
+}
+
 }  // namespace
 
 HostArena::HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget)
@@ -51,7 +57,7 @@ HostArena::~HostArena() {
   cancel_order();
   bool all_gone = true;
   for (const auto& [slot, block] : blocks_) {
-    if (block.registered) {
+    if (block.registration != kNone) {
       all_gone = false;
     } else {
       decommit_pages(address_of(slot), block.bytes);
@@ -173,7 +179,7 @@ std::size_t HostArena::map_block(std::size_t needed, std::size_t from_slot) {
   const std::size_t bytes = claim_room(needed);
   try {
     commit_pages(address_of(slot), bytes, numa_node_);
-    blocks_.emplace(slot, Block{bytes, false, false});
+    blocks_.emplace(slot, Block{bytes, kNone, false});
   } catch (const std::exception&) {
     decommit_pages(address_of(slot), bytes);
     budget_.unclaim(bytes);
@@ -199,25 +205,149 @@ void HostArena::add_block(int device, std::size_t slot) {
   try {
     if (residence_ == Residence::kPinned) {
       driver_.host_register(device, address_of(slot), block.bytes);
-      block.registered = true;
+      block.registration = slot;
     }
     const std::lock_guard lock(mutex_);
     free_.add(slot * kBlockBytes, block.bytes);
     block.delivered = true;
   } catch (Error& error) {
     unmap_block(slot);
-    error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
-    error.problem = "host memory for a backup could not be pinned";
-    error.advice = "free host memory, or raise the limit on locked memory (ulimit -l)";
+    not_pinned(error);
     throw;
   } catch (const std::exception&) {  // no memory for the bookkeeping
-    const auto& table = driver_.table();
-    if (!block.registered ||
-        table.host_unregister(table.self, device, address_of(slot)) == CUMEMPOOL_RESULT_SUCCESS) {
+    if (block.registration == kNone || unpin(device, slot) == CUMEMPOOL_RESULT_SUCCESS) {
       unmap_block(slot);
     }
     throw;
   }
+}
+
+// ---- registrations ------------------------------------------------------------------------------
+
+// The block of a slot, where there is one that is registered.
+const HostArena::Block* HostArena::neighbour(std::size_t slot) const noexcept {
+  const auto found = blocks_.find(slot);
+  if (found == blocks_.end() || found->second.registration == kNone) return nullptr;
+  return &found->second;
+}
+
+// These slots and all beside them that are registered, without a gap between their bytes.
+HostArena::Slots HostArena::neighbours_of(Slots slots) const noexcept {
+  while (slots.first != 0) {
+    const Block* const before = neighbour(slots.first - 1);
+    if (before == nullptr || before->bytes != kBlockBytes) break;
+    --slots.first;
+  }
+  while (blocks_.find(slots.last)->second.bytes == kBlockBytes &&
+         neighbour(slots.last + 1) != nullptr) {
+    ++slots.last;
+  }
+  return slots;
+}
+
+std::vector<HostArena::Slots> HostArena::registrations_in(const Slots& slots) const {
+  std::vector<Slots> found;
+  for (std::size_t slot = slots.first; slot <= slots.last; ++slot) {
+    const std::size_t registration = blocks_.at(slot).registration;
+    if (registration == kNone) continue;
+    if (found.empty() || found.back().first != registration) found.push_back({registration, slot});
+    found.back().last = slot;
+  }
+  return found;
+}
+
+cumempool_result HostArena::pin(int device, const Slots& slots) noexcept {
+  const auto& table = driver_.table();
+  const std::size_t bytes =
+      (slots.last - slots.first) * kBlockBytes + blocks_.find(slots.last)->second.bytes;
+  const cumempool_result result =
+      table.host_register(table.self, device, address_of(slots.first), bytes);
+  if (result != CUMEMPOOL_RESULT_SUCCESS) return result;
+  for (std::size_t slot = slots.first; slot <= slots.last; ++slot) {
+    blocks_.find(slot)->second.registration = slots.first;
+  }
+  return result;
+}
+
+cumempool_result HostArena::unpin(int device, std::size_t registration) noexcept {
+  const auto& table = driver_.table();
+  const cumempool_result result =
+      table.host_unregister(table.self, device, address_of(registration));
+  if (result != CUMEMPOOL_RESULT_SUCCESS) return result;
+  for (auto block = blocks_.find(registration);
+       block != blocks_.end() && block->second.registration == registration; ++block) {
+    block->second.registration = kNone;
+  }
+  return result;
+}
+
+// Those that are not registered any more.
+void HostArena::pin_again(int device, const std::vector<Slots>& registrations) noexcept {
+  for (const Slots& slots : registrations) {
+    if (blocks_.find(slots.first)->second.registration != kNone) continue;
+    if (pin(device, slots) != CUMEMPOOL_RESULT_SUCCESS) lost_pins_ = true;
+  }
+}
+
+void HostArena::join(int device, const std::byte* data, std::size_t bytes) {
+  if (residence_ != Residence::kPinned) return;
+  pin_lost(device);
+  const auto offset = static_cast<std::size_t>(data - base_);
+  const Slots wanted{offset / kBlockBytes, (offset + bytes - 1) / kBlockBytes};
+  if (blocks_.at(wanted.first).registration == blocks_.at(wanted.last).registration) return;
+  const Slots all = neighbours_of(wanted);
+  const std::vector<Slots> before = registrations_in(all);
+  const char* call = "host_unregister";
+  cumempool_result result = CUMEMPOOL_RESULT_SUCCESS;
+  for (const Slots& slots : before) {
+    result = unpin(device, slots.first);
+    if (result != CUMEMPOOL_RESULT_SUCCESS) break;
+  }
+  if (result == CUMEMPOOL_RESULT_SUCCESS) {
+    call = "host_register";
+    result = pin(device, all);
+  }
+  if (result == CUMEMPOOL_RESULT_SUCCESS) return;
+  pin_again(device, before);
+  try {
+    driver::check(driver_.table(), call, result, device, bytes);
+  } catch (Error& error) {
+    not_pinned(error);
+    throw;
+  }
+}
+
+void HostArena::pin_lost(int device) {
+  if (!lost_pins_) return;
+  for (auto& [slot, block] : blocks_) {
+    if (!block.delivered || block.registration != kNone) continue;
+    try {
+      driver_.host_register(device, address_of(slot), block.bytes);
+    } catch (Error& error) {
+      not_pinned(error);
+      throw;
+    }
+    block.registration = slot;
+  }
+  lost_pins_ = false;
+}
+
+// Unregisters what was registered as one, and registers again those of it that hold something.
+bool HostArena::split(int device, std::size_t registration) noexcept {
+  const auto first = blocks_.find(registration);
+  auto end = first;
+  while (end != blocks_.end() && end->second.registration == registration) ++end;
+  if (unpin(device, registration) != CUMEMPOOL_RESULT_SUCCESS) return false;
+  for (auto block = first; block != end;) {
+    if (!block->second.delivered) {
+      ++block;
+      continue;
+    }
+    Slots kept{block->first, block->first};
+    for (++block; block != end && block->second.delivered; ++block) kept.last = block->first;
+    if (pin(device, kept) != CUMEMPOOL_RESULT_SUCCESS) lost_pins_ = true;
+  }
+  return true;
 }
 
 // ---- spans --------------------------------------------------------------------------------------
@@ -289,12 +419,10 @@ std::vector<std::size_t> HostArena::take_empty_blocks() {
 }
 
 std::uint64_t HostArena::trim(int device) {
-  const auto& table = driver_.table();
   std::uint64_t released = 0;
   for (const std::size_t slot : take_empty_blocks()) {
     Block& block = blocks_.find(slot)->second;
-    if (block.registered &&
-        table.host_unregister(table.self, device, address_of(slot)) != CUMEMPOOL_RESULT_SUCCESS) {
+    if (block.registration != kNone && !split(device, block.registration)) {
       const std::lock_guard lock(mutex_);  // what the driver would not take back stays in use
       free_.give_back(slot * kBlockBytes, block.bytes);
       block.delivered = true;

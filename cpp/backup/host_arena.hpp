@@ -1,6 +1,6 @@
 // Host memory for backups: blocks at neighbouring addresses, pinned or not, handed out in spans and
 // kept for the next sleep. Blocks on order are faulted in by several threads while the copies into
-// earlier ones run.
+// earlier ones run. Each is registered by itself, until others want to copy across their borders.
 #pragma once
 
 #include <cstddef>
@@ -56,6 +56,14 @@ class HostArena {
 
   // How many of `bytes` bytes from `data` on one copy call may use.
   std::size_t run(const std::byte* data, std::size_t bytes) const noexcept;
+  // Has the bytes, which are handed out, lie in one registration, for those who copy them in one
+  // call, as programs do. Registers all neighbours along with them: a range that grew by a block at
+  // a time would be pinned over and over. Waits for copies that use them. Inside a ContextScope of
+  // `device`. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY), with everything as it was.
+  void join(int device, const std::byte* data, std::size_t bytes);
+  // Pins what could not be pinned again when a join() or a trim() was undone. Before any copy.
+  // Inside a ContextScope of `device`. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).
+  void pin_lost(int device);
 
   // Gives back the blocks that hold nothing; returns their bytes. Inside a ContextScope.
   std::uint64_t trim(int device);
@@ -64,10 +72,16 @@ class HostArena {
   std::uint64_t used_bytes() const;
 
  private:
+  static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
   struct Block {
     std::size_t bytes = 0;
-    bool registered = false;
+    std::size_t registration = kNone;  // the first slot of the registration that it is part of
     bool delivered = false;
+  };
+  // Neighbours, all but the last of which fill their slots.
+  struct Slots {
+    std::size_t first = 0;
+    std::size_t last = 0;
   };
   // Blocks on order: mapped, in the course of being touched, not delivered.
   struct Order {
@@ -87,6 +101,13 @@ class HostArena {
   void start_touching(Order& order) const;
   void deliver_next(int device);
   void add_block(int device, std::size_t slot);
+  const Block* neighbour(std::size_t slot) const noexcept;
+  Slots neighbours_of(Slots slots) const noexcept;
+  std::vector<Slots> registrations_in(const Slots& slots) const;
+  cumempool_result pin(int device, const Slots& slots) noexcept;
+  cumempool_result unpin(int device, std::size_t registration) noexcept;
+  void pin_again(int device, const std::vector<Slots>& registrations) noexcept;
+  bool split(int device, std::size_t registration) noexcept;
   void refuse(std::size_t needed) const;
   std::size_t slot_after_last() const;
   std::vector<std::size_t> take_empty_blocks();
@@ -99,6 +120,7 @@ class HostArena {
   std::size_t slot_count_ = 0;
   // For the transition under way; spans are released meanwhile, which needs neither.
   std::map<std::size_t, Block> blocks_;
+  bool lost_pins_ = false;  // whether a delivered block may be without a registration
   std::unique_ptr<Order> order_;
   mutable std::mutex mutex_;  // guards the three below
   IntervalSet free_;          // offsets from base_

@@ -58,6 +58,7 @@ void HostPlace::grow(std::size_t most) {
 
 void HostPlace::save(Transfer& transfer, std::size_t position, cumempool_address source,
                      std::size_t bytes) {
+  arena_.pin_lost(device_);
   // Span by span, so that the copy into one runs while the next is still being pinned.
   for (std::size_t done = 0; done < bytes;) {
     const std::size_t at = position + done;
@@ -79,6 +80,7 @@ void HostPlace::save(Transfer& transfer, std::size_t position, cumempool_address
 
 void HostPlace::load(Transfer& transfer, std::size_t position, cumempool_address destination,
                      std::size_t bytes) {
+  arena_.pin_lost(device_);
   for_each_run(position, bytes, [&](std::byte* data, std::size_t offset, std::size_t count) {
     const cumempool_address to = destination + offset;
     if (tier_ == CUMEMPOOL_BACKUP_PINNED) {
@@ -113,9 +115,13 @@ std::byte* HostPlace::view(std::size_t position, std::size_t bytes, bool writabl
   const std::size_t inside = position - part->position;
   // What is written must still be part of the image after a later view has gathered it.
   const bool stays = !writable || parts_.size() == 1;
-  if (stays && inside + bytes <= part->span.bytes) return part->span.data + inside;
-  gather();
-  return parts_.front().span.data + position;
+  std::byte* data = part->span.data + inside;
+  if (!stays || inside + bytes > part->span.bytes) {
+    gather();
+    data = parts_.front().span.data + position;
+  }
+  arena_.join(device_, data, bytes);
+  return data;
 }
 
 }  // namespace cumempool::backup

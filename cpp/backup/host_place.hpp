@@ -24,7 +24,7 @@ class HostPlace : public Place {
   void load(Transfer& transfer, std::size_t position, cumempool_address destination,
             std::size_t bytes) override;
   // Moves the image into one span where the bytes are in several, or are to be written and others
-  // are. Inside a ContextScope of the device.
+  // are. A program may copy the bytes in one call. Inside a ContextScope of the device.
   std::byte* view(std::size_t position, std::size_t bytes, bool writable) override;
   void settle_views() noexcept override;
 

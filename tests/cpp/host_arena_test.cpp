@@ -365,6 +365,129 @@ TEST_F(HostArenaTest, TwoArenasShareOneLimit) {
   EXPECT_EQ(shared.claimed(), 0U);
 }
 
+// ---- registrations -----------------------------------------------------------------------------
+
+// Three blocks, of which the last is short.
+class JoinedBlocks : public HostArenaTest {
+ protected:
+  static constexpr std::size_t kAll = 130 * kMiB;
+
+  void SetUp() override {
+    arena.order(kAll);
+    arena.deliver(0);
+    take_all();
+    ASSERT_EQ(host.counters().registrations, 3U);
+  }
+  void TearDown() override {
+    faults.fail_nothing();
+    arena.release({data, kAll});
+    EXPECT_EQ(arena.trim(0), kAll);
+    EXPECT_EQ(host.counters().registered_bytes, 0U);
+  }
+
+  // Block by block, so that they can come back one by one.
+  void take_all() {
+    data = arena.acquire(0, kBlock).data;
+    ASSERT_EQ(arena.acquire(0, kBlock).data, data + kBlock);
+    ASSERT_EQ(arena.acquire(0, kAll - 2 * kBlock).data, data + 2 * kBlock);
+  }
+  // Over the border of the first two blocks.
+  void join() { arena.join(0, data + 63 * kMiB, 2 * kMiB); }
+
+  std::byte* data = nullptr;
+};
+
+TEST_F(JoinedBlocks, AreOneRegistrationWithAllTheirNeighbours) {
+  arena.join(0, data + kMiB, 3 * kMiB);
+  EXPECT_EQ(host.counters().registrations, 3U) << "inside one block";
+  join();
+  EXPECT_EQ(host.counters().registrations, 1U);
+  EXPECT_EQ(host.counters().registered_bytes, kAll);
+  const std::uint64_t calls = faults.calls("host_register");
+  arena.join(0, data, kAll);
+  EXPECT_EQ(faults.calls("host_register"), calls) << "nothing to be done";
+}
+
+TEST_F(JoinedBlocks, LaterBlocksAreJoinedWithThem) {
+  join();
+  const auto more = take(arena, kBlock);  // in a slot of its own, behind the short block
+  EXPECT_EQ(host.counters().registrations, 2U);
+  arena.join(0, more.front().data, kBlock);
+  EXPECT_EQ(host.counters().registrations, 2U) << "a gap lies between them";
+  give(arena, more);
+  EXPECT_EQ(arena.trim(0), kBlock);
+}
+
+TEST_F(JoinedBlocks, R13_TrimReturnsThoseThatHoldNothingAndKeepsTheOthersPinned) {
+  join();
+  arena.release({data + kBlock, kBlock});
+  EXPECT_EQ(arena.trim(0), kBlock);
+  EXPECT_EQ(host.counters().registrations, 2U);
+  EXPECT_EQ(host.counters().registered_bytes, kAll - kBlock);
+  data[0] = data[kAll - 1] = std::byte{1};
+  const auto again = take(arena, kBlock);
+  EXPECT_EQ(arena.held_bytes(), kAll);
+  give(arena, again);
+  arena.trim(0);
+  arena.release({data, kBlock});
+  arena.release({data + 2 * kBlock, kAll - 2 * kBlock});
+  EXPECT_EQ(arena.trim(0), kAll - kBlock);
+  take_all();  // for TearDown
+}
+
+TEST_F(JoinedBlocks, AFailedJoinLeavesEveryBlockPinnedAsItWas) {
+  for (const char* entry : {"host_register", "host_unregister"}) {
+    for (std::uint64_t n = 1; n <= (entry[5] == 'r' ? 1U : 3U); ++n) {
+      faults.fail_nth(entry, n, CUMEMPOOL_RESULT_OUT_OF_MEMORY);
+      const Error error = error_of([&] { join(); });
+      EXPECT_EQ(error.status, CUMEMPOOL_OUT_OF_HOST_MEMORY) << entry << n;
+      EXPECT_EQ(host.counters().registrations, 3U) << entry << n;
+      EXPECT_EQ(host.counters().registered_bytes, kAll) << entry << n;
+      faults.fail_nothing();
+    }
+  }
+  join();
+  EXPECT_EQ(host.counters().registrations, 1U);
+}
+
+TEST_F(JoinedBlocks, WhatCouldNotBePinnedAgainIsPinnedBeforeTheNextCopy) {
+  faults.fail_nth("host_register", 1, CUMEMPOOL_RESULT_OUT_OF_MEMORY,
+                  FaultDriver::Repeat::kFromThenOn);
+  EXPECT_EQ(error_of([&] { join(); }).status, CUMEMPOOL_OUT_OF_HOST_MEMORY);
+  EXPECT_EQ(host.counters().registered_bytes, 0U);
+  EXPECT_EQ(error_of([&] { arena.pin_lost(0); }).status, CUMEMPOOL_OUT_OF_HOST_MEMORY);
+  faults.fail_nothing();
+  arena.pin_lost(0);
+  EXPECT_EQ(host.counters().registered_bytes, kAll);
+  join();
+  EXPECT_EQ(host.counters().registrations, 1U);
+}
+
+TEST_F(JoinedBlocks, WhatTrimCouldNotPinAgainIsPinnedBeforeTheNextCopy) {
+  join();
+  arena.release({data + kBlock, kBlock});
+  faults.fail_nth("host_register", 1, CUMEMPOOL_RESULT_OUT_OF_MEMORY);
+  EXPECT_EQ(arena.trim(0), kBlock);
+  EXPECT_EQ(host.counters().registered_bytes, kAll - 2 * kBlock);
+  arena.pin_lost(0);
+  EXPECT_EQ(host.counters().registered_bytes, kAll - kBlock);
+  arena.release({data, kBlock});
+  arena.release({data + 2 * kBlock, kAll - 2 * kBlock});
+  EXPECT_EQ(arena.trim(0), kAll - kBlock);
+  take_all();  // for TearDown
+}
+
+TEST_F(JoinedBlocks, R13_JoinedBlocksThatCannotBeUnregisteredStayInUse) {
+  join();
+  arena.release({data, kAll});
+  faults.fail_nth("host_unregister", 1, CUMEMPOOL_RESULT_INVALID_VALUE,
+                  FaultDriver::Repeat::kFromThenOn);
+  EXPECT_EQ(arena.trim(0), 0U);
+  faults.fail_nothing();
+  EXPECT_EQ(host.counters().registered_bytes, kAll);
+  take_all();  // handed out again
+}
+
 // ---- giving back -------------------------------------------------------------------------------
 
 TEST_F(HostArenaTest, TrimReturnsOnlyBlocksThatHoldNothing) {

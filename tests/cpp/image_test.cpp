@@ -435,6 +435,10 @@ TEST(LargeImage, CrossesBlocks) {
     EXPECT_TRUE(
         holds_pattern(reinterpret_cast<std::uintptr_t>(view) - 63 * kMiB, 63 * kMiB, 3 * kMiB, 1));
     write_pattern(memory.address(), kLarge, 2);
+    // As a program copies: in one call.
+    queue.to_device(memory.address() + 63 * kMiB, view, 3 * kMiB);
+    queue.drain();
+    EXPECT_TRUE(holds_pattern(memory.address(), 63 * kMiB, 3 * kMiB, 1));
     saved.restore(transfer, memory.address());
     queue.drain();
     EXPECT_TRUE(holds_pattern(memory.address(), kLarge, 1));
