@@ -53,6 +53,7 @@ class SampledSweep : public ::testing::Test {
       sweep.sample(sampled());
       tried += sweep.tried();
       passed += sweep.passed();
+      std::cout << "  " << scenario.name << ": " << sweep.tried() << std::endl;  // seen if killed
       if (HasFailure()) break;
     }
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;

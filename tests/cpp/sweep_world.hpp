@@ -5,10 +5,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <ostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "driver/fault_driver.hpp"
@@ -213,9 +215,14 @@ class World {
   std::unique_ptr<Opened> opened;
 
  private:
-  static Bytes pattern(const Block& block) {
-    Bytes bytes(block.bytes);
-    for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = pattern_byte(i, block.seed);
+  // Kept, for thousands of worlds have the same few.
+  static const Bytes& pattern(const Block& block) {
+    static std::map<std::pair<std::size_t, std::uint32_t>, Bytes> all;
+    Bytes& bytes = all[{block.bytes, block.seed}];
+    if (bytes.empty()) {
+      bytes.resize(block.bytes);
+      for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = pattern_byte(i, block.seed);
+    }
     return bytes;
   }
   Bytes contents(const Block& block) const {

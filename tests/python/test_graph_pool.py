@@ -131,6 +131,43 @@ def test_unused_segments_go_back_when_a_pool_is_released(
     assert len(fake.segments) == 1
 
 
+def test_a_pool_that_torch_has_forgotten_gives_its_slot_back(
+    alloc: CuMemAllocator, fake: FakeTorch, pools: GraphPools
+) -> None:
+    """The last graph is deleted and torch's cache emptied before anybody asks."""
+    before = slots_left(alloc)
+    pool = pools.open("graphs", 0)
+    capture(fake, pool)
+    fake.hold(pool[1], "active_allocated")
+    pools.release_all()
+    assert slots_left(alloc) == before - 1
+    delete_graph(fake, pool)
+    fake.segments[-1]["blocks"][0]["state"] = "inactive"
+    torch.cuda.empty_cache()
+    with pytest.raises(RuntimeError, match="INTERNAL ASSERT"):
+        next(iter(pools._leaving))[1]._pool.use_count()
+    pools.reap()
+    assert len(pools) == 0
+    assert slots_left(alloc) == before
+
+
+def test_other_failures_of_torch_to_count_are_not_hidden(
+    alloc: CuMemAllocator, fake: FakeTorch, pools: GraphPools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools.open("graphs", 0)
+    private = next(iter(pools._pools.values()))[1]
+
+    def fail() -> int:
+        raise RuntimeError("no CUDA device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(private._pool, "use_count", fail)
+        with pytest.raises(RuntimeError, match="no CUDA device"):
+            private.users()
+    assert private.users() == 1
+    pools.release_all()
+
+
 def test_a_pool_with_memory_asleep_is_not_handed_out(
     alloc: CuMemAllocator, fake: FakeTorch, pools: GraphPools
 ) -> None:

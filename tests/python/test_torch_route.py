@@ -24,12 +24,19 @@ class FakePool:
         pool_id: tuple[int, int],
         destroyed: list[tuple[int, int]],
         counts: Counter[tuple[int, int]],
+        forgotten: set[tuple[int, int]],
     ) -> None:
         self.id = pool_id
         self.counts = counts
+        self.forgotten = forgotten
         weakref.finalize(self, destroyed.append, pool_id).atexit = False
 
     def use_count(self) -> int:
+        if self.id in self.forgotten:
+            raise RuntimeError(
+                "it != graph_pools.end() INTERNAL ASSERT FAILED at "
+                '"/pytorch/c10/cuda/CUDACachingAllocator.cpp":2807, please report a bug to PyTorch.'
+            )
         return self.counts[self.id]
 
 
@@ -42,6 +49,7 @@ class FakeTorch:
         self.destroyed: list[tuple[int, int]] = []
         self.made: list[tuple[int, object]] = []  # device and slot of each pool
         self.counts: Counter[tuple[int, int]] = Counter()
+        self.forgotten: set[tuple[int, int]] = set()  # pools that the cache was emptied of
         self.segments: list[dict[str, Any]] = []
         self.device = 0
         names = ["_cuda_beginAllocateToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"]
@@ -79,7 +87,7 @@ class FakeTorch:
 
     def make_pool(self, slot: object) -> FakePool:
         self.made.append((self.device, slot))
-        pool = FakePool((0, len(self.made)), self.destroyed, self.counts)
+        pool = FakePool((0, len(self.made)), self.destroyed, self.counts, self.forgotten)
         self.counts[pool.id] += 1
         return pool
 
@@ -90,6 +98,10 @@ class FakeTorch:
             for segment in self.segments
             if any(block["state"] != "inactive" for block in segment["blocks"])
         ]
+        held = {segment["segment_pool_id"] for segment in self.segments}
+        self.forgotten |= {
+            pool for pool, count in self.counts.items() if count == 0 and pool not in held
+        }
 
     def hold(self, pool: int, *states: str) -> None:
         """Lets torch hold a segment of a pool, with blocks in these states."""
