@@ -3,7 +3,7 @@
 //
 //   bare_driver COUNTxBYTES[,COUNTxBYTES...] [DEVICE]
 //
-// Starts with all of it mapped. Each line of its input, "discard" (unmap and release, allocation by
+// Starts with nothing mapped. Each line of its input, "discard" (unmap and release, allocation by
 // allocation) or "remap" (create, map, set access), is answered with one line of JSON.
 #include <cinttypes>
 #include <cstring>
@@ -39,7 +39,6 @@ class BareMemory {
       require(cuda_.reserve(&part.address, bytes, 0, 0, 0) == CUDA_SUCCESS, "reserve");
       parts_.push_back(part);
     }
-    remap();
   }
   ~BareMemory() {
     if (mapped_) discard();

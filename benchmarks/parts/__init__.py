@@ -56,7 +56,7 @@ PARTS = {
         ("cumempool", "vllm", "tms"),
         kv.run,
         host_gib=2,
-        device_gib=84,
+        device_gib=44,
     ),
     "swap": Part(
         "one 8B model leaves while another arrives",

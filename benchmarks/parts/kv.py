@@ -1,7 +1,7 @@
 """Discard and remap of a KV cache and of a model's weights, beside the bare driver calls.
 
-The bare calls are made by a program of their own, which holds memory of the same sizes; both take
-turns.
+The bare calls are made by a program of their own, which takes memory of the same sizes and gives
+it back while the contender has none.
 """
 
 from __future__ import annotations
@@ -67,18 +67,13 @@ def _rounds(bench: Bench, contender: Contender, tag: str, bare: Program | None) 
     for turn in range(-1, bench.cycles(ROUNDS)):
         bench.settle()
         discard = bench.timed(lambda: contender.discard(tag))
+        bare_seconds = None if bare is None else _ask(bench, bare)
         bench.settle()
         remap = bench.timed(lambda: contender.wake(tag))
         if turn >= 0:  # the first turn warms up
             _add(samples, discard, remap)
-        if bare is None:
-            continue
-        bench.settle()
-        discard = float(bare.ask("discard")["seconds"])
-        bench.settle()
-        remap = float(bare.ask("remap")["seconds"])
-        if turn >= 0:
-            _add(bare_samples, discard, remap)
+            if bare_seconds is not None:
+                _add(bare_samples, *bare_seconds)
     result: dict[str, Any] = {name: summary(values) for name, values in samples.items()}
     if bare is not None:
         result["bare"] = {name: summary(values) for name, values in bare_samples.items()}
@@ -87,6 +82,14 @@ def _rounds(bench: Bench, contender: Contender, tag: str, bare: Program | None) 
             for name in samples
         }
     return result
+
+
+def _ask(bench: Bench, bare: Program) -> tuple[float, float]:
+    """Seconds of a discard and of a remap by the program, which has nothing mapped."""
+    bench.settle()
+    remap = float(bare.ask("remap")["seconds"])
+    bench.settle()
+    return float(bare.ask("discard")["seconds"]), remap
 
 
 def _add(samples: dict[str, list[float]], discard: float, remap: float) -> None:
