@@ -31,6 +31,9 @@ from cumempool.errors import (
     RankState,
 )
 from cumempool.report import TagReport, TransitionReport, format_bytes
+from cumempool.scope import refuse_open_scopes
+from cumempool.sleep_plan import plan_sleep
+from cumempool.tags import DISCARD, OFFLOAD
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,7 +45,6 @@ DEFAULT_TIMEOUT: Final = 300.0
 
 _STORE_PATIENCE: Final = 10.0  # seconds for one call of the store, where the timeout is longer
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02  # seconds between two looks into the store
-_OFFLOAD, _DISCARD = 1, 2  # as `CuMemAllocator._plan_sleep` numbers them
 
 _T = TypeVar("_T")
 _logger = logging.getLogger("cumempool")
@@ -204,7 +206,7 @@ def sleep(
     """
 
     def plan(allocator: CuMemAllocator) -> list[_Step]:
-        actions, _ = allocator._plan_sleep(offload_tags, tags)
+        actions, _ = plan_sleep(allocator._core, offload_tags, tags)
         return _sleep_steps(allocator, actions)
 
     return _transition("sleep", group, allocator, plan, timeout)
@@ -302,7 +304,7 @@ def _counts(tag: Any) -> dict[str, int]:
 
 def _check_known(operation: str, allocator: CuMemAllocator, tags: Iterable[str]) -> None:
     for tag in tags:
-        allocator._check_known(tag, operation)
+        allocator._tags.check_known(tag, operation)
 
 
 def _whole(operation: str, allocator: CuMemAllocator, tags: Iterable[str], state: str) -> list[str]:
@@ -330,7 +332,7 @@ def _whole(operation: str, allocator: CuMemAllocator, tags: Iterable[str], state
 def _refuse_pinned(operation: str, allocator: CuMemAllocator, tags: Iterable[str]) -> None:
     """Looks for what would refuse a discard, before another rank has discarded anything."""
     known = allocator.stats().tags
-    allocator._refuse_open_scopes(operation, tags)
+    refuse_open_scopes(allocator, operation, tags)
     for tag in tags:
         if known[tag].pins or known[tag].backing == "cuda_malloc":
             why = f"has {known[tag].pins} pins" if known[tag].pins else "is of cudaMalloc memory"
@@ -347,8 +349,8 @@ def _losing(allocator: CuMemAllocator, tags: Iterable[str]) -> tuple[str, ...]:
 
 def _sleep_steps(allocator: CuMemAllocator, actions: Mapping[str, int]) -> list[_Step]:
     """What can be undone comes first: discarding is for when all ranks have come so far."""
-    keep = [tag for tag, action in actions.items() if action == _OFFLOAD]
-    drop = [tag for tag, action in actions.items() if action == _DISCARD]
+    keep = [tag for tag, action in actions.items() if action == OFFLOAD]
+    drop = [tag for tag, action in actions.items() if action == DISCARD]
     steps = [_sleep_step(allocator, keep, keep)] if keep else []
     return [*steps, _sleep_step(allocator, drop, [])] if drop else steps
 
