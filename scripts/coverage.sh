@@ -13,8 +13,8 @@
 set -euo pipefail
 
 least_cpp=90
-# What needs a GPU counts as not taken here: about 40 branches of _torch.py, scope.py, selftest.py and
-# allocator.py, which tests/gpu takes.
+# What needs a GPU counts as not taken here: about 40 branches of _torch.py, torch_state.py, devices.py,
+# transition.py, scope.py and selftest.py, which tests/gpu takes.
 least_python=92
 
 # The only files of cpp/ that are left out: they talk to libcuda, and do something only with a GPU.

@@ -14,6 +14,9 @@ import torch
 
 from cumempool import _torch
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, NotInPoolError
+from cumempool.exact_tensor import empty_bytes
+from cumempool.preserve import preserve_allocation
+from cumempool.torch_state import empty_cache
 
 if TYPE_CHECKING:
     from cumempool.allocator import CuMemAllocator
@@ -160,8 +163,8 @@ def _move(allocator: CuMemAllocator, pack: list[_Storage]) -> int:
     """Moves a pack into an allocation of its own, and returns the bytes of that."""
     first = pack[0]
     total = sum(_aligned(storage.size) for storage in pack)
-    memory = allocator._empty_bytes(
-        total, device=first.storage.device, tag=first.tag, preserved=first.preserved
+    memory = empty_bytes(
+        allocator, total, device=first.storage.device, tag=first.tag, preserved=first.preserved
     )
     offset = 0
     for old in pack:
@@ -199,14 +202,15 @@ def adopt_tensors(allocator: CuMemAllocator, found: Iterable[Found]) -> int:
         elif storage.preserved and not there["preserved"]:
             unpreserved.append(there["address"])
     for address in unpreserved:
-        allocator._preserve(address)
+        preserve_allocation(allocator, address)
     allocated = 0
     for pack in _packs(storages):
         allocated += _move(allocator, pack)
         for storage in pack:
             storage.tensors.clear()
             storage.storage = torch.UntypedStorage(0)
-        allocator._empty_cache()  # the old copies go before the next pack asks for memory
+        # The old copies go before the next pack asks for memory.
+        empty_cache(allocator.config.driver)
     return allocated
 
 

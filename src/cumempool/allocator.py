@@ -1,122 +1,65 @@
-"""`CuMemAllocator`: tagged pools of device memory that sleep and wake."""
+"""`CuMemAllocator`: tagged pools of device memory that sleep and wake.
+
+What programs call, and what each call promises. The work is done in modules of their own, which the
+imports below name.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Final, Literal, overload
 
+from cumempool import transition
 from cumempool.backup import Backup, check_backup
+from cumempool.backup_view import view_backup
 from cumempool.config import CuMemConfig
-from cumempool.errors import (
-    CumempoolError,
-    InUseError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    OutOfMemoryError,
-    UnknownTagError,
-    UnsupportedError,
-)
+from cumempool.devices import Devices
+from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from cumempool.events import EventLog, Observer
+from cumempool.exact_tensor import empty_tensor
+from cumempool.exports import Exports
 from cumempool.graph_pool import GraphPools
 from cumempool.guard import (
-    Arrival,
     Hook,
     HookRegistration,
     Hooks,
     Pin,
     RegistrableRange,
     Transitions,
+    check_holder,
+    ranges_by_tag,
 )
+from cumempool.preserve import preserve_tensors, preserving_scope
 from cumempool.probe import open_driver
 from cumempool.progress import OnProgress, ProgressRegistration, ProgressWatch
 from cumempool.publishing import Publisher
 from cumempool.report import TransitionReport
-from cumempool.scope import MemoryPoolScope, current_scope, open_tags
-from cumempool.sharing import Endpoint, SharedMemory, SharedRange, install_reducers, layout_of
-from cumempool.stats import AllocationInfo, Stats, TagStats
-from cumempool.waking import WakeHandle, memory_of
+from cumempool.scope import MemoryPoolScope, open_tags
+from cumempool.sharing import SharedMemory, install_reducers
+from cumempool.sizes import check_margin
+from cumempool.sleep_plan import plan_discard, plan_sleep
+from cumempool.stats import AllocationInfo, Stats, allocations_of, stats_of
+from cumempool.tags import DEFAULT_TAG, Backing, OnSleep, OnWake, Tags, check_tag, check_tags
+from cumempool.torch_state import cached_ranges, empty_cache, nvtx_range
+from cumempool.waking import WakeHandle, addresses_of, memory_of
 
 if TYPE_CHECKING:
     import torch
 
-    from cumempool import _core, _torch
+    from cumempool import _core
 
 __all__ = ["DEFAULT_TAG", "Backing", "CuMemAllocator", "OnSleep", "OnWake"]
 
-DEFAULT_TAG: Final = "default"
-"""The tag of allocations that name none; what a plain ``sleep()`` backs up."""
-
-OnSleep = Literal["offload", "discard"]
-OnWake = Literal["undefined", "zero"]
-Backing = Literal["vmm", "cuda_malloc"]
-
-_ON_SLEEP: Final[Mapping[str | None, int]] = {None: 0, "offload": 1, "discard": 2}
-_ON_WAKE: Final[Mapping[str | None, int]] = {None: 0, "undefined": 1, "zero": 2}
-_BACKING: Final[Mapping[str | None, int]] = {None: 0, "vmm": 1, "cuda_malloc": 2}
-_OFFLOAD, _DISCARD = 1, 2
-_ACTION_NAMES: Final = {_OFFLOAD: "offload", _DISCARD: "discard"}
-
-_T = TypeVar("_T")
-
-_LARGEST: Final = 2**62  # bytes; what the core takes, and what fits torch's sizes and strides
-
 _instance_lock = threading.Lock()
-
-
-def _check_tag(tag: object) -> str:
-    if not isinstance(tag, str):
-        raise InvalidTypeError(f"a tag is a str, not {type(tag).__name__}: {tag!r}")
-    try:
-        tag.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(f"the tag {tag!r} cannot be encoded as UTF-8: {error}") from None
-    return tag
-
-
-def _check_tags(tags: object, what: str) -> tuple[str, ...]:
-    if isinstance(tags, str):
-        return (_check_tag(tags),)
-    if not isinstance(tags, Iterable):
-        raise InvalidTypeError(f"{what} is a tag or an iterable of tags, not {tags!r}")
-    return tuple(dict.fromkeys(_check_tag(tag) for tag in tags))
-
-
-def _check_choice(value: object, allowed: Mapping[str | None, int], what: str) -> int:
-    if value is not None and not isinstance(value, str):
-        raise InvalidTypeError(f"{what} is a str or None, not {value!r}")
-    if value not in allowed:
-        names = ", ".join(repr(name) for name in allowed)
-        raise InvalidArgumentError(f"{what}={value!r} is not one of {names}")
-    return allowed[value]
-
-
-def _check_margin(margin: object) -> int:
-    if not isinstance(margin, int) or isinstance(margin, bool):
-        raise InvalidTypeError(f"a margin is a number of bytes, not {margin!r}")
-    if not 0 <= margin <= _LARGEST:
-        raise InvalidArgumentError(f"a margin of {margin} bytes does not exist")
-    return margin
-
-
-def _overrides(actions: Mapping[str, int], known: Mapping[str, TagStats]) -> dict[str, str]:
-    """For each tag whose own policy says otherwise than its action, in what way."""
-    return {
-        tag: f"policy {known[tag].on_sleep}, call {_ACTION_NAMES[action]}"
-        for tag, action in actions.items()
-        if tag in known and known[tag].on_sleep not in (None, _ACTION_NAMES[action])
-    }
 
 
 class CuMemAllocator:
@@ -150,25 +93,13 @@ class CuMemAllocator:
             self.config.retain_backups,
             overflow._to_core() if overflow is not None else None,
         )
-        self._memory_lock = threading.Lock()
-        self._memory: dict[str, tuple[int, bool, list[int]]] = {}
+        self._devices: Final = Devices(self._driver, self.config.driver)
+        self._tags: Final = Tags(self._core, self._devices)
         self._hooks: Final = Hooks()
         self._transitions: Final = Transitions()
-        self._endpoint_lock = threading.Lock()
-        self._endpoint: Endpoint | None = None
+        self._exports: Final = Exports(self._core, self._tags, self._devices, self.config.driver)
         self._progress: Final = ProgressWatch(self._core.progress)
-        directory = self.config.out_of_memory_directory
-        # Not methods of this allocator: in a cycle it would outlive its last reference.
-        self._observer: Final = Observer(
-            partial(_stats_of, self._core),
-            partial(_allocations_of, self._core),
-            partial(_cached_ranges, self.config.driver),
-            during=[
-                self._progress.watching,
-                *([_nvtx_range] if self.config.nvtx else []),
-            ],
-            directory=None if directory is None else Path(directory),
-        )
+        self._observer: Final = _observer_of(self._core, self.config, self._progress)
         self._publisher: Publisher | None = None
         if self.config.publish:
             self._publisher = Publisher(
@@ -248,30 +179,14 @@ class CuMemAllocator:
         if not isinstance(all_threads, bool):
             raise InvalidTypeError(f"all_threads is a bool, not {all_threads!r}")
         place = None if backup is None else check_backup(backup, "backup")
-        self._declare(tag, on_sleep, on_wake)
+        self._tags.declare(tag, on_sleep, on_wake)
         if place is not None:
             self._core.set_backup(tag, *place._to_core())
         if backing is not None or peers is not None:
-            self._set_memory(tag, backing, peers)
+            self._tags.set_memory(tag, backing, peers)
         if devices is not None:
-            devices = self._check_devices(devices)
+            devices = self._devices.check_routed(devices)
         return MemoryPoolScope(self, tag, devices, all_threads=all_threads)
-
-    def _set_memory(self, tag: str, backing: object, peers: object) -> None:
-        """Changes what was given, and leaves the other as it was."""
-        number = _check_choice(backing, _BACKING, "backing")
-        if isinstance(peers, str) and peers != "all":
-            raise InvalidArgumentError(f"peers={peers!r} is not 'all' or a sequence of ordinals")
-        with self._memory_lock:
-            before, every, reached = self._memory.get(tag, (_BACKING["vmm"], False, []))
-            if peers is not None:
-                every = peers == "all"
-                reached = [] if every else self._check_ordinals(peers, "peers")
-            elif number == _BACKING["cuda_malloc"]:
-                every, reached = False, []  # such memory takes none here
-            choice = (number or before, every, reached)
-            self._core.set_memory(tag, *choice)
-            self._memory[tag] = choice
 
     def set_backup(self, tag: str, backup: Backup | str) -> None:
         """Says where the contents of a tag are kept from its next sleep on.
@@ -289,7 +204,7 @@ class CuMemAllocator:
             UnsupportedError: No device can reach the peer.
             ClosedError: The allocator is closed.
         """
-        self._core.set_backup(_check_tag(tag), *check_backup(backup, "backup")._to_core())
+        self._core.set_backup(check_tag(tag), *check_backup(backup, "backup")._to_core())
 
     def empty(
         self,
@@ -316,50 +231,7 @@ class CuMemAllocator:
             OutOfMemoryError: The device has no room, even with torch's cache emptied.
             ClosedError: The allocator is closed.
         """
-        import torch
-
-        from cumempool import _torch
-
-        shape = _check_shape(size)
-        dtype = dtype if dtype is not None else torch.get_default_dtype()
-        if not isinstance(dtype, torch.dtype):
-            raise InvalidTypeError(f"dtype is a torch.dtype or None, not {dtype!r}")
-        scope = current_scope(self)
-        if tag is None:
-            tag = DEFAULT_TAG if scope is None else scope.tag
-        self._declare(tag, None, None)
-        preserved = scope is not None and scope.preserves and scope.tag == tag
-        ordinal, on = self._resolve_device(device)
-        span = math.prod(max(extent, 1) for extent in shape) * dtype.itemsize
-        if span > _LARGEST:
-            raise InvalidArgumentError(f"a shape of {span} bytes cannot be allocated", tag=tag)
-        if 0 in shape:
-            return torch.empty(shape, dtype=dtype, device=on)
-        memory = self._allocate(tag, ordinal, span, preserved)
-        return _torch.tensor_over(
-            memory.untyped_storage(), dtype, shape, _contiguous_strides(shape), 0
-        )
-
-    def _empty_bytes(
-        self, size: int, *, device: torch.device, tag: str, preserved: bool
-    ) -> torch.Tensor:
-        """A tensor of that many bytes, whatever scopes are open."""
-        self._declare(tag, None, None)
-        self._has_preserved = self._has_preserved or preserved
-        return self._allocate(tag, self._resolve_device(device)[0], size, preserved)
-
-    def _allocate(self, tag: str, device: int, size: int, preserved: bool) -> torch.Tensor:
-        from cumempool import _torch
-
-        install_reducers(self)
-        try:
-            capsule = self._with_room(
-                lambda: self._core.malloc_capsule(tag, device, size, preserved)
-            )
-        except OutOfMemoryError as error:
-            self._observer.note_failure("malloc", error)
-            raise
-        return _torch.from_capsule(capsule)
+        return empty_tensor(self, size, dtype, device, tag)
 
     def graph_pool(
         self, tag: str, *, device: torch.device | str | int | None = None
@@ -383,7 +255,7 @@ class CuMemAllocator:
             OutOfSlotsError: Too many scopes and graph pools are open at the same time.
             ClosedError: The allocator is closed.
         """
-        self._declare(tag, None, None)
+        self._tags.declare(tag, None, None)
         if self.config.driver != "cuda":
             raise UnsupportedError(
                 f"graph_pool: the {self.config.driver} driver has no CUDA graphs; "
@@ -393,7 +265,7 @@ class CuMemAllocator:
                 advice="use the cuda driver",
             )
         install_reducers(self)
-        return self._graph_pools.open(tag, self._resolve_device(device)[0])
+        return self._graph_pools.open(tag, self._devices.resolve(device)[0])
 
     def release_graph_pool(
         self, tag: str, *, device: torch.device | str | int | None = None
@@ -412,8 +284,8 @@ class CuMemAllocator:
         Raises:
             InvalidArgumentError: A device that does not exist.
         """
-        ordinal = None if device is None else self._resolve_device(device)[0]
-        return self._graph_pools.release(_check_tag(tag), ordinal)
+        ordinal = None if device is None else self._devices.resolve(device)[0]
+        return self._graph_pools.release(check_tag(tag), ordinal)
 
     def preserve_contents(self) -> MemoryPoolScope:
         """A context manager inside a `use_memory_pool` scope: what it takes keeps its contents.
@@ -426,15 +298,7 @@ class CuMemAllocator:
             InvalidArgumentError: No scope is open.
             OutOfSlotsError: On entering: too many scopes are open at the same time.
         """
-        around = current_scope(self)
-        if around is None:
-            raise InvalidArgumentError(
-                "preserve_contents() goes inside a use_memory_pool() scope, whose tag it takes",
-                operation="preserve_contents",
-                advice="enter use_memory_pool() first",
-            )
-        self._has_preserved = True
-        return MemoryPoolScope(self, around.tag, around.devices, preserves=True)
+        return preserving_scope(self)
 
     def preserve(self, what: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> int:
         """Has contents kept from now on wherever their tag is discarded, as `preserve_contents`.
@@ -453,18 +317,7 @@ class CuMemAllocator:
             InvalidTypeError: Something that is no tensor.
             TransitionInProgressError: Called from inside a transition.
         """
-        infos = {}
-        for tensor in _tensors_of(what):
-            if memory_of(tensor):
-                info = self.allocation_of(tensor)
-                infos[info.address] = info
-        for address in infos:
-            self._preserve(address)
-        return sum(info.bytes for info in infos.values())
-
-    def _preserve(self, address: int) -> None:
-        self._has_preserved = True
-        self._core.preserve(address)
+        return preserve_tensors(self, what)
 
     def set_memory_margin(self, margin: int) -> None:
         """Has allocations fail for lack of memory where less than that would stay free.
@@ -479,7 +332,7 @@ class CuMemAllocator:
         Raises:
             InvalidArgumentError: A negative or huge number.
         """
-        self._core.set_memory_margin(_check_margin(margin))
+        self._core.set_memory_margin(check_margin(margin))
 
     def adopt(
         self,
@@ -520,10 +373,10 @@ class CuMemAllocator:
         from cumempool.training import adopt_object
 
         if not isinstance(gradients, bool):
-            _check_tag(gradients)
+            check_tag(gradients)
         if not isinstance(preserve_buffers, bool):
             raise InvalidTypeError(f"preserve_buffers is a bool, not {preserve_buffers!r}")
-        return adopt_object(self, what, _check_tag(tag), gradients, preserve_buffers)
+        return adopt_object(self, what, check_tag(tag), gradients, preserve_buffers)
 
     # ---- transitions ---------------------------------------------------------------------------
 
@@ -562,8 +415,8 @@ class CuMemAllocator:
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
         """
-        actions, overrides = self._plan_sleep(offload_tags, tags)
-        return self._run_sleep("sleep", actions, overrides, drop_backups=False)
+        actions, overrides = plan_sleep(self._core, offload_tags, tags)
+        return transition.sleep(self, "sleep", actions, overrides, drop_backups=False)
 
     @overload
     def prepare(
@@ -613,22 +466,8 @@ class CuMemAllocator:
             TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
         """
-        actions = list(self._plan_sleep(offload_tags, tags)[0].items())
-        dead = self._dead_ranges(actions)
-        # Hooks take pins off before a sleep.
-        yielding = sorted(self._hooks.yielding().intersection(tag for tag, _ in actions))
-        if not background:
-            return self._core.prepare(actions, dead, yielding)
-        future: Future[int] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(self._core.prepare(actions, dead, yielding))
-            except CumempoolError as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, name="cumempool-prepare", daemon=True).start()
-        return future
+        actions, _ = plan_sleep(self._core, offload_tags, tags)
+        return transition.prepare(self, actions, background=background)
 
     def discard(self, tags: Sequence[str] | str) -> TransitionReport:
         """Puts tags to sleep without keeping their contents.
@@ -638,9 +477,8 @@ class CuMemAllocator:
         Raises:
             As `sleep`.
         """
-        actions = dict.fromkeys(_check_tags(tags, "tags"), _DISCARD)
-        overrides = _overrides(actions, self.stats().tags)
-        return self._run_sleep("discard", actions, overrides, drop_backups=True)
+        actions, overrides = plan_discard(self._core, tags)
+        return transition.sleep(self, "discard", actions, overrides, drop_backups=True)
 
     @overload
     def wake_up(
@@ -690,40 +528,13 @@ class CuMemAllocator:
         """
         if not isinstance(blocking, bool):
             raise InvalidTypeError(f"blocking is a bool, not {blocking!r}")
-        chosen = None if tags is None else list(_check_tags(tags, "tags"))
-        addresses = _addresses(first)
+        chosen = None if tags is None else list(check_tags(tags, "tags"))
+        addresses = addresses_of(first)
         if blocking and addresses:
             raise InvalidArgumentError("`first` goes with blocking=False: else all come at once")
         if not blocking:
-            return self._begin_wake(chosen, addresses)
-        with self._observer.watch("wake_up") as watched, self._transitions.turn("wake_up"):
-            streams = self._current_streams()
-            asleep = self._asleep(chosen)
-            raw, problems = self._transitions.arriving(
-                lambda: self._with_room(lambda: self._core.wake(chosen, streams)),
-                lambda: self._hooks.owed(self._awake(asleep)),
-            )
-            report = watched.report = _report("wake_up", raw, {}, problems)
-        return report
-
-    def _begin_wake(self, tags: list[str] | None, first: list[int]) -> WakeHandle:
-        begin = time.perf_counter()
-        with self._observer.failing("wake_up", begin), self._transitions.turn("wake_up"):
-            streams = self._current_streams()
-            asleep = self._asleep(tags)
-            waking: _core.Waking | None = None
-
-            def wait() -> None:
-                if waking is None:  # it has not begun, or was interrupted when it had
-                    return
-                with self._observer.failing("wake_up", begin):
-                    waking.finish()
-                self._observer.note("wake_up", None, time.perf_counter() - begin)
-
-            arrival = Arrival(wait, lambda: self._hooks.owed(self._awake(asleep)))
-            self._transitions.expect(arrival)
-            waking = self._with_room(lambda: self._core.wake_begin(tags, first, streams))
-        return WakeHandle(waking, self.config.driver, self._transitions, arrival)
+            return transition.begin_wake(self, chosen, addresses)
+        return transition.wake(self, chosen)
 
     def swap(
         self,
@@ -746,27 +557,10 @@ class CuMemAllocator:
         Raises:
             As `sleep` and `wake_up`.
         """
-        named = _check_tags(sleep, "sleep")
-        chosen = None if wake is None else list(_check_tags(wake, "wake"))
-        actions, overrides = self._plan_sleep(offload_tags, named)
-        self._refuse_open_scopes("swap", actions)
-        pairs = list(actions.items())
-        with (
-            self._observer.watch("swap") as watched,
-            self._transitions.turn("swap"),
-            self._departing(actions),
-        ):
-            streams = self._current_streams()
-            asleep = self._asleep(chosen)
-            # Ranges that are dead are looked up at each try: emptying the cache changes them.
-            raw, problems = self._transitions.arriving(
-                lambda: self._with_room(
-                    lambda: self._core.swap(pairs, self._dead_ranges(pairs), chosen, streams)
-                ),
-                lambda: self._hooks.owed(self._awake(asleep)),
-            )
-            report = watched.report = _report("swap", raw, overrides, problems)
-        return report
+        named = check_tags(sleep, "sleep")
+        chosen = None if wake is None else list(check_tags(wake, "wake"))
+        actions, overrides = plan_sleep(self._core, offload_tags, named)
+        return transition.swap(self, actions, overrides, chosen)
 
     def read_backup(self, tensor: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
         """The backup of a sleeping tensor as a tensor on the CPU, without a copy.
@@ -798,31 +592,7 @@ class CuMemAllocator:
             TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
         """
-        if not isinstance(writable, bool):
-            raise InvalidTypeError(f"writable is a bool, not {writable!r}")
-        storage = memory_of(tensor)
-        if tensor.is_quantized:
-            raise InvalidTypeError("a quantized tensor has scales that are not in its memory")
-        import torch
-
-        from cumempool import _torch
-
-        if tensor.numel() == 0:
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
-        last = sum(
-            (extent - 1) * stride
-            for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        size = tensor.element_size()
-        address = storage + int(tensor.storage_offset()) * size
-        capsule = self._core.view_backup(address, (last + 1) * size, writable)
-        with torch.inference_mode(False):
-            memory = _torch.from_capsule(capsule)
-            view = _torch.tensor_over(
-                memory.untyped_storage(), tensor.dtype, tensor.shape, tensor.stride(), 0
-            )
-            view = _torch.with_lazy_bits(view, tensor)
-            return view if writable else _torch.ReadOnlyTensor(view)
+        return view_backup(self._core, tensor, writable)
 
     def release_host_memory(self) -> int:
         """Gives back host memory that holds no contents of what sleeps; returns its bytes.
@@ -847,9 +617,9 @@ class CuMemAllocator:
         Raises:
             UnknownTagError: A tag that was never used.
         """
-        self._check_known(tag, "registrable_ranges")
+        self._tags.check_known(tag, "registrable_ranges")
         infos = self.snapshot()
-        return _by_tag(i for i in infos if i.state == "awake" and i.tag == tag).get(tag, [])
+        return ranges_by_tag(i for i in infos if i.state == "awake" and i.tag == tag).get(tag, [])
 
     def register_hooks(
         self,
@@ -881,7 +651,7 @@ class CuMemAllocator:
             UnknownTagError: A tag that was never used.
             InvalidTypeError: A hook that cannot be called.
         """
-        self._check_known(tag, "register_hooks")
+        self._tags.check_known(tag, "register_hooks")
         return self._hooks.register(tag, before_unmap, after_map)
 
     def pin(self, tag: str, holder: str = "an unnamed holder") -> Pin:
@@ -901,16 +671,9 @@ class CuMemAllocator:
             InvalidArgumentError: The holder has no name.
             ClosedError: The allocator is closed.
         """
-        if not isinstance(holder, str):
-            raise InvalidTypeError(f"holder is a str, not {holder!r}")
-        try:
-            holder.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidArgumentError(
-                f"the holder {holder!r} cannot be encoded as UTF-8: {error}"
-            ) from None
+        check_holder(holder)
         core = self._core
-        number = core.pin(_check_tag(tag), holder)
+        number = core.pin(check_tag(tag), holder)
         return Pin(tag, holder, lambda: core.unpin(number))
 
     def share(
@@ -942,28 +705,7 @@ class CuMemAllocator:
             TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
         """
-        for name, value in (("writable", writable), ("fabric", fabric)):
-            if not isinstance(value, bool):
-                raise InvalidTypeError(f"{name} is a bool, not {value!r}")
-        if isinstance(what, str):
-            self._check_known(what, "share")
-            infos, layout = [i for i in self.snapshot() if i.tag == what], None
-            if not infos:
-                raise InvalidArgumentError(f"share: there is nothing of tag {what!r}", tag=what)
-        else:
-            infos = [self.allocation_of(what)]
-            layout = layout_of(what, infos[0].address)
-        for info in infos:
-            os.close(self._core.export_fd(info.address)[0])  # which says what is in the way
-        ranges = [
-            SharedRange(
-                i.address, i.bytes, i.generation, i.sequence, self._name_of_device(i.device)
-            )
-            for i in infos
-        ]
-        endpoint = self._open_endpoint()
-        tag = infos[0].tag
-        return endpoint.describe(self.config.driver, tag, ranges, layout, writable, fabric)
+        return self._exports.share(what, writable, fabric)
 
     def revoke(self, tag: str) -> int:
         """Withdraws what was shared of a tag, so that it can sleep.
@@ -981,34 +723,7 @@ class CuMemAllocator:
         Raises:
             UnknownTagError: A tag that was never used.
         """
-        self._check_known(tag, "revoke")
-        with self._endpoint_lock:
-            endpoint = self._endpoint
-        return 0 if endpoint is None else endpoint.revoke(tag)
-
-    def _open_endpoint(self) -> Endpoint:
-        with self._endpoint_lock:
-            if self._endpoint is None:
-                self._endpoint = Endpoint(self._core)
-                weakref.finalize(self, self._endpoint.stop)
-            return self._endpoint
-
-    def _name_of_device(self, device: int) -> str:
-        if self.config.driver == "host":
-            return str(device)
-        import torch
-
-        return str(torch.cuda.get_device_properties(device).uuid)
-
-    def _check_known(self, tag: object, operation: str) -> None:
-        known = self.stats().tags
-        if _check_tag(tag) not in known:
-            names = ", ".join(map(repr, known)) or "none yet"
-            raise UnknownTagError(
-                f"{operation}: nothing was ever allocated under tag {tag!r}; known tags: {names}",
-                operation=operation,
-                tag=str(tag),
-            )
+        return self._exports.revoke(tag)
 
     # ---- what there is -------------------------------------------------------------------------
 
@@ -1018,11 +733,11 @@ class CuMemAllocator:
 
     def stats(self) -> Stats:
         """Bytes per tag and state, and totals. Cheap; works on a closed allocator too."""
-        return _stats_of(self._core)
+        return stats_of(self._core)
 
     def snapshot(self) -> list[AllocationInfo]:
         """Every live allocation, in order of allocation."""
-        return _allocations_of(self._core)
+        return allocations_of(self._core)
 
     def tag_of(self, tensor: torch.Tensor) -> str:
         """The tag of the allocation that holds a tensor's memory.
@@ -1058,18 +773,15 @@ class CuMemAllocator:
         """
         if not isinstance(force, bool):
             raise InvalidTypeError(f"force is a bool, not {force!r}")
-        self._empty_cache()
+        empty_cache(self.config.driver)
         if force:
             self._graph_pools.abandon()
-            self._empty_cache()
+            empty_cache(self.config.driver)
         elif len(self._graph_pools) and self._only_graph_pools_are_left():
             self._graph_pools.release_all()
-            self._empty_cache()
+            empty_cache(self.config.driver)
         self._core.close(force)
-        with self._endpoint_lock:
-            endpoint = self._endpoint
-        if endpoint is not None:
-            endpoint.close()
+        self._exports.close()
         if self._publisher is not None:
             self._publisher.close()
         with _instance_lock:
@@ -1128,8 +840,6 @@ class CuMemAllocator:
         """
         return self._observer.recording(Path(path))
 
-    # ---- inside --------------------------------------------------------------------------------
-
     def _only_graph_pools_are_left(self) -> bool:
         """Whether closing is possible once graph pools are released, in which no graph lives."""
         self._graph_pools.refuse_close()
@@ -1138,259 +848,17 @@ class CuMemAllocator:
             info.address in unused for info in self.snapshot()
         )
 
-    def _declare(self, tag: str, on_sleep: OnSleep | None, on_wake: OnWake | None) -> None:
-        self._core.declare_tag(
-            _check_tag(tag),
-            _check_choice(on_sleep, _ON_SLEEP, "on_sleep"),
-            _check_choice(on_wake, _ON_WAKE, "on_wake"),
-        )
 
-    def _check_device(self, device: object) -> int:
-        if not isinstance(device, int) or isinstance(device, bool):
-            raise InvalidTypeError(f"a device is an ordinal, not {device!r}")
-        count = self._driver.device_count
-        if not 0 <= device < count:
-            raise InvalidArgumentError(
-                f"there is no device {device}: the {self.config.driver} driver has {count}"
-            )
-        return device
+def _observer_of(core: _core.Allocator, config: CuMemConfig, progress: ProgressWatch) -> Observer:
+    """What observes an allocator: its core, and not itself.
 
-    def _check_ordinals(self, devices: object, what: str) -> list[int]:
-        if isinstance(devices, str) or not isinstance(devices, Iterable):
-            raise InvalidTypeError(f"{what} are ordinals in a sequence, not {devices!r}")
-        return list(dict.fromkeys(self._check_device(device) for device in devices))
-
-    def _check_devices(self, devices: object) -> list[int]:
-        checked = self._check_ordinals(devices, "devices")
-        if not checked:
-            raise InvalidArgumentError("devices is empty: name one, or pass None for those used")
-        return checked
-
-    def _resolve_device(self, device: torch.device | str | int | None) -> tuple[int, torch.device]:
-        """The driver's ordinal and torch's device for what a caller named."""
-        import torch
-
-        kind = "cpu" if self.config.driver == "host" else "cuda"
-        if isinstance(device, int):
-            ordinal = self._check_device(device)
-        elif device is None:
-            ordinal = 0 if kind == "cpu" else torch.cuda.current_device()
-        else:
-            try:
-                named = torch.device(device)
-            except (RuntimeError, TypeError) as error:
-                raise InvalidArgumentError(f"device {device!r} does not exist: {error}") from None
-            if named.type != kind:
-                raise InvalidArgumentError(
-                    f"the {self.config.driver} driver has memory of {kind} devices, not {named}"
-                )
-            current = 0 if kind == "cpu" else torch.cuda.current_device()
-            ordinal = self._check_device(current if named == torch.device(kind) else named.index)
-        return ordinal, torch.device("cpu") if kind == "cpu" else torch.device(kind, ordinal)
-
-    def _plan_sleep(
-        self, offload_tags: Sequence[str] | str | None, tags: Sequence[str] | str | None
-    ) -> tuple[dict[str, int], dict[str, str]]:
-        """What to do with each tag, and which policies that overrules; the core knows the tags."""
-        named = None if tags is None else _check_tags(tags, "tags")
-        known = self.stats().tags
-        if offload_tags is None:
-            actions = {}
-            for tag in known if named is None else named:
-                policy = _ON_SLEEP[known[tag].on_sleep] if tag in known else 0
-                kept = tag == DEFAULT_TAG or named is not None
-                actions[tag] = policy or (_OFFLOAD if kept else _DISCARD)
-            return actions, {}
-        offload = _check_tags(offload_tags, "offload_tags")
-        if named is not None and not set(offload) <= set(named):
-            extra = sorted(set(offload) - set(named))
-            raise InvalidArgumentError(f"offload_tags {extra} are not among tags {list(named)}")
-        actions = dict.fromkeys(known if named is None else named, _DISCARD)
-        actions.update(dict.fromkeys(offload, _OFFLOAD))
-        return actions, _overrides(actions, known)
-
-    def _run_sleep(
-        self,
-        operation: str,
-        actions: Mapping[str, int],
-        overrides: Mapping[str, str],
-        *,
-        drop_backups: bool,
-    ) -> TransitionReport:
-        self._refuse_open_scopes(operation, actions)
-        pairs = list(actions.items())
-        with (
-            self._observer.watch(operation) as watched,
-            self._transitions.turn(operation),
-            self._departing(actions),
-        ):
-            dead = self._dead_ranges(pairs)
-            raw = self._core.sleep(pairs, drop_backups, dead, self._current_streams())
-            report = watched.report = _report(operation, raw, overrides)
-        return report
-
-    def _departing(self, tags: Iterable[str]) -> contextlib.AbstractContextManager[None]:
-        """Calls the hooks of tags that are put to sleep in the body."""
-        hooked = self._hooks.tags().intersection(tags)
-        if not hooked:
-            return contextlib.nullcontext()
-        infos = [info for info in self.snapshot() if info.tag in hooked and info.state == "awake"]
-        if any(info.backing == "cuda_malloc" for info in infos):
-            return contextlib.nullcontext()  # which the core is about to refuse
-        leaving = frozenset(info.address for info in infos)
-        return self._hooks.departing(_by_tag(infos), lambda: self._awake(leaving))
-
-    def _asleep(self, tags: Iterable[str] | None) -> frozenset[int]:
-        """Where memory sleeps that a wake of the tags concerns, of tags that have hooks."""
-        hooked = self._hooks.tags()
-        if tags is not None:
-            hooked &= set(tags)
-        if not hooked:
-            return frozenset()
-        infos = self.snapshot()
-        return frozenset(i.address for i in infos if i.tag in hooked and i.state != "awake")
-
-    def _awake(self, addresses: frozenset[int]) -> dict[str, list[RegistrableRange]]:
-        """Those of the allocations that are awake now, by tag."""
-        if not addresses:
-            return {}
-        infos = self.snapshot()
-        return _by_tag([i for i in infos if i.address in addresses and i.state == "awake"])
-
-    def _dead_ranges(self, actions: Iterable[tuple[str, int]]) -> list[tuple[int, int]]:
-        """Ranges that need no backup, where there is anything to back up."""
-        if self.config.driver != "cuda":
-            return []
-        from cumempool import _torch
-
-        self._graph_pools.reap()
-        _torch.return_unused()
-        kept = self._has_preserved or any(action == _OFFLOAD for _, action in actions)
-        return _torch.dead_ranges() if kept else []
-
-    def _refuse_open_scopes(self, operation: str, tags: Iterable[str]) -> None:
-        entered = open_tags(self, tags)
-        if entered:
-            names = ", ".join(repr(tag) for tag in entered)
-            raise InUseError(
-                f"{operation}: a use_memory_pool() scope of {names} is open, and would hand out "
-                "memory that sleeps; leave it first",
-                operation=operation,
-                tag=entered[0],
-                advice="leave the scope first",
-            )
-
-    def _current_streams(self) -> list[_torch.CurrentStream]:
-        if self.config.driver != "cuda":
-            return []
-        from cumempool import _torch
-
-        return _torch.current_streams()
-
-    def _with_room(self, begin: Callable[[], _T]) -> _T:
-        """What `begin` gives, with torch's cache emptied where the device has no room."""
-        try:
-            return begin()
-        except OutOfMemoryError:
-            self._empty_cache()
-            return begin()
-
-    def _empty_cache(self) -> None:
-        if self.config.driver == "cuda" and "torch" in sys.modules:
-            from cumempool import _torch
-
-            _torch.empty_cache()
-
-
-def _stats_of(core: _core.Allocator) -> Stats:
-    return Stats.from_snapshot(core.snapshot(False))
-
-
-def _allocations_of(core: _core.Allocator) -> list[AllocationInfo]:
-    return [AllocationInfo(**info) for info in core.snapshot(True)["allocations"]]
-
-
-def _cached_ranges(driver: str) -> list[tuple[int, int]]:
-    """(address, bytes) of what torch holds of pools as free."""
-    if driver != "cuda":
-        return []
-    from cumempool import _torch
-
-    return _torch.dead_ranges()
-
-
-def _nvtx_range(operation: str) -> contextlib.AbstractContextManager[object]:
-    from cumempool import _torch
-
-    return _torch.nvtx_range(f"cumempool.{operation}")
-
-
-def _report(
-    operation: str,
-    raw: Mapping[str, Any],
-    overrides: Mapping[str, str],
-    problems: Sequence[str] = (),
-) -> TransitionReport:
-    return TransitionReport.from_rows(
-        operation, raw["seconds"], raw["rows"], [*raw["problems"], *problems], overrides
+    In a cycle with its observer it would outlive its last reference.
+    """
+    directory = config.out_of_memory_directory
+    return Observer(
+        partial(stats_of, core),
+        partial(allocations_of, core),
+        partial(cached_ranges, config.driver),
+        during=[progress.watching, *([nvtx_range] if config.nvtx else [])],
+        directory=None if directory is None else Path(directory),
     )
-
-
-def _by_tag(infos: Iterable[AllocationInfo]) -> dict[str, list[RegistrableRange]]:
-    ranges: dict[str, list[RegistrableRange]] = {}
-    for info in infos:
-        ranges.setdefault(info.tag, []).append(
-            RegistrableRange(info.address, info.bytes, info.device, info.generation)
-        )
-    return ranges
-
-
-def _addresses(tensors: object) -> list[int]:
-    """Where the memory of tensors starts, without those that have none."""
-    if tensors == ():
-        return []
-    import torch
-
-    if isinstance(tensors, torch.Tensor):
-        tensors = (tensors,)
-    if not isinstance(tensors, Iterable):
-        raise InvalidTypeError(f"first is an iterable of tensors, not {tensors!r}")
-    found = ((tensor, memory_of(tensor)) for tensor in tensors)
-    return [address for tensor, address in found if tensor.numel()]
-
-
-def _tensors_of(what: object) -> Iterable[torch.Tensor]:
-    """The tensors that `CuMemAllocator.preserve` was given."""
-    import torch
-
-    if isinstance(what, torch.nn.Module):
-        return what.buffers()
-    if isinstance(what, torch.Tensor):
-        return (what,)
-    if not isinstance(what, Iterable):
-        raise InvalidTypeError(f"preserve: tensors or a module are needed, not {what!r}")
-    return what
-
-
-def _check_shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:
-    given: Sequence[object] = size
-    if len(size) == 1 and isinstance(size[0], Sequence):
-        given = size[0]
-    shape = []
-    for extent in given:
-        if isinstance(extent, bool) or not isinstance(extent, Integral):
-            raise InvalidTypeError(f"a shape is made of integers, not {extent!r}")
-        count = int(extent)
-        if count < 0:
-            raise InvalidArgumentError(f"a shape cannot be negative: {count}")
-        shape.append(count)
-    return tuple(shape)
-
-
-def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= max(extent, 1)
-    return tuple(reversed(strides))

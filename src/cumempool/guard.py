@@ -7,12 +7,20 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from cumempool.errors import CumempoolError, InvalidTypeError, TransitionInProgressError
+from cumempool.errors import (
+    CumempoolError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    TransitionInProgressError,
+)
+
+if TYPE_CHECKING:
+    from cumempool.stats import AllocationInfo
 
 __all__ = [
     "Arrival",
@@ -22,6 +30,8 @@ __all__ = [
     "Pin",
     "RegistrableRange",
     "Transitions",
+    "check_holder",
+    "ranges_by_tag",
 ]
 
 _logger = logging.getLogger("cumempool")
@@ -42,6 +52,16 @@ class RegistrableRange:
     bytes: int
     device: int
     generation: int
+
+
+def ranges_by_tag(infos: Iterable[AllocationInfo]) -> dict[str, list[RegistrableRange]]:
+    """Allocations as ranges, by tag."""
+    ranges: dict[str, list[RegistrableRange]] = {}
+    for info in infos:
+        ranges.setdefault(info.tag, []).append(
+            RegistrableRange(info.address, info.bytes, info.device, info.generation)
+        )
+    return ranges
 
 
 _T = TypeVar("_T")
@@ -268,6 +288,24 @@ class Pin(contextlib.AbstractContextManager["Pin"]):
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def check_holder(holder: object) -> str:
+    """What the holder of a pin is called.
+
+    Raises:
+        InvalidTypeError: It is no text.
+        InvalidArgumentError: It cannot be encoded.
+    """
+    if not isinstance(holder, str):
+        raise InvalidTypeError(f"holder is a str, not {holder!r}")
+    try:
+        holder.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"the holder {holder!r} cannot be encoded as UTF-8: {error}"
+        ) from None
+    return holder
 
 
 class Arrival:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cumempool import _torch
     from cumempool.allocator import CuMemAllocator
 
-__all__ = ["MemoryPoolScope", "current_scope", "open_tags"]
+__all__ = ["MemoryPoolScope", "current_scope", "open_tags", "refuse_open_scopes"]
 
 # Guards the list below, and is held while a scope starts to route, so that torch and the list agree
 # on which scope came later. Reentrant, since the garbage collector may leave a scope in any thread.
@@ -41,6 +41,24 @@ def open_tags(allocator: CuMemAllocator, tags: Iterable[str]) -> list[str]:
     with _entering:
         entered = {scope.tag for scope in _open if scope._allocator is allocator}
     return [tag for tag in tags if tag in entered]
+
+
+def refuse_open_scopes(allocator: CuMemAllocator, operation: str, tags: Iterable[str]) -> None:
+    """Refuses to put tags to sleep of which a scope is open.
+
+    Raises:
+        InUseError: There is one.
+    """
+    entered = open_tags(allocator, tags)
+    if entered:
+        names = ", ".join(repr(tag) for tag in entered)
+        raise InUseError(
+            f"{operation}: a use_memory_pool() scope of {names} is open, and would hand out "
+            "memory that sleeps; leave it first",
+            operation=operation,
+            tag=entered[0],
+            advice="leave the scope first",
+        )
 
 
 class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):

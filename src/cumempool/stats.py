@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["HANDLE_TYPES", "AllocationInfo", "Stats", "TagStats", "handle_type_names"]
+if TYPE_CHECKING:
+    from cumempool import _core
+
+__all__ = [
+    "HANDLE_TYPES",
+    "AllocationInfo",
+    "Stats",
+    "TagStats",
+    "allocations_of",
+    "handle_type_names",
+    "stats_of",
+]
 
 #: Bits of a handle type set and the names of the types, as in ``cumempool/driver.h``.
 HANDLE_TYPES: Mapping[int, str] = MappingProxyType({1: "posix_fd", 8: "fabric"})
@@ -219,3 +230,13 @@ class Stats:
         }
         plain["tags"] = {name: asdict(tag) for name, tag in self.tags.items()}
         return plain
+
+
+def stats_of(core: _core.Allocator) -> Stats:
+    """The statistics of an allocator."""
+    return Stats.from_snapshot(core.snapshot(False))
+
+
+def allocations_of(core: _core.Allocator) -> list[AllocationInfo]:
+    """Every live allocation of an allocator, in order of allocation."""
+    return [AllocationInfo(**info) for info in core.snapshot(True)["allocations"]]

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import threading
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-__all__ = ["WakeHandle", "memory_of"]
+__all__ = ["WakeHandle", "addresses_of", "memory_of"]
 
 _live_lock = threading.Lock()
 _live: Final[weakref.WeakSet[WakeHandle]] = weakref.WeakSet()
@@ -148,3 +149,22 @@ def memory_of(tensor: object) -> int:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError as error:  # sparse, and others that are no view of one storage
         raise NotInPoolError(f"the tensor has no memory of its own: {error}") from None
+
+
+def addresses_of(tensors: object) -> list[int]:
+    """Where the memory of tensors starts, without those that have none.
+
+    Raises:
+        InvalidTypeError: Something that is no tensor.
+        NotInPoolError: One has no memory of its own.
+    """
+    if tensors == ():
+        return []
+    import torch
+
+    if isinstance(tensors, torch.Tensor):
+        tensors = (tensors,)
+    if not isinstance(tensors, Iterable):
+        raise InvalidTypeError(f"first is an iterable of tensors, not {tensors!r}")
+    found = ((tensor, memory_of(tensor)) for tensor in tensors)
+    return [address for tensor, address in found if tensor.numel()]

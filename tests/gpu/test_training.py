@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import cumempool
+from cumempool import torch_state
 
 MIB = 1 << 20
 
@@ -185,13 +186,12 @@ def test_adopting_after_a_load_strands_nothing_and_needs_one_pack_more(
     loaded = used() - start
     torch.cuda.empty_cache()
     peaks = [used() - start]
-    empty = cumempool.CuMemAllocator._empty_cache
 
-    def note(self: cumempool.CuMemAllocator) -> None:
+    def note(driver: str) -> None:
         peaks.append(used() - start)  # the new pack, and what torch still has of the old one
-        empty(self)
+        torch_state.empty_cache(driver)
 
-    monkeypatch.setattr(cumempool.CuMemAllocator, "_empty_cache", note)
+    monkeypatch.setattr("cumempool.adopt.empty_cache", note)
     taken = allocator.adopt(model, "adopted")
     final = used() - start
     stranded = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - cached

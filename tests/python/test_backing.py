@@ -134,11 +134,11 @@ def test_what_is_not_given_stays_as_it_was(make_allocator: MakeAllocator) -> Non
     alloc.use_memory_pool("kv", peers=[1])
     alloc.use_memory_pool("kv")
     alloc.use_memory_pool("kv", backing="vmm")
-    assert alloc._memory["kv"] == (1, False, [1])
+    assert alloc._tags._memory["kv"] == (1, False, [1])
     alloc.use_memory_pool("kv", peers="all")
-    assert alloc._memory["kv"] == (1, True, [])
+    assert alloc._tags._memory["kv"] == (1, True, [])
     alloc.use_memory_pool("kv", backing="cuda_malloc")
-    assert alloc._memory["kv"] == (2, False, [])
+    assert alloc._tags._memory["kv"] == (2, False, [])
     alloc.use_memory_pool("kv")
     kv = alloc.empty(3, tag="kv")
     assert alloc.allocation_of(kv).backing == "cuda_malloc"
@@ -164,4 +164,4 @@ def test_wrong_values_are_refused(
     alloc = make_allocator(devices=2)
     with pytest.raises(error, match=next(iter(policy)) + "|device"):
         alloc.use_memory_pool("kv", **policy)
-    assert alloc._memory == {}
+    assert alloc._tags._memory == {}

@@ -37,8 +37,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
 @pytest.fixture
 def pools(alloc: CuMemAllocator) -> Iterator[GraphPools]:
     """The graph pools of an allocator that knows two tags; no slot may be left."""
-    alloc._declare("graphs", None, None)
-    alloc._declare("others", None, None)
+    alloc._tags.declare("graphs", None, None)
+    alloc._tags.declare("others", None, None)
     yield alloc._graph_pools
     assert len(alloc._graph_pools) == 0
 
@@ -257,13 +257,13 @@ def test_close_releases_pools_that_nothing_is_captured_into(
     pool = pools.open("graphs", 0)
     address = segment_of(alloc, fake, pool[1], "inactive")
 
-    def empty_cache(self: CuMemAllocator) -> None:
+    def empty_cache(*_: str) -> None:
         if fake.counts[pool] == 0 and fake.segments:
             fake.segments.clear()
             _core.free(address)
 
-    monkeypatch.setattr(CuMemAllocator, "_empty_cache", empty_cache)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: empty_cache(alloc))
+    monkeypatch.setattr("cumempool.allocator.empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     alloc.close()
     assert alloc.stats().reserved_address_bytes == 0
 
@@ -313,7 +313,7 @@ def test_close_by_force_releases_pools_and_keeps_slots_of_graphs_that_live(
 
 def test_an_allocator_that_is_dropped_gives_its_slots_back(fake: FakeTorch) -> None:
     allocator = CuMemAllocator(CuMemConfig(driver="host", host_driver_bytes=GRANULE))
-    allocator._declare("graphs", None, None)
+    allocator._tags.declare("graphs", None, None)
     pools = allocator._graph_pools
     pool = pools.open("graphs", 0)
     capture(fake, pool)

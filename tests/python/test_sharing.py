@@ -416,7 +416,7 @@ def test_close_ends_what_is_open(make_allocator: MakeAllocator) -> None:
     del opened
     until(lambda: sockets() == before)
     with pytest.raises(ClosedError):
-        alloc._open_endpoint().describe("host", "kv", [], None, True)
+        alloc._exports._open_endpoint().describe("host", "kv", [], None, True)
 
 
 def test_a_dropped_allocator_ends_its_endpoint() -> None:
@@ -735,7 +735,7 @@ def test_garbage_over_the_relay_is_harmless(alloc: CuMemAllocator) -> None:
     kv = alloc.empty(3, tag="kv")
     memory = alloc.share(kv)
     before = fds()
-    endpoint = alloc._endpoint
+    endpoint = alloc._exports._endpoint
     assert isinstance(endpoint, Endpoint)
 
     def send(text: bytes, *numbers: int) -> None:
@@ -895,7 +895,7 @@ def test_a_failure_to_give_handles_out_leaves_no_pin(
 ) -> None:
     kv = fabric.empty(3, tag="kv")
     current = fabric.share(kv).ranges[0]
-    endpoint = fabric._endpoint
+    endpoint = fabric._exports._endpoint
     assert isinstance(endpoint, Endpoint)
     for wrong in (
         dataclasses.replace(current, generation=5),

@@ -1,0 +1,87 @@
+"""The devices of an allocator, as callers, the driver and torch name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from cumempool.errors import InvalidArgumentError, InvalidTypeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cumempool import _core
+
+__all__ = ["Devices"]
+
+
+class Devices:
+    """The devices of one driver.
+
+    Args:
+        driver: The driver.
+        name: ``"cuda"`` or ``"host"``.
+    """
+
+    def __init__(self, driver: _core.Driver, name: str) -> None:
+        self._driver = driver
+        self._name = name
+
+    def check(self, device: object) -> int:
+        """An ordinal of the driver.
+
+        Raises:
+            InvalidTypeError: It is no integer.
+            InvalidArgumentError: There is no such device.
+        """
+        if not isinstance(device, int) or isinstance(device, bool):
+            raise InvalidTypeError(f"a device is an ordinal, not {device!r}")
+        count = self._driver.device_count
+        if not 0 <= device < count:
+            raise InvalidArgumentError(
+                f"there is no device {device}: the {self._name} driver has {count}"
+            )
+        return device
+
+    def check_ordinals(self, devices: object, what: str) -> list[int]:
+        """The distinct ordinals of a sequence, which messages call `what`; as `check`."""
+        if isinstance(devices, str) or not isinstance(devices, Iterable):
+            raise InvalidTypeError(f"{what} are ordinals in a sequence, not {devices!r}")
+        return list(dict.fromkeys(self.check(device) for device in devices))
+
+    def check_routed(self, devices: object) -> list[int]:
+        """The devices that a scope is to route on, one at least; as `check`."""
+        checked = self.check_ordinals(devices, "devices")
+        if not checked:
+            raise InvalidArgumentError("devices is empty: name one, or pass None for those used")
+        return checked
+
+    def resolve(self, device: torch.device | str | int | None) -> tuple[int, torch.device]:
+        """The driver's ordinal and torch's device for what a caller named."""
+        import torch
+
+        kind = "cpu" if self._name == "host" else "cuda"
+        if isinstance(device, int):
+            ordinal = self.check(device)
+        elif device is None:
+            ordinal = 0 if kind == "cpu" else torch.cuda.current_device()
+        else:
+            try:
+                named = torch.device(device)
+            except (RuntimeError, TypeError) as error:
+                raise InvalidArgumentError(f"device {device!r} does not exist: {error}") from None
+            if named.type != kind:
+                raise InvalidArgumentError(
+                    f"the {self._name} driver has memory of {kind} devices, not {named}"
+                )
+            current = 0 if kind == "cpu" else torch.cuda.current_device()
+            ordinal = self.check(current if named == torch.device(kind) else named.index)
+        return ordinal, torch.device("cpu") if kind == "cpu" else torch.device(kind, ordinal)
+
+    def name_for_others(self, device: int) -> str:
+        """What tells a device apart in every process: its UUID, or its ordinal on ``host``."""
+        if self._name == "host":
+            return str(device)
+        import torch
+
+        return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,0 +1,111 @@
+"""`GroupReport`, and the reports of single ranks on their way between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Final
+
+from cumempool.report import TagReport, TransitionReport, format_bytes
+
+__all__ = ["GroupReport", "joined", "to_json"]
+
+_TAG_FIELDS: Final = tuple(part.name for part in fields(TagReport))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """What one transition did on every rank of a group.
+
+    Attributes:
+        operation: ``"sleep"``, ``"wake_up"`` or ``"discard"``.
+        seconds: Wall time of the call on this rank, waiting for the others included.
+        ranks: Rank of the group -> what was done there; read-only.
+    """
+
+    operation: str
+    seconds: float
+    ranks: Mapping[int, TransitionReport]
+
+    def __post_init__(self) -> None:
+        """Keeps the reports from being changed."""
+        object.__setattr__(self, "ranks", MappingProxyType(dict(self.ranks)))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles a plain dict: a mapping proxy cannot be."""
+        return (type(self), (self.operation, self.seconds, dict(self.ranks)))
+
+    @property
+    def bytes_freed(self) -> int:
+        """Device memory given back to the driver, all ranks."""
+        return sum(report.bytes_freed for report in self.ranks.values())
+
+    @property
+    def bytes_mapped(self) -> int:
+        """Device memory taken from the driver, all ranks."""
+        return sum(report.bytes_mapped for report in self.ranks.values())
+
+    @property
+    def slowest_seconds(self) -> float:
+        """Time of the local transition on the rank that took longest."""
+        return max(report.seconds for report in self.ranks.values())
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Failures that did not stop the transition, each with its rank."""
+        return tuple(
+            f"rank {rank}: {problem}"
+            for rank, report in self.ranks.items()
+            for problem in report.problems
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it, of types that ``json.dumps`` takes; ranks are texts there."""
+        return {
+            "operation": self.operation,
+            "seconds": self.seconds,
+            "bytes_freed": self.bytes_freed,
+            "bytes_mapped": self.bytes_mapped,
+            "ranks": {str(rank): report.to_dict() for rank, report in self.ranks.items()},
+        }
+
+    def __str__(self) -> str:
+        """One line for all, then the report of each rank."""
+        amounts = [("freed", self.bytes_freed), ("mapped", self.bytes_mapped)]
+        text = ", ".join(f"{verb} {format_bytes(count)}" for verb, count in amounts if count)
+        lines = [
+            f"{self.operation} on {len(self.ranks)} ranks: {text or 'nothing changed'} "
+            f"in {self.seconds * 1e3:.1f} ms"
+        ]
+        for rank, report in self.ranks.items():
+            first, *rest = str(report).splitlines()
+            lines += [f"  rank {rank}: {first}", *(f"  {line}" for line in rest)]
+        return "\n".join(lines)
+
+
+def to_json(report: TransitionReport) -> dict[str, Any]:
+    """A report of types that ``json.dumps`` takes; `joined` takes it back."""
+    return {
+        "seconds": report.seconds,
+        "tags": [
+            {name: getattr(tag, name) for name in _TAG_FIELDS} for tag in report.tags.values()
+        ],
+        "overrides": dict(report.overrides),
+        "problems": list(report.problems),
+    }
+
+
+def joined(operation: str, parts: Iterable[Mapping[str, Any]]) -> TransitionReport:
+    """One report from those of the steps, which concern different tags."""
+    tags: dict[str, TagReport] = {}
+    overrides: dict[str, str] = {}
+    problems: list[str] = []
+    seconds = 0.0
+    for part in parts:
+        seconds += float(part["seconds"])
+        for raw in part["tags"]:
+            tags[raw["tag"]] = TagReport(**{**raw, "devices": tuple(raw["devices"])})
+        overrides.update(part["overrides"])
+        problems += part["problems"]
+    return TransitionReport(operation, seconds, tags, overrides, tuple(problems))

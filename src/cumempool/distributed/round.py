@@ -1,0 +1,280 @@
+"""One transition of a group: every rank does its steps and votes, and one entry decides for all."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cumempool.distributed.reports import joined, to_json
+from cumempool.distributed.steps import Step
+from cumempool.distributed.store import Channel, StoreLostError
+from cumempool.errors import DistributedTransitionError, RankState
+from cumempool.report import TransitionReport
+
+__all__ = ["Round"]
+
+_FIRST_PAUSE: Final = 0.0005  # seconds between two looks into the store
+_LONGEST_PAUSE: Final = 0.02
+
+_logger = logging.getLogger("cumempool")
+
+
+class _AbortedError(Exception):
+    """The group does not make this transition."""
+
+
+@dataclass
+class Round:
+    """One transition of a group, as one rank sees it.
+
+    Rounds are numbered in the store. Whoever comes after a round was decided begins the next one,
+    so that ranks that came too late, or were restarted, meet the others again.
+    """
+
+    channel: Channel
+    rank: int
+    size: int
+    operation: str
+    timeout: float
+    number: int = 0
+    failures: dict[int, str] = field(default_factory=dict)
+    unanswered: set[int] = field(default_factory=set)
+    done: list[Step] = field(default_factory=list)
+    reports: list[TransitionReport] = field(default_factory=list)
+    cause: BaseException | None = None
+    secondary: list[str] = field(default_factory=list)
+
+    # ---- the way there
+
+    def run(self, plan: Callable[[], list[Step]]) -> dict[int, TransitionReport]:
+        """Goes through all phases; returns the reports of all ranks.
+
+        Raises:
+            DistributedTransitionError: It was not made, and was undone here.
+        """
+        try:
+            return self._all_or_none(plan)
+        except _AbortedError:
+            raise self._error(self._leave()) from self._take_cause()
+        except StoreLostError as error:
+            self.failures.setdefault(self.rank, f"{error}; what the others did is not known here")
+            raise self._error({self.rank: self._undo()}) from (self._take_cause() or error)
+        except BaseException:  # such as the user's Ctrl-C while this rank waits
+            self._give_up("was interrupted")
+            raise
+
+    def _all_or_none(self, plan: Callable[[], list[Step]]) -> dict[int, TransitionReport]:
+        steps = self._planned(plan)
+        self._find_number()
+        arrived = self._gather("here", {"operation": self.operation, "steps": len(steps)})
+        self._check_operations(arrived)
+        if self.number:
+            self.channel.drop(self._own_keys(self.number - 1))
+        for stage in range(max(answer["steps"] for answer in arrived.values())):
+            if stage < len(steps):
+                self._run_step(steps[stage])
+            last = [to_json(report) for report in self.reports]
+            votes = self._gather(f"vote{stage}", {"reports": last})
+        if not self._decide({"commit": True})["commit"]:
+            raise _AbortedError
+        if not any(answer["steps"] for answer in arrived.values()):
+            return {rank: joined(self.operation, []) for rank in arrived}
+        return {rank: joined(self.operation, vote["reports"]) for rank, vote in votes.items()}
+
+    def _planned(self, plan: Callable[[], list[Step]]) -> list[Step]:
+        try:
+            return plan()
+        except Exception as error:  # told to all ranks, and raised from
+            _logger.debug("%s: this rank cannot take part", self.operation, exc_info=True)
+            self._failed(error)
+            return []
+
+    def _run_step(self, step: Step) -> None:
+        try:
+            self.reports.append(step.run())
+        except Exception as error:  # told to all ranks, and raised from; hooks raise anything
+            _logger.debug("%s failed on this rank", self.operation, exc_info=True)
+            self._failed(error)
+            if not step.undone():  # the allocator could not undo all of it either
+                self.done.append(step)
+        else:
+            self.done.append(step)
+
+    def _failed(self, error: Exception) -> None:
+        self.cause = error
+        self.failures[self.rank] = f"{type(error).__name__}: {error}"
+
+    def _take_cause(self) -> BaseException | None:
+        """What this rank failed with; not kept, since the frames of it know this object."""
+        cause, self.cause = self.cause, None
+        return cause
+
+    def _find_number(self) -> None:
+        """The round that is open."""
+        self.number = int(self.channel.first("round", 0))
+        while self.channel.has([f"{self.number}/decision"]):
+            self._begin_next()
+            self.number = int(self.channel.first("round", 0))
+
+    def _begin_next(self) -> None:
+        self.channel.exchange("round", self.number, self.number + 1)
+
+    def _gather(self, phase: str, answer: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """Tells the others, and waits until all have told.
+
+        Raises:
+            _AbortedError: One has failed, or has told nothing in time, or the others gave up.
+        """
+        answer["failure"] = self.failures.get(self.rank)
+        self.channel.put(self._key(phase, self.rank), answer)
+        made, missing = True, []
+        if not self._wait(phase, range(self.size), f"{self.number}/decision"):
+            missing = self._missing(phase, range(self.size))
+            made = self._decide({"commit": False, "unanswered": missing})["commit"]
+        answers = self._answers(phase, set(range(self.size)) - set(missing))
+        self._note_failures(answers)
+        if self.failures:
+            made = self._decide({"commit": False})["commit"]
+        if not made:
+            raise _AbortedError
+        return answers
+
+    def _check_operations(self, arrived: Mapping[int, dict[str, Any]]) -> None:
+        """Refuses a round in which ranks want different things; all of them see the same."""
+        wanted = {rank: str(answer["operation"]) for rank, answer in arrived.items()}
+        if len(set(wanted.values())) > 1:
+            for rank, operation in wanted.items():
+                self.failures[rank] = f"called {operation}(), which is not what all others called"
+            self._decide({"commit": False})
+            raise _AbortedError
+
+    def _decide(self, decision: dict[str, Any]) -> dict[str, Any]:
+        """Decides the round, unless that was done; returns what was decided, once and for all."""
+        made: dict[str, Any] = self.channel.first(f"{self.number}/decision", decision)
+        with contextlib.suppress(StoreLostError):  # whoever comes next does it
+            self._begin_next()
+        return made
+
+    # ---- the way back
+
+    def _leave(self) -> dict[int, RankState]:
+        """Undoes what was done here, and hears how the others fared."""
+        state = self._undo()
+        try:
+            decision = self.channel.get(f"{self.number}/decision")
+            self.unanswered.update(decision.get("unanswered", ()))
+            self.channel.put(self._key("end", self.rank), self._end(state))
+            others = sorted(set(range(self.size)) - self.unanswered - {self.rank})
+            if not self._wait("end", others, None):
+                self.unanswered.update(self._missing("end", others))
+            ends = self._answers("end", set(others) - self.unanswered)
+        except StoreLostError as error:
+            self.secondary.append(str(error))
+            return {self.rank: state}
+        self._note_failures(ends)
+        self.unanswered.discard(self.rank)
+        self.secondary += [text for end in ends.values() for text in end["secondary"]]
+        return {self.rank: state, **{rank: end["state"] for rank, end in ends.items()}}
+
+    def _give_up(self, why: str) -> None:
+        """Leaves on an exception that is none of ours: aborts, unless all have agreed before."""
+        self.failures[self.rank] = why
+        made = False
+        with contextlib.suppress(StoreLostError):
+            made = self._decide({"commit": False})["commit"]
+        if not made:
+            state = self._undo()
+            with contextlib.suppress(StoreLostError):
+                self.channel.put(self._key("end", self.rank), self._end(state))
+
+    def _end(self, state: RankState) -> dict[str, Any]:
+        failure = self.failures.get(self.rank)
+        return {"failure": failure, "state": state, "secondary": self.secondary}
+
+    def _undo(self) -> RankState:
+        """Takes back what was done here, last first; says what state that leaves."""
+        for step in reversed(self.done):
+            try:
+                step.undo()
+            except Exception as error:  # told to all ranks: the others go on with theirs
+                _logger.debug("%s could not be undone", self.operation, exc_info=True)
+                self.secondary.append(f"rank {self.rank}: {type(error).__name__}: {error}")
+        if not all(step.undone() for step in self.done):
+            return "not_undone"
+        return "contents_lost" if self._lost_tags() else "unchanged"
+
+    def _lost_tags(self) -> tuple[str, ...]:
+        return tuple(tag for step in self.done for tag in step.lost_tags)
+
+    def _error(self, states: Mapping[int, RankState]) -> DistributedTransitionError:
+        failures = dict(sorted(self.failures.items()))
+        unanswered = tuple(sorted(self.unanswered))
+        advice = "see to the ranks that are named, then repeat the call on all"
+        lines = [f"{self.operation} was made on none of {self.size} ranks"]
+        lines += [f"rank {rank}: {reason}" for rank, reason in failures.items()]
+        if unanswered:
+            names = ", ".join(map(str, unanswered))
+            lines.append(f"no answer within {self.timeout:g} s from rank {names}")
+        if not failures and not unanswered:
+            lines.append("the others had given up when this rank came")
+        stuck = [rank for rank, state in sorted(states.items()) if state == "not_undone"]
+        if stuck:
+            lines.append(
+                f"rank {', '.join(map(str, stuck))} could not go back, and is in between: "
+                "wake_up() or sleep() of its allocator takes it on"
+            )
+        lost = self._lost_tags()
+        if lost:
+            lines.append(f"contents are lost here of {', '.join(map(repr, lost))}")
+        return DistributedTransitionError(
+            "; ".join([*lines, *self.secondary, advice]),
+            operation=self.operation,
+            rank=self.rank,
+            failures=failures,
+            unanswered=unanswered,
+            states=dict(sorted(states.items())),
+            lost_tags=lost,
+            secondary=tuple(self.secondary),
+            advice=advice,
+        )
+
+    # ---- keys
+
+    def _key(self, phase: str, rank: int) -> str:
+        return f"{self.number}/{phase}/{rank}"
+
+    def _own_keys(self, number: int) -> list[str]:
+        """What this rank may have written in a round that nobody reads any more."""
+        phases = ("here", "vote0", "vote1", "end")
+        keys = [f"{number}/{phase}/{self.rank}" for phase in phases]
+        return [*keys, f"{number}/decision"] if self.rank == 0 else keys
+
+    def _wait(self, phase: str, ranks: Sequence[int], decision: str | None) -> bool:
+        """Whether all have told in time; ends early where a decision was made without."""
+        keys = [self._key(phase, rank) for rank in ranks]
+        if not keys:
+            return True
+        deadline = time.monotonic() + self.timeout
+        pause = _FIRST_PAUSE
+        while not self.channel.has(keys):
+            left = deadline - time.monotonic()
+            if left <= 0 or (decision is not None and self.channel.has([decision])):
+                return False
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
+        return True
+
+    def _missing(self, phase: str, ranks: Iterable[int]) -> list[int]:
+        return [rank for rank in ranks if not self.channel.has([self._key(phase, rank)])]
+
+    def _answers(self, phase: str, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
+        return {rank: self.channel.get(self._key(phase, rank)) for rank in sorted(ranks)}
+
+    def _note_failures(self, answers: Mapping[int, dict[str, Any]]) -> None:
+        for rank, answer in answers.items():
+            if answer["failure"] is not None:
+                self.failures[rank] = str(answer["failure"])

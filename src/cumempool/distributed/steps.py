@@ -1,0 +1,138 @@
+"""What a rank does locally: transitions, each with its way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cumempool.allocator import CuMemAllocator
+from cumempool.errors import InUseError
+from cumempool.report import TransitionReport
+from cumempool.scope import refuse_open_scopes
+from cumempool.tags import DISCARD, OFFLOAD
+
+__all__ = ["Step", "discard_steps", "sleep_steps", "wake_steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One local transition and its way back."""
+
+    run: Callable[[], TransitionReport]
+    undo: Callable[[], object]
+    undone: Callable[[], bool]
+    lost_tags: tuple[str, ...] = ()  # whose contents the way back does not bring
+
+
+def _none(allocator: CuMemAllocator, tags: Iterable[str], state: str) -> bool:
+    """Whether no allocation of the tags is ``"awake"``, or is ``"asleep"``."""
+    known = allocator.stats().tags
+    return not any(_counts(known[tag])[state] for tag in tags if tag in known)
+
+
+def _counts(tag: Any) -> dict[str, int]:
+    asleep = tag.backed_up_allocations + tag.discarded_allocations
+    return {"awake": tag.awake_allocations, "asleep": asleep}
+
+
+def _check_known(operation: str, allocator: CuMemAllocator, tags: Iterable[str]) -> None:
+    for tag in tags:
+        allocator._tags.check_known(tag, operation)
+
+
+def _whole(operation: str, allocator: CuMemAllocator, tags: Iterable[str], state: str) -> list[str]:
+    """Those of the tags that have something in a state, all of which must be.
+
+    A way back works on whole tags: from a tag of which only a part slept, it would wake too much.
+    """
+    known = allocator.stats().tags
+    chosen = []
+    for tag in tags:
+        if tag not in known or not (counts := _counts(known[tag]))[state]:
+            continue
+        if min(counts.values()):
+            raise InUseError(
+                f"{operation}: tag {tag!r} is partly awake ({counts['awake']} allocations) and "
+                f"partly asleep ({counts['asleep']}), and what changes could not be undone; call "
+                "sleep() or wake_up() of the allocator first",
+                operation=operation,
+                tag=tag,
+            )
+        chosen.append(tag)
+    return chosen
+
+
+def _refuse_pinned(operation: str, allocator: CuMemAllocator, tags: Iterable[str]) -> None:
+    """Looks for what would refuse a discard, before another rank has discarded anything."""
+    known = allocator.stats().tags
+    refuse_open_scopes(allocator, operation, tags)
+    for tag in tags:
+        if known[tag].pins or known[tag].backing == "cuda_malloc":
+            why = f"has {known[tag].pins} pins" if known[tag].pins else "is of cudaMalloc memory"
+            raise InUseError(
+                f"{operation}: tag {tag!r} {why} and cannot sleep", operation=operation, tag=tag
+            )
+
+
+def _losing(allocator: CuMemAllocator, tags: Iterable[str]) -> tuple[str, ...]:
+    """Those of some awake tags that have contents which a discard does not preserve."""
+    known = allocator.stats().tags
+    return tuple(tag for tag in tags if known[tag].awake_bytes > known[tag].preserved_bytes)
+
+
+def sleep_steps(allocator: CuMemAllocator, actions: Mapping[str, int]) -> list[Step]:
+    """What can be undone comes first: discarding is for when all ranks have come so far."""
+    keep = [tag for tag, action in actions.items() if action == OFFLOAD]
+    drop = [tag for tag, action in actions.items() if action == DISCARD]
+    steps = [_sleep_step(allocator, keep, keep)] if keep else []
+    return [*steps, _sleep_step(allocator, drop, [])] if drop else steps
+
+
+def _sleep_step(allocator: CuMemAllocator, tags: list[str], kept: list[str]) -> Step:
+    _check_known("sleep", allocator, tags)
+    touched = _whole("sleep", allocator, tags, "awake")
+    if not kept:
+        _refuse_pinned("sleep", allocator, touched)
+    return Step(
+        run=lambda: allocator.sleep(kept, tags=tags),
+        undo=lambda: allocator.wake_up(touched),
+        undone=lambda: _none(allocator, touched, "asleep"),
+        lost_tags=() if kept else _losing(allocator, touched),
+    )
+
+
+def wake_steps(allocator: CuMemAllocator, tags: Sequence[str] | str | None) -> list[Step]:
+    """One step, whose way back puts to sleep again what it has woken."""
+    known = allocator.stats().tags
+    named = list(known) if tags is None else [tags] if isinstance(tags, str) else list(tags)
+    _check_known("wake_up", allocator, named)
+    touched = _whole("wake_up", allocator, named, "asleep")
+    # What was preserved inside a discarded tag is backed up again whatever is done with the tag.
+    backed_up = {i.tag for i in allocator.snapshot() if i.state == "backed_up" and not i.preserved}
+    kept = [tag for tag in touched if tag in backed_up]
+    return [
+        Step(
+            run=lambda: allocator.wake_up(named),
+            undo=lambda: allocator.sleep(kept, tags=touched),
+            undone=lambda: _none(allocator, touched, "awake"),
+        )
+    ]
+
+
+def discard_steps(allocator: CuMemAllocator, tags: Sequence[str] | str) -> list[Step]:
+    """One step, whose way back wakes what was awake, without its contents."""
+    named = [tags] if isinstance(tags, str) else list(tags)
+    _check_known("discard", allocator, named)
+    known = allocator.stats().tags
+    touched = _whole("discard", allocator, named, "awake")
+    _refuse_pinned("discard", allocator, touched)
+    backed_up = [tag for tag in named if known[tag].backed_up_bytes > known[tag].preserved_bytes]
+    return [
+        Step(
+            run=lambda: allocator.discard(named),
+            undo=lambda: allocator.wake_up(touched),
+            undone=lambda: _none(allocator, touched, "asleep"),
+            lost_tags=(*_losing(allocator, touched), *backed_up),
+        )
+    ]

@@ -1,0 +1,146 @@
+"""How ranks meet: through a store that all of them reach, and which may cease to answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from cumempool.errors import InvalidArgumentError
+
+__all__ = ["Channel", "Store", "StoreGroup", "StoreLostError"]
+
+_T = TypeVar("_T")
+
+
+class Store(Protocol):
+    """What is needed of a ``torch.distributed.Store``; ``TCPStore`` and ``FileStore`` have it."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Writes a value."""
+
+    def get(self, key: str, /) -> bytes:
+        """Reads a value."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all keys are there."""
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        """Writes a value in place of another; returns what is there then."""
+
+    def delete_key(self, key: str, /) -> bool:
+        """Deletes a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreGroup:
+    """Ranks that meet through a store, for programs without a ``torch.distributed`` process group.
+
+    Attributes:
+        store: A ``torch.distributed.Store`` that all of them reach, such as a ``TCPStore``.
+        rank: Of this process, from 0.
+        size: How many there are.
+        name: Tells groups apart that share a store.
+
+    Raises:
+        InvalidArgumentError: `rank` is none of `size`.
+    """
+
+    store: Store
+    rank: int
+    size: int
+    name: str = "ranks"
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if not 0 <= self.rank < self.size:
+            raise InvalidArgumentError(f"rank {self.rank} is not one of 0 to {self.size - 1}")
+
+
+class StoreLostError(Exception):
+    """The store does not answer, or fails."""
+
+
+class Channel(contextlib.AbstractContextManager["Channel"]):
+    """A store, no call of which takes longer than `patience` seconds.
+
+    Calls are made in a thread of their own: a store whose host is cut off keeps them for ever.
+    """
+
+    def __init__(self, store: Store, prefix: str, patience: float) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._patience = patience
+        self._lost = ""
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._calls = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="cumempool-store", daemon=True).start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, work = call
+            try:
+                future.set_result(work())
+            except (RuntimeError, ValueError, OSError) as error:
+                future.set_exception(error)
+
+    def _call(self, what: str, work: Callable[[], _T]) -> _T:
+        if self._lost:
+            raise StoreLostError(self._lost)
+        future: Future[_T] = Future()
+        self._calls.put((future, work))
+        try:
+            return future.result(self._patience)
+        except FutureTimeoutError:
+            self._lost = f"the group's store did not answer a {what} in {self._patience:g} s"
+        except (RuntimeError, ValueError, OSError) as error:
+            self._lost = f"the group's store failed in a {what}: {error}"
+        raise StoreLostError(self._lost)
+
+    def put(self, key: str, value: object) -> None:
+        """Writes a value, as JSON."""
+        text = json.dumps(value)
+        self._call("set", lambda: self._store.set(self._prefix + key, text))
+
+    def has(self, keys: Sequence[str]) -> bool:
+        """Whether all the keys are there."""
+        names = [self._prefix + key for key in keys]
+        return bool(self._call("check", lambda: self._store.check(names)))
+
+    def get(self, key: str) -> Any:
+        """The value of a key that is there."""
+        return json.loads(self._call("get", lambda: self._store.get(self._prefix + key)))
+
+    def first(self, key: str, value: object) -> Any:
+        """Writes a value where there is none yet; returns what is there then."""
+        return self.exchange(key, None, value)
+
+    def exchange(self, key: str, expected: object, value: object) -> Any:
+        """Writes a value in place of the expected one (None: of none); returns what is there."""
+        before = "" if expected is None else json.dumps(expected)
+        after = json.dumps(value)
+        name = self._prefix + key
+        return json.loads(
+            self._call("compare_set", lambda: self._store.compare_set(name, before, after))
+        )
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Deletes keys."""
+        for key in keys:
+            self._call("delete", partial(self._store.delete_key, self._prefix + key))

@@ -1,0 +1,94 @@
+"""What an allocator has shared with other processes: its descriptors, and their end.
+
+`endpoint.py` serves whoever asks for it, and is opened when something is shared first.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from cumempool.descriptor import SharedMemory, SharedRange, layout_of
+from cumempool.devices import Devices
+from cumempool.endpoint import Endpoint
+from cumempool.errors import InvalidArgumentError, InvalidTypeError
+from cumempool.stats import AllocationInfo, allocations_of
+from cumempool.tags import Tags
+from cumempool.waking import memory_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from cumempool import _core
+
+__all__ = ["Exports"]
+
+
+class Exports:
+    """The memory of one allocator that others can open. Thread-safe.
+
+    Args:
+        core: The allocator.
+        tags: Its tags.
+        devices: Its devices.
+        driver: ``"cuda"`` or ``"host"``.
+    """
+
+    def __init__(self, core: _core.Allocator, tags: Tags, devices: Devices, driver: str) -> None:
+        self._core = core
+        self._tags = tags
+        self._devices = devices
+        self._driver = driver
+        self._lock = threading.Lock()
+        self._endpoint: Endpoint | None = None
+
+    def share(self, what: torch.Tensor | str, writable: bool, fabric: bool) -> SharedMemory:
+        """See `CuMemAllocator.share`."""
+        for name, value in (("writable", writable), ("fabric", fabric)):
+            if not isinstance(value, bool):
+                raise InvalidTypeError(f"{name} is a bool, not {value!r}")
+        if isinstance(what, str):
+            self._tags.check_known(what, "share")
+            infos, layout = [i for i in allocations_of(self._core) if i.tag == what], None
+            if not infos:
+                raise InvalidArgumentError(f"share: there is nothing of tag {what!r}", tag=what)
+        else:
+            infos = [AllocationInfo(**self._core.find(memory_of(what)))]
+            layout = layout_of(what, infos[0].address)
+        for info in infos:
+            os.close(self._core.export_fd(info.address)[0])  # which says what is in the way
+        ranges = [
+            SharedRange(
+                i.address,
+                i.bytes,
+                i.generation,
+                i.sequence,
+                self._devices.name_for_others(i.device),
+            )
+            for i in infos
+        ]
+        endpoint = self._open_endpoint()
+        return endpoint.describe(self._driver, infos[0].tag, ranges, layout, writable, fabric)
+
+    def revoke(self, tag: str) -> int:
+        """See `CuMemAllocator.revoke`."""
+        self._tags.check_known(tag, "revoke")
+        with self._lock:
+            endpoint = self._endpoint
+        return 0 if endpoint is None else endpoint.revoke(tag)
+
+    def close(self) -> None:
+        """Ends all that was opened. Closing twice is no error."""
+        with self._lock:
+            endpoint = self._endpoint
+        if endpoint is not None:
+            endpoint.close()
+
+    def _open_endpoint(self) -> Endpoint:
+        with self._lock:
+            if self._endpoint is None:
+                self._endpoint = Endpoint(self._core)
+                weakref.finalize(self, self._endpoint.stop)
+            return self._endpoint

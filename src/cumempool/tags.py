@@ -1,0 +1,134 @@
+"""Tags: their names, and what was said of each: its policy, its backing and its peers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Final, Literal
+
+from cumempool.devices import Devices
+from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnknownTagError
+from cumempool.stats import stats_of
+
+if TYPE_CHECKING:
+    from cumempool import _core
+
+__all__ = [
+    "DEFAULT_TAG",
+    "DISCARD",
+    "OFFLOAD",
+    "ON_SLEEP",
+    "Backing",
+    "OnSleep",
+    "OnWake",
+    "Tags",
+    "check_tag",
+    "check_tags",
+]
+
+DEFAULT_TAG: Final = "default"
+"""The tag of allocations that name none; what a plain ``sleep()`` backs up."""
+
+OnSleep = Literal["offload", "discard"]
+OnWake = Literal["undefined", "zero"]
+Backing = Literal["vmm", "cuda_malloc"]
+
+# What the core calls them; 0 leaves it as it was.
+OFFLOAD, DISCARD = 1, 2
+ON_SLEEP: Final[Mapping[str | None, int]] = {None: 0, "offload": OFFLOAD, "discard": DISCARD}
+_ON_WAKE: Final[Mapping[str | None, int]] = {None: 0, "undefined": 1, "zero": 2}
+_BACKING: Final[Mapping[str | None, int]] = {None: 0, "vmm": 1, "cuda_malloc": 2}
+
+
+def check_tag(tag: object) -> str:
+    """A tag.
+
+    Raises:
+        InvalidTypeError: It is no text.
+        InvalidArgumentError: It cannot be encoded.
+    """
+    if not isinstance(tag, str):
+        raise InvalidTypeError(f"a tag is a str, not {type(tag).__name__}: {tag!r}")
+    try:
+        tag.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"the tag {tag!r} cannot be encoded as UTF-8: {error}") from None
+    return tag
+
+
+def check_tags(tags: object, what: str) -> tuple[str, ...]:
+    """The distinct tags of an argument, which messages call `what`; as `check_tag`."""
+    if isinstance(tags, str):
+        return (check_tag(tags),)
+    if not isinstance(tags, Iterable):
+        raise InvalidTypeError(f"{what} is a tag or an iterable of tags, not {tags!r}")
+    return tuple(dict.fromkeys(check_tag(tag) for tag in tags))
+
+
+def _check_choice(value: object, allowed: Mapping[str | None, int], what: str) -> int:
+    if value is not None and not isinstance(value, str):
+        raise InvalidTypeError(f"{what} is a str or None, not {value!r}")
+    if value not in allowed:
+        names = ", ".join(repr(name) for name in allowed)
+        raise InvalidArgumentError(f"{what}={value!r} is not one of {names}")
+    return allowed[value]
+
+
+class Tags:
+    """The tags of one allocator. Thread-safe.
+
+    Args:
+        core: The allocator.
+        devices: Its devices.
+    """
+
+    def __init__(self, core: _core.Allocator, devices: Devices) -> None:
+        self._core = core
+        self._devices = devices
+        self._lock = threading.Lock()
+        self._memory: dict[str, tuple[int, bool, list[int]]] = {}  # backing, all peers, peers
+
+    def declare(self, tag: str, on_sleep: OnSleep | None, on_wake: OnWake | None) -> None:
+        """Makes a tag known, with the policy that is given; None leaves it as it was.
+
+        Raises:
+            InvalidTypeError: Something that is no text.
+            InvalidArgumentError: A tag or a policy that does not exist.
+            ClosedError: The allocator is closed.
+        """
+        self._core.declare_tag(
+            check_tag(tag),
+            _check_choice(on_sleep, ON_SLEEP, "on_sleep"),
+            _check_choice(on_wake, _ON_WAKE, "on_wake"),
+        )
+
+    def set_memory(self, tag: str, backing: object, peers: object) -> None:
+        """Changes what was given of backing and peers, and leaves the other as it was."""
+        number = _check_choice(backing, _BACKING, "backing")
+        if isinstance(peers, str) and peers != "all":
+            raise InvalidArgumentError(f"peers={peers!r} is not 'all' or a sequence of ordinals")
+        with self._lock:
+            before, every, reached = self._memory.get(tag, (_BACKING["vmm"], False, []))
+            if peers is not None:
+                every = peers == "all"
+                reached = [] if every else self._devices.check_ordinals(peers, "peers")
+            elif number == _BACKING["cuda_malloc"]:
+                every, reached = False, []  # such memory takes none here
+            choice = (number or before, every, reached)
+            self._core.set_memory(tag, *choice)
+            self._memory[tag] = choice
+
+    def check_known(self, tag: object, operation: str) -> None:
+        """Looks whether a tag was ever used.
+
+        Raises:
+            UnknownTagError: It was not.
+        """
+        known = stats_of(self._core).tags
+        if check_tag(tag) not in known:
+            names = ", ".join(map(repr, known)) or "none yet"
+            raise UnknownTagError(
+                f"{operation}: nothing was ever allocated under tag {tag!r}; known tags: {names}",
+                operation=operation,
+                tag=str(tag),
+            )

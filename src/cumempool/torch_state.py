@@ -1,0 +1,59 @@
+"""What an allocator asks of torch when it needs it: streams, caches, room; of `host`, nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from cumempool.errors import OutOfMemoryError
+
+if TYPE_CHECKING:
+    from cumempool import _torch
+
+__all__ = ["cached_ranges", "current_streams", "empty_cache", "nvtx_range", "with_room"]
+
+_T = TypeVar("_T")
+
+
+def current_streams(driver: str) -> list[_torch.CurrentStream]:
+    """The streams that the calling thread submits to."""
+    if driver != "cuda":
+        return []
+    from cumempool import _torch
+
+    return _torch.current_streams()
+
+
+def cached_ranges(driver: str) -> list[tuple[int, int]]:
+    """(address, bytes) of what torch holds of pools as free."""
+    if driver != "cuda":
+        return []
+    from cumempool import _torch
+
+    return _torch.dead_ranges()
+
+
+def empty_cache(driver: str) -> None:
+    """Has torch give back what it has cached, where the program uses it."""
+    if driver == "cuda" and "torch" in sys.modules:
+        from cumempool import _torch
+
+        _torch.empty_cache()
+
+
+def with_room(driver: str, begin: Callable[[], _T]) -> _T:
+    """What `begin` gives, with torch's cache emptied where the device has no room."""
+    try:
+        return begin()
+    except OutOfMemoryError:
+        empty_cache(driver)
+        return begin()
+
+
+def nvtx_range(operation: str) -> contextlib.AbstractContextManager[object]:
+    """Marks the body for profilers, as ``cumempool.<operation>``."""
+    from cumempool import _torch
+
+    return _torch.nvtx_range(f"cumempool.{operation}")
