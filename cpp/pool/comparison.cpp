@@ -6,11 +6,9 @@
 namespace cumempool::pool {
 namespace {
 
-// Slices per launch, each of which keeps one multiprocessor busy. Wide launches fill a device, and
-// are few enough that the first answers come at once. Narrow ones take the part of its memory
-// bandwidth that copies over the fastest links leave.
-constexpr std::size_t kWideSlices = 512;
-constexpr std::size_t kNarrowSlices = 64;
+// Slices per launch, each of which keeps one multiprocessor busy: enough to fill a device, few
+// enough that the first answers come at once.
+constexpr std::size_t kLaunchSlices = 512;
 // How far launches run ahead of the item that is asked for.
 constexpr std::size_t kAheadSlices = 1024;
 
@@ -24,7 +22,6 @@ void Comparison::start(Device& device, const std::vector<Item>& items) {
     backup::DigestBoard& board = device.digest_board();
     board.begin(count);
     Progress& progress = progress_[device.ordinal()];
-    progress.width = kWideSlices;
     for (const Item& item : items) {
       for (const backup::Slice& slice : item.image->slices()) {
         board.add(item.address + slice.offset, slice.bytes);
@@ -63,11 +60,6 @@ void Comparison::pass(Device& device, std::size_t item) {
   }
 }
 
-void Comparison::make_way(Device& device) {
-  const auto found = progress_.find(device.ordinal());
-  if (found != progress_.end()) found->second.width = kNarrowSlices;
-}
-
 void Comparison::complete(Device& device) {
   const auto found = progress_.find(device.ordinal());
   if (found == progress_.end()) return;
@@ -87,7 +79,7 @@ void Comparison::finish(Device& device) {
 void Comparison::advance(Device& device, std::size_t end) {
   Progress& progress = progress_.at(device.ordinal());
   while (progress.started < std::min(end, progress.added)) {
-    const std::size_t count = std::min(progress.width, progress.added - progress.started);
+    const std::size_t count = std::min(kLaunchSlices, progress.added - progress.started);
     const std::size_t mark = device.digest_board().start(allocator_.digest_seed(), count);
     progress.started += count;
     progress.launches.push_back({progress.started, mark});

@@ -31,8 +31,6 @@ class Comparison {
   const cumempool_digest* wait(Device& device, std::size_t item);
   // Goes on with what follows an item, which is not waited for.
   void pass(Device& device, std::size_t item);
-  // From now on digests leave most of the device's memory bandwidth to copies.
-  void make_way(Device& device);
   // Computes the rest of a device's digests, and waits for them.
   void complete(Device& device);
   // Waits for all that was begun on a device.
@@ -51,7 +49,6 @@ class Comparison {
   struct Progress {
     std::size_t added = 0;    // slices on the board
     std::size_t started = 0;  // of them
-    std::size_t width = 0;    // slices per launch
     std::vector<Launch> launches;
   };
 

@@ -241,9 +241,6 @@ void Departure::copy(Lane& lane, std::size_t index, std::size_t& culprit) {
         copied = sleeper.image->save_changes(lane.transfer, sleeper.record->address, digests);
       }
       sleeper.clean_bytes = sleeper.image->bytes() - copied;
-      // Links between devices are fast enough to feel what digests take of the memory's bandwidth.
-      const bool fast = sleeper.choice.tier == CUMEMPOOL_BACKUP_PEER;
-      if (fast && copied != 0) comparison_.make_way(*lane.device);
     });
   } catch (const Error&) {
     culprit = lane.transfer.staged.failed_label().value_or(index);
