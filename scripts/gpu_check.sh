@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# Proves cumempool on a machine with an NVIDIA GPU, without network: install, C++ conformance on the
+# Proves cumempool on a machine with NVIDIA GPUs, without network: install, C++ conformance on the
 # cuda driver, GPU tests with skips forbidden, demo, examples, benchmarks. torch, pybind11,
 # scikit-build-core, CMake, ninja, GoogleTest and pytest must be there.
 #
-#   scripts/gpu_check.sh [OUTPUT_DIRECTORY]
+#   scripts/gpu_check.sh [--release] [OUTPUT_DIRECTORY]
 #
+# With --release also compute-sanitizer over the GPU tests, and the soak of 2000 cycles.
 # Writes logs and gpu_check.json to the directory and ends with one line: N passed, N failed.
 set -uo pipefail
 
+release=0
+if [[ ${1:-} == --release ]]; then
+  release=1
+  shift
+fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "${1:-$root/build/gpu_check}")
 mkdir -p "$out"
@@ -18,16 +24,24 @@ python=${PYTHON:-python3}
 steps="$work/steps.tsv"
 : >"$steps"
 : >"$work/not_run.tsv"
+mkdir "$work/pytest"
 
 # step NAME COMMAND...: runs it with its output in a log of its own and notes how it ended.
 step() {
   local name=$1 start=$SECONDS code=0
   shift
-  echo "== $name: $*"
   "$@" >"$out/$name.log" 2>&1 || code=$?
-  tail -n "${TAIL:-4}" "$out/$name.log"
   printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - start))" >>"$steps"
-  [ "$code" -eq 0 ] || { echo "-- $name failed with $code"; tail -n 60 "$out/$name.log"; }
+  {
+    echo "== $name, $((SECONDS - start)) s: $*"
+    if [ "$code" -eq 0 ]; then
+      tail -n "${TAIL:-4}" "$out/$name.log"
+    else
+      echo "-- $name failed with $code"
+      tail -n 60 "$out/$name.log"
+    fi
+  } >"$work/$name.said"
+  cat "$work/$name.said"
 }
 
 build_cpp() {
@@ -36,45 +50,88 @@ build_cpp() {
     cmake --build "$work/build"
 }
 
-# The conformance suite on the cuda driver beside the same suite on the host driver.
-conformance() {
-  "$work/build/cumempool_tests" --gtest_filter='*Conformance*' \
-    --gtest_output="json:$work/conformance.json"
-}
-
-# A sample of the failed driver calls that the sweep tries on the host driver.
-failure_sweep() {
-  "$work/build/cumempool_tests" --gtest_filter='SampledSweep.R4_R13_OnTheCudaDriver'
-}
-
-# One process per file, so that a crash in one leaves the others to speak. What reads or fills the memory
-# of the whole device or times calls runs alone; the others run side by side.
-alone="test_memory test_cost test_backups test_hostile test_nixl test_sharing test_distributed
-  test_compat_vllm test_compat_torch_memory_saver test_nccl"
-
+# One process per file of tests, so that a crash in one leaves the others to speak.
 pytest_file() {
+  local start=$SECONDS
   (cd "$root" && "$python" -m pytest "tests/gpu/$1.py" -p no:cacheprovider -s -q \
     --junitxml="$work/pytest/$1.xml") >"$work/$1.log" 2>&1 || : >"$work/$1.failed"
+  echo "-- $1, $((SECONDS - start)) s: $(tail -n 1 "$work/$1.log")"
 }
 
+# What all files have said; fails where one did.
 pytest_gpu() {
-  local file name code=0 names=()
-  for file in "$root"/tests/gpu/test_*.py; do
-    name=$(basename "$file" .py)
-    [[ " ${not_run[*]} " != *" $name "* ]] || continue
-    names+=("$name")
-    [[ " $alone " == *" $name "* ]] || pytest_file "$name" &
-  done
-  wait
-  for name in $alone; do
-    [[ " ${not_run[*]} " == *" $name "* ]] || pytest_file "$name"
-  done
-  for name in "${names[@]}"; do
+  local log name code=0
+  for log in "$work"/test_*.log; do
+    name=$(basename "$log" .log)
     echo "---- $name"
-    cat "$work/$name.log"
+    cat "$log"
     [[ ! -e $work/$name.failed ]] || code=1
   done
   return $code
+}
+
+# job NAME: a file of tests, an example, or one of these.
+job() {
+  case $1 in
+    test_*) pytest_file "$1" ;;
+    # The conformance suite on the cuda driver beside the same suite on the host driver.
+    conformance)
+      step conformance "$work/build/cumempool_tests" --gtest_filter='*Conformance*' \
+        --gtest_output="json:$work/conformance.json"
+      ;;
+    # A sample of the failed driver calls that the sweep tries on the host driver.
+    failure_sweep)
+      TAIL=6 step failure_sweep "$work/build/cumempool_tests" \
+        --gtest_filter='SampledSweep.R4_R13_OnTheCudaDriver'
+      ;;
+    doctor) TAIL=30 step doctor "$python" -m cumempool doctor ;;
+    selftest) TAIL=20 step selftest "$python" -m cumempool selftest ;;
+    demo) TAIL=20 step demo "$python" -m cumempool demo --driver cuda --mib 1024 ;;
+    bench) TAIL=10 step bench "$python" -m cumempool bench --gib 4 ;;
+    malloc_path) TAIL=12 step malloc_path "$work/build/malloc_path" ;;
+    compute_sanitizer)
+      TAIL=20 TEST_SWEEP_POINTS=2 step compute_sanitizer \
+        "$root/scripts/compute_sanitizer.sh" "$work/build"
+      ;;
+    soak)
+      TAIL=8 step soak "$python" "$root/scripts/soak.py" --directory "$work" \
+        --output "$out/soak.json"
+      ;;
+    *) TAIL=24 step "example_$1" "$python" "$root/examples/$1.py" ;;
+  esac
+}
+
+# wanted NAME...: those that this machine has what they need for.
+wanted() {
+  local name
+  for name in "$@"; do
+    [[ " ${not_run[*]} " == *" $name "* ]] || printf '%s\n' "$name"
+  done
+}
+
+# What neither reads used memory nor times anything: side by side, on the first GPU, or on all.
+together() {
+  local name
+  for name in $(wanted "${on_one[@]}"); do CUDA_VISIBLE_DEVICES=${devices[0]} job "$name" & done
+  for name in $(wanted "${on_all[@]}"); do job "$name" & done
+  wait
+}
+
+# What wants a GPU for itself: as many at a time as there are GPUs, each taking the next one.
+one_to_a_gpu() {
+  local device name
+  for device in "${devices[@]}"; do
+    for name in $(wanted "${alone[@]}"); do
+      ! mkdir "$work/taken.$name" 2>/dev/null || CUDA_VISIBLE_DEVICES=$device job "$name"
+    done &
+  done
+  wait
+}
+
+# What wants all GPUs for itself.
+one_after_another() {
+  local name
+  for name in $(wanted "${alone_on_all[@]}"); do job "$name"; done
 }
 
 step install "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$root"
@@ -92,27 +149,41 @@ has() {
     "$@" 2>/dev/null
 }
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+  IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
+else
+  mapfile -t devices < <(seq 0 $((gpus - 1)))
+fi
 "$python" -c 'import cumempool.nixl as n, sys; sys.exit(not n.is_installed())' 2>/dev/null ||
-  leave_out "NIXL is not installed" test_nixl nixl_kv_transfer
+  leave_out "NIXL is not installed" test_nixl test_nixl_sleeps
 has starlette uvicorn || leave_out "Starlette or uvicorn is not installed" model_switch
 if ((gpus < 2)); then
-  leave_out "there is one GPU" tensor_parallel ray_actors
+  leave_out "there is one GPU" ray_actors
 elif ! has ray; then
   leave_out "Ray is not installed" ray_actors
 fi
-step build build_cpp
-step conformance conformance
-TAIL=6 step failure_sweep failure_sweep
-TAIL=60 step pytest pytest_gpu
-TAIL=30 step doctor "$python" -m cumempool doctor
-TAIL=20 step selftest "$python" -m cumempool selftest
-TAIL=20 step demo "$python" -m cumempool demo --driver cuda --mib 1024
-TAIL=10 step bench "$python" -m cumempool bench --gib 4
-for example in "$root"/examples/*.py; do
-  [[ " ${not_run[*]} " != *" $(basename "$example" .py) "* ]] || continue
-  TAIL=24 step "example_$(basename "$example" .py)" "$python" "$example"
+
+# Longest first. The examples tensor_parallel and nixl_kv_transfer are run, and held to more, by
+# test_distributed and test_nixl.
+alone=(test_compat_torch_memory_saver test_compat_vllm rlhf_loop test_training test_graph_pool
+  test_memory selftest test_cost bench demo malloc_path)
+alone_on_all=(test_backups test_sharing test_nccl test_distributed)
+on_all=(test_nixl_sleeps test_nixl conformance failure_sweep ray_actors)
+on_one=(doctor llm_sleep_wake model_switch)
+if ((release)); then
+  alone=(soak "${alone[@]}")
+  on_all+=(compute_sanitizer)
+fi
+for file in "$root"/tests/gpu/test_*.py; do
+  name=$(basename "$file" .py)
+  [[ " ${alone[*]} ${alone_on_all[*]} ${on_all[*]} " == *" $name "* ]] || on_one+=("$name")
 done
-TAIL=12 step malloc_path "$work/build/malloc_path"
+
+step build build_cpp
+together
+one_to_a_gpu
+one_after_another
+TAIL=20 step pytest pytest_gpu
 
 commit=${CUMEMPOOL_COMMIT:-$(git -C "$root" rev-parse --verify -q HEAD || echo unknown)}
 "$python" "$root/scripts/gpu_record.py" --commit "$commit" --steps "$steps" \

@@ -16,7 +16,10 @@ import cumempool
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_MALLOC_RATIO = 1.2
 # Conformance tests that say nothing on a machine with one GPU.
-NEED_TWO_DEVICES = ("C3_ContextEntriesFailInsideAnotherDevicesContext",)
+NEED_TWO_DEVICES = (
+    "C3_ContextEntriesFailInsideAnotherDevicesContext",
+    "C9_DevicesWithAccessCopyAndWaitAcross",
+)
 
 
 def read_steps(path: Path) -> list[dict[str, object]]:
@@ -33,10 +36,11 @@ def read_not_run(path: Path) -> dict[str, str]:
 def read_pytest(folder: Path, not_run: dict[str, str]) -> dict[str, object]:
     """Counts the tests of every file; a file whose process wrote nothing is one failure.
 
-    Tests that are expected to fail here, such as those for two GPUs on a machine with one, go to
-    `not_run` with their reason.
+    What tests have noted as figures is kept under their names. Tests that are expected to fail
+    here, such as those for two GPUs on a machine with one, go to `not_run` with their reason.
     """
     passed, failures = 0, []
+    figures: dict[str, dict[str, object]] = {}
     for source in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
         if source.stem in not_run:
             continue
@@ -53,7 +57,10 @@ def read_pytest(folder: Path, not_run: dict[str, str]) -> dict[str, object]:
             if bad:
                 failures.append(f"{case.get('classname')}.{case.get('name')}")
             passed += not bad
-    return {"passed": passed, "failed": len(failures), "failures": failures}
+            found = {each.get("name", ""): each.get("value", "") for each in case.iter("property")}
+            if found:
+                figures[f"{case.get('classname')}.{case.get('name')}"] = dict(found)
+    return {"passed": passed, "failed": len(failures), "failures": failures, "figures": figures}
 
 
 def read_conformance(path: Path, device_count: int) -> dict[str, object]:

@@ -566,8 +566,10 @@ class CuMemAllocator:
         """The backup of a sleeping tensor as a tensor on the CPU, without a copy.
 
         It keeps the memory that it shows: while it lives, the allocator cannot be closed without
-        force. After the wake it shows what was restored. (A backup that was put together of several
-        pieces of free host memory is joined first, which takes its size once more.)
+        force. After the wake it shows what was restored. A backup that was put together of several
+        pieces of free host memory is joined first, which takes its size once more. Pinned memory
+        can be copied to a device as a whole; for that, the first call that meets the border of two
+        blocks of 64 MiB pins the blocks about it anew, at some 50 GB/s.
 
         Without `writable`, operations that would write to it or to its views raise
         `InvalidArgumentError` (a ``ValueError``) and change nothing, NumPy arrays of it are
@@ -588,7 +590,8 @@ class CuMemAllocator:
             InvalidArgumentError: It is awake, its contents were discarded, or the bytes from its
                 first to its last element are not all in the backup.
             UnsupportedError: The backup is on a peer device.
-            OutOfHostMemoryError: The backup is in pieces, and there is no room to join them.
+            OutOfHostMemoryError: The backup is in pieces, and there is no room to join them, or
+                the system does not let its blocks be pinned as one.
             TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
         """

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from cumempool.errors import CumempoolError
 from cumempool.guard import Arrival, RegistrableRange, ranges_by_tag
 from cumempool.report import TransitionReport
 from cumempool.scope import refuse_open_scopes
@@ -66,7 +65,7 @@ def prepare(
     def run() -> None:
         try:
             future.set_result(allocator._core.prepare(pairs, dead, yielding))
-        except CumempoolError as error:
+        except Exception as error:  # noqa: BLE001 -- whoever waits is told, whatever it is
             future.set_exception(error)
 
     threading.Thread(target=run, name="cumempool-prepare", daemon=True).start()

@@ -11,6 +11,8 @@ import torch
 
 import cumempool
 
+Figure = Callable[[str, object], None]
+
 REQUIRED = os.environ.get("CUMEMPOOL_REQUIRE_GPU") == "1"
 GRANULE = 2 * 1024**2
 
@@ -68,3 +70,14 @@ def used(gpu: torch.device) -> Callable[[], int]:
         return total - free
 
     return read
+
+
+@pytest.fixture
+def figure(record_property: Figure) -> Figure:
+    """Notes a figure that was measured: it is printed, and kept in the record of the run."""
+
+    def note(name: str, value: object) -> None:
+        print(f"{name}: {value}")
+        record_property(name, value)
+
+    return note

@@ -12,7 +12,7 @@ import torch
 
 import cumempool
 
-from .conftest import GRANULE
+from .conftest import GRANULE, Figure
 
 MIB = 1024**2
 Used = Callable[[], int]
@@ -131,7 +131,10 @@ def test_without_retained_backups_everything_is_copied(make: Make) -> None:
     assert tensor.sum().item() == 64 * MIB
 
 
-def test_retained_backups_go_when_asked_and_the_process_shrinks(make: Make) -> None:
+def test_retained_backups_go_when_asked_and_the_process_shrinks(
+    make: Make,
+    figure: Figure,
+) -> None:
     allocator = make()
     with allocator.use_memory_pool("weights"):
         tensor = torch.ones(512 * MIB, device="cuda")
@@ -141,7 +144,9 @@ def test_retained_backups_go_when_asked_and_the_process_shrinks(make: Make) -> N
     assert allocator.stats().tags["weights"].retained_bytes == 2048 * MIB
     released = allocator.release_host_memory()
     after = rss()
-    print(f"resident bytes {before}, after release_host_memory() {after}, released {released}")
+    figure("resident_bytes", before)
+    figure("resident_bytes_after_release_host_memory", after)
+    figure("released_bytes", released)
     assert 2048 * MIB <= released <= 1.01 * 2048 * MIB  # the buffer of digests comes along
     assert before - after >= 0.98 * released
     assert allocator.stats().host_bytes == 0

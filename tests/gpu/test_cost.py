@@ -10,6 +10,8 @@ import torch
 
 import cumempool
 
+from .conftest import Figure
+
 
 def _batch(count: int) -> float:
     torch.cuda.synchronize()
@@ -20,7 +22,7 @@ def _batch(count: int) -> float:
 
 
 def test_a_cached_block_costs_the_same_inside_a_scope(
-    allocator: cumempool.CuMemAllocator, gpu: torch.device
+    allocator: cumempool.CuMemAllocator, gpu: torch.device, figure: Figure
 ) -> None:
     def inside(measure: Callable[[int], float]) -> float:
         with allocator.use_memory_pool("weights"):
@@ -39,8 +41,7 @@ def test_a_cached_block_costs_the_same_inside_a_scope(
             out = outside(_batch)
             pairs.append((inside(_batch), out))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(
-        f"torch.empty of a cached block: inside {statistics.median(a for a, _ in pairs) * 1e9:.0f} "
-        f"ns, outside {statistics.median(b for _, b in pairs) * 1e9:.0f} ns, ratio {ratio:.3f}"
-    )
+    figure("cached_empty_inside_ns", round(statistics.median(a for a, _ in pairs) * 1e9))
+    figure("cached_empty_outside_ns", round(statistics.median(b for _, b in pairs) * 1e9))
+    figure("ratio", round(ratio, 3))
     assert ratio <= 1.05

@@ -20,6 +20,8 @@ import torch
 
 import cumempool
 
+from .conftest import Figure
+
 MIB = 1024**2
 GRANULE = 2 * MIB
 
@@ -260,7 +262,9 @@ def test_64_threads_at_once(allocator: cumempool.CuMemAllocator, gpu: torch.devi
     del kept
 
 
-def test_10000_allocations(allocator: cumempool.CuMemAllocator, gpu: torch.device) -> None:
+def test_10000_allocations(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device, figure: Figure
+) -> None:
     """20 GiB of the device, of which 400 MiB are backed up."""
     count = 10_000
     if torch.cuda.mem_get_info()[0] < (count + 1000) * GRANULE:
@@ -281,10 +285,9 @@ def test_10000_allocations(allocator: cumempool.CuMemAllocator, gpu: torch.devic
     woken = time.monotonic()
     values = torch.stack(tensors).flatten().tolist()
     assert values == [0 if n % 50 else n for n in range(count)]
-    print(
-        f"{count} allocations made in {made - begin:.2f} s, asleep in {slept - made:.2f} s, "
-        f"awake in {woken - slept:.2f} s"
-    )
+    figure("made_s", round(made - begin, 2))
+    figure("asleep_s", round(slept - made, 2))
+    figure("awake_s", round(woken - slept, 2))
     del tensors
     assert allocator.stats().reserved_address_bytes == 0
 
@@ -383,9 +386,7 @@ def test_a_damaged_file_is_an_error_and_not_contents(
     whole = path.read_bytes()
     damaged: Callable[[], bytes] = {
         # Its last byte; there may be more room in the file.
-        "altered": lambda: (
-            whole[: size - 1] + bytes([whole[size - 1] ^ 1]) + whole[size:]
-        ),
+        "altered": lambda: whole[: size - 1] + bytes([whole[size - 1] ^ 1]) + whole[size:],
         "cut short": lambda: whole[: len(whole) // 2],
         "swapped": lambda: whole[8 * MIB :] + whole[: 8 * MIB],
     }[way]

@@ -11,14 +11,14 @@ import torch
 
 import cumempool
 
-from .conftest import GRANULE
+from .conftest import GRANULE, Figure
 
 MIB = 1024**2
 Used = Callable[[], int]
 
 
 def test_sleep_returns_memory_to_within_a_granule_per_allocation(
-    allocator: cumempool.CuMemAllocator, gpu: torch.device, used: Used
+    allocator: cumempool.CuMemAllocator, gpu: torch.device, used: Used, figure: Figure
 ) -> None:
     before = used()
     with allocator.use_memory_pool("weights"):
@@ -30,7 +30,10 @@ def test_sleep_returns_memory_to_within_a_granule_per_allocation(
     assert awake - before >= 3024 * MIB
     report = allocator.sleep(offload_tags="weights")
     asleep = used()
-    print(f"used before the pool {before}, awake {awake}, asleep {asleep}, {count} allocations")
+    figure("used_bytes_before_the_pool", before)
+    figure("used_bytes_awake", awake)
+    figure("used_bytes_asleep", asleep)
+    figure("allocations", count)
     assert abs(asleep - before) <= count * GRANULE
     assert report.bytes_freed == allocator.stats().reserved_address_bytes
     allocator.wake_up()

@@ -18,6 +18,7 @@ import torch.distributed
 import cumempool
 from cumempool import RegistrableRange
 
+from .conftest import Figure
 from .processes import TIMEOUT, Child, gather
 
 MIB = 1024**2
@@ -131,14 +132,16 @@ def reduce_all(inbox: Any, outbox: Any, rank: int, store: str) -> None:
 
 @pytest.mark.parametrize("variable", [None, *VARIABLES])
 def test_an_all_reduce_costs_the_same_on_pool_memory(
-    store: str, monkeypatch: pytest.MonkeyPatch, variable: str | None
+    store: str, monkeypatch: pytest.MonkeyPatch, variable: str | None, figure: Figure
 ) -> None:
     if variable is not None:
         monkeypatch.setenv(variable, "expandable_segments:True")
     found = run_ranks(reduce_all, store)
     for rank, pair in enumerate(found):
         for when, (ratio, rate) in zip(("before", "after"), pair, strict=True):
-            print(f"rank {rank}, {when} a sleep: pool {rate:.0f} GB/s, over plain {ratio:.3f}")
+            name = f"rank_{rank}_{when}_a_sleep"
+            figure(f"{name}_gb_per_s", round(rate, 1))
+            figure(f"{name}_over_plain", round(ratio, 3))
     assert max(ratio for pair in found for ratio, _ in pair) <= 1.05, found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import statistics
 import time
@@ -14,6 +15,7 @@ import torch
 
 import cumempool
 
+from .conftest import Figure
 from .processes import TIMEOUT, Child, until
 
 GIB = 1024**3
@@ -211,12 +213,50 @@ def open_and_read(inbox: Any, outbox: Any) -> None:
     tensor = opened(memory, device=1)
     taken = [seconds(partial(target.copy_, tensor), 1) for _ in range(12)]
     equal = bool(target.eq(5).all())
+    bare = [seconds_to_map_from_a_peer(4 * GIB) for _ in range(12)]
     # The first two of each have drivers, contexts and links to wake up.
-    outbox.put((statistics.median(opening[2:]), statistics.median(taken[2:]), equal))
+    outbox.put((*(statistics.median(found[2:]) for found in (opening, taken, bare)), equal))
+
+
+class MemoryProperties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location_type", ctypes.c_int),
+        ("location", ctypes.c_int),
+        ("windows", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
+    )
+
+
+def seconds_to_map_from_a_peer(size: int) -> float:
+    """What libcuda alone takes to map memory of device 0 for device 1."""
+    libcuda = ctypes.CDLL("libcuda.so.1")
+
+    def call(name: str, *arguments: Any) -> None:
+        result = getattr(libcuda, name)(*arguments)
+        assert result == 0, f"{name}: {result}"
+
+    pinned_on_device_0 = MemoryProperties(1, 1, 1, 0)
+    read_write_on_device_1 = (ctypes.c_int * 3)(1, 1, 3)
+    count, zero = ctypes.c_size_t(size), ctypes.c_uint64(0)
+    handle, address = ctypes.c_uint64(), ctypes.c_uint64()
+    call("cuMemCreate", ctypes.byref(handle), count, ctypes.byref(pinned_on_device_0), zero)
+    begin = time.perf_counter()
+    call("cuMemAddressReserve", ctypes.byref(address), count, ctypes.c_size_t(0), zero, zero)
+    call("cuMemMap", address, count, ctypes.c_size_t(0), handle, zero)
+    call("cuMemSetAccess", address, count, read_write_on_device_1, ctypes.c_size_t(1))
+    taken = time.perf_counter() - begin
+    call("cuMemUnmap", address, count)
+    call("cuMemAddressFree", address, count)
+    call("cuMemRelease", handle)
+    return taken
 
 
 def test_shared_memory_is_read_across_nvlink_at_speed(
-    allocator: cumempool.CuMemAllocator,
+    allocator: cumempool.CuMemAllocator, figure: Figure
 ) -> None:
     posix_fds()
     two_devices()
@@ -224,12 +264,15 @@ def test_shared_memory_is_read_across_nvlink_at_speed(
     torch.cuda.synchronize()
     with Child(open_and_read) as other:
         other.put(allocator.share(kv))
-        opening, taken, equal = other.get()
+        opening, taken, bare, equal = other.get()
         other.join()
     rate = kv.nbytes / taken / 1e9
-    print(f"open and map 4 GiB: {opening * 1e3:.2f} ms; read from the peer: {rate:.0f} GB/s")
+    figure("open_and_map_4_gib_ms", round(opening * 1e3, 2))
+    figure("libcuda_maps_4_gib_ms", round(bare * 1e3, 2))
+    figure("read_from_peer_gb_per_s", round(rate, 1))
     assert equal
-    assert opening <= 0.010
+    # On some machines libcuda takes 10 ms for any mapping of a peer's memory.
+    assert opening <= max(0.010, bare + 0.003)
     assert rate >= 350
     del kv
 
@@ -253,7 +296,9 @@ def open_and_close(inbox: Any, outbox: Any, rounds: int) -> None:
     outbox.put((free, open_files))
 
 
-def test_a_thousand_rounds_leak_nothing(allocator: cumempool.CuMemAllocator) -> None:
+def test_a_thousand_rounds_leak_nothing(
+    allocator: cumempool.CuMemAllocator, figure: Figure
+) -> None:
     posix_fds()
     rounds = 1000
     kv = allocator.empty(64 * MIB, dtype=torch.uint8, device=0, tag="kv")
@@ -271,9 +316,8 @@ def test_a_thousand_rounds_leak_nothing(allocator: cumempool.CuMemAllocator) -> 
         until(lambda: pins(allocator) == 0)
         until(lambda: fds() <= before)
         other.join()
-    print(
-        f"free in the importer after {WARM} rounds and after all: {free}; open files {open_files}"
-    )
+    figure("free_in_importer_bytes", free)
+    figure("open_files_in_importer", open_files)
     assert open_files[0] == open_files[1]
     # A round that leaked a granule would show a thousand times.
     assert abs(free[0] - free[1]) <= 2 * MIB
@@ -314,8 +358,6 @@ def test_torch_multiprocessing_sends_pool_tensors(allocator: cumempool.CuMemAllo
 def test_memory_of_cuda_malloc_can_be_opened_by_legacy_ipc_and_not_sleep(
     allocator: cumempool.CuMemAllocator,
 ) -> None:
-    import ctypes
-
     with allocator.use_memory_pool("plain", backing="cuda_malloc"):
         plain = torch.ones(32 * MIB, dtype=torch.uint8, device="cuda")
     kv = allocator.empty(32 * MIB, dtype=torch.uint8, tag="kv").fill_(2)

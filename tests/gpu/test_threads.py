@@ -11,11 +11,13 @@ import torch
 
 import cumempool
 
+from .conftest import Figure
+
 SECONDS = float(os.environ.get("CUMEMPOOL_THREAD_TEST_SECONDS", "60"))
 
 
 def test_eight_threads_work_while_other_tags_sleep_and_wake(
-    allocator: cumempool.CuMemAllocator, gpu: torch.device
+    allocator: cumempool.CuMemAllocator, gpu: torch.device, figure: Figure
 ) -> None:
     stop = time.monotonic() + SECONDS
     failures: list[str] = []
@@ -72,7 +74,8 @@ def test_eight_threads_work_while_other_tags_sleep_and_wake(
         cycles += 1
     for thread in threads:
         thread.join()
-    print(f"{cycles} sleep/wake cycles, rounds per thread {rounds}")
+    figure("sleep_wake_cycles", cycles)
+    figure("rounds_per_thread", rounds)
     assert failures == []
     assert cycles > 0
     assert min(rounds) > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch import nn
 
 import cumempool
 from cumempool import torch_state
+
+from .conftest import Figure
 
 MIB = 1 << 20
 
@@ -123,7 +124,7 @@ def test_training_goes_on_bit_for_bit_after_sleeping_between_phases(
 
 
 def test_a_trainer_that_sleeps_leaves_the_device_to_others(
-    allocator: cumempool.CuMemAllocator, gpu: torch.device, used: Callable[[], int]
+    allocator: cumempool.CuMemAllocator, gpu: torch.device, used: Callable[[], int], figure: Figure
 ) -> None:
     model = nn.Sequential(*[nn.Linear(4096, 4096) for _ in range(4)]).to(gpu)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -144,7 +145,8 @@ def test_a_trainer_that_sleeps_leaves_the_device_to_others(
     before = used()
     allocator.sleep(tags)
     freed = before - used()
-    print(json.dumps({"weights": weights, "held": before, "freed": freed}))
+    figure("weights_bytes", weights)
+    figure("freed_bytes", freed)
     assert freed >= 4 * weights * 0.95  # weights, gradients and two moments
     allocator.wake_up()
     optimizer.step()
@@ -165,6 +167,7 @@ def test_adopting_after_a_load_strands_nothing_and_needs_one_pack_more(
     gpu: torch.device,
     used: Callable[[], int],
     monkeypatch: pytest.MonkeyPatch,
+    figure: Figure,
 ) -> None:
     load(gpu)  # so that its kernels are there
     gc.collect()
@@ -205,7 +208,8 @@ def test_adopting_after_a_load_strands_nothing_and_needs_one_pack_more(
         "inside peak": inside_peak,
         "inside final": inside_final,
     }
-    print(json.dumps(figures))
+    for name, value in figures.items():
+        figure(f"{name.replace(' ', '_')}_bytes", value)
     assert weights <= taken <= weights + 8 * MIB
     assert max(peaks) <= weights + (256 + 128) * MIB  # a pack, and the rest of split segments
     assert final <= weights + 32 * MIB
