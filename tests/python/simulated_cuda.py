@@ -6,7 +6,11 @@ CUDA is made up. It shows what is done with torch and in which order, and nothin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +18,42 @@ import pytest
 import torch
 from conftest import GRANULE, MIB
 from test_torch_route import FakeTorch
+from torch.overrides import TorchFunctionMode
 
 from cumempool import CuMemAllocator, CuMemConfig, _core, _torch
 
 #: What `torch.cuda.get_device_properties` says of a device's identity.
 UUIDS = ("GPU-0", "GPU-1")
+
+
+class TensorsOnCuda(TorchFunctionMode):
+    """What is asked for on a CUDA device is made in a pool, or on the CPU outside of one.
+
+    All tensors say that they are on the first CUDA device. What is called while a graph is captured
+    is written down instead of being run.
+    """
+
+    def __init__(self, cuda: SimulatedCuda) -> None:
+        super().__init__()
+        self.cuda = cuda
+        self.captured: list[Callable[[], object]] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+            return torch.device("cuda", 0)
+        if self.captured is not None:
+            self.captured.append(partial(func, *args, **kwargs))
+            return None
+        kwargs.pop("pin_memory", None)
+        if torch.device(kwargs.get("device") or "cpu").type != "cuda":
+            return func(*args, **kwargs)
+        kwargs["device"] = "cpu"
+        return self.cuda.tensor(func(*args, **kwargs))
 
 
 class SimulatedCuda(FakeTorch):
@@ -32,6 +67,7 @@ class SimulatedCuda(FakeTorch):
         self.contexts = {0}
         self.routes: list[tuple[int, tuple[int, int]]] = []
         self.cached_outside = 0
+        self.capturing = False
         self.allocators: list[CuMemAllocator] = []
         monkeypatch.setattr(
             _core,
@@ -51,7 +87,7 @@ class SimulatedCuda(FakeTorch):
             "init": lambda: None,
             "is_initialized": lambda: True,
             "is_available": lambda: True,
-            "is_current_stream_capturing": lambda: False,
+            "is_current_stream_capturing": lambda: self.capturing,
             "current_device": lambda: self.device,
             "device_count": lambda: len(UUIDS),
             "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
@@ -104,9 +140,52 @@ class SimulatedCuda(FakeTorch):
         self.segments.append({"address": address, "segment_pool_id": pool, "blocks": blocks})
         return int(address)
 
-    def drop_tensors(self) -> None:
-        """No tensor lives any more; torch keeps what they lay in."""
+    @contextlib.contextmanager
+    def tensors(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Has torch make tensors on CUDA devices in the body, and capture and replay graphs."""
+        mode = TensorsOnCuda(self)
+
+        class Graph:
+            def __init__(self) -> None:
+                self.calls: list[Callable[[], object]] = []
+
+            def replay(self) -> None:
+                for call in self.calls:
+                    call()
+
+        @contextlib.contextmanager
+        def capture(graph: Graph) -> Iterator[None]:
+            mode.captured = graph.calls
+            yield
+            mode.captured = None
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "CUDAGraph": Graph,
+            "graph": capture,
+            "Stream": lambda: stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "synchronize": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        with mode:
+            yield
+
+    def tensor(self, like: torch.Tensor) -> torch.Tensor:
+        """A tensor with the contents of another where torch would allocate it now."""
+        if not any(device == self.device for device, _ in self.routes):
+            return like
+        size = -(-like.nbytes // GRANULE) * GRANULE
+        address = self.allocate(size)
+        memory = (ctypes.c_char * like.nbytes).from_address(address)
+        weakref.finalize(memory, self.drop_tensors, address).atexit = False
+        return torch.frombuffer(memory, dtype=like.dtype).view(like.shape).copy_(like)
+
+    def drop_tensors(self, address: int | None = None) -> None:
+        """The tensors of one segment, or of all, are gone; torch keeps what they lay in."""
         for segment in self.segments:
+            if address not in (None, segment["address"]):
+                continue
             for block in segment["blocks"]:
                 block["state"] = "inactive"
 

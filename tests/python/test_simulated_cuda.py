@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from cumempool import (
     NotInPoolError,
     OutOfMemoryError,
     OutOfSlotsError,
+    UnknownTagError,
     _core,
     _torch,
     open_shared,
@@ -262,7 +263,82 @@ def test_a_module_on_the_cpu_is_not_adopted(cuda: SimulatedCuda, alloc: CuMemAll
     assert alloc.snapshot() == []
 
 
+# ---- marks
+
+
+def test_transitions_are_ranges_of_a_profiler(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    @contextmanager
+    def mark(name: str) -> Iterator[None]:
+        steps.append(f"begin {name}")
+        try:
+            yield
+        finally:
+            steps.append(f"end {name}")
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range", mark)
+    alloc = cuda.make_allocator(nvtx=True)
+    tensor = alloc.empty(1, tag="a")
+    alloc.register_hooks("a", before_unmap=lambda tag, ranges: steps.append("hook"))
+    alloc.sleep(tags="a")
+    with pytest.raises(UnknownTagError):
+        alloc.wake_up("nobody")
+    assert steps == [
+        "begin cumempool.sleep",
+        "hook",
+        "end cumempool.sleep",
+        "begin cumempool.wake_up",
+        "end cumempool.wake_up",
+    ]
+    del tensor
+
+
 # ---- graph pools
+
+
+def test_cublas_makes_its_workspace_for_captures_before_and_in_ordinary_memory(
+    cuda: SimulatedCuda, alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory of a graph it would sleep with that graph's tag, while others need it."""
+    streams: list[SimpleNamespace] = []
+    current: list[SimpleNamespace] = []
+    products: list[tuple[SimpleNamespace, int]] = []  # the stream, and how many pools there were
+
+    @contextmanager
+    def on(stream: SimpleNamespace) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    def make() -> SimpleNamespace:
+        streams.append(SimpleNamespace(device=torch.device("cpu", cuda.device)))
+        return streams[-1]
+
+    multiply = torch.mm
+
+    def noted(*matrices: torch.Tensor) -> torch.Tensor:
+        products.append((current[-1], len(cuda.made)))
+        return multiply(*matrices)
+
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch, "mm", noted)
+    with alloc.use_memory_pool("a", devices=[0]):  # where it would be memory of that tag
+        alloc.graph_pool("in a scope")
+    cuda.capturing = True
+    alloc.graph_pool("in a capture")
+    cuda.capturing = False
+    assert (streams, products) == ([], [])
+    alloc.graph_pool("first")
+    alloc.graph_pool("second")
+    alloc.graph_pool("second", device=1)  # which the stream is not on
+    (stream,) = streams
+    assert torch.cuda.graph.default_capture_stream is stream
+    assert products == [(stream, 3), (stream, 4)]
 
 
 @pytest.fixture
