@@ -96,6 +96,7 @@ class SimulatedCuda(FakeTorch):
             "get_device_properties": lambda device: SimpleNamespace(uuid=UUIDS[device]),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": self.segments})
         monkeypatch.setattr(
             torch._C, "_cuda_hasPrimaryContext", self.contexts.__contains__, raising=False
         )
