@@ -93,6 +93,14 @@ def test_out_of_memory_of_torch_gets_the_reason_of_the_driver(
     assert "CUDA_ERROR_OUT_OF_MEMORY" in note
 
 
+def test_out_of_memory_of_torch_alone_gets_no_note(alloc: CuMemAllocator) -> None:
+    """What was out of memory has not asked this library."""
+    with pytest.raises(torch.OutOfMemoryError) as caught, alloc.use_memory_pool("a"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert not hasattr(caught.value, "__notes__")
+    assert [event.error for event in alloc.events] == ["OutOfMemoryError: CUDA out of memory"]
+
+
 def test_out_of_memory_is_written_down_where_exceptions_take_no_notes(
     make_allocator: MakeAllocator, tmp_path: Path
 ) -> None:

@@ -263,6 +263,18 @@ def test_a_module_on_the_cpu_is_not_adopted(cuda: SimulatedCuda, alloc: CuMemAll
     assert alloc.snapshot() == []
 
 
+def test_state_of_an_optimizer_on_the_cpu_stays_there(
+    cuda: SimulatedCuda, alloc: CuMemAllocator
+) -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)
+    optimizer = torch.optim.Adam([parameter])
+    assert alloc.adopt(optimizer) == 0
+    optimizer.step()
+    assert alloc.snapshot() == []
+    assert optimizer.state[parameter]["exp_avg"].device == torch.device("cpu")
+
+
 # ---- marks
 
 
