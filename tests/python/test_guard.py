@@ -589,7 +589,7 @@ def waits_for_its_turn(thread: int) -> bool:
 def test_an_interrupt_while_waiting_for_a_turn_leaves_the_turn_to_its_owner(
     alloc: CuMemAllocator, kv: list[torch.Tensor]
 ) -> None:
-    inside, go_on = threading.Event(), threading.Event()
+    inside, go_on, over = threading.Event(), threading.Event(), threading.Event()
     waiter = threading.get_ident()
 
     def hold(tag: str, ranges: object) -> None:
@@ -598,7 +598,8 @@ def test_an_interrupt_while_waiting_for_a_turn_leaves_the_turn_to_its_owner(
 
     def interrupt() -> None:
         while not waits_for_its_turn(waiter):
-            pass
+            if over.is_set():
+                return
         signal.pthread_kill(waiter, signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -607,8 +608,11 @@ def test_an_interrupt_while_waiting_for_a_turn_leaves_the_turn_to_its_owner(
             slept = threads.submit(alloc.sleep, tags="kv")
             assert inside.wait(60)
             struck = threads.submit(interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                alloc.wake_up()
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    alloc.wake_up()
+            finally:
+                over.set()
             struck.result()
             assert not slept.done()
             go_on.set()

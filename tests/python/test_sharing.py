@@ -607,16 +607,40 @@ def test_a_request_that_comes_when_the_allocator_is_closed_is_refused(
     alloc = make_allocator()
     kv = alloc.empty(3, tag="kv")
     memory = alloc.share(kv)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect("\0" + memory.endpoint)
-        until(lambda: threading.active_count() > threads)  # which waits for the request
+        until(lambda: bool(set(threading.enumerate()) - threads))  # which waits for the request
         del kv
         alloc.close()
         late = Wire(connection)
         sharing._ask(late, memory, True)
         with pytest.raises(SharingError, match="the allocator is closed"):
             late.receive_fds(1)
+
+
+def test_close_ends_leases_that_the_serving_thread_has_not_seen_end(
+    make_allocator: MakeAllocator,
+) -> None:
+    alloc = make_allocator()
+    kv = [alloc.empty(3, tag=tag) for tag in ("a", "b")]
+    opened = [open_shared(alloc.share(tensor)) for tensor in kv]
+    serving = alloc._endpoint
+    assert isinstance(serving, Endpoint)
+    thread = serving._thread.ident
+    assert thread is not None
+
+    def line() -> int:
+        return sys._current_frames()[thread].f_lineno
+
+    with serving._lock:  # which the thread needs once a lease has ended
+        waiting = line()
+        del opened[0]
+        until(lambda: line() != waiting)
+        serving.stop()
+    until(lambda: [pins(alloc, tag) for tag in ("a", "b")] == [0, 0])
+    opened.clear()
+    kv.clear()
 
 
 def test_whatever_runs_in_the_thread_that_serves_may_close_the_allocator(
