@@ -69,17 +69,21 @@ class SimulatedCuda(FakeTorch):
         self.cached_outside = 0
         self.capturing = False
         self.allocators: list[CuMemAllocator] = []
-        monkeypatch.setattr(
-            _core,
-            "open_cuda",
-            lambda: _core.open_host(
-                devices=len(UUIDS),
-                bytes_per_device=mib * MIB,
-                granularity=GRANULE,
-                rdma=False,
-                fabric=False,
-            ),
-        )
+        self.drivers: list[_core.Driver] = []
+
+        def open_cuda() -> _core.Driver:
+            self.drivers.append(
+                _core.open_host(
+                    devices=len(UUIDS),
+                    bytes_per_device=mib * MIB,
+                    granularity=GRANULE,
+                    rdma=False,
+                    fabric=False,
+                )
+            )
+            return self.drivers[-1]
+
+        monkeypatch.setattr(_core, "open_cuda", open_cuda)
         monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.version, "hip", None)
@@ -167,14 +171,26 @@ class SimulatedCuda(FakeTorch):
             "Stream": lambda: stream,
             "stream": lambda stream: contextlib.nullcontext(),
             "synchronize": lambda: None,
+            "get_device_name": lambda: "a simulated GPU",
+            "mem_get_info": self.memory,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
+        monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
+        monkeypatch.setattr(
+            torch.UntypedStorage, "device", property(lambda storage: torch.device("cuda", 0))
+        )
         with mode:
             yield
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free on the current device, and all that it has."""
+        found = self.drivers[-1].probe(self.device)
+        return found["free_bytes"], found["total_bytes"]
+
     def tensor(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor with the contents of another where torch would allocate it now."""
-        if not any(device == self.device for device, _ in self.routes):
+        if not like.nbytes or not any(device == self.device for device, _ in self.routes):
             return like
         size = -(-like.nbytes // GRANULE) * GRANULE
         address = self.allocate(size)
