@@ -15,7 +15,7 @@ set -euo pipefail
 least_cpp=90
 # What needs a GPU counts as not taken here: about 40 branches of _torch.py, torch_state.py, devices.py,
 # transition.py, scope.py and selftest.py, which tests/gpu takes.
-least_python=92
+least_python=95
 
 # The only files of cpp/ that are left out: they talk to libcuda, and do something only with a GPU.
 # The conformance suite runs them there; here a library that calls itself libcuda tests how it is

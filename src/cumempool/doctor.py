@@ -70,8 +70,10 @@ def examine(driver: DriverName = "cuda", environ: Mapping[str, str] | None = Non
     found = probe(driver=driver)
     checks = [_package(found), _torch_build(found), _driver(found)]
     checks += [check for device in found.devices for check in _device(device, found.driver)]
+    if found.ok or found.torch.routes is False:  # which is a reason not to be ok
+        checks.append(_routing(found))
     if found.ok:
-        checks += [_routing(found), _round_trip(found)]
+        checks.append(_round_trip(found))
     checks += [_caching(environ), _expandable(environ), _host_memory(found)]
     checks += [_huge_pages(), _address_space(), _mappings(), _files(), _nixl()]
     return checks

@@ -240,6 +240,9 @@ class Observer:
                 except (OSError, ValueError) as problem:
                     _logger.warning("the trace %s ends here: %s", path, problem)
                     self._sinks.remove(sink)
+                    # Now: at the end it would try once more to write what is left, and raise there.
+                    with contextlib.suppress(OSError):
+                        file.close()
 
             write({"format": "cumempool trace 1", "time": time.time(), "process": os.getpid()})
             self._sinks.append(sink)

@@ -201,12 +201,13 @@ class Departing(contextlib.AbstractContextManager[None]):
             _note(error, tell(_owed(self._ran, self._ranges_now())))
 
 
-Owed = tuple[_Entry, Sequence[RegistrableRange]]
+Owed = tuple[str, Hook, Sequence[RegistrableRange]]
+"""A tag, its ``after_map`` hook, and the ranges that it is to be told of."""
 
 
 def _owed(entries: Sequence[_Entry], ranges: Ranges) -> list[Owed]:
     return [
-        (entry, ranges[entry.tag])
+        (entry.tag, entry.after_map, ranges[entry.tag])
         for entry in entries
         if entry.after_map is not None and ranges.get(entry.tag)
     ]
@@ -229,16 +230,14 @@ def tell(owed: list[Owed], problems: list[str] | None = None) -> list[str]:
     problems = [] if problems is None else problems
     last: BaseException | None = None
     while owed:
-        entry, ranges = owed[0]
+        tag, hook, ranges = owed[0]
         try:
-            hook = entry.after_map
             del owed[0]
-            if hook is not None:
-                hook(entry.tag, ranges)
+            hook(tag, ranges)
         except Exception as error:  # whatever a stranger's code raises: the memory is awake
-            _logger.exception("an after_map hook of tag %r failed", entry.tag)
+            _logger.exception("an after_map hook of tag %r failed", tag)
             problems.append(
-                f"an after_map hook of tag {entry.tag!r} failed: {type(error).__name__}: {error}"
+                f"an after_map hook of tag {tag!r} failed: {type(error).__name__}: {error}"
             )
         except BaseException as error:  # noqa: BLE001 -- goes on once all others were told
             last = last or error
@@ -410,11 +409,8 @@ class Transitions:
 
     def _settle_all(self) -> None:
         while self._arrivals:
-            try:
-                self._arrivals[0]._settle()
-            finally:
-                if self._arrivals[0].settled:  # else it was interrupted, and is tried once more
-                    del self._arrivals[0]
+            self._arrivals[0]._settle()  # where it is interrupted, it is repeated by the next turn
+            del self._arrivals[0]
 
     def _forked(self) -> None:
         self._lock = threading.RLock()  # the thread that had it is not in this process

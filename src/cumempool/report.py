@@ -28,11 +28,9 @@ def format_bytes(count: int) -> str:
     """A number of bytes for people, in binary units: ``"14.96 GiB"``, ``"512 bytes"``."""
     if abs(count) < 1024:
         return f"{count} bytes"
-    value = float(count)
-    for unit in _UNITS:
-        value /= 1024
-        if abs(value) < 1024 or unit == _UNITS[-1]:
-            break
+    value, (unit, *larger) = count / 1024, _UNITS
+    while abs(value) >= 1024 and larger:
+        value, (unit, *larger) = value / 1024, larger
     return f"{value:.2f} {unit}"
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,15 @@ def totals(report: TransitionReport) -> dict[str, int]:
         for name, value in report.to_dict().items()
         if name.startswith("bytes_") and isinstance(value, int) and value
     }
+
+
+def quantized() -> torch.Tensor:
+    """A tensor whose scale lies outside of its storage; torch is about to give them up."""
+    if not hasattr(torch, "quantize_per_tensor"):
+        pytest.skip("this torch has no quantized tensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(torch.ones(4), 0.5, 0, torch.quint8)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GRANULE, MIB, MakeAllocator
+from conftest import GRANULE, MIB, MakeAllocator, quantized
 from torch import nn
 
 from cumempool import (
@@ -207,6 +207,7 @@ REFUSED: dict[str, Callable[[], torch.Tensor]] = {
     "conjugate": lambda: torch.view_as_complex(torch.ones(4, 2)).conj(),
     "negation": lambda: torch.view_as_complex(torch.ones(4, 2)).conj().imag,
     "UninitializedBuffer": lambda: nn.UninitializedBuffer(),
+    "quantized": quantized,
     "has no memory": lambda: torch._efficientzerotensor((3,)),
     "shares part": lambda: overlapping()["bad"],
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from simulated_cuda import SimulatedCuda
 
-from cumempool import CuMemAllocator, CuMemConfig, InternalError
+from cumempool import CuMemAllocator, CuMemConfig, InternalError, bench
 from cumempool.bench import run_bench
 from cumempool.cli import main
 
@@ -55,3 +57,25 @@ def test_a_driver_that_is_missing_is_an_error() -> None:
     result = CliRunner().invoke(main, ["bench"])
     assert result.exit_code == 1
     assert "libcuda" in result.output
+
+
+def test_on_a_gpu_each_measurement_begins_and_ends_with_an_idle_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = SimulatedCuda(monkeypatch)
+    steps: list[str] = []
+    for name in ("sleep", "wake_up"):
+        transition = getattr(CuMemAllocator, name)
+
+        def noted(*arguments: object, transition: Any = transition, **named: object) -> object:
+            steps.append("transition")
+            return transition(*arguments, **named)
+
+        monkeypatch.setattr(CuMemAllocator, name, noted)
+    monkeypatch.setattr(bench, "_SETTLE", 0.0)
+    with cuda.tensors(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: steps.append("idle"))
+        rows = run_bench(CuMemConfig(driver="cuda"), SIZE, rounds=1)
+    assert len(rows) == 6
+    copies = ["idle", "idle"] * 4  # each direction once unmeasured
+    assert steps == copies + ["idle", "transition", "idle"] * 5

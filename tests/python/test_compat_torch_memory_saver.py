@@ -18,6 +18,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import GRANULE, MIB, MakeAllocator, RunPython, random_bytes
+from simulated_cuda import SimulatedCuda
 
 import cumempool
 from cumempool import CuMemAllocator
@@ -654,6 +655,61 @@ def test_retained_views_of_one_memory_are_told_apart(saver: TorchMemorySaver) ->
     saver.retain_cpu_backup = False
     saver.resume()
     assert saver.allocator.stats().host_bytes == 0
+
+
+def test_retained_backup_that_is_asked_for_twice_is_one_view(saver: TorchMemorySaver) -> None:
+    saver.retain_cpu_backup = True
+    with saver.region(enable_cpu_backup=True):
+        tensor = made(saver)
+    saver.pause()
+    first = saver.get_cpu_backup(tensor, zero_copy=True)
+    assert first is not None
+    assert saver.get_cpu_backup(tensor, zero_copy=True) is first
+    saver.resume()
+    assert saver.get_cpu_backup(tensor, zero_copy=True) is first
+    assert torch.equal(first, random_bytes(1000))
+    del first
+    saver.retain_cpu_backup = False
+    saver.pause()
+    saver.resume()
+    assert saver.allocator.stats().host_bytes == 0
+
+
+def test_retained_backup_in_a_file_stays_visible(saver: TorchMemorySaver, tmp_path: Path) -> None:
+    saver.retain_cpu_backup = True
+    saver.set_disk_backup_dir(str(tmp_path))
+    with saver.region(enable_disk_backup=True):
+        tensor = made(saver)
+    for seed in (0, 1):
+        tensor.copy_(random_bytes(1000, seed))
+        saver.pause()
+        shown = saver.get_cpu_backup(tensor, zero_copy=True)
+        assert shown is not None
+        saver.resume()
+        assert saver.get_cpu_backup(tensor, zero_copy=True) is shown
+        assert torch.equal(shown, random_bytes(1000, seed))
+        del shown
+    saver.retain_cpu_backup = False
+    saver.pause()
+    saver.resume()
+    assert saver.allocator.stats().file_bytes == 0
+
+
+@pytest.mark.parametrize("grown", [0, GRANULE])
+def test_what_torch_reserves_while_disabled_goes_back_to_the_device(
+    monkeypatch: pytest.MonkeyPatch, grown: int
+) -> None:
+    cuda = SimulatedCuda(monkeypatch)
+    allocator = cuda.make_allocator()
+    saver = TorchMemorySaver(allocator=allocator)
+    cuda.cached_outside = 7 * GRANULE
+    with saver.region():
+        with saver.disable():
+            assert not cuda.routes
+            cuda.cached_outside += grown
+        assert cuda.cached_outside == (0 if grown else 7 * GRANULE)
+        assert len(cuda.routes) == 1
+    allocator.close()
 
 
 def test_view_kept_without_retaining_shows_what_it_showed(saver: TorchMemorySaver) -> None:

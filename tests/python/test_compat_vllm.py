@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import GRANULE, MIB, RunPython, assert_nothing_is_held, random_bytes
+from simulated_cuda import SimulatedCuda
 
 from cumempool import (
     CuMemAllocator,
+    DriverError,
     InUseError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -882,3 +884,64 @@ def test_a_backend_that_was_not_installed_says_so(vllm: None) -> None:
         with pytest.raises(InUseError, match=r"install\(\)"):
             call()
         assert backend.state() == "RUNNING"
+
+
+# ---- on cuda, which is simulated
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedCuda:
+    monkeypatch.setenv("CUMEMPOOL_DRIVER", "cuda")
+    return SimulatedCuda(monkeypatch)
+
+
+def test_the_runtime_calls_are_made_on_an_idle_device_and_waited_for(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[object] = []
+
+    def function(name: str) -> Callable[..., int]:
+        def call(address: Any, argument: Any, count: Any) -> int:
+            steps.append((name, address.value, argument.value, count.value))
+            return 700 if address.value == 0 else 0
+
+        return call
+
+    library = SimpleNamespace(
+        cuMemsetD8_v2=function("cuMemsetD8_v2"), cuMemcpy=function("cuMemcpy")
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: steps.append("idle"))
+    monkeypatch.setattr(compat.ctypes, "CDLL", {"libcuda.so.1": library}.__getitem__)
+    compat.libcudart.cudaMemset(2**40, 0xA5, 3 * 2**32)
+    assert steps == ["idle", ("cuMemsetD8_v2", 2**40, 0xA5, 3 * 2**32), "idle"]
+    steps.clear()
+    compat.libcudart.cudaMemcpy(2**40, 2**41, 100)
+    assert steps == ["idle", ("cuMemcpy", 2**40, 2**41, 100), "idle"]
+    with pytest.raises(DriverError, match="cuMemcpy of 100 bytes at 0x0: CUDA error 700") as caught:
+        compat.libcudart.cudaMemcpy(0, 2**41, 100)
+    assert (caught.value.driver_call, caught.value.result) == ("cuMemcpy", 700)
+
+
+def test_what_torch_has_cached_is_given_back_before_a_wake_needs_the_room(
+    cuda: SimulatedCuda, allocator: compat.CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with allocator.use_memory_pool("weights"):
+        cuda.allocate(40 * MIB)
+    allocator.sleep("weights")
+    with allocator.use_memory_pool("kv_cache"):
+        cuda.allocate(40 * MIB)
+    for block in cuda.segments[1]["blocks"]:
+        block["state"] = "inactive"  # its tensors are gone
+    held: list[int] = []
+    pools = CuMemAllocator.get_instance()
+    wake_up = pools.wake_up
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        held.append(pools.stats().physical_bytes)
+        return wake_up(*arguments, **named)
+
+    monkeypatch.setattr(pools, "wake_up", noted)
+    allocator.wake_up()
+    assert held == [0]
+    assert asleep(allocator) == {"weights": False}
+    cuda.drop_tensors()

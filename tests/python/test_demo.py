@@ -9,8 +9,9 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import RunPython
+from conftest import MIB, RunPython
 from rich.console import Console
+from simulated_cuda import SimulatedCuda
 
 from cumempool import Availability, CuMemConfig, __version__
 from cumempool import demo as demo_module
@@ -44,6 +45,19 @@ def test_the_host_driver_can_be_asked_for() -> None:
     assert result.exit_code == 0, result.output
     assert result.output.startswith("Driver: host")
     assert_shows_everything(result.output)
+
+
+@pytest.mark.parametrize("driver", ["auto", "cuda"])
+def test_on_a_gpu_torch_allocates_in_the_scope_and_the_device_counts_its_memory(
+    monkeypatch: pytest.MonkeyPatch, driver: str
+) -> None:
+    cuda = SimulatedCuda(monkeypatch)
+    text = io.StringIO()
+    with cuda.tensors(monkeypatch):
+        assert demo_module.run_demo(driver, 8 * MIB, Console(file=text, width=200))
+    assert text.getvalue().startswith("Driver: cuda. Memory is device memory of a simulated GPU.\n")
+    assert_shows_everything(text.getvalue())
+    assert any(event.startswith("beginAllocate") for event in cuda.events)
 
 
 @without_gpu

@@ -29,6 +29,7 @@ from cumempool import (
     InvalidTypeError,
     RegistrableRange,
     UnknownTagError,
+    _torch,
     distributed,
 )
 from cumempool.distributed import GroupReport, StoreGroup
@@ -406,6 +407,154 @@ def test_a_rank_that_loses_the_store_goes_back(three: Threads, phase: str) -> No
     assert all(tensor.equal(random_bytes(MIB)) for tensor in tensors)
 
 
+class Altered:
+    """A store whose writes may be made otherwise: `alter` gets the key, and what is to be there.
+
+    Where it raises, the store fails.
+    """
+
+    def __init__(self, store: Any, alter: Callable[[str, str], None]) -> None:
+        self.store, self.alter = store, alter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        self.alter(key, desired)
+        answer: bytes = self.store.compare_set(key, expected, desired)
+        return answer
+
+
+def lose_the_next_round(key: str, desired: str) -> None:
+    if key.endswith("/round") and desired != "0":
+        raise RuntimeError("the connection is gone")
+
+
+def test_a_rank_that_loses_the_store_after_the_decision_says_so_and_goes_back(
+    make_allocator: MakeAllocator,
+) -> None:
+    alloc = make_allocator()
+    kept, pinned = filled(alloc, MIB, "w"), filled(alloc, MIB, "pinned")
+    store: Any = Altered(dist.HashStore(), lose_the_next_round)
+    with alloc.pin("pinned", "a registration"), pytest.raises(DistributedTransitionError) as caught:
+        distributed.sleep(StoreGroup(store, 0, 1), "w", allocator=alloc)
+    assert "tag 'pinned' has 1 pins and cannot sleep" in caught.value.failures[0]
+    assert caught.value.states == {0: "unchanged"}
+    assert caught.value.secondary == (
+        "the group's store failed in a compare_set: the connection is gone",
+    )
+    assert kept.equal(random_bytes(MIB))
+    assert pinned.equal(random_bytes(MIB))
+
+
+def test_a_round_that_nobody_has_closed_is_closed_by_who_comes_next(
+    make_allocator: MakeAllocator,
+) -> None:
+    alloc = make_allocator()
+    tensor = filled(alloc, MIB, "w")
+    store = dist.HashStore()
+    dying: Any = Altered(store, lose_the_next_round)
+    first = distributed.sleep(StoreGroup(dying, 0, 1), "w", allocator=alloc)
+    assert first.bytes_freed == GRANULE
+    second = distributed.wake_up(StoreGroup(store, 0, 1), allocator=alloc)
+    assert second.bytes_mapped == GRANULE
+    assert tensor.equal(random_bytes(MIB))
+
+
+def test_a_decision_that_others_have_made_first_holds(make_allocator: MakeAllocator) -> None:
+    """They waited for as long as they were told to, when this rank had just voted."""
+    alloc = make_allocator()
+    tensor = filled(alloc, MIB, "w")
+    store = dist.HashStore()
+
+    def come_first(key: str, desired: str) -> None:
+        if key.endswith("/decision"):
+            store.compare_set(key, "", '{"commit": false, "unanswered": [0]}')
+
+    slow: Any = Altered(store, come_first)
+    with pytest.raises(DistributedTransitionError, match="others had given up") as caught:
+        distributed.sleep(StoreGroup(slow, 0, 1), "w", allocator=alloc)
+    assert (caught.value.failures, caught.value.unanswered) == ({}, ())
+    assert caught.value.states == {0: "unchanged"}
+    assert alloc.stats().tags["w"].awake_bytes == GRANULE
+    assert tensor.equal(random_bytes(MIB))
+
+
+def test_an_interrupt_after_all_have_agreed_undoes_nothing(
+    make_allocator: MakeAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alloc = make_allocator()
+    tensor = filled(alloc, MIB, "w")
+    group = StoreGroup(dist.HashStore(), 0, 1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "_joined", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            distributed.sleep(group, "w", allocator=alloc)
+    assert alloc.stats().tags["w"].backed_up_bytes == GRANULE
+    distributed.wake_up(group, allocator=alloc)
+    assert tensor.equal(random_bytes(MIB))
+
+
+def test_ranks_with_fewer_steps_vote_with_the_others_and_go_back_with_them(
+    three: Threads,
+) -> None:
+    """Rank 0 has nothing to discard; it learns only in the last step that rank 2 fails there."""
+    tensors = [filled(a, MIB, "w") for a in three.allocators]
+    kv = [a.empty(MIB, tag="kv") for a in three.allocators[1:]]
+
+    def fail(tag: str, ranges: Sequence[RegistrableRange]) -> None:
+        raise ValueError("not now")
+
+    with three.allocators[2].register_hooks("kv", before_unmap=fail):
+        errors = refused(three.sleep("w"))
+    assert [error.failures for error in errors] == [{2: "ValueError: not now"}] * 3
+    assert [error.lost_tags for error in errors] == [(), ("kv",), ()]
+    assert three.asleep() == [False] * 3
+    assert all(tensor.equal(random_bytes(MIB)) for tensor in tensors)
+    freed = [report.bytes_freed for report in reports(three.sleep("w"))[0].ranks.values()]
+    assert freed == [GRANULE, GRANULE + 2 * GRANULE, GRANULE + 2 * GRANULE]
+    reports(three.wake_up())
+    del kv
+
+
+def test_what_a_failed_step_has_left_asleep_is_woken(
+    three: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = [filled(a, MIB, "w") for a in three.allocators]
+    stuck = three.allocators[1]
+    sleep = stuck.sleep
+
+    def half_way(*arguments: Any, **named: Any) -> None:
+        sleep(*arguments, **named)
+        raise CumempoolError("it could not be undone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stuck, "sleep", half_way)
+        errors = refused(three.sleep("w"))
+    assert [error.failures for error in errors] == [
+        {1: "CumempoolError: it could not be undone"}
+    ] * 3
+    assert errors[0].states == dict.fromkeys(range(3), "unchanged")
+    assert three.asleep() == [False] * 3
+    assert all(tensor.equal(random_bytes(MIB)) for tensor in tensors)
+
+
+def test_older_groups_have_their_store_in_torchs_own_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class OlderGroup:
+        """Without `get_group_store`."""
+
+    group, store = OlderGroup(), dist.HashStore()
+    table = dist.distributed_c10d._world.pg_map
+    monkeypatch.setitem(table, group, ("gloo", store))  # type: ignore[arg-type]
+    assert _torch.store_of_group(group) is store  # type: ignore[arg-type]
+
+
 def test_a_discard_that_fails_says_which_backups_are_lost(three: Threads) -> None:
     kept = [filled(a, MIB, "w") for a in three.allocators]
     kv = [a.empty(MIB, tag="kv") for a in three.allocators]
@@ -585,6 +734,14 @@ def test_a_subgroup_sleeps_alone(ranks: Ranks) -> None:
     outsider = ranks.every("sleep", ranks=[3], group="pairs")
     assert isinstance(outsider[0], InvalidArgumentError)
     reports(ranks.every("wake_up", ranks=[0, 1], group="pairs"))
+    all_is_as_before(ranks)
+
+
+def test_a_rank_that_is_not_in_the_group_is_refused(ranks: Ranks) -> None:
+    begin(ranks)
+    (answer,) = ranks.every("sleep", ranks=[3], group="pairs", offload_tags=["weights"])
+    assert isinstance(answer, InvalidArgumentError)
+    assert "not in the group" in str(answer)
     all_is_as_before(ranks)
 
 

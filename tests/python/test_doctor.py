@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from simulated_cuda import SimulatedCuda
 
 import cumempool
-from cumempool import doctor, machine
+from cumempool import CuMemAllocator, doctor, machine
 from cumempool.cli import main
 from cumempool.doctor import Check
 from cumempool.errors import OutOfMemoryError
@@ -253,3 +255,54 @@ def test_an_extension_that_is_missing_is_the_first_thing_it_says(
     assert checks["package"].status == "FAIL"
     assert "cannot be loaded" in checks["package"].reason
     assert not doctor.passed(list(checks.values()))
+
+
+# ---- on cuda, which is simulated ---------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
+    cuda = SimulatedCuda(monkeypatch, mib=256)
+    with cuda.tensors(monkeypatch):
+        yield cuda
+
+
+def test_cuda_is_started_so_that_the_routing_can_be_tried(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: started.append(True))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(started))
+    checks = by_name(doctor.examine("cuda"))
+    assert started[0]
+    assert checks["routing"].status == "PASS"
+    assert checks["driver cuda"].value.endswith("2 devices")
+    assert (checks["sleep and wake"].status, checks["sleep and wake"].reason) == ("PASS", "")
+    assert not cuda.segments
+
+
+def test_a_torch_that_allocates_elsewhere_fails(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "tensor", lambda like: like)
+    checks = doctor.examine("cuda")
+    assert [check.name for check in checks if check.status == "FAIL"] == ["routing"]
+    check = by_name(checks)["routing"]
+    assert "allocated elsewhere" in check.reason
+    assert "torch 2.6" in check.fix
+    assert "sleep and wake" not in by_name(checks)
+
+
+def test_unchanged_contents_that_are_copied_again_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sleep = CuMemAllocator.sleep
+
+    def without_retained_backup(self: CuMemAllocator, **named: Any) -> object:
+        self.release_host_memory()
+        return sleep(self, **named)
+
+    monkeypatch.setattr(CuMemAllocator, "sleep", without_retained_backup)
+    check = by_name(doctor.examine("host"))["sleep and wake"]
+    assert (check.status, check.reason) == ("WARN", "unchanged contents were copied again")
+    assert check.value.startswith("64.00 MiB equal")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GRANULE, MakeAllocator, filled
+from conftest import GRANULE, MakeAllocator, filled, random_bytes
 
 from cumempool import CuMemAllocator, InUseError, OutOfMemoryError, UnknownTagError
 from cumempool.events import Event, EventLog, Observer
@@ -113,6 +113,26 @@ def test_marks_are_harmless_where_torch_has_none(make_allocator: MakeAllocator) 
     alloc.sleep(tags="data")
     assert operations(alloc) == [("sleep", "")]
     del tensor
+
+
+def test_a_trace_that_cannot_be_written_ends_and_nothing_else_does(
+    alloc: CuMemAllocator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensor = filled(alloc, GRANULE, "data")
+    trace = tmp_path / "trace"
+    os.mkfifo(trace)  # which can be written to until its reader goes
+    reader = os.open(trace, os.O_RDONLY | os.O_NONBLOCK)
+    with alloc.record(trace):
+        alloc.sleep(tags="data")
+        lines = [json.loads(line) for line in os.read(reader, 1 << 16).splitlines()]
+        os.close(reader)
+        alloc.wake_up()
+        alloc.sleep(tags="data")
+    assert [line.get("operation") for line in lines] == [None, "sleep"]
+    assert caplog.text.count("ends here") == 1
+    assert operations(alloc) == [("sleep", ""), ("wake_up", ""), ("sleep", "")]
+    alloc.wake_up()
+    assert torch.equal(tensor, random_bytes(GRANULE))
 
 
 # ---- out of memory ---------------------------------------------------------------------------

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -542,3 +547,103 @@ def test_nothing_is_prepared_for_memory_that_stays_pinned(alloc: CuMemAllocator)
         alloc.sleep(tags="kv")
     alloc.wake_up()
     assert torch.equal(kv, random_bytes(MIB))
+
+
+# ---- where interrupts and the garbage collector strike
+
+
+def test_a_handle_that_is_dropped_inside_a_hook_starts_nothing_there(
+    alloc: CuMemAllocator, kv: list[torch.Tensor]
+) -> None:
+    called: list[str] = []
+    other = filled(alloc, GRANULE, "other", 5)
+    alloc.sleep(tags="kv")
+    alloc.register_hooks("kv", after_map=lambda tag, ranges: called.append("woken"))
+    handles = [alloc.wake_up("kv", blocking=False)]
+
+    def drop(tag: str, ranges: object) -> None:
+        called.append("before")
+        handles.clear()
+        called.append("after")
+
+    with alloc.register_hooks("other", before_unmap=drop):
+        alloc.sleep(tags="other")
+    assert called == ["woken", "before", "after"]
+    alloc.wake_up()
+    assert called == ["woken", "before", "after"]
+    assert intact(kv)
+    assert torch.equal(other, random_bytes(GRANULE, 5))
+
+
+def waits_for_its_turn(thread: int) -> bool:
+    """Whether a thread stays where it asks for a turn."""
+    places = set()
+    for _ in range(20):
+        frame = sys._current_frames()[thread]
+        code = frame.f_code
+        places.add((code.co_name, Path(code.co_filename).name, frame.f_lasti))
+        time.sleep(0.001)
+    return len(places) == 1 and next(iter(places))[:2] == ("__enter__", "guard.py")
+
+
+def test_an_interrupt_while_waiting_for_a_turn_leaves_the_turn_to_its_owner(
+    alloc: CuMemAllocator, kv: list[torch.Tensor]
+) -> None:
+    inside, go_on, over = threading.Event(), threading.Event(), threading.Event()
+    waiter = threading.get_ident()
+
+    def hold(tag: str, ranges: object) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    def interrupt() -> None:
+        while not waits_for_its_turn(waiter):
+            if over.is_set():
+                return
+        signal.pthread_kill(waiter, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with alloc.register_hooks("kv", before_unmap=hold), ThreadPoolExecutor(2) as threads:
+            slept = threads.submit(alloc.sleep, tags="kv")
+            assert inside.wait(60)
+            struck = threads.submit(interrupt)
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    alloc.wake_up()
+            finally:
+                over.set()
+            struck.result()
+            assert not slept.done()
+            go_on.set()
+            assert slept.result(60).bytes_freed == 2 * 2 * GRANULE
+    finally:
+        go_on.set()
+        signal.signal(signal.SIGINT, before)
+    assert alloc.wake_up().bytes_mapped == 2 * 2 * GRANULE
+    assert intact(kv)
+
+
+def test_an_exception_that_takes_no_notes_passes_as_it_is(
+    alloc: CuMemAllocator, log: Log, kv: list[torch.Tensor]
+) -> None:
+    """As all of them before Python 3.11."""
+
+    class NoteLessError(Exception):
+        @property
+        def add_note(self) -> None:
+            raise AttributeError
+
+    def cancel(tag: str, ranges: object) -> None:
+        raise NoteLessError("not now")
+
+    log.hooks("a")
+    log.fail = {"a after"}
+    with (
+        alloc.register_hooks("kv", before_unmap=cancel),
+        pytest.raises(NoteLessError, match="not now"),
+    ):
+        alloc.sleep(tags="kv")
+    assert log.take() == [("a", "before", 2), ("a", "after", 2)]
+    assert states(alloc) == {"kv": "awake"}
+    assert intact(kv)

@@ -128,3 +128,21 @@ def test_every_exception_is_a_cumempool_error() -> None:
     errors = [getattr(cumempool, name) for name in PUBLIC if name.endswith("Error")]
     assert len(errors) > 10
     assert all(issubclass(error, cumempool.CumempoolError) for error in errors)
+
+
+def test_no_module_of_the_package_does_anything_when_it_is_imported(run_python: RunPython) -> None:
+    """R11: but for the one that needs vLLM."""
+    code = """
+import importlib, pathlib, pkgutil, threading
+import cumempool
+names = [found.name for found in pkgutil.walk_packages(cumempool.__path__, "cumempool.")]
+assert "cumempool.__main__" in names and "cumempool.compat.vllm" in names, names
+for name in names:
+    if name != "cumempool.compat.vllm_backend":
+        importlib.import_module(name)
+assert "libcuda.so" not in pathlib.Path("/proc/self/maps").read_text()
+assert cumempool.CuMemAllocator._instance is None
+assert threading.active_count() == 1, threading.enumerate()
+"""
+    done = run_python(code)
+    assert (done.code, done.out, done.err) == (0, "", "")

@@ -625,6 +625,14 @@ def test_any_package_of_nixl_will_do(monkeypatch: pytest.MonkeyPatch, name: str)
         create_agent("prefill", backends=["UCX", "GDS"])
 
 
+@pytest.mark.usefixtures("no_nixl")
+def test_a_nixl_without_thread_modes_is_given_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = fake_nixl("nixl", ["UCX"])
+    del older.nixl_thread_sync_t
+    monkeypatch.setitem(sys.modules, "nixl", older)
+    assert create_agent("prefill").settings == {"backends": ["UCX"]}
+
+
 def test_the_package_does_not_import_the_adapter(run_python: RunPython) -> None:
     done: Done = run_python(
         "import sys, cumempool\n"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GRANULE, MIB, RunPython
+from simulated_cuda import SimulatedCuda
 
 import cumempool
 from cumempool import CuMemAllocator, CuMemConfig, UnavailableError, _torch, is_available, probe
@@ -267,6 +268,20 @@ def test_a_torch_that_does_not_route_is_a_no(
     assert not found.ok
     assert why in found.reason
     assert "torch 2.6" in found.hint
+
+
+def test_a_rocm_build_of_torch_cannot_be_used_with_the_cuda_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    SimulatedCuda(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    found = probe(driver="cuda")
+    assert not found.ok
+    assert found.torch.build == "rocm"
+    assert "is built for rocm, not for CUDA" in found.reason
+    assert found.hint == "install a CUDA build of torch"
+    assert probe(driver="host").ok
 
 
 def test_a_torch_that_cannot_be_imported_says_why(run_python: RunPython) -> None:

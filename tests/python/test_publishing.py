@@ -110,6 +110,28 @@ def test_a_program_that_ends_leaves_nothing(run_python: RunPython, runtime: Path
     assert not list(folder.iterdir())
 
 
+def test_a_fork_takes_nothing_away_of_what_its_parent_publishes(
+    run_python: RunPython, runtime: Path
+) -> None:
+    done = run_python("""
+import os, warnings
+from cumempool.publishing import Publisher, published
+warnings.simplefilter("ignore")
+publisher = Publisher(dict, lambda: {"tags": {}}, "parent", interval=3600)
+child = os.fork()
+if child == 0:
+    publisher.close()  # which must not wait for a thread that is not there
+    del publisher
+    os._exit(0 if len(published()) == 1 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert [one.process for one in published()] == [os.getpid()]
+publisher.close()
+assert published() == []
+""")
+    assert (done.code, done.err) == (0, "")
+    assert not list(runtime.glob("*/*"))
+
+
 def test_what_is_no_record_is_passed_over(make_allocator: MakeAllocator, runtime: Path) -> None:
     make_allocator(publish=True)
     (folder,) = runtime.iterdir()
@@ -198,6 +220,23 @@ def test_metrics_are_read_at_the_scrape(make_allocator: MakeAllocator) -> None:
     assert 0 < seconds < 10
     copied = 'cumempool_last_transition_copied_bytes{model="m",operation="wake_up"}'
     assert metrics[copied] == GRANULE
+    del tensor
+
+
+def test_a_wake_in_the_background_has_a_time_and_no_copied_bytes(
+    make_allocator: MakeAllocator,
+) -> None:
+    """Its event comes without a report."""
+    alloc = make_allocator()
+    registry = CollectorRegistry()
+    registry.register(CuMemCollector(alloc))
+    tensor = filled(alloc, GRANULE, "data")
+    alloc.sleep(tags="data")
+    alloc.wake_up(blocking=False).result()
+    metrics = scrape(registry)
+    assert metrics['cumempool_last_transition_seconds{operation="wake_up"}'] > 0
+    assert metrics['cumempool_last_transition_copied_bytes{operation="sleep"}'] == GRANULE
+    assert 'cumempool_last_transition_copied_bytes{operation="wake_up"}' not in metrics
     del tensor
 
 

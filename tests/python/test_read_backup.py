@@ -18,6 +18,7 @@ from conftest import (
     MakeAllocator,
     bits,
     filled,
+    quantized,
     random_bytes,
     states,
 )
@@ -347,6 +348,11 @@ def test_memory_that_has_no_backup_to_be_read(make_allocator: MakeAllocator) -> 
 def test_what_is_no_tensor(alloc: CuMemAllocator, thing: Any) -> None:
     with pytest.raises(InvalidTypeError, match="Tensor"):
         alloc.read_backup(thing)
+
+
+def test_a_quantized_tensor_is_more_than_its_bytes(alloc: CuMemAllocator) -> None:
+    with pytest.raises(InvalidTypeError, match="quantized tensor has scales"):
+        alloc.read_backup(quantized())
 
 
 def test_writable_is_a_bool(alloc: CuMemAllocator) -> None:

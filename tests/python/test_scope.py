@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +91,34 @@ def test_out_of_memory_of_torch_gets_the_reason_of_the_driver(
     (note,) = caught.value.__notes__
     assert note.startswith("cumempool: ")
     assert "CUDA_ERROR_OUT_OF_MEMORY" in note
+
+
+def test_out_of_memory_of_torch_alone_gets_no_note(alloc: CuMemAllocator) -> None:
+    """What was out of memory has not asked this library."""
+    with pytest.raises(torch.OutOfMemoryError) as caught, alloc.use_memory_pool("a"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert not hasattr(caught.value, "__notes__")
+    assert [event.error for event in alloc.events] == ["OutOfMemoryError: CUDA out of memory"]
+
+
+def test_out_of_memory_is_written_down_where_exceptions_take_no_notes(
+    make_allocator: MakeAllocator, tmp_path: Path
+) -> None:
+    """As before Python 3.11."""
+
+    class OutOfMemoryError(torch.OutOfMemoryError):
+        @property
+        def add_note(self) -> None:
+            raise AttributeError
+
+    allocator = make_allocator(mib=4, out_of_memory_directory=str(tmp_path))
+    raised = OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError) as caught, allocator.use_memory_pool("a"):
+        raise raised
+    assert caught.value is raised
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())["error"] == "CUDA out of memory"
+    assert [event.operation for event in allocator.events] == ["malloc"]
 
 
 def test_tensors_outlive_their_scope(alloc: CuMemAllocator) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from simulated_cuda import SimulatedCuda
 
 from cumempool import CuMemAllocator, CuMemConfig, selftest
 from cumempool.cli import main
@@ -84,3 +87,59 @@ def test_a_driver_that_is_not_there_is_an_error_of_its_own(
     result = CliRunner().invoke(main, ["selftest"])
     assert result.exit_code == 1
     assert "libcuda" in result.output
+
+
+# ---- on cuda, which is simulated
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
+    cuda = SimulatedCuda(monkeypatch, mib=512)
+    with cuda.tensors(monkeypatch):
+        yield cuda
+
+
+def test_every_promise_about_torch_holds_on_cuda(cuda: SimulatedCuda) -> None:
+    outcomes = list(run_selftest(CuMemConfig(driver="cuda")))
+    assert [one for one in outcomes if one.status == "FAIL"] == []
+    (skipped,) = [one for one in outcomes if one.status == "SKIP"]
+    assert skipped.reason == "fills the device: tried on the host driver only"
+
+
+def route_nothing(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "tensor", lambda like: like)
+
+
+def free_nothing(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def replay_nothing(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "reason"),
+    [
+        (route_nothing, "in a scope", "NotInPoolError"),
+        (free_nothing, "in a scope", "memory of a dead tensor is stranded"),
+        (replay_nothing, "CUDA graph", "the graph wrote elsewhere"),
+    ],
+)
+def test_a_torch_that_breaks_a_promise_is_found(
+    cuda: SimulatedCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[SimulatedCuda, pytest.MonkeyPatch], None],
+    check: str,
+    reason: str,
+) -> None:
+    fault(cuda, monkeypatch)
+    (outcome,) = run_selftest(CuMemConfig(driver="cuda"), matching=check)
+    assert outcome.status == "FAIL"
+    assert reason in outcome.reason
+
+
+def test_what_the_settings_switch_off_is_skipped_with_its_reason() -> None:
+    config = CuMemConfig(driver="host", retain_backups=False)
+    (outcome,) = run_selftest(config, matching="R9")
+    assert (outcome.status, outcome.reason) == ("SKIP", "retain_backups is off")

@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import gc
 import json
+import logging
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -17,7 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,9 +41,13 @@ from cumempool import (
     SharingError,
     UnsupportedError,
     _core,
+    endpoint,
     open_shared,
+    sharing,
+    wire,
 )
 from cumempool.sharing import Endpoint
+from cumempool.wire import Wire, close_all
 
 NOBODY = 65534
 
@@ -219,6 +227,28 @@ def test_what_is_opened_for_reading_cannot_be_written(
     assert "for reading only" in answer
     forged = dataclasses.replace(alloc.share(kv, writable=False), writable=True)
     assert "not shared" in importer.open(forged)
+
+
+def test_a_device_that_maps_nothing_for_reading_only_leaves_that_to_torch(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = alloc.empty(3, tag="kv").fill_(5)
+    mapped: list[bool] = []
+    open_in_core = _core.open_shared
+
+    def refuse_reading(*arguments: Any) -> object:
+        mapped.append(arguments[4])
+        if not arguments[4]:
+            raise UnsupportedError("not for reading only")
+        return open_in_core(*arguments)
+
+    monkeypatch.setattr(_core, "open_shared", refuse_reading)
+    opened = open_shared(alloc.share(kv), writable=False)
+    assert isinstance(opened, torch.Tensor)
+    assert mapped == [False, True]
+    assert opened.tolist() == [5.0] * 3
+    with pytest.raises(InvalidArgumentError, match="read-only"):
+        opened.fill_(1)
 
 
 def test_another_device_can_use_it(make_allocator: MakeAllocator) -> None:
@@ -457,6 +487,29 @@ print("served")
     assert (done.code, done.out, done.err) == (0, "served\n", "")
 
 
+def test_a_fork_holds_no_lease_of_its_parent(run_python: RunPython) -> None:
+    done = run_python("""
+import os, warnings
+from cumempool import CuMemAllocator, open_shared
+warnings.simplefilter("ignore")
+def sockets():
+    kinds = (os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+             if os.path.lexists(f"/proc/self/fd/{n}"))
+    return sum(kind.startswith("socket") for kind in kinds)
+alloc = CuMemAllocator()
+kv = alloc.empty(3, tag="kv")
+opened = open_shared(alloc.share(kv))
+child = os.fork()
+if child == 0:
+    os._exit(sockets())  # the importer's end, which is in use here as well
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+assert alloc.stats().tags["kv"].pins == 1
+del opened
+print("over")
+""")
+    assert (done.code, done.out, done.err) == (0, "over\n", "")
+
+
 def test_no_descriptor_is_left_to_a_program_that_is_started(alloc: CuMemAllocator) -> None:
     kv = alloc.empty(3, tag="kv")
     opened = open_shared(alloc.share(kv))
@@ -470,6 +523,160 @@ def test_no_descriptor_is_left_to_a_program_that_is_started(alloc: CuMemAllocato
     assert "eventpoll" not in listed.stdout
     assert "pidfd" not in listed.stdout
     del opened
+
+
+# ---- what runs out, and what is late
+
+
+@contextlib.contextmanager
+def no_free_descriptors() -> Iterator[None]:
+    """This process can open nothing in the body."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    with contextlib.ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most + 1, hard))
+        with contextlib.suppress(OSError):
+            while True:  # numbers that are free between others
+                opened.callback(os.close, os.dup(0))
+        yield
+
+
+def test_an_owner_without_free_descriptors_serves_when_it_has_some(
+    alloc: CuMemAllocator, importer: Importer, caplog: pytest.LogCaptureFixture
+) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    with ThreadPoolExecutor(1) as thread:
+        with no_free_descriptors():
+            answer = thread.submit(importer.open, memory)
+            until(lambda: "an importer could not be accepted" in caplog.text)
+            assert not answer.done()
+        assert answer.result(60) == "1 12"
+    assert importer.ask("close", "a") == "closed"
+    until(lambda: pins(alloc) == 0)
+
+
+def test_an_owner_without_free_descriptors_can_be_closed(
+    make_allocator: MakeAllocator, importer: Importer, caplog: pytest.LogCaptureFixture
+) -> None:
+    alloc = make_allocator()
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    del kv
+    with ThreadPoolExecutor(1) as thread:
+        with no_free_descriptors():
+            answer = thread.submit(importer.open, memory)
+            until(lambda: "an importer could not be accepted" in caplog.text)
+            alloc.close()
+        assert answer.result(60).startswith("SharingError")
+
+
+def test_an_importer_without_free_descriptors_is_told(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    with no_free_descriptors(), pytest.raises(SharingError, match="no Unix socket") as caught:
+        open_shared(memory)
+    assert caught.value.advice == "raise ulimit -n"
+    ends = socket.socketpair()
+    Wire(ends[0]).send_fds([0])
+    with no_free_descriptors(), pytest.raises(SharingError, match="no room for more open files"):
+        Wire(ends[1]).receive_fds(1)
+    for end in ends:
+        end.close()
+    opened = open_shared(memory)
+    del opened
+
+
+def test_who_is_not_through_in_time_is_given_up(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    before = fds()
+    monkeypatch.setattr(wire, "PATIENCE", 0.0)
+    with pytest.raises(SharingError, match="not through after 0 seconds"):
+        open_shared(memory)
+    until(lambda: fds() == before)
+    assert pins(alloc) == 0
+
+
+def test_a_request_that_comes_when_the_allocator_is_closed_is_refused(
+    make_allocator: MakeAllocator,
+) -> None:
+    alloc = make_allocator()
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    threads = set(threading.enumerate())
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect("\0" + memory.endpoint)
+        until(lambda: bool(set(threading.enumerate()) - threads))  # which waits for the request
+        del kv
+        alloc.close()
+        late = Wire(connection)
+        sharing._ask(late, memory, True)
+        with pytest.raises(SharingError, match="the allocator is closed"):
+            late.receive_fds(1)
+
+
+def test_close_ends_leases_that_the_serving_thread_has_not_seen_end(
+    make_allocator: MakeAllocator,
+) -> None:
+    alloc = make_allocator()
+    kv = [alloc.empty(3, tag=tag) for tag in ("a", "b")]
+    opened = [open_shared(alloc.share(tensor)) for tensor in kv]
+    serving = alloc._endpoint
+    assert isinstance(serving, Endpoint)
+    thread = serving._thread.ident
+    assert thread is not None
+
+    def line() -> int:
+        return sys._current_frames()[thread].f_lineno
+
+    with serving._lock:  # which the thread needs once a lease has ended
+        waiting = line()
+        del opened[0]
+        until(lambda: line() != waiting)
+        serving.stop()
+    until(lambda: [pins(alloc, tag) for tag in ("a", "b")] == [0, 0])
+    opened.clear()
+    kv.clear()
+
+
+def test_whatever_runs_in_the_thread_that_serves_may_close_the_allocator(
+    make_allocator: MakeAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finalizer, or a handler of its log: it cannot wait for itself."""
+    alloc = make_allocator()
+    memory = alloc.share(alloc.empty(3, tag="kv"))
+    closed: list[str] = []
+
+    class Closing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            alloc.close()
+            closed.append(threading.current_thread().name)
+
+    handler = Closing()
+    monkeypatch.setattr(endpoint, "peer_of", lambda connection: (1, os.geteuid() + 1))
+    monkeypatch.setattr(logging.getLogger("cumempool"), "handlers", [handler])
+    with pytest.raises(SharingError):
+        open_shared(memory)
+    until(lambda: closed == ["cumempool-sharing"])
+    until(lambda: "cumempool-sharing" not in [thread.name for thread in threading.enumerate()])
+
+
+def test_where_the_kernel_cannot_watch_a_process_its_connection_tells_its_end(
+    alloc: CuMemAllocator, importer: Importer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = alloc.empty(3, tag="kv")
+    monkeypatch.setattr(endpoint, "pidfd_of_peer", lambda connection, process: None)
+    memory = alloc.share(kv)
+    before = fds()
+    assert importer.open(memory) == "1 12"
+    assert pins(alloc) == 1
+    importer.kill()
+    until(lambda: pins(alloc) == 0)
+    until(lambda: fds() == before)
 
 
 # ---- who is served
@@ -539,6 +746,64 @@ def test_another_user_is_refused(alloc: CuMemAllocator, importer: Importer) -> N
     assert pins(alloc) == 0
     assert importer.open(memory) == "1 12"
     importer.ask("close", "a")
+
+
+def test_an_endpoint_of_another_user_is_not_told_the_secret(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    before = fds()
+    monkeypatch.setattr(sharing, "peer_of", lambda connection: (1, os.geteuid() + 1))
+    monkeypatch.setattr(sharing, "_ask", lambda *_: pytest.fail("was asked"))
+    with pytest.raises(SharingError, match="belongs to another user"):
+        open_shared(memory)
+    until(lambda: fds() == before)
+
+
+# What an owner sends, who has these descriptors.
+Answer = Callable[[Wire, list[int]], object]
+
+ANSWERS: dict[str, Answer] = {
+    "nothing": lambda owner, fds: None,
+    "few descriptors": lambda owner, fds: owner.send_fds(fds[:1]),
+    "no handles": lambda owner, fds: owner.send_fds(fds),
+    "few handles": lambda owner, fds: (owner.send_fds(fds), owner.send({"fabric": [None]})),
+    "no list": lambda owner, fds: (owner.send_fds(fds), owner.send({"fabric": 3})),
+    "no number": lambda owner, fds: (owner.send_fds(fds), owner.send({"fabric": ["zz", None]})),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_an_owner_that_answers_garbage_leaves_nothing_behind(
+    alloc: CuMemAllocator, answer: Answer
+) -> None:
+    kv = [alloc.empty(3, tag="kv") for _ in range(2)]
+    shared = alloc.share("kv")
+    before = fds()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # the kernel finds a name
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                owner = Wire(connection)
+                owner.receive()
+                exported = [alloc._core.export_fd(part.address)[0] for part in shared.ranges]
+                answer(owner, exported)
+                close_all(exported)
+
+        name = listener.getsockname()[1:].decode()
+        memory = dataclasses.replace(shared, endpoint=name)
+        with ThreadPoolExecutor(1) as thread:
+            served = thread.submit(serve)
+            with pytest.raises(SharingError, match=f"process {os.getpid()}.*does not answer"):
+                open_shared(memory)
+            served.result(60)
+    gc.collect()
+    assert fds() == before
+    del kv
 
 
 def garbage(memory: SharedMemory) -> dict[str, bytes]:
@@ -729,6 +994,69 @@ def test_what_is_not_the_relay_is_left_alone(
         open_shared(dataclasses.replace(memory, secret="0" * 64))
     opened = open_shared(memory)
     assert isinstance(opened, torch.Tensor)
+
+
+@needs_getfd
+def test_a_process_of_another_user_is_not_taken_for_the_owner(
+    alloc: CuMemAllocator, unreachable: None
+) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    before = fds()
+    with contextlib.ExitStack() as started:
+        other = 1
+        if os.geteuid() == 0:
+            process = subprocess.Popen(["sleep", "600"], user=NOBODY)
+            started.callback(process.wait)
+            started.callback(process.kill)
+            other = process.pid
+        with pytest.raises(SharingError, match="the process belongs to another user"):
+            open_shared(dataclasses.replace(memory, owner=other))
+    assert fds() == before
+
+
+@needs_getfd
+def test_an_owner_that_is_busy_is_asked_again_for_as_long_as_there_is_patience(
+    alloc: CuMemAllocator, unreachable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = alloc.empty(3, tag="kv").fill_(3)
+    memory = alloc.share(kv)
+    before = fds()
+    serving = alloc._endpoint
+    assert isinstance(serving, Endpoint)
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with serving._lock:
+            held.set()
+            assert free.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            serving._relay.send(b"x", socket.MSG_DONTWAIT)
+    monkeypatch.setattr(sharing, "PATIENCE", -1.0)
+    with pytest.raises(SharingError, match="cannot be reached"):
+        open_shared(memory)
+    monkeypatch.setattr(sharing, "PATIENCE", 60.0)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        free.set()
+        time.sleep(seconds)
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=pause)
+    monkeypatch.setattr(sharing, "time", clock)
+    opened = open_shared(memory)
+    holder.join()
+    assert len(pauses) >= 1
+    assert isinstance(opened, torch.Tensor)
+    assert opened.tolist() == [3.0] * 3
+    del opened
+    until(lambda: fds() == before)
 
 
 def test_garbage_over_the_relay_is_harmless(alloc: CuMemAllocator) -> None:
@@ -928,6 +1256,21 @@ def test_what_cannot_be_shared_is_refused(alloc: CuMemAllocator) -> None:
         plain = alloc.empty(3)
     with pytest.raises(UnsupportedError, match="cudaMalloc"):
         alloc.share(plain)
+
+
+def test_a_tag_of_too_many_allocations_is_refused(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "_MOST_RANGES", 2)
+    kv = [alloc.empty(3, tag="kv") for _ in range(3)]
+    with pytest.raises(SharingError, match="has 3 allocations, and 2 can be shared at once") as why:
+        alloc.share("kv")
+    assert why.value.advice == "share the tensors"
+    assert alloc.share(kv[0]).ranges
+    del kv[2]
+    assert len(alloc.share("kv").ranges) == 2
+    with pytest.raises(InvalidTypeError, match="writable is a bool"):
+        open_shared(alloc.share("kv"), writable=1)  # type: ignore[arg-type]
 
 
 def test_threads_share_open_and_sleep(alloc: CuMemAllocator) -> None:

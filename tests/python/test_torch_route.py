@@ -273,6 +273,36 @@ def test_a_torch_that_refuses_to_empty_its_cache_is_no_error(
     assert len(fake.segments) == 1
 
 
+# torch frees segments through the object that made them, long after its pool is gone.
+pluggable_allocator = _torch._pluggable_allocator
+
+
+def test_a_slot_has_one_pluggable_allocator_for_the_life_of_the_process(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, str, str]] = []
+
+    class Pluggable:
+        def __init__(self, library: str, malloc: str, free: str) -> None:
+            made.append((library, malloc, free))
+
+        def allocator(self) -> tuple[str, str, str]:
+            return made[-1]
+
+    monkeypatch.setattr(torch.cuda.memory, "CUDAPluggableAllocator", Pluggable)
+    monkeypatch.setattr(_torch, "_pluggable", {})
+    monkeypatch.setattr(_torch, "_pluggable_allocator", pluggable_allocator)
+    for slot in (3, 3, 4):
+        route = PoolRoute(slot, [0])
+        route.begin()
+        route.end()
+    library = str(_torch.LIBRARY)
+    assert made == [
+        (library, f"cumempool_malloc_{slot}", f"cumempool_free_{slot}") for slot in (3, 4)
+    ]
+    assert [slot for _, slot in fake.made] == [made[0], made[0], made[1]]
+
+
 # ---- expandable segments
 
 

@@ -15,10 +15,12 @@ from torch import nn
 
 from cumempool import (
     CuMemAllocator,
+    CuMemConfig,
     InvalidArgumentError,
     InvalidTypeError,
     NotInPoolError,
     OutOfMemoryError,
+    _torch,
 )
 
 Optimizers = dict[str, Callable[[Any], torch.optim.Optimizer]]
@@ -270,6 +272,37 @@ def test_an_adopted_optimizer_keeps_neither_itself_nor_the_allocator_alive(
     step(params, optimizer)  # makes new state, which nobody moves
     assert len(optimizer._optimizer_step_post_hooks) == hooks - 1
     step(params, optimizer)
+
+
+def test_an_optimizer_outlives_the_allocator_that_adopted_it() -> None:
+    allocator = CuMemAllocator(CuMemConfig(driver="host"))
+    params, optimizer = stepped()
+    allocator.adopt(optimizer, "o")
+    hooks = len(optimizer._optimizer_step_post_hooks)
+    optimizer.state.clear()
+    gone = weakref.ref(allocator)
+    del allocator
+    gc.collect()
+    assert gone() is None
+    step(params, optimizer)
+    assert len(state_tensors(optimizer)) == 3
+    assert len(optimizer._optimizer_step_post_hooks) == hooks - 1
+
+
+def test_state_made_during_a_capture_is_moved_after_a_step_outside_of_it(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph goes on using what it was captured with."""
+    params, optimizer = stepped()
+    optimizer.state.clear()
+    alloc.adopt(optimizer, tag="state")
+    monkeypatch.setattr(_torch, "is_capturing", lambda: True)
+    step(params, optimizer)
+    assert alloc.snapshot() == []
+    monkeypatch.setattr(_torch, "is_capturing", lambda: False)
+    step(params, optimizer)
+    assert {alloc.tag_of(tensor) for tensor in state_tensors(optimizer)} == {"state"}
+    del params, optimizer
 
 
 def test_a_copy_of_an_adopted_optimizer_is_an_ordinary_one(alloc: CuMemAllocator) -> None:
