@@ -165,11 +165,11 @@ fi
 
 # Longest first. The examples tensor_parallel and nixl_kv_transfer are run, and held to more, by
 # test_distributed and test_nixl.
-alone=(test_compat_torch_memory_saver test_compat_vllm rlhf_loop test_training test_graph_pool
-  test_memory selftest test_cost bench demo malloc_path)
+alone=(test_compat_torch_memory_saver test_compat_vllm rlhf_loop llm_sleep_wake test_training
+  test_graph_pool test_memory test_all_threads selftest test_cost bench demo malloc_path)
 alone_on_all=(test_backups test_sharing test_nccl test_distributed)
 on_all=(test_nixl_sleeps test_nixl conformance failure_sweep ray_actors)
-on_one=(doctor llm_sleep_wake model_switch)
+on_one=(doctor model_switch)
 if ((release)); then
   alone=(soak "${alone[@]}")
   on_all+=(compute_sanitizer)
