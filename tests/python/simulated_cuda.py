@@ -20,7 +20,7 @@ from conftest import GRANULE, MIB
 from test_torch_route import FakeTorch
 from torch.overrides import TorchFunctionMode
 
-from cumempool import CuMemAllocator, CuMemConfig, _core, _torch
+from cumempool import CuMemAllocator, CuMemConfig, WakeHandle, _core, _torch
 
 #: What `torch.cuda.get_device_properties` says of a device's identity.
 UUIDS = ("GPU-0", "GPU-1")
@@ -164,6 +164,13 @@ class SimulatedCuda(FakeTorch):
             yield
             mode.captured = None
 
+        wait = WakeHandle.wait
+
+        def wait_here(handle: WakeHandle, tensor: torch.Tensor) -> None:
+            wait(handle, tensor)
+            handle.result()  # what the CPU does to tensors is not ordered behind a stream
+
+        monkeypatch.setattr(WakeHandle, "wait", wait_here)
         stream = SimpleNamespace(wait_stream=lambda other: None)
         for name, value in {
             "CUDAGraph": Graph,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
@@ -25,6 +26,7 @@ from cumempool import (
     OutOfMemoryError,
     OutOfSlotsError,
     _core,
+    events,
 )
 
 
@@ -102,9 +104,10 @@ def test_out_of_memory_of_torch_alone_gets_no_note(alloc: CuMemAllocator) -> Non
 
 
 def test_out_of_memory_is_written_down_where_exceptions_take_no_notes(
-    make_allocator: MakeAllocator, tmp_path: Path
+    make_allocator: MakeAllocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As before Python 3.11."""
+    monkeypatch.setattr(events, "_file_numbers", itertools.count())
 
     class OutOfMemoryError(torch.OutOfMemoryError):
         @property
