@@ -491,7 +491,7 @@ def test_an_interrupt_after_all_have_agreed_undoes_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(distributed, "_joined", interrupt)
+        patched.setattr("cumempool.distributed.round.joined", interrupt)
         with pytest.raises(KeyboardInterrupt):
             distributed.sleep(group, "w", allocator=alloc)
     assert alloc.stats().tags["w"].backed_up_bytes == GRANULE

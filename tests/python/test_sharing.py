@@ -625,7 +625,7 @@ def test_close_ends_leases_that_the_serving_thread_has_not_seen_end(
     alloc = make_allocator()
     kv = [alloc.empty(3, tag=tag) for tag in ("a", "b")]
     opened = [open_shared(alloc.share(tensor)) for tensor in kv]
-    serving = alloc._endpoint
+    serving = alloc._exports._endpoint
     assert isinstance(serving, Endpoint)
     thread = serving._thread.ident
     assert thread is not None
@@ -1022,7 +1022,7 @@ def test_an_owner_that_is_busy_is_asked_again_for_as_long_as_there_is_patience(
     kv = alloc.empty(3, tag="kv").fill_(3)
     memory = alloc.share(kv)
     before = fds()
-    serving = alloc._endpoint
+    serving = alloc._exports._endpoint
     assert isinstance(serving, Endpoint)
     held, free = threading.Event(), threading.Event()
 
