@@ -13,8 +13,8 @@
 set -euo pipefail
 
 least_cpp=90
-# What needs a GPU counts as not taken here: about 40 branches of _torch.py, torch_state.py, devices.py,
-# transition.py, scope.py and selftest.py, which tests/gpu takes.
+# What torch does on a GPU is made up here by tests/python/simulated_cuda.py; tests/gpu looks at the same
+# branches where there is one.
 least_python=95
 
 # The only files of cpp/ that are left out: they talk to libcuda, and do something only with a GPU.

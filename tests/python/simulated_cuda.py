@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +25,10 @@ from cumempool import CuMemAllocator, CuMemConfig, WakeHandle, _core, _torch
 
 #: What `torch.cuda.get_device_properties` says of a device's identity.
 UUIDS = ("GPU-0", "GPU-1")
+
+# As libcuda, a driver never goes: memory from slots may outlast its allocator, and what has its
+# address later would be taken for it.
+_drivers: list[_core.Driver] = []
 
 
 class TensorsOnCuda(TorchFunctionMode):
@@ -69,10 +74,9 @@ class SimulatedCuda(FakeTorch):
         self.cached_outside = 0
         self.capturing = False
         self.allocators: list[CuMemAllocator] = []
-        self.drivers: list[_core.Driver] = []
 
         def open_cuda() -> _core.Driver:
-            self.drivers.append(
+            _drivers.append(
                 _core.open_host(
                     devices=len(UUIDS),
                     bytes_per_device=mib * MIB,
@@ -81,7 +85,7 @@ class SimulatedCuda(FakeTorch):
                     fabric=False,
                 )
             )
-            return self.drivers[-1]
+            return _drivers[-1]
 
         monkeypatch.setattr(_core, "open_cuda", open_cuda)
         monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
@@ -187,12 +191,18 @@ class SimulatedCuda(FakeTorch):
         monkeypatch.setattr(
             torch.UntypedStorage, "device", property(lambda storage: torch.device("cuda", 0))
         )
-        with mode:
-            yield
+        try:
+            with mode:
+                yield
+        finally:
+            gc.collect()
+            for segment in self.segments:  # of allocators that were closed by force
+                _core.free(segment["address"])
+            self.segments = []
 
     def memory(self) -> tuple[int, int]:
         """Bytes that are free on the current device, and all that it has."""
-        found = self.drivers[-1].probe(self.device)
+        found = _drivers[-1].probe(self.device)
         return found["free_bytes"], found["total_bytes"]
 
     def tensor(self, like: torch.Tensor) -> torch.Tensor:
