@@ -5,12 +5,14 @@
 #   scripts/compute_sanitizer.sh [BUILD_FOLDER]
 #
 # BUILD_FOLDER holds cumempool_tests; without one it is built. Prints the tool's ERROR SUMMARY of
-# each run. TIME_LIMIT is the most seconds of all runs (default 540).
+# each run. TIME_LIMIT is the most seconds of all runs (default 540), FILE_LIMIT of one (default 120); a
+# run that takes longer says where each thread of it stood.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 deadline=$((SECONDS + ${TIME_LIMIT:-540}))
+file_limit=${FILE_LIMIT:-120}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export CUMEMPOOL_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 CUMEMPOOL_THREAD_TEST_SECONDS=3
@@ -35,6 +37,7 @@ memcheck() {
   local name=$1 code=0 left=$((deadline - SECONDS)) started=$SECONDS
   shift
   if ((left <= 0)); then echo "-- $name was not run: the time is up"; return 1; fi
+  ((left < file_limit)) || left=$file_limit
   timeout --kill-after=20 "$left" "$sanitizer" --tool memcheck --report-api-errors no \
     --target-processes application-only --error-exitcode 9 --print-limit 20 "$@" \
     >"$work/$name.log" 2>&1 || code=$?
@@ -63,9 +66,14 @@ memcheck failure_sweep "$build/cumempool_tests" \
 # which the tool takes its share, or starts a process, at which it does not look.
 left_out='not digests_take_no and not swap and not shrinks and not one_after_another'
 left_out+=' and not expandable and not probe and not fills'
+# pytest's own faulthandler takes signals that the tool needs.
+run_pytest='import faulthandler, sys, pytest
+faulthandler.dump_traceback_later(float(sys.argv.pop(1)))
+sys.exit(pytest.main(sys.argv[1:]))'
 for file in contents errors flight routing backups threads; do
-  memcheck "test_$file" "$python" -m pytest "$root/tests/gpu/test_$file.py" \
-    -p no:cacheprovider -p no:faulthandler -q -k "$left_out" || failed=1
+  memcheck "test_$file" "$python" -c "$run_pytest" $((file_limit * 3 / 4)) \
+    "$root/tests/gpu/test_$file.py" -p no:cacheprovider -p no:faulthandler -q -s -k "$left_out" ||
+    failed=1
 done
 
 ((failed == 0)) && echo "compute-sanitizer: clean" || echo "compute-sanitizer: FAILED"

@@ -54,7 +54,7 @@ build_cpp() {
 pytest_file() {
   local start=$SECONDS
   (cd "$root" && "$python" -m pytest "tests/gpu/$1.py" -p no:cacheprovider -s -q \
-    --junitxml="$work/pytest/$1.xml") >"$work/$1.log" 2>&1 || : >"$work/$1.failed"
+    -o junit_family=xunit1 --junitxml="$work/pytest/$1.xml") >"$work/$1.log" 2>&1 || : >"$work/$1.failed"
   echo "-- $1, $((SECONDS - start)) s: $(tail -n 1 "$work/$1.log")"
 }
 
@@ -81,7 +81,7 @@ job() {
       ;;
     # A sample of the failed driver calls that the sweep tries on the host driver.
     failure_sweep)
-      TAIL=6 step failure_sweep "$work/build/cumempool_tests" \
+      TAIL=6 TEST_SWEEP_POINTS=8 step failure_sweep "$work/build/cumempool_tests" \
         --gtest_filter='SampledSweep.R4_R13_OnTheCudaDriver'
       ;;
     doctor) TAIL=30 step doctor "$python" -m cumempool doctor ;;
@@ -90,7 +90,7 @@ job() {
     bench) TAIL=10 step bench "$python" -m cumempool bench --gib 4 ;;
     malloc_path) TAIL=12 step malloc_path "$work/build/malloc_path" ;;
     compute_sanitizer)
-      TAIL=20 TEST_SWEEP_POINTS=2 step compute_sanitizer \
+      TAIL=30 TEST_SWEEP_POINTS=2 step compute_sanitizer \
         "$root/scripts/compute_sanitizer.sh" "$work/build"
       ;;
     soak)
@@ -109,22 +109,31 @@ wanted() {
   done
 }
 
-# What neither reads used memory nor times anything: side by side, on the first GPU, or on all.
+# each_by WORKERS NAME...: so many workers to a GPU, each of which takes the next one.
+each_by() {
+  local device name workers=$1
+  shift
+  for device in "${devices[@]}"; do
+    for ((worker = 0; worker < workers; worker++)); do
+      for name in $(wanted "$@"); do
+        ! mkdir "$work/taken.$name" 2>/dev/null || CUDA_VISIBLE_DEVICES=$device job "$name"
+      done &
+    done
+  done
+}
+
+# What neither reads used memory nor times anything: three at a time on each GPU, for most of it is
+# the start of processes; more would wait for each other. What wants all GPUs goes beside them.
 together() {
   local name
-  for name in $(wanted "${on_one[@]}"); do CUDA_VISIBLE_DEVICES=${devices[0]} job "$name" & done
+  each_by 3 "${on_one[@]}"
   for name in $(wanted "${on_all[@]}"); do job "$name" & done
   wait
 }
 
-# What wants a GPU for itself: as many at a time as there are GPUs, each taking the next one.
+# What wants a GPU for itself.
 one_to_a_gpu() {
-  local device name
-  for device in "${devices[@]}"; do
-    for name in $(wanted "${alone[@]}"); do
-      ! mkdir "$work/taken.$name" 2>/dev/null || CUDA_VISIBLE_DEVICES=$device job "$name"
-    done &
-  done
+  each_by 1 "${alone[@]}"
   wait
 }
 
@@ -167,16 +176,18 @@ fi
 # test_distributed and test_nixl.
 alone=(test_compat_torch_memory_saver test_compat_vllm rlhf_loop llm_sleep_wake test_training
   test_graph_pool test_memory test_all_threads selftest test_cost bench demo malloc_path)
-alone_on_all=(test_backups test_sharing test_nccl test_distributed)
-on_all=(test_nixl_sleeps test_nixl conformance failure_sweep ray_actors)
-on_one=(doctor model_switch)
+alone_on_all=(conformance test_backups test_sharing test_nccl test_distributed)
+on_all=(test_nixl_sleeps test_nixl failure_sweep ray_actors)
+on_one=(test_docs test_hostile test_process test_threads test_graph_processes test_routing
+  model_switch doctor)
 if ((release)); then
   alone=(soak "${alone[@]}")
-  on_all+=(compute_sanitizer)
+  alone_on_all+=(compute_sanitizer)
 fi
 for file in "$root"/tests/gpu/test_*.py; do
   name=$(basename "$file" .py)
-  [[ " ${alone[*]} ${alone_on_all[*]} ${on_all[*]} " == *" $name "* ]] || on_one+=("$name")
+  [[ " ${alone[*]} ${alone_on_all[*]} ${on_all[*]} ${on_one[*]} " == *" $name "* ]] ||
+    on_one+=("$name")
 done
 
 step build build_cpp
