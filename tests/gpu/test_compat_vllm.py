@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ import cumempool
 from cumempool.compat import vllm as compat
 
 STAND_IN = Path(__file__).resolve().parents[1] / "data" / "vllm_stand_in"
+#: Where the package vllm comes from: a folder with files of its wheel, or the stand-in.
+FILES = os.environ.get("CUMEMPOOL_VLLM_FILES") or str(STAND_IN)
 MIB = 1 << 20
 #: Device memory that kernels take when they are loaded for the first time.
 SLACK = 48 * MIB
@@ -30,7 +33,7 @@ def vllm(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "cumempool.compat.vllm_backend", raising=False)
-    monkeypatch.syspath_prepend(str(STAND_IN))
+    monkeypatch.syspath_prepend(FILES)
     monkeypatch.delenv("CUMEMPOOL_VLLM_FILES", raising=False)
     monkeypatch.setenv("CUMEMPOOL_DRIVER", "cuda")
     monkeypatch.setattr(compat.CuMemAllocator, "instance", None)
