@@ -176,7 +176,8 @@ fi
 # test_distributed and test_nixl.
 alone=(test_compat_torch_memory_saver test_compat_vllm rlhf_loop llm_sleep_wake test_training
   test_graph_pool test_memory test_all_threads selftest test_cost bench demo malloc_path)
-alone_on_all=(conformance test_backups test_sharing test_nccl test_distributed)
+alone_on_all=(conformance test_several_devices test_backups test_sharing test_nccl
+  test_distributed)
 on_all=(test_nixl_sleeps test_nixl failure_sweep ray_actors)
 on_one=(test_docs test_hostile test_process test_threads test_graph_processes test_routing
   model_switch doctor)

@@ -127,20 +127,3 @@ def test_cuda_graph_replays_equal_after_wake(
         result.zero_()
         graph.replay()
         assert torch.equal(result, expected)
-
-
-def test_several_devices_sleep_and_wake_together(allocator: cumempool.CuMemAllocator) -> None:
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    for device in devices:
-        torch.zeros(1, device=device)
-    with allocator.use_memory_pool("weights"):
-        tensors = [torch.randn(1 << 20, device=device) for device in devices]
-    expected = [tensor.cpu() for tensor in tensors]
-    report = allocator.sleep(offload_tags="weights")
-    assert report.tags["weights"].devices == tuple(range(len(devices)))
-    allocator.wake_up()
-    for tensor, old in zip(tensors, expected, strict=True):
-        assert torch.equal(tensor.cpu(), old)
-    assert [allocator.allocation_of(tensor).device for tensor in tensors] == list(
-        range(len(devices))
-    )
