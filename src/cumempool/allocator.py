@@ -35,7 +35,7 @@ from cumempool.guard import (
     Pin,
     RegistrableRange,
     Transitions,
-    check_holder,
+    pin_tag,
     ranges_by_tag,
 )
 from cumempool.preserve import preserve_tensors, preserving_scope
@@ -48,7 +48,16 @@ from cumempool.sharing import SharedMemory, install_reducers
 from cumempool.sizes import check_margin
 from cumempool.sleep_plan import plan_discard, plan_sleep
 from cumempool.stats import AllocationInfo, Stats, allocations_of, stats_of
-from cumempool.tags import DEFAULT_TAG, Backing, OnSleep, OnWake, Tags, check_tag, check_tags
+from cumempool.tags import (
+    DEFAULT_TAG,
+    Backing,
+    OnSleep,
+    OnWake,
+    Tags,
+    check_tag,
+    check_tags,
+    check_text,
+)
 from cumempool.torch_state import cached_ranges, empty_cache, nvtx_range
 from cumempool.waking import WakeHandle, addresses_of, memory_of
 
@@ -674,10 +683,7 @@ class CuMemAllocator:
             InvalidArgumentError: The holder has no name.
             ClosedError: The allocator is closed.
         """
-        check_holder(holder)
-        core = self._core
-        number = core.pin(check_tag(tag), holder)
-        return Pin(tag, holder, lambda: core.unpin(number))
+        return pin_tag(self._core, check_tag(tag), check_text(holder, "holder"))
 
     def share(
         self, what: torch.Tensor | str, *, writable: bool = True, fabric: bool = False

@@ -32,7 +32,7 @@ from cumempool.errors import (
     SharingError,
     UnsupportedError,
 )
-from cumempool.guard import Pin
+from cumempool.guard import Pin, pin_tag
 from cumempool.wire import (
     FAILED,
     MOST_FDS,
@@ -169,7 +169,7 @@ class Endpoint:
         Raises:
             UnsupportedError: The memory has none.
         """
-        pin = self._pin(tag, _FABRIC_HOLDER)
+        pin = pin_tag(self._core, tag, _FABRIC_HOLDER)
         kept = False
         try:
             carrying = []
@@ -183,10 +183,6 @@ class Endpoint:
         finally:
             if not kept:
                 pin.release()
-
-    def _pin(self, tag: str, holder: str) -> Pin:
-        number = self._core.pin(tag, holder)
-        return Pin(tag, holder, lambda: self._core.unpin(number))
 
     def revoke(self, tag: str) -> int:
         """Withdraws all that was shared of a tag; returns how many leases that has ended."""
@@ -321,7 +317,7 @@ class Endpoint:
         request = wire.receive()
         try:
             tag, ranges = self._check(request)
-            pin = self._pin(tag, f"process {process}, which has it open")
+            pin = pin_tag(self._core, tag, f"process {process}, which has it open")
         except CumempoolError as error:
             wire.send({"error": str(error)}, before=FAILED)
             return False

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from cumempool.errors import (
     CumempoolError,
-    InvalidArgumentError,
     InvalidTypeError,
     TransitionInProgressError,
 )
 
 if TYPE_CHECKING:
+    from cumempool import _core
     from cumempool.stats import AllocationInfo
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "Pin",
     "RegistrableRange",
     "Transitions",
-    "check_holder",
+    "pin_tag",
     "ranges_by_tag",
 ]
 
@@ -289,22 +289,16 @@ class Pin(contextlib.AbstractContextManager["Pin"]):
         self.release()
 
 
-def check_holder(holder: object) -> str:
-    """What the holder of a pin is called.
+def pin_tag(core: _core.Allocator, tag: str, holder: str) -> Pin:
+    """Pins a tag under the name of a holder.
 
     Raises:
-        InvalidTypeError: It is no text.
-        InvalidArgumentError: It cannot be encoded.
+        UnknownTagError: A tag that was never used.
+        InvalidArgumentError: The holder has no name.
+        ClosedError: The allocator is closed.
     """
-    if not isinstance(holder, str):
-        raise InvalidTypeError(f"holder is a str, not {holder!r}")
-    try:
-        holder.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(
-            f"the holder {holder!r} cannot be encoded as UTF-8: {error}"
-        ) from None
-    return holder
+    number = core.pin(tag, holder)
+    return Pin(tag, holder, lambda: core.unpin(number))
 
 
 class Arrival:

@@ -24,6 +24,7 @@ __all__ = [
     "Tags",
     "check_tag",
     "check_tags",
+    "check_text",
 ]
 
 DEFAULT_TAG: Final = "default"
@@ -40,20 +41,27 @@ _ON_WAKE: Final[Mapping[str | None, int]] = {None: 0, "undefined": 1, "zero": 2}
 _BACKING: Final[Mapping[str | None, int]] = {None: 0, "vmm": 1, "cuda_malloc": 2}
 
 
-def check_tag(tag: object) -> str:
-    """A tag.
+def check_text(text: object, what: str) -> str:
+    """A text that the core is to be given, which messages call `what`.
 
     Raises:
         InvalidTypeError: It is no text.
         InvalidArgumentError: It cannot be encoded.
     """
-    if not isinstance(tag, str):
-        raise InvalidTypeError(f"a tag is a str, not {type(tag).__name__}: {tag!r}")
+    if not isinstance(text, str):
+        raise InvalidTypeError(f"a {what} is a str, not {type(text).__name__}: {text!r}")
     try:
-        tag.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidArgumentError(f"the tag {tag!r} cannot be encoded as UTF-8: {error}") from None
-    return tag
+        raise InvalidArgumentError(
+            f"the {what} {text!r} cannot be encoded as UTF-8: {error}"
+        ) from None
+    return text
+
+
+def check_tag(tag: object) -> str:
+    """A tag; as `check_text`."""
+    return check_text(tag, "tag")
 
 
 def check_tags(tags: object, what: str) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ PY_LAZY: dict[str, frozenset[str]] = {
 #: Module -> modules that it may import for type checkers only as well.
 PY_TYPES: dict[str, frozenset[str]] = {
     "stats": frozenset({"_core"}),
-    "guard": frozenset({"stats"}),
+    "guard": frozenset({"_core", "stats"}),
     "devices": frozenset({"_core"}),
     "tags": frozenset({"_core"}),
     "sleep_plan": frozenset({"_core"}),
