@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,18 @@ def run(page: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture(scope="module")
+def runs(gpu: torch.device) -> Iterator[dict[Path, Future[subprocess.CompletedProcess[str]]]]:
+    """All pages, a few at a time: most of each is the start of a process."""
+    with ThreadPoolExecutor(4) as pool:
+        yield {page: pool.submit(run, page) for page in PAGES}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[p.relative_to(ROOT).as_posix() for p in PAGES])
-def test_the_blocks_of_a_page_run_in_order(page: Path, gpu: torch.device) -> None:
-    done = run(page)
+def test_the_blocks_of_a_page_run_in_order(
+    page: Path, runs: dict[Path, Future[subprocess.CompletedProcess[str]]]
+) -> None:
+    done = runs[page].result()
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
