@@ -19,6 +19,7 @@ LARGEST_MALLOC_RATIO = 1.2
 NEED_TWO_DEVICES = (
     "C3_ContextEntriesFailInsideAnotherDevicesContext",
     "C9_DevicesWithAccessCopyAndWaitAcross",
+    "C9_UnregisteringWaitsForTheCopiesOfAnotherDevice",
 )
 
 

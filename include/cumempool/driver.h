@@ -198,7 +198,8 @@ typedef struct cumempool_driver {
 
   /* [context] Pins host memory for asynchronous copies from and to any device. Page multiples. */
   cumempool_result (*host_register)(void *self, int device, void *pointer, size_t bytes);
-  /* [context] Takes exactly one pointer given to host_register; waits for copies that use it. */
+  /* [context] Takes exactly one pointer given to host_register; waits for copies that use it, of
+   * any device. */
   cumempool_result (*host_unregister)(void *self, int device, void *pointer);
 
   /* [context] Streams that do not wait for the legacy default stream. */

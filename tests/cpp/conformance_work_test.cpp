@@ -294,6 +294,35 @@ TEST_P(DriverConformance, C9_UnregisteringWaitsForTheCopiesThatUseIt) {
   EXPECT_TRUE(back.all_are(4));
 }
 
+// Host memory is pinned for all devices, whichever of them it was registered with.
+TEST_P(DriverConformance, C9_UnregisteringWaitsForTheCopiesOfAnotherDevice) {
+  int count = 0;
+  must(CALL(table(), device_count, &count), "device_count");
+  if (count < 2) GTEST_SKIP() << "needs two devices";
+  cumempool_memory_properties elsewhere = properties();
+  elsewhere.device = 1;
+  const std::size_t bytes = 16 * granule();
+  const Block there(table(), bytes, elsewhere);
+  const HostBuffer back(table(), bytes, /*registered=*/false);
+  must(CALL(table(), host_register, 0, back.data(), bytes), "host_register");
+  must(CALL(table(), context_retain, 1), "context_retain");
+  cumempool_stream stream = 0;
+  {
+    const Inside other(table(), 1);
+    must(CALL(table(), stream_create, 1, &stream), "stream_create");
+    must(CALL(table(), fill, 1, there.address(), std::uint8_t{4}, bytes, stream), "fill");
+    must(CALL(table(), copy_to_host, 1, back.data(), there.address(), bytes, stream),
+         "copy_to_host");
+  }
+  must(CALL(table(), host_unregister, 0, back.data()), "host_unregister");
+  EXPECT_TRUE(back.all_are(4));
+  {
+    const Inside other(table(), 1);
+    EXPECT_EQ(CALL(table(), stream_destroy, 1, stream), CUMEMPOOL_RESULT_SUCCESS);
+  }
+  EXPECT_EQ(CALL(table(), context_release, 1), CUMEMPOOL_RESULT_SUCCESS);
+}
+
 TEST_P(DriverConformance, C9_CreatedStreamsAreNotCapturing) {
   const Stream stream(table());
   int capturing = 1;
