@@ -54,7 +54,7 @@ build_cpp() {
 pytest_file() {
   local start=$SECONDS
   (cd "$root" && "$python" -m pytest "tests/gpu/$1.py" -p no:cacheprovider -s -q \
-    -o junit_family=xunit1 --junitxml="$work/pytest/$1.xml") >"$work/$1.log" 2>&1 || : >"$work/$1.failed"
+    --junitxml="$work/pytest/$1.xml") >"$work/$1.log" 2>&1 || : >"$work/$1.failed"
   echo "-- $1, $((SECONDS - start)) s: $(tail -n 1 "$work/$1.log")"
 }
 
