@@ -63,11 +63,12 @@ void Program::run_waking_wait(const Operation& operation) {
   const int device = operation.b % kDevices;
   const bool mine = model_.current(*block);
   const bool part = waking_has(block->id);
-  const std::uint64_t before = machine_.faults().failures();
   Result result = call([&] {
     return cumempool_waking_wait(waking_.handle, block->address, machine_.stream(device));
   });
-  const bool quiet = !waking_.crowded && machine_.faults().failures() == before;
+  // A wake that fails takes back what it has handed out, at any time until it has ended.
+  const bool quiet =
+      !waking_.crowded && !armed_ && machine_.faults().failures() == waking_.failures_before;
   if (!mine) return judge(result, Expectation::of(CUMEMPOOL_NOT_OWNED));
   if (waking_.settled) {
     // Whatever became of the wake: it tells, or what is awake is there.
