@@ -271,8 +271,7 @@ def test_shared_memory_is_read_across_nvlink_at_speed(
     figure("libcuda_maps_4_gib_ms", round(bare * 1e3, 2))
     figure("read_from_peer_gb_per_s", round(rate, 1))
     assert equal
-    # On some machines libcuda takes 10 ms for any mapping of a peer's memory.
-    assert opening <= max(0.010, bare + 0.003)
+    assert opening <= 0.010
     assert rate >= 350
     del kv
 
