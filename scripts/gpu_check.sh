@@ -81,7 +81,7 @@ job() {
       ;;
     # A sample of the failed driver calls that the sweep tries on the host driver.
     failure_sweep)
-      TAIL=6 TEST_SWEEP_POINTS=8 step failure_sweep "$work/build/cumempool_tests" \
+      TAIL=6 step failure_sweep "$work/build/cumempool_tests" \
         --gtest_filter='SampledSweep.R4_R13_OnTheCudaDriver'
       ;;
     doctor) TAIL=30 step doctor "$python" -m cumempool doctor ;;
@@ -111,7 +111,7 @@ wanted() {
 
 # each_by WORKERS NAME...: so many workers to a GPU, each of which takes the next one.
 each_by() {
-  local device name workers=$1
+  local device name worker workers=$1
   shift
   for device in "${devices[@]}"; do
     for ((worker = 0; worker < workers; worker++)); do
@@ -185,9 +185,10 @@ if ((release)); then
   alone=(soak "${alone[@]}")
   alone_on_all+=(compute_sanitizer)
 fi
-for file in "$root"/tests/gpu/test_*.py; do
+elsewhere=(tensor_parallel nixl_kv_transfer)
+for file in "$root"/tests/gpu/test_*.py "$root"/examples/*.py; do
   name=$(basename "$file" .py)
-  [[ " ${alone[*]} ${alone_on_all[*]} ${on_all[*]} ${on_one[*]} " == *" $name "* ]] ||
+  [[ " ${alone[*]} ${alone_on_all[*]} ${on_all[*]} ${on_one[*]} ${elsewhere[*]} " == *" $name "* ]] ||
     on_one+=("$name")
 done
 
