@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from cumempool.errors import (
-    CumempoolError,
-    InvalidTypeError,
-    TransitionInProgressError,
-)
+from cumempool.errors import CumempoolError, InvalidTypeError, TransitionInProgressError
 
 if TYPE_CHECKING:
     from cumempool import _core
