@@ -66,11 +66,13 @@ memcheck failure_sweep "$build/cumempool_tests" \
 # which the tool takes its share, or starts a process, at which it does not look.
 left_out='not digests_take_no and not swap and not shrinks and not one_after_another'
 left_out+=' and not expandable and not probe and not fills'
+# test_threads is left out: under the tool its eight threads do not come to an end, in minutes where
+# it takes three seconds without.
 # pytest's own faulthandler takes signals that the tool needs.
 run_pytest='import faulthandler, sys, pytest
 faulthandler.dump_traceback_later(float(sys.argv.pop(1)))
 sys.exit(pytest.main(sys.argv[1:]))'
-for file in contents errors flight routing backups threads; do
+for file in contents errors flight routing backups; do
   memcheck "test_$file" "$python" -c "$run_pytest" $((file_limit * 3 / 4)) \
     "$root/tests/gpu/test_$file.py" -p no:cacheprovider -p no:faulthandler -q -s -k "$left_out" ||
     failed=1

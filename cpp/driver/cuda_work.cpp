@@ -8,6 +8,54 @@
 namespace cumempool::driver {
 namespace {
 
+// Waits for the device of the current context: pins and unpins one page. Both wait for all work in
+// flight on every stream of the device, and in RELAXED mode neither touches a capture;
+// cuCtxSynchronize and cuCtxRecordEvent would break every capture under way, in any mode. It takes
+// no device memory, so it works on a full device.
+cumempool_result fence_current(const Symbols& cu) {
+  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  // A page of its own for each call: threads that fence different devices do not wait for each
+  // other.
+  void* page =
+      mmap(nullptr, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED) {
+    return CUMEMPOOL_RESULT_OPERATING_SYSTEM;
+  }
+  CUresult result = cu.cuMemHostRegister(page, page_bytes, 0);
+  if (result == CUDA_SUCCESS) {
+    result = cu.cuMemHostUnregister(page);
+    if (result != CUDA_SUCCESS) {
+      // The driver may still hold the page; giving its address away would confuse a later pinning.
+      return result_of(result);
+    }
+  }
+  munmap(page, page_bytes);
+  return result_of(result);
+}
+
+// Waits for a device that anyone in the process uses; its context is made current meanwhile.
+cumempool_result fence_if_active(const Symbols& cu, CUdevice device) {
+  unsigned int flags = 0;
+  int active = 0;
+  CUresult result = cu.cuDevicePrimaryCtxGetState(device, &flags, &active);
+  if (result != CUDA_SUCCESS || active == 0) {
+    return result_of(result);
+  }
+  CUcontext context = nullptr;
+  result = cu.cuDevicePrimaryCtxRetain(&context, device);
+  if (result != CUDA_SUCCESS) {
+    return result_of(result);
+  }
+  result = cu.cuCtxPushCurrent(context);
+  cumempool_result fenced = result_of(result);
+  if (result == CUDA_SUCCESS) {
+    fenced = fence_current(cu);
+    cu.cuCtxPopCurrent(&context);
+  }
+  result = cu.cuDevicePrimaryCtxRelease(device);
+  return fenced != CUMEMPOOL_RESULT_SUCCESS ? fenced : result_of(result);
+}
+
 cumempool_result allocate(void* self, int device, std::size_t bytes, cumempool_address* address) {
   if (!inside(device)) {
     return CUMEMPOOL_RESULT_INVALID_CONTEXT;
@@ -44,11 +92,19 @@ cumempool_result host_register(void* self, int device, void* pointer, std::size_
       pointer, bytes, CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP));
 }
 
+// cuMemHostUnregister waits for the device of the current context only, and a copy of another one
+// that is under way would fault.
 cumempool_result host_unregister(void* self, int device, void* pointer) {
   if (!inside(device)) {
     return CUMEMPOOL_RESULT_INVALID_CONTEXT;
   }
-  return result_of(driver_of(self).cu.cuMemHostUnregister(pointer));
+  const CudaDriver& driver = driver_of(self);
+  for (int other = 0; other < driver.device_count; ++other) {
+    if (other == device) continue;
+    const auto fenced = fence_if_active(driver.cu, driver.find(other)->device);
+    if (fenced != CUMEMPOOL_RESULT_SUCCESS) return fenced;
+  }
+  return result_of(driver.cu.cuMemHostUnregister(pointer));
 }
 
 cumempool_result stream_create(void* self, int device, cumempool_stream* stream) {
@@ -189,32 +245,8 @@ cumempool_result digest(void* self, int device, std::uint64_t seed, const cumemp
                                             stream_of(stream));
 }
 
-// Pins and unpins one page. Both wait for all work in flight on every stream of the device, and in
-// RELAXED mode neither touches a capture; cuCtxSynchronize and cuCtxRecordEvent would break every
-// capture under way, in any mode. It takes no device memory, so it works on a full device.
 cumempool_result fence(void* self, int device) {
-  if (!inside(device)) {
-    return CUMEMPOOL_RESULT_INVALID_CONTEXT;
-  }
-  const Symbols& cu = driver_of(self).cu;
-  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  // A page of its own for each call: threads that fence different devices do not wait for each
-  // other.
-  void* page =
-      mmap(nullptr, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (page == MAP_FAILED) {
-    return CUMEMPOOL_RESULT_OPERATING_SYSTEM;
-  }
-  CUresult result = cu.cuMemHostRegister(page, page_bytes, 0);
-  if (result == CUDA_SUCCESS) {
-    result = cu.cuMemHostUnregister(page);
-    if (result != CUDA_SUCCESS) {
-      // The driver may still hold the page; giving its address away would confuse a later pinning.
-      return result_of(result);
-    }
-  }
-  munmap(page, page_bytes);
-  return result_of(result);
+  return inside(device) ? fence_current(driver_of(self).cu) : CUMEMPOOL_RESULT_INVALID_CONTEXT;
 }
 
 }  // namespace
