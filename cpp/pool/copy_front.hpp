@@ -35,8 +35,6 @@ class CopyFront {
   // Enters the times of what has finished meanwhile.
   void poll();
   bool empty() const noexcept { return entries_.empty(); }
-  // How many, from the oldest on, were found finished by poll().
-  std::size_t finished() const noexcept { return finished_; }
   std::size_t oldest() const { return entries_.front().item; }
   // Waits for the oldest, takes it out, and returns its item. Throws Error; then it is still there.
   std::size_t pop();

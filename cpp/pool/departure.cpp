@@ -9,12 +9,6 @@
 #include "pool/places.hpp"
 
 namespace cumempool::pool {
-namespace {
-
-// Copies that stay in a queue while the thread that feeds it does something else.
-constexpr std::size_t kKeptUnderWay = 2;
-
-}  // namespace
 
 void refuse_to_sleep(Allocator& allocator, const char* operation, const Record& record,
                      Pinned pinned) {
@@ -220,7 +214,6 @@ void Departure::start_copies() {
     lanes_.each_in_turn([&](Lane& lane, std::size_t index) {
       culprit = index;
       copy(lane, index, culprit);
-      detach_behind(lane, culprit);
     });
     lanes_.each([&](Lane& lane) { lane.finish_staged(culprit); });
     orders_.clear();
@@ -238,7 +231,6 @@ void Departure::copy(Lane& lane, std::size_t index, std::size_t& culprit) {
     comparison_.pass(*lane.device, index);
   } else {
     digests = comparison_.wait(*lane.device, index);
-    sleeper.compared = digests != nullptr;
   }
   try {
     lane.copy(index, *sleeper.record, sleeper.choice.tier, [&] {
@@ -254,24 +246,6 @@ void Departure::copy(Lane& lane, std::size_t index, std::size_t& culprit) {
     culprit = lane.transfer.staged.failed_label().value_or(index);
     throw;
   }
-}
-
-// Detaches the next allocation that has been copied, while others are still being compared: memory
-// can be mapped again as it was without asking the device for anything. Of what was not compared,
-// digests may still be under way, and of what threads write out, copies.
-void Departure::detach_behind(Lane& lane, std::size_t& culprit) {
-  lane.front.poll();
-  const std::size_t finished = lane.front.finished();
-  const std::size_t under_way = lane.next + 1 - finished;
-  if (lane.detached == finished || (under_way > 0 && under_way < kKeptUnderWay)) return;
-  const std::size_t index = lane.items[lane.detached];
-  Sleeper& sleeper = sleepers_[index];
-  const cumempool_backup_tier tier = sleeper.choice.tier;
-  const bool by_threads = tier == CUMEMPOOL_BACKUP_PAGEABLE || tier == CUMEMPOOL_BACKUP_FILE;
-  if (!sleeper.compared || by_threads) return;
-  culprit = index;
-  detach(sleeper);
-  ++lane.detached;
 }
 
 void Departure::keep_digests() {

@@ -41,8 +41,8 @@ class Departure {
   // Waits for work in flight.
   void fence();
 
-  // Enqueues all copies, with everything they need in host memory, files or peers, and detaches
-  // some of what has been copied; what threads write out has been written when it returns.
+  // Enqueues all copies, with everything they need in host memory, files or peers; what threads
+  // write out has been written when it returns.
   void start_copies();
   // Waits for the copies of the next allocation of a device, and gives its memory back; false where
   // none is left. What earlier failures have left with allocations that sleep already comes first;
@@ -67,8 +67,7 @@ class Departure {
     std::vector<backup::Extent> live;      // empty where it is discarded
     std::shared_ptr<backup::Image> image;  // null where it is discarded
     BackupChoice choice;
-    bool fresh = true;      // the image is new; else it was retained since the last sleep
-    bool compared = false;  // all its digests are computed
+    bool fresh = true;  // the image is new; else it was retained since the last sleep
     std::uint64_t clean_bytes = 0;
     Stage stage = Stage::kAwake;
   };
@@ -82,7 +81,6 @@ class Departure {
   void limit_pinned();
   void make_room(std::map<backup::HostArena*, std::size_t>& needed);
   void copy(Lane& lane, std::size_t index, std::size_t& culprit);
-  void detach_behind(Lane& lane, std::size_t& culprit);
   void keep_digests();
   void detach(Sleeper& sleeper);
   void release(Sleeper& sleeper);

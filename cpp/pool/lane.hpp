@@ -23,7 +23,6 @@ struct Lane {
   CopyFront front;
   std::vector<std::size_t> items;  // in order
   std::size_t next = 0;            // of items
-  std::size_t detached = 0;        // of items, before all copies were in the queue
   bool stuck = false;              // what was enqueued cannot be waited for
 
   // Starts the copies of an item by calling `start`, and enters it at the front.

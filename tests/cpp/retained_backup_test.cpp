@@ -404,27 +404,6 @@ TEST_F(RetainedBackup, R4_ASleepThatFailsWhileItOverwritesForgetsIt) {
   EXPECT_TRUE(holds_pattern(address, kBytes, 2));
 }
 
-TEST_F(RetainedBackup, R4_WhatIsDetachedWhileOthersAreComparedIsMappedAgainAsItWas) {
-  std::vector<cumempool_address> others;
-  for (std::uint32_t i = 0; i < 3; ++i) {
-    others.push_back(pool.malloc("weights", kGranule));
-    write_pattern(others[i], kGranule, 2 + i);
-  }
-  retain();
-  const auto generation = pool.find(address).generation;
-  faults_.reset_counts();
-  faults_.fail_nth("unmap", 3, 719);
-  EXPECT_EQ(pool.sleep("weights", kOffload).status, CUMEMPOOL_DRIVER_ERROR);
-  EXPECT_EQ(faults_.calls("create") + faults_.calls("release"), 0U);
-  EXPECT_EQ(cumempool_last_error()->secondary_count, 0U);
-  EXPECT_EQ(pool.find(address).generation, generation);
-  EXPECT_TRUE(holds_pattern(address, kBytes, 1));
-  for (std::uint32_t i = 0; i < 3; ++i) EXPECT_TRUE(holds_pattern(others[i], kGranule, 2 + i));
-  expect_exact_numbers(pool, host);
-  EXPECT_EQ(sleep().row("weights").freed_bytes, kBytes + 3 * kGranule);
-  expect_whole();
-}
-
 TEST_F(RetainedBackup, R4_AFailedWakeKeepsIt) {
   retain();
   must(sleep().status);
