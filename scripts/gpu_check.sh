@@ -3,17 +3,24 @@
 # cuda driver, GPU tests with skips forbidden, demo, examples, benchmarks. torch, pybind11,
 # scikit-build-core, CMake, ninja, GoogleTest and pytest must be there.
 #
-#   scripts/gpu_check.sh [--release] [OUTPUT_DIRECTORY]
+#   scripts/gpu_check.sh [--release] [--only NAME,NAME] [OUTPUT_DIRECTORY]
 #
-# With --release also compute-sanitizer over the GPU tests, and the soak of 2000 cycles.
-# Writes logs and gpu_check.json to the directory and ends with one line: N passed, N failed.
+# With --release also compute-sanitizer over the GPU tests, and the soak of 2000 cycles. With --only
+# nothing but what is named: files of tests (test_memory), examples, and steps (soak); the record says
+# what was left out. Writes logs and gpu_check.json to the directory and ends with one line: N passed,
+# N failed.
 set -uo pipefail
 
 release=0
-if [[ ${1:-} == --release ]]; then
-  release=1
+only=()
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --release) release=1 ;;
+    --only) IFS=, read -ra only <<<"${2:?names are missing}" && shift ;;
+    *) echo "unknown option: $1" >&2 && exit 2 ;;
+  esac
   shift
-fi
+done
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "${1:-$root/build/gpu_check}")
 mkdir -p "$out"
@@ -192,11 +199,23 @@ for file in "$root"/tests/gpu/test_*.py "$root"/examples/*.py; do
     on_one+=("$name")
 done
 
+if ((${#only[@]})); then
+  all=("${alone[@]}" "${alone_on_all[@]}" "${on_all[@]}" "${on_one[@]}")
+  for name in "${only[@]}"; do
+    [[ " ${all[*]} " == *" $name "* ]] || { echo "unknown name: $name" >&2 && exit 2; }
+  done
+  others=()
+  for name in "${all[@]}"; do
+    [[ " ${only[*]} ${not_run[*]} " == *" $name "* ]] || others+=("$name")
+  done
+  leave_out "it was not asked for" "${others[@]}"
+fi
+
 step build build_cpp
 together
 one_to_a_gpu
 one_after_another
-TAIL=20 step pytest pytest_gpu
+! compgen -G "$work/test_*.log" >/dev/null || TAIL=20 step pytest pytest_gpu
 
 commit=${CUMEMPOOL_COMMIT:-$(git -C "$root" rev-parse --verify -q HEAD || echo unknown)}
 "$python" "$root/scripts/gpu_record.py" --commit "$commit" --steps "$steps" \

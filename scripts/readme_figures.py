@@ -139,7 +139,7 @@ def tier_rows(record: Record) -> list[list[str]]:
     titles = {
         "pageable": "8 GiB to pageable memory and back",
         "file": "8 GiB to a file and back",
-        "peer": "16 GiB to another GPU and back",
+        "peer": "15 GiB to another GPU and back",
     }
     rows = []
     for part, title in titles.items():

@@ -110,7 +110,7 @@ PARTS = {
         device_gib=10,
     ),
     "peer": Part(
-        "16 GiB to another GPU",
+        "15 GiB to another GPU",
         ("cumempool",),
         tiers.run_peer,
         host_gib=2,
