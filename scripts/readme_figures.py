@@ -137,9 +137,9 @@ def asynchronous_rows(record: Record) -> list[list[str]]:
 
 def tier_rows(record: Record) -> list[list[str]]:
     titles = {
-        "pageable": "8 GiB to pageable memory and back",
-        "file": "8 GiB to a file and back",
-        "peer": "15 GiB to another GPU and back",
+        "pageable": "{gib} GiB to pageable memory and back",
+        "file": "{gib} GiB to a file and back",
+        "peer": "{gib} GiB to another GPU and back",
     }
     rows = []
     for part, title in titles.items():
@@ -154,7 +154,8 @@ def tier_rows(record: Record) -> list[list[str]]:
         elif "plain_gb_per_s" in result:
             plain = [f"{result['plain_gb_per_s'][way]:.1f}" for way in ("sleep", "wake")]
             beside = f"plain copies: {' and '.join(plain)} GB/s"
-        rows.append([title, f"{' and '.join(rates)} GB/s", beside])
+        name = title.format(gib=result["bytes"] // 2**30)
+        rows.append([name, f"{' and '.join(rates)} GB/s", beside])
     return rows
 
 
