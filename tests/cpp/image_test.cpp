@@ -428,6 +428,11 @@ TEST(LargeImage, CrossesBlocks) {
     saved.save(transfer, memory.address());
     queue.drain();
     EXPECT_EQ(faults.calls("copy_to_host"), 2U) << "one per block";
+    write_pattern(memory.address(), kLarge, 3);
+    saved.restore(transfer, memory.address());
+    queue.drain();
+    EXPECT_EQ(faults.calls("copy_to_device"), 2U) << "one per block, before a view joins them";
+    EXPECT_TRUE(holds_pattern(memory.address(), kLarge, 1));
     const std::uint64_t used = arena.used_bytes();
     std::byte* const view = saved.view(63 * kMiB, 3 * kMiB, false);
     ASSERT_NE(view, nullptr);

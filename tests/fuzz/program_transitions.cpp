@@ -245,7 +245,8 @@ void Program::take_on_failed_sleep(const Result& result, const SleepSpec& spec, 
 void Program::run_sleep(const Operation& operation) {
   const SleepSpec spec = sleep_spec(operation);
   const bool at_once = (operation.c & 0x80U) != 0;
-  if (!at_once) settle_waking();
+  // A wake under way writes to device memory, which the host driver has in files.
+  if (!at_once || full_disk_) settle_waking();
   const Request request(spec, model_, machine_);
   cumempool_report* report = nullptr;
   Result result;
