@@ -457,8 +457,13 @@ from cumempool import CuMemAllocator, CumempoolError, open_shared
 alloc = CuMemAllocator()
 kept = alloc.empty(100, tag="kept").fill_(5)
 memory = alloc.share(kept)
+files = lambda: len(os.listdir("/proc/self/fd"))
+before = files()
 opened = open_shared(memory)
 del opened
+import time
+while files() > before:  # the owner's end of the connection is closed a little later
+    time.sleep(0.01)
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 made = []
@@ -476,7 +481,6 @@ for call in (lambda: alloc.share(kept), lambda: open_shared(memory)):
         assert isinstance(error, CumempoolError), repr(error)
 made.clear()
 assert open_shared(memory).eq(5).all()
-import time
 time.sleep(0.2)
 while alloc.stats().tags["kept"].pins:
     time.sleep(0.01)
