@@ -15,7 +15,7 @@ deadline=$((SECONDS + ${TIME_LIMIT:-540}))
 file_limit=${FILE_LIMIT:-120}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export CUMEMPOOL_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 CUMEMPOOL_THREAD_TEST_SECONDS=3
+export CUMEMPOOL_REQUIRE_GPU=1 PYTHONUNBUFFERED=1
 
 sanitizer=${COMPUTE_SANITIZER:-}
 for candidate in compute-sanitizer "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" \
