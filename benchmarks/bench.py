@@ -48,6 +48,25 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(samples), "samples": list(samples)}
 
 
+def merged(results: Sequence[Any]) -> Any:
+    """What several processes found as one finding: every number is the median of theirs.
+
+    The samples of a figure are then the medians of the processes.
+    """
+    first = results[0]
+    if len(results) == 1:
+        return first
+    if isinstance(first, dict) and first.keys() == {"median", "samples"}:
+        return summary([result["median"] for result in results])
+    if isinstance(first, dict):
+        return {key: merged([result[key] for result in results]) for key in first}
+    if isinstance(first, list):
+        return [merged(items) for items in zip(*results, strict=True)]
+    if isinstance(first, (int, float)) and not isinstance(first, bool):
+        return statistics.median(results)
+    return first
+
+
 def median(result: dict[str, Any], name: str) -> float | None:
     """A figure of a result, or None where the part did not come to it."""
     figure = result.get(name)

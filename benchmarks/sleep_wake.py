@@ -32,7 +32,7 @@ import contenders
 import host_memory
 import machine
 import table
-from bench import GIB, PAUSE_S, Bench, Settings, summary
+from bench import GIB, PAUSE_S, Bench, Settings, merged, summary
 from link import Link
 from parts import PARTS, Part
 
@@ -41,6 +41,7 @@ NOTES = [
     "measured in the same process before and after.",
     f"{PAUSE_S} s pass after every sleep and every wake, for every contender.",
     "First sleeps of cumempool: each sample is of a process of its own.",
+    "Segments: the same, and the contenders take turns.",
     "Peak device bytes are sampled every millisecond during a cycle that is not timed.",
 ]
 
@@ -224,6 +225,16 @@ def add_first(result: dict[str, Any], again: dict[str, Any]) -> None:
         result["first"]["over_floor"][key] = statistics.median(ratios[key])
 
 
+def run_contender(runner: Runner, name: str, contender: str) -> dict[str, Any]:
+    """One process, and those that add first sleeps."""
+    part = PARTS[name]
+    result = runner.run(name, contender, part.limit_s)
+    if contender == "cumempool" and not runner.settings.small:
+        for _ in range(part.first_again):
+            add_first(result, runner.run(name, "cumempool-first", part.limit_s))
+    return result
+
+
 def run_parts(
     runner: Runner, record: dict[str, Any], names: list[str], arguments: argparse.Namespace
 ) -> None:
@@ -236,18 +247,19 @@ def run_parts(
             "results": {},
         }
         record["parts"][name] = content
-        for contender in chosen_contenders(part, runner.settings, arguments.contenders):
-            result = runner.run(name, contender, part.limit_s)
-            if contender == "cumempool":
-                for _ in range(0 if runner.settings.small else part.first_again):
-                    add_first(result, runner.run(name, "cumempool-first", part.limit_s))
-            content["results"][contender] = result
-            state = "failed" if "error" in result else f"{result['process_s']} s"
-            print(f"{name}, {contender}: {state}", flush=True)
-            if not runner.settings.small:
-                record["bars"] = bars.results(record)
-            if arguments.output:
-                write(arguments.output, record)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(min(part.rounds, 2) if runner.settings.small else part.rounds):
+            for contender in chosen_contenders(part, runner.settings, arguments.contenders):
+                result = run_contender(runner, name, contender)
+                found.setdefault(contender, []).append(result)
+                failed = next((each for each in found[contender] if "error" in each), None)
+                content["results"][contender] = failed or merged(found[contender])
+                state = "failed" if "error" in result else f"{result['process_s']} s"
+                print(f"{name}, {contender}: {state}", flush=True)
+                if not runner.settings.small:
+                    record["bars"] = bars.results(record)
+                if arguments.output:
+                    write(arguments.output, record)
 
 
 def parse() -> argparse.Namespace:

@@ -29,6 +29,8 @@ class Part:
         limit_s: When a process of it is ended.
         first_again: How many processes more measure the first sleep of "cumempool", of which a
             process has only one.
+        rounds: How often each contender runs, taking turns, where processes differ among
+            themselves; its figures are medians of what its processes found.
     """
 
     title: str
@@ -39,6 +41,7 @@ class Part:
     devices: int = 1
     limit_s: float = 120
     first_again: int = 0
+    rounds: int = 1
 
 
 #: In the order in which they run.
@@ -78,6 +81,7 @@ PARTS = {
         malloc.run,
         host_gib=2,
         device_gib=20,
+        rounds=5,
     ),
     "scaling": Part(
         "1 to 64 GiB, 10 to 10000 allocations",

@@ -105,6 +105,23 @@ cumempool_result context_active(void* self, int device, int* active) {
   return result_of(driver.cu.cuDevicePrimaryCtxGetState(found->device, &flags, active));
 }
 
+constexpr std::size_t kAheadBytes = std::size_t{2} << 20;
+constexpr std::size_t kAheadAlignment = std::size_t{64} << 30;
+
+// libcuda asks the kernel for addresses at each reservation that does not fit into what it holds, and
+// for as much as the alignment at once: after one of 64 GiB, later ones find theirs without that call,
+// and side by side (ADR 24). Nothing depends on it.
+CUdeviceptr take_addresses_ahead(const Symbols& cu) {
+  CUdeviceptr address = 0;
+  const CUresult result = cu.cuMemAddressReserve(&address, kAheadBytes, kAheadAlignment, 0, 0);
+  return result == CUDA_SUCCESS ? address : 0;
+}
+
+void give_addresses_back(const Symbols& cu, CUdeviceptr& ahead) {
+  if (ahead != 0) cu.cuMemAddressFree(ahead, kAheadBytes);
+  ahead = 0;
+}
+
 // CUDA counts retains as well. Ours is kept to know the context, and when it is no longer ours.
 cumempool_result context_retain(void* self, int device) {
   CudaDriver& driver = driver_of(self);
@@ -120,6 +137,7 @@ cumempool_result context_retain(void* self, int device) {
       return result_of(result);
     }
     found->context.store(context);
+    found->ahead = take_addresses_ahead(driver.cu);
   }
   ++found->count;
   return CUMEMPOOL_RESULT_SUCCESS;
@@ -210,6 +228,7 @@ cumempool_result context_release(void* self, int device) {
       return result_of(result);
     }
     found->context.store(nullptr);
+    give_addresses_back(driver.cu, found->ahead);
   }
   --found->count;
   return CUMEMPOOL_RESULT_SUCCESS;

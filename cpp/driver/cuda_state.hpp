@@ -23,6 +23,7 @@ struct PrimaryContext {
   std::mutex mutex;  // guards the count, and the context's change with it
   int count = 0;
   std::atomic<CUcontext> context{nullptr};
+  CUdeviceptr ahead = 0;  // what makes libcuda hold addresses ready, or 0
   CudaDigest digest;
 };
 

@@ -19,7 +19,7 @@ class ExactPairs {
   bool add(cumempool_address address, std::uint64_t with) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
     try {
-      pairs_[address] = with;
+      pairs_.insert_or_assign(pairs_.end(), address, with);  // addresses ascend, mostly
       return true;
     } catch (const std::bad_alloc&) {
       return false;

@@ -10,7 +10,7 @@ bool RecordSet::add(const RecordPointer& record, const std::function<bool()>& st
   if (sealed_) throw Error(CUMEMPOOL_CLOSED, "the allocator is closed");
   if (!still()) return false;
   record->sequence = next_sequence_;
-  records_.emplace(next_sequence_, record);
+  records_.emplace_hint(records_.end(), next_sequence_, record);
   ++next_sequence_;
   return true;
 }

@@ -13,7 +13,7 @@ Registry& Registry::instance() {
 
 void Registry::add(const RecordPointer& record) {
   const std::lock_guard lock(mutex_);
-  records_.emplace(record->address, record);
+  records_.emplace_hint(records_.end(), record->address, record);  // addresses ascend, mostly
 }
 
 RecordPointer Registry::take(cumempool_address address) {

@@ -182,6 +182,11 @@ std::string deallocate_memory_of_another_device(const cumempool_driver& table) {
   return text_of({made, other, table.deallocate(table.self, 0, address)});
 }
 
+std::string retain_twice(const cumempool_driver& table) {
+  const auto retained = table.context_retain(table.self, 0);
+  return text_of({retained, table.context_release(table.self, 0)});
+}
+
 std::string give_each_access(const cumempool_driver& table) {
   const int devices[] = {0, 1};
   std::string text;
@@ -289,6 +294,16 @@ TEST(CudaOpenDeathTest, AccessIsToReadOrToReadAndWrite) {
   EXPECT_EXIT(use_inside("FAKE_DEVICES", "2", give_each_access), normally,
               "1 0 1 0 \\| access\\(70,1\\) access\\(71,1\\) access\\(70,3\\) "
               "access\\(71,3\\) \\.");
+}
+
+TEST(CudaOpenDeathTest, AddressesAreTakenAheadWhileAContextIsHeldOnce) {
+  EXPECT_EXIT(use_inside("FAKE_RESERVE", "0", retain_twice), normally,
+              "0 0 \\| reserve\\(2097152,64GiB\\) unreserve\\(64GiB,2097152\\) \\.");
+}
+
+TEST(CudaOpenDeathTest, AContextIsHeldWithoutAddressesAhead) {
+  EXPECT_EXIT(use_inside("FAKE_RESERVE", "2", retain_twice), normally,
+              "0 0 \\| reserve\\(2097152,64GiB\\) \\.");
 }
 
 TEST(CudaOpenDeathTest, OlderDriversKnowNeitherFabricNorNumaNode) {

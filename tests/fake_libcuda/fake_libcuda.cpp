@@ -1,7 +1,7 @@
 // A library that calls itself libcuda.so.1, to test how the `cuda` driver opens and uses it:
 // FAKE_CUINIT is what cuInit returns, FAKE_MISSING names a symbol that it does not have,
 // FAKE_DEVICES counts devices, FAKE_MODULE is what cuModuleLoadDataEx returns, FAKE_FREE what the
-// first cuMemFree returns. fake_calls() tells what was done with modules, access and memory.
+// first cuMemFree returns, FAKE_RESERVE what cuMemAddressReserve does. fake_calls() tells what was done with modules, access and memory.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -98,6 +98,19 @@ int fake_set_access(std::uint64_t, std::size_t, const AccessDescription* access,
   return 0;
 }
 
+// Told of only where FAKE_RESERVE is set.
+int fake_reserve(std::uint64_t* pointer, std::size_t bytes, std::size_t alignment) {
+  if (std::getenv("FAKE_RESERVE") == nullptr) return 0;
+  *pointer = alignment;
+  calls() += "reserve(" + std::to_string(bytes) + "," + std::to_string(alignment >> 30) + "GiB) ";
+  return number("FAKE_RESERVE", 0);
+}
+
+int fake_unreserve(std::uint64_t pointer, std::size_t bytes) {
+  calls() += "unreserve(" + std::to_string(pointer >> 30) + "GiB," + std::to_string(bytes) + ") ";
+  return 0;
+}
+
 int fake_allocate(std::uint64_t* pointer, std::size_t bytes) {
   *pointer = 0x10000;
   calls() += "alloc(" + std::to_string(bytes) + ") ";
@@ -131,6 +144,8 @@ void* find(const char* name) {
       {"cuDeviceGetAttribute", address_of(fake_device_attribute)},
       {"cuDevicePrimaryCtxRetain", address_of(fake_retain)},
       {"cuPointerGetAttribute", address_of(fake_pointer_attribute)},
+      {"cuMemAddressReserve", address_of(fake_reserve)},
+      {"cuMemAddressFree", address_of(fake_unreserve)},
       {"cuMemSetAccess", address_of(fake_set_access)},
       {"cuMemAlloc", address_of(fake_allocate)},
       {"cuMemFree", address_of(fake_free)},
