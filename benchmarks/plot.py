@@ -70,7 +70,8 @@ def draw_floors(axes: Axes, record: Record) -> None:
     axes.set_title("8B model, 14.96 GiB", fontsize=10)
     axes.margins(y=0.15)
     axes.set_ylim(bottom=0.03)
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0.42, 1))
+    if present:
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0.42, 1))
 
 
 def draw_scaling(axes: Axes, record: Record, name: str, of: str) -> None:

@@ -41,7 +41,7 @@ NOTES = [
     "measured in the same process before and after.",
     f"{PAUSE_S} s pass after every sleep and every wake, for every contender.",
     "First sleeps of cumempool: each sample is of a process of its own.",
-    "Segments: the same, and the contenders take turns.",
+    "Segments: peers take turns with cumempool inside a process; samples are of several processes.",
     "Peak device bytes are sampled every millisecond during a cycle that is not timed.",
 ]
 

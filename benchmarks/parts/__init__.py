@@ -77,10 +77,10 @@ PARTS = {
     ),
     "malloc": Part(
         "a fresh segment",
-        ("bare", "cumempool", "vllm", "tms"),
+        ("bare", "vllm", "tms"),
         malloc.run,
         host_gib=2,
-        device_gib=20,
+        device_gib=32,
         rounds=5,
     ),
     "scaling": Part(
