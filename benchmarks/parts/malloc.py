@@ -6,8 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 import contenders
@@ -24,8 +23,10 @@ SMALL_SEGMENTS = ((2 * MIB, 4), (4 * MIB, 4))
 def run(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
     """``bare`` is malloc_path, which compares the pool's C entry with the bare driver calls.
 
-    A peer takes turns with cumempool in one process, segment by segment: from process to process
-    all driver calls may take half as long again.
+    A peer takes turns with cumempool in one thread, segment by segment: from process to process and
+    from thread to thread all driver calls may take half as long again. The peer's scope stays open;
+    cumempool enters one inside it for each segment, so that what a change of scopes costs is on its
+    side.
     """
     if name == "bare":
         path = programs.find(bench.settings, "malloc_path")
@@ -35,61 +36,40 @@ def run(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
     peer, ours = contenders.make(name, bench), contenders.make("cumempool", bench)
     sizes = []
     for size, count in SMALL_SEGMENTS if bench.small else SEGMENTS:
-        with Turns(bench, peer, size) as peers_turns, Turns(bench, ours, size) as our_turns:
-            for index in range(count + 2):
-                both = (peers_turns, our_turns)
-                for turns in both if index % 2 else reversed(both):
-                    turns.take()
-        peers_figure, our_figure = peers_turns.figure(), our_turns.figure()
-        sizes.append(
-            {
-                "bytes": size,
-                "malloc_us": peers_figure,
-                "cumempool_malloc_us": our_figure,
-                "times_faster": peers_figure["median"] / our_figure["median"],
-            }
-        )
+        with peer.scope(f"segments of {size}"):
+            sizes.append(_take_turns(bench, peer, ours, size, count))
         yield {"sizes": sizes}
 
 
-class Turns:
-    """Allocates segments of one size, in a thread of its own inside a scope of the contender.
+def _take_turns(
+    bench: Bench, peer: Contender, ours: Contender, size: int, count: int
+) -> dict[str, Any]:
+    kept = []  # so that every segment is a new one
 
-    Both stay as they are between turns, since scopes are per thread and entering one takes longer
-    than a segment.
-    """
-
-    def __init__(self, bench: Bench, contender: Contender, size: int) -> None:
-        self._bench = bench
-        self._contender = contender
-        self._size = size
-        self._scope = contender.scope(f"segments of {size}")
-        self._thread = ThreadPoolExecutor(1)
-        self._microseconds: list[float] = []
-        self._kept: list[torch.Tensor] = []  # so that every segment is a new one
-
-    def take(self) -> None:
-        self._thread.submit(self._segment).result()
-
-    def figure(self) -> dict[str, Any]:
-        """Without the first two turns."""
-        return summary(self._microseconds[2:])
-
-    def _segment(self) -> None:
-        self._bench.synchronize()
+    def segment(contender: Contender) -> float:
+        # Of torch for all, without a method of one that only calls another.
+        empty = partial(Contender.empty, contender) if bench.on_cuda else contender.empty
+        bench.synchronize()
         start = time.perf_counter()
-        self._kept.append(self._contender.empty((self._size,), torch.uint8))
-        self._microseconds.append((time.perf_counter() - start) * 1e6)
+        kept.append(empty((size,), torch.uint8))
+        return (time.perf_counter() - start) * 1e6
 
-    def __enter__(self) -> Turns:
-        self._thread.submit(self._scope.__enter__).result()
-        return self
+    def segment_of_ours() -> float:
+        with ours.scope(f"segments of {size}"):
+            return segment(ours)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._thread.submit(self._scope.__exit__, kind, error, traceback).result()
-        self._thread.shutdown()
+    peers_us, ours_us = [], []
+    for index in range(count + 2):
+        if index % 2:
+            peers_us.append(segment(peer))
+            ours_us.append(segment_of_ours())
+        else:
+            ours_us.append(segment_of_ours())
+            peers_us.append(segment(peer))
+    peer_figure, our_figure = summary(peers_us[2:]), summary(ours_us[2:])
+    return {
+        "bytes": size,
+        "malloc_us": peer_figure,
+        "cumempool_malloc_us": our_figure,
+        "times_faster": peer_figure["median"] / our_figure["median"],
+    }
