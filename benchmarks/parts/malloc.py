@@ -16,17 +16,16 @@ from bench import MIB, Bench, summary
 from contenders import Contender
 
 #: Bytes of a segment, and how many of them; torch's own have 20 MiB where tensors are small.
-SEGMENTS = ((20 * MIB, 100), (512 * MIB, 24))
+SEGMENTS = ((20 * MIB, 60), (512 * MIB, 16))
 SMALL_SEGMENTS = ((2 * MIB, 4), (4 * MIB, 4))
 
 
 def run(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
     """``bare`` is malloc_path, which compares the pool's C entry with the bare driver calls.
 
-    A peer takes turns with cumempool in one thread, segment by segment: from process to process and
-    from thread to thread all driver calls may take half as long again. The peer's scope stays open;
-    cumempool enters one inside it for each segment, so that what a change of scopes costs is on its
-    side.
+    A peer takes turns with cumempool in one thread, segment by segment, each inside a scope of its
+    own that was entered just before: from process to process and from thread to thread all driver
+    calls may take half as long again.
     """
     if name == "bare":
         path = programs.find(bench.settings, "malloc_path")
@@ -36,8 +35,7 @@ def run(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
     peer, ours = contenders.make(name, bench), contenders.make("cumempool", bench)
     sizes = []
     for size, count in SMALL_SEGMENTS if bench.small else SEGMENTS:
-        with peer.scope(f"segments of {size}"):
-            sizes.append(_take_turns(bench, peer, ours, size, count))
+        sizes.append(_take_turns(bench, peer, ours, size, count))
         yield {"sizes": sizes}
 
 
@@ -49,24 +47,17 @@ def _take_turns(
     def segment(contender: Contender) -> float:
         # Of torch for all, without a method of one that only calls another.
         empty = partial(Contender.empty, contender) if bench.on_cuda else contender.empty
-        bench.synchronize()
-        start = time.perf_counter()
-        kept.append(empty((size,), torch.uint8))
-        return (time.perf_counter() - start) * 1e6
+        with contender.scope(f"segments of {size}"):
+            bench.synchronize()
+            start = time.perf_counter()
+            kept.append(empty((size,), torch.uint8))
+            return (time.perf_counter() - start) * 1e6
 
-    def segment_of_ours() -> float:
-        with ours.scope(f"segments of {size}"):
-            return segment(ours)
-
-    peers_us, ours_us = [], []
+    microseconds: dict[Contender, list[float]] = {peer: [], ours: []}
     for index in range(count + 2):
-        if index % 2:
-            peers_us.append(segment(peer))
-            ours_us.append(segment_of_ours())
-        else:
-            ours_us.append(segment_of_ours())
-            peers_us.append(segment(peer))
-    peer_figure, our_figure = summary(peers_us[2:]), summary(ours_us[2:])
+        for contender in (peer, ours) if index % 2 else (ours, peer):
+            microseconds[contender].append(segment(contender))
+    peer_figure, our_figure = summary(microseconds[peer][2:]), summary(microseconds[ours][2:])
     return {
         "bytes": size,
         "malloc_us": peer_figure,
