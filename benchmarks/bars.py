@@ -58,18 +58,6 @@ def _better_peer(part: str, *path: str) -> Callable[[Record], float | None]:
     return read
 
 
-def _segment_of_better_peer(index: int) -> Callable[[Record], float | None]:
-    """How many times longer that size takes the better peer, in the process that it shares."""
-
-    def read(record: Record) -> float | None:
-        results = record["parts"].get("malloc", {}).get("results", {})
-        sizes = [results[peer].get("sizes", []) for peer in ("vllm", "tms") if peer in results]
-        known = [float(each[index]["times_faster"]) for each in sizes if index < len(each)]
-        return min(known) if known else None
-
-    return read
-
-
 def _segment(index: int) -> Callable[[Record], float | None]:
     """The ratio that malloc_path found for its size of that number."""
 
@@ -151,13 +139,13 @@ BARS = (
         "segment of 20 MiB through torch, times faster than the better peer",
         ">=",
         1.0,
-        _segment_of_better_peer(0),
+        _better_peer("malloc", "malloc_20_mib_us"),
     ),
     Bar(
         "segment of 512 MiB through torch, times faster than the better peer",
         ">=",
         1.0,
-        _segment_of_better_peer(1),
+        _better_peer("malloc", "malloc_512_mib_us"),
     ),
     Bar(
         "host bytes per byte backed up",

@@ -41,7 +41,7 @@ NOTES = [
     "measured in the same process before and after.",
     f"{PAUSE_S} s pass after every sleep and every wake, for every contender.",
     "First sleeps of cumempool: each sample is of a process of its own.",
-    "Segments: peers take turns with cumempool inside a process; samples are of several processes.",
+    "Segments: a sample is the median of a process; the contenders' processes take turns.",
     "Peak device bytes are sampled every millisecond during a cycle that is not timed.",
 ]
 
@@ -78,6 +78,27 @@ def write(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def measure(part: Part, contender: str, bench: Bench, result_path: Path) -> None:
+    """Between two measurements of the link, where the part copies."""
+    host_memory.touch(8 * 1024**2 if bench.small else part.host_gib * GIB)
+    link = Link(bench) if part.on_the_link else None
+    result: dict[str, Any] = {}
+
+    def note(found: dict[str, Any]) -> None:
+        result.update(found)
+        if link is not None:
+            add_floors(result, link)
+        write(result_path, result)
+
+    if link is not None:
+        link.measure()
+    for found in part.run(bench, contender):
+        note(found)
+    if link is not None:
+        link.measure()
+    note({})
+
+
 def run_one(part: str, contender: str, settings: Settings, result_path: Path) -> None:
     """Measures, and writes what it has found so far again and again."""
     if part == "machine":
@@ -89,17 +110,7 @@ def run_one(part: str, contender: str, settings: Settings, result_path: Path) ->
         write(result_path, {})
         return
     bench = Bench(settings)
-    host_memory.touch(8 * 1024**2 if bench.small else PARTS[part].host_gib * GIB)
-    link = Link(bench)
-    link.measure()
-    result: dict[str, Any] = {}
-    for found in PARTS[part].run(bench, contender):
-        result |= found
-        add_floors(result, link)
-        write(result_path, result)
-    link.measure()
-    add_floors(result, link)
-    write(result_path, result)
+    measure(PARTS[part], contender, bench, result_path)
     sys.stdout.flush()
     os._exit(0)  # some peers end the process with an error of their own
 
@@ -248,8 +259,9 @@ def run_parts(
         }
         record["parts"][name] = content
         found: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(min(part.rounds, 2) if runner.settings.small else part.rounds):
-            for contender in chosen_contenders(part, runner.settings, arguments.contenders):
+        chosen = chosen_contenders(part, runner.settings, arguments.contenders)
+        for index in range(min(part.rounds, 2) if runner.settings.small else part.rounds):
+            for contender in reversed(chosen) if index % 2 else chosen:
                 result = run_contender(runner, name, contender)
                 found.setdefault(contender, []).append(result)
                 failed = next((each for each in found[contender] if "error" in each), None)

@@ -211,20 +211,13 @@ def malloc_tables(record: Record, check: Record) -> list[str]:
     through_torch = [
         [
             name_of(name, record["versions"]),
-            f"{size['bytes'] // 1024**2} MiB",
-            f"{size['malloc_us']['median']:.1f} us",
-            f"{size['cumempool_malloc_us']['median']:.1f} us",
-            f"{size['times_faster']:.2f}",
+            *(f"{result[f'malloc_{mib}_mib_us']['median']:.1f} us" for mib in (20, 512)),
         ]
         for name, result in record["parts"].get("malloc", {}).get("results", {}).items()
-        if name != "bare"
-        for size in result.get("sizes", [])
+        if "malloc_512_mib_us" in result
     ]
     if through_torch:
-        lines += table(
-            ["`torch.empty`", "fresh segment", "takes", "cumempool, in turns with it", "ratio"],
-            through_torch,
-        )
+        lines += table(["`torch.empty` of a fresh segment", "20 MiB", "512 MiB"], through_torch)
     return lines
 
 

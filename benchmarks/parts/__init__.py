@@ -29,6 +29,7 @@ class Part:
         limit_s: When a process of it is ended.
         first_again: How many processes more measure the first sleep of "cumempool", of which a
             process has only one.
+        on_the_link: Whether it copies, so that the link's rate is measured with it.
         rounds: How often each contender runs, taking turns, where processes differ among
             themselves; its figures are medians of what its processes found.
     """
@@ -42,6 +43,7 @@ class Part:
     limit_s: float = 120
     first_again: int = 0
     rounds: int = 1
+    on_the_link: bool = True
 
 
 #: In the order in which they run.
@@ -77,11 +79,12 @@ PARTS = {
     ),
     "malloc": Part(
         "a fresh segment",
-        ("bare", "vllm", "tms"),
+        ("bare", "cumempool", "vllm", "tms"),
         malloc.run,
-        host_gib=2,
-        device_gib=32,
-        rounds=5,
+        host_gib=0,
+        device_gib=20,
+        rounds=9,
+        on_the_link=False,
     ),
     "scaling": Part(
         "1 to 64 GiB, 10 to 10000 allocations",

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <memory>
 
 #include "backup/image.hpp"
@@ -48,6 +49,7 @@ struct Record {
   bool claimed = false;       // by the transition under way
   bool doomed = false;        // freed by the program while claimed
 
+  std::list<std::shared_ptr<Record>>::iterator place;  // in the set
   std::shared_ptr<Record> next;  // of the list that it is in once it was taken out of the set
 };
 

@@ -9,9 +9,8 @@ bool RecordSet::add(const RecordPointer& record, const std::function<bool()>& st
   const std::lock_guard lock(mutex_);
   if (sealed_) throw Error(CUMEMPOOL_CLOSED, "the allocator is closed");
   if (!still()) return false;
-  record->sequence = next_sequence_;
-  records_.emplace_hint(records_.end(), next_sequence_, record);
-  ++next_sequence_;
+  record->place = records_.insert(records_.end(), record);
+  record->sequence = next_sequence_++;
   return true;
 }
 
@@ -21,14 +20,14 @@ bool RecordSet::retire(const RecordPointer& record) {
     record->doomed = true;
     return false;
   }
-  records_.erase(record->sequence);
+  records_.erase(record->place);
   return true;
 }
 
 std::vector<RecordPointer> RecordSet::claim(const std::function<bool(const Record&)>& wanted) {
   const std::lock_guard lock(mutex_);
   std::vector<RecordPointer> claimed;
-  for (const auto& [sequence, record] : records_) {
+  for (const RecordPointer& record : records_) {
     if (wanted(*record)) claimed.push_back(record);
   }
   for (const RecordPointer& record : claimed) record->claimed = true;
@@ -37,7 +36,7 @@ std::vector<RecordPointer> RecordSet::claim(const std::function<bool(const Recor
 
 void RecordSet::for_each(const std::function<void(Record&)>& visit) {
   const std::lock_guard lock(mutex_);
-  for (const auto& entry : records_) visit(*entry.second);
+  for (const RecordPointer& record : records_) visit(*record);
 }
 
 void RecordSet::update(const std::function<void()>& change) {
@@ -49,7 +48,7 @@ std::uint64_t RecordSet::update_unless(const std::function<bool(const Record&)>&
                                        const std::function<void()>& change) {
   const std::lock_guard lock(mutex_);
   std::uint64_t bytes = 0;
-  for (const auto& entry : records_) bytes += hinders(*entry.second) ? entry.second->bytes : 0;
+  for (const RecordPointer& record : records_) bytes += hinders(*record) ? record->bytes : 0;
   if (bytes == 0) change();
   return bytes;
 }

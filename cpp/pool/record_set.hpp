@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <functional>
-#include <map>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -35,7 +35,7 @@ class RecordSet {
     for (const RecordPointer& record : claimed) {
       record->claimed = false;
       if (!record->doomed) continue;
-      records_.erase(record->sequence);
+      records_.erase(record->place);
       doomed(record);
     }
   }
@@ -55,7 +55,7 @@ class RecordSet {
 
  private:
   std::mutex mutex_;
-  std::map<std::uint64_t, RecordPointer> records_;  // by sequence
+  std::list<RecordPointer> records_;  // in order of allocation
   std::uint64_t next_sequence_ = 1;
   bool sealed_ = false;
 };
