@@ -81,7 +81,7 @@ PARTS = {
         "a fresh segment",
         ("bare", "cumempool", "vllm", "tms"),
         malloc.run,
-        host_gib=0,
+        host_gib=1,
         device_gib=20,
         rounds=9,
         on_the_link=False,
