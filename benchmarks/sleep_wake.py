@@ -255,6 +255,7 @@ def run_parts(
             "title": part.title,
             "command": record["command"],
             "commit": record["commit"],
+            "gpus": [device["name"] for device in record["machine"].get("devices", [])],
             "results": {},
         }
         record["parts"][name] = content

@@ -56,6 +56,12 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
 
 
+def gpu_of(record: Record, part: str) -> str:
+    """What a part ran on, such as "H200"; parts of a record may differ in that."""
+    name: str = record["parts"][part]["gpus"][0]
+    return name.removeprefix("NVIDIA ").split(" ")[0]
+
+
 # ---- sleep and wake ------------------------------------------------------------------------------
 
 
@@ -68,9 +74,9 @@ def cycle_cell(result: Record, phase: str, direction: str) -> str:
 
 
 def sleep_wake_tables(record: Record) -> list[str]:
-    device, versions = record["machine"]["devices"][0]["name"], record["versions"]
+    versions = record["versions"]
     lines = [
-        f"{device}, driver {record['machine']['kernel_driver']}, torch {versions['torch']}. "
+        f"Driver {record['machine']['kernel_driver']}, torch {versions['torch']}. "
         "Medians; each contender in a process of its own. In brackets: multiples of what the link "
         "needs for the bytes, its rate measured in the same process. Later sleeps follow a change "
         "of all contents, of 10% of them, or of nothing.",
@@ -84,7 +90,7 @@ def sleep_wake_tables(record: Record) -> list[str]:
             for name, result in record["parts"][part]["results"].items()
             if "first" in result
         ]
-        lines += table([title, *COLUMNS], rows)
+        lines += table([f"{title}, {gpu_of(record, part)}", *COLUMNS], rows)
     if (RESULTS / "sleep_wake.png").exists():
         lines += ["![The same figures, and how cost grows](benchmarks/results/sleep_wake.png)", ""]
     return lines
@@ -109,6 +115,7 @@ def kv_rows(record: Record) -> list[list[str]]:
             "discard and remap 40 GiB of KV cache",
             f"{milliseconds(kv['discard_s']['median'])} + {milliseconds(kv['remap_s']['median'])}",
             f"{kv['over_bare']['both']:.2f}x the bare driver calls",
+            gpu_of(record, "kv"),
         ]
     ]
 
@@ -118,7 +125,8 @@ def swap_rows(record: Record) -> list[list[str]]:
     if "swap_s" not in swap:
         return []
     ratio = f"{swap['over_sleep_then_wake']:.2f}x a sleep and then a wake"
-    return [["swap one 8B model for another", milliseconds(swap["swap_s"]["median"]), ratio]]
+    seconds = milliseconds(swap["swap_s"]["median"])
+    return [["swap one 8B model for another", seconds, ratio, gpu_of(record, "swap")]]
 
 
 def asynchronous_rows(record: Record) -> list[list[str]]:
@@ -131,7 +139,8 @@ def asynchronous_rows(record: Record) -> list[list[str]]:
         result = first_result(record, "async", contender)
         if "first_layer_s" in result:
             ratio = f"{result['first_layer_over_whole'] * 100:.1f}% of the whole wake"
-            rows.append([title, milliseconds(result["first_layer_s"]["median"]), ratio])
+            seconds = milliseconds(result["first_layer_s"]["median"])
+            rows.append([title, seconds, ratio, gpu_of(record, "async")])
     return rows
 
 
@@ -155,7 +164,7 @@ def tier_rows(record: Record) -> list[list[str]]:
             plain = [f"{result['plain_gb_per_s'][way]:.1f}" for way in ("sleep", "wake")]
             beside = f"plain copies: {' and '.join(plain)} GB/s"
         name = title.format(gib=result["bytes"] // 2**30)
-        rows.append([name, f"{' and '.join(rates)} GB/s", beside])
+        rows.append([name, f"{' and '.join(rates)} GB/s", beside, gpu_of(record, part)])
     return rows
 
 
@@ -172,7 +181,8 @@ def scaling_rows(record: Record) -> list[list[str]]:
                 f"{key.removesuffix('_s').replace('_', ' ')} {value:.2f}"
                 for key, value in straight.items()
             )
-            rows.append([title, f"{max(straight.values()):.2f}", ", ".join(each)])
+            largest = f"{max(straight.values()):.2f}"
+            rows.append([title, largest, ", ".join(each), gpu_of(record, "scaling")])
     return rows
 
 
@@ -182,8 +192,9 @@ def other_table(record: Record) -> list[str]:
         for rows_of in (kv_rows, swap_rows, asynchronous_rows, tier_rows, scaling_rows)
         for row in rows_of(record)
     ]
-    lines = table(["cumempool", "", "in the same run"], rows) if rows else []
-    return [*lines, f"`{record['command']}`", ""]
+    lines = table(["cumempool", "", "in the same run", "on"], rows) if rows else []
+    commands = dict.fromkeys(part["command"] for part in record["parts"].values())
+    return [*lines, *(line for command in commands for line in (f"`{command}`", ""))]
 
 
 # ---- malloc --------------------------------------------------------------------------------------
@@ -191,11 +202,10 @@ def other_table(record: Record) -> list[str]:
 
 def malloc_tables(record: Record, check: Record) -> list[str]:
     """A segment malloc beside the same driver calls made bare, and through torch beside peers."""
-    device = record["machine"]["devices"][0]["name"]
     sizes = first_result(record, "malloc", "bare").get("sizes") or check["malloc_path"]["sizes"]
     lines = [
-        f"One segment malloc through a slot beside the same four driver calls made bare, {device}; "
-        "medians.",
+        "One segment malloc through a slot beside the same four driver calls made bare, "
+        f"{gpu_of(record, 'malloc')}; medians.",
         "",
     ]
     rows = [
