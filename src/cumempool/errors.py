@@ -228,8 +228,9 @@ class BackupDamagedError(BackupError):
 class UnsupportedError(CumempoolError, RuntimeError):
     """The hardware or the system cannot do what was asked for.
 
-    A device that cannot reach the peer that was named for its backups, or a backup that lies on a
-    peer and was to be read by the CPU. The message says what is missing.
+    A device that cannot reach the peer that was named for its backups, or the memory that another
+    process shares; a backup that lies on a peer and was to be read by the CPU. The message says
+    what is missing.
     """
 
 

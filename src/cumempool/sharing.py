@@ -75,7 +75,7 @@ def open_shared(
             or the layout is not one of that memory.
         InvalidArgumentError: A descriptor of another version, or a device that does not exist.
         InvalidTypeError: It is no descriptor.
-        UnsupportedError: The driver cannot map it like this.
+        UnsupportedError: The device cannot reach the memory, or the driver cannot map it like this.
         OutOfMemoryError: No address space, or too much is open.
     """
     if not isinstance(memory, SharedMemory):
@@ -256,19 +256,44 @@ def _local_device(
         ordinal = torch.cuda.current_device() if named == torch.device(kind) else named.index
     if not 0 <= ordinal < count:
         raise InvalidArgumentError(f"there is no device {ordinal}: the driver has {count}")
+    if kind == "cuda":
+        _refuse_unreachable(ordinal, part.device)
     return ordinal
 
 
+def _refuse_unreachable(ordinal: int, uuid: str) -> None:
+    """Where the GPU of the memory is not visible here, it is left to the driver to say."""
+    import torch
+
+    owner = _visible(uuid)
+    if owner in (None, ordinal) or torch.cuda.can_device_access_peer(ordinal, owner):
+        return
+    raise UnsupportedError(
+        f"device {ordinal} cannot reach the memory, which is on device {owner}",
+        operation="open_shared",
+        device=ordinal,
+        advice="open it on another; nvidia-smi topo -p2p rw says which reach each other",
+    )
+
+
 def _by_uuid(uuid: str) -> int:
+    ordinal = _visible(uuid)
+    if ordinal is not None:
+        return ordinal
+    raise InvalidArgumentError(
+        f"the GPU of the memory, {uuid}, is not visible in this process; name another by `device`, "
+        "or let CUDA_VISIBLE_DEVICES have it"
+    )
+
+
+def _visible(uuid: str) -> int | None:
+    """The ordinal, in this process, of the GPU with that identity."""
     import torch
 
     for ordinal in range(torch.cuda.device_count()):
         if str(torch.cuda.get_device_properties(ordinal).uuid) == uuid:
             return ordinal
-    raise InvalidArgumentError(
-        f"the GPU of the memory, {uuid}, is not visible in this process; name another by `device`, "
-        "or let CUDA_VISIBLE_DEVICES have it"
-    )
+    return None
 
 
 @contextlib.contextmanager

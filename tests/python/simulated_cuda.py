@@ -102,6 +102,7 @@ class SimulatedCuda(FakeTorch):
             "memory_reserved": lambda device: self.cached_outside if device == 0 else 0,
             "memory_allocated": lambda device: 0,
             "get_device_properties": lambda device: SimpleNamespace(uuid=UUIDS[device]),
+            "can_device_access_peer": lambda device, peer: device != peer,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": self.segments})

@@ -25,6 +25,7 @@ from cumempool import (
     OutOfMemoryError,
     OutOfSlotsError,
     UnknownTagError,
+    UnsupportedError,
     _core,
     _torch,
     open_shared,
@@ -501,6 +502,21 @@ def test_shared_memory_is_not_opened_on_a_device_that_is_not_there(
         open_shared(memory, device=device)
     assert alloc.stats().tags["kv"].pins == 0
     del tensor
+
+
+def test_a_device_that_cannot_reach_the_memory_is_refused_by_name(
+    cuda: SimulatedCuda, alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = alloc.empty(8, device=1, tag="kv").fill_(3)
+    memory = alloc.share(tensor)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: False)
+    with pytest.raises(UnsupportedError, match=r"device 0 cannot reach.* on device 1") as caught:
+        open_shared(memory, device=0)
+    assert caught.value.device == 0
+    assert alloc.stats().tags["kv"].pins == 0
+    opened = open_shared(memory, device=1)
+    assert isinstance(opened, torch.Tensor)
+    assert opened.tolist() == [3.0] * 8
 
 
 def test_a_gpu_that_is_not_visible_here_has_to_be_named(
