@@ -108,9 +108,9 @@ cumempool_result context_active(void* self, int device, int* active) {
 constexpr std::size_t kAheadBytes = std::size_t{2} << 20;
 constexpr std::size_t kAheadAlignment = std::size_t{64} << 30;
 
-// libcuda asks the kernel for addresses at each reservation that does not fit into what it holds, and
-// for as much as the alignment at once: after one of 64 GiB, later ones find theirs without that call,
-// and side by side (ADR 24). Nothing depends on it.
+// libcuda asks the kernel for addresses at each reservation that does not fit into what it holds,
+// and for as much as the alignment at once: after one of 64 GiB, later ones find theirs without
+// that call, and side by side (ADR 24). Nothing depends on it.
 CUdeviceptr take_addresses_ahead(const Symbols& cu) {
   CUdeviceptr address = 0;
   const CUresult result = cu.cuMemAddressReserve(&address, kAheadBytes, kAheadAlignment, 0, 0);

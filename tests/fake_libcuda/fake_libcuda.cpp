@@ -1,7 +1,8 @@
 // A library that calls itself libcuda.so.1, to test how the `cuda` driver opens and uses it:
 // FAKE_CUINIT is what cuInit returns, FAKE_MISSING names a symbol that it does not have,
 // FAKE_DEVICES counts devices, FAKE_MODULE is what cuModuleLoadDataEx returns, FAKE_FREE what the
-// first cuMemFree returns, FAKE_RESERVE what cuMemAddressReserve does. fake_calls() tells what was done with modules, access and memory.
+// first cuMemFree returns, FAKE_RESERVE what cuMemAddressReserve does. fake_calls() tells what was
+// done with modules, access, addresses and memory.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
