@@ -4,11 +4,11 @@
     python benchmarks/sleep_wake.py --peers PEERS --programs BUILD --output RESULT.json
     python benchmarks/sleep_wake.py --small     # a dry run without a GPU
 
-Each part runs once per contender, in a process of its own, one after another, with the link's rate
-measured in each before and after. Host memory is touched before anything is timed, by a process of
-its own and again in each, since some virtual machines grow it on first use; after every transition
-there is a pause, since some drivers scrub what was released. The record is written after every
-process.
+Each contender of a part runs in a process of its own, one after another, where the part says so
+several times in turns; where it copies, the link's rate is measured before and after. Host memory
+is touched before anything is timed, by a process of its own and again in each, since some virtual
+machines grow it on first use; after every transition there is a pause, since some drivers scrub
+what was released. The record is written after every process.
 """
 
 from __future__ import annotations

@@ -91,7 +91,12 @@ def open_shared(
 
     _check_layout(memory)
     driver = _driver(memory.driver)
-    devices = [_local_device(memory, part, device, driver.device_count) for part in memory.ranges]
+    # Once per device: a tag may have thousands of ranges.
+    local = {
+        name: _local_device(memory, name, device, driver.device_count)
+        for name in {part.device for part in memory.ranges}
+    }
+    devices = [local[part.device] for part in memory.ranges]
     connection = _connect(memory)
     if connection is None:
         capsules = _map_carried(memory, driver, devices, writable)
@@ -234,14 +239,14 @@ def _driver(name: str) -> _core.Driver:
 
 
 def _local_device(
-    memory: SharedMemory, part: SharedRange, device: torch.device | str | int | None, count: int
+    memory: SharedMemory, name: str, device: torch.device | str | int | None, count: int
 ) -> int:
-    """The ordinal, in this process, of the device that is to use a range."""
+    """The ordinal, in this process, of the device that is to use ranges on the one of that name."""
     import torch
 
     kind = "cpu" if memory.driver == "host" else "cuda"
     if device is None:
-        return int(part.device) if kind == "cpu" else _by_uuid(part.device)
+        return int(name) if kind == "cpu" else _by_uuid(name)
     if isinstance(device, int) and not isinstance(device, bool):
         ordinal = device
     else:
@@ -252,12 +257,12 @@ def _local_device(
         if named.type != kind:
             raise InvalidArgumentError(f"the memory is of a {kind} device, not for {named}")
         if kind == "cpu":
-            return int(part.device)
+            return int(name)
         ordinal = torch.cuda.current_device() if named == torch.device(kind) else named.index
     if not 0 <= ordinal < count:
         raise InvalidArgumentError(f"there is no device {ordinal}: the driver has {count}")
     if kind == "cuda":
-        _refuse_unreachable(ordinal, part.device)
+        _refuse_unreachable(ordinal, name)
     return ordinal
 
 
