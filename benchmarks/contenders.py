@@ -50,10 +50,13 @@ class Contender(ABC):
 class Cumempool(Contender):
     """cumempool on the driver of the run."""
 
-    def __init__(self, bench: Bench, *, retain: bool = True, devices: int = 1) -> None:
+    def __init__(
+        self, bench: Bench, *, retain: bool = True, rdma: bool = True, devices: int = 1
+    ) -> None:
         import cumempool
 
         super().__init__(bench)
+        self.rdma = rdma
         options: dict[str, Any] = {"driver": bench.settings.driver, "retain_backups": retain}
         if not bench.on_cuda:
             options |= {"host_driver_devices": devices, "host_driver_bytes": 2 * GIB}
@@ -64,7 +67,7 @@ class Cumempool(Contender):
     ) -> AbstractContextManager[object]:
         options: dict[str, Any] = {} if backup is None else {"backup": backup}
         return self.allocator.use_memory_pool(
-            tag, on_sleep="offload" if keep else "discard", **options
+            tag, on_sleep="offload" if keep else "discard", rdma=self.rdma, **options
         )
 
     def empty(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
@@ -147,12 +150,14 @@ PEERS = ("vllm", "tms", "tms-retain")
 
 
 def make(name: str, bench: Bench) -> Contender:
-    """By the name that records use; ``cumempool-copy`` keeps no backups between sleeps.
+    """By the name that records use.
 
-    ``cumempool-prepared`` and ``cumempool-first`` are ``cumempool``, used otherwise.
+    ``cumempool-copy`` keeps no backups between sleeps; memory of ``cumempool-no-rdma`` is not made
+    for RDMA, as that of all others is. ``cumempool-prepared`` and ``cumempool-first`` are
+    ``cumempool``, used otherwise.
     """
     if name == "vllm":
         return Vllm(bench)
     if name in ("tms", "tms-retain"):
         return TorchMemorySaver(bench, retain=name == "tms-retain")
-    return Cumempool(bench, retain=name != "cumempool-copy")
+    return Cumempool(bench, retain=name != "cumempool-copy", rdma=name != "cumempool-no-rdma")

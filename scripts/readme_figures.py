@@ -38,6 +38,7 @@ def name_of(contender: str, versions: dict[str, str]) -> str:
     names = {
         "cumempool-prepared": "cumempool after `prepare()`",
         "cumempool-copy": "cumempool, `retain_backups=False`",
+        "cumempool-no-rdma": "cumempool, `rdma=False`",
         "vllm": f"vLLM {versions.get('vllm', '')}'s allocator",
         "tms": saver,
         "tms-retain": f"{saver}, backup retained",

@@ -79,11 +79,11 @@ PARTS = {
     ),
     "malloc": Part(
         "a fresh segment",
-        ("bare", "cumempool", "vllm", "tms"),
+        ("bare", "cumempool", "cumempool-no-rdma", "vllm", "tms"),
         malloc.run,
         host_gib=1,
         device_gib=20,
-        rounds=9,
+        rounds=15,
         on_the_link=False,
     ),
     "scaling": Part(

@@ -44,9 +44,14 @@ cumempool_result granularity(void* self, const cumempool_memory_properties* prop
       driver.cu.cuMemGetAllocationGranularity(bytes, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM));
 }
 
+// What one of the GPU's page directories covers with pages of 2 MiB, from Pascal on. A range that
+// begins with one lies in the fewest, and libcuda gives access to it sooner.
+constexpr std::size_t kDirectorySpan = std::size_t{512} << 20;
+
 cumempool_result reserve(void* self, std::size_t bytes, cumempool_address* address) {
   CUdeviceptr pointer = 0;
-  const CUresult result = driver_of(self).cu.cuMemAddressReserve(&pointer, bytes, 0, 0, 0);
+  const std::size_t alignment = bytes >= kDirectorySpan ? kDirectorySpan : 0;
+  const CUresult result = driver_of(self).cu.cuMemAddressReserve(&pointer, bytes, alignment, 0, 0);
   *address = pointer;
   return result_of(result);
 }

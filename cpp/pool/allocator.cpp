@@ -130,7 +130,7 @@ void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
     Error error(CUMEMPOOL_IN_USE,
                 format_bytes(bytes) + " of the tag live that were made otherwise");
     error.tag = tag.name;
-    error.advice = "choose backing and peers before the first allocation of the tag";
+    error.advice = "choose what it is made of before the first allocation of the tag";
     throw error;
   }
 }
@@ -178,7 +178,9 @@ vmm::Allocation Allocator::make_memory(const MemoryChoice& choice, const Device&
     return {driver_, vmm::OrdinaryMemory(driver_, ledger_, on.ordinal(), bytes), on.ordinal(),
             bytes};
   }
-  return {driver_, ledger_, on.kind().properties, bytes, users_of(choice, on.ordinal())};
+  cumempool_memory_properties properties = on.kind().properties;
+  if (!choice.rdma) properties.rdma = 0;  // asks for less than what was tried (R8)
+  return {driver_, ledger_, properties, bytes, users_of(choice, on.ordinal())};
 }
 
 // The device that the memory is on, and its peers.

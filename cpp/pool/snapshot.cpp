@@ -67,7 +67,7 @@ class Collector {
     allocator_.records().for_each([this](Record& record) { visit(record); });
     for (const Tag* tag : allocator_.tags().all()) {
       const auto first = rows_.lower_bound({tag->name, -1});
-      if (first == rows_.end() || first->first.first != tag->name) row(*tag, -1);
+      if (first == rows_.end() || first->first.first != tag->name) row(*tag, nullptr);
     }
     for (auto& [key, stats] : rows_) snapshot_.tags.push_back(stats);
     total();
@@ -82,11 +82,18 @@ class Collector {
       return;
     }
     const cumempool_allocation_info info = describe(record);
-    count(info, record, row(*record.tag, record.device));
+    count(info, record, row(*record.tag, &record));
     if (allocations_) snapshot_.allocations.push_back(info);
   }
 
-  cumempool_tag_stats& row(const Tag& tag, int device) {
+  // Of ordinary memory what virtual memory of the device would have.
+  const cumempool_memory_properties& properties_of(const Record& record) {
+    return record.memory.is_ordinary() ? kinds_[record.device] : record.memory.properties();
+  }
+
+  // Of a tag on the device of a record; null: of a tag without any.
+  cumempool_tag_stats& row(const Tag& tag, const Record* record) {
+    const int device = record == nullptr ? -1 : record->device;
     const auto [at, made] = rows_.try_emplace({tag.name, device});
     cumempool_tag_stats& stats = at->second;
     if (!made) return stats;
@@ -98,10 +105,10 @@ class Collector {
     stats.backup_tier = allocator_.tags().backup(tag).tier;
     stats.backing = allocator_.tags().memory(tag).backing;
     stats.pins = allocator_.tags().pin_count(tag);
-    const auto kind = kinds_.find(device);
-    if (kind != kinds_.end()) {
-      stats.handle_types = kind->second.handle_types;
-      stats.rdma = kind->second.rdma;
+    if (record != nullptr) {
+      const auto& properties = properties_of(*record);
+      stats.handle_types = properties.handle_types;
+      stats.rdma = properties.rdma;
     }
     return stats;
   }

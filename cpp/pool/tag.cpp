@@ -95,6 +95,12 @@ MemoryChoice memory_choice(const cumempool_memory_policy& policy) {
     error.advice = "give peers access with cudaDeviceEnablePeerAccess, as for any such memory";
     throw error;
   }
+  choice.rdma = policy.without_rdma == 0;
+  if (choice.backing == CUMEMPOOL_BACKING_CUDA_MALLOC && !choice.rdma) {
+    Error error(CUMEMPOOL_INVALID_ARGUMENT, "memory of cudaMalloc is always good for RDMA");
+    error.advice = "leave the choice of RDMA out, or give the tag backing='vmm'";
+    throw error;
+  }
   return choice;
 }
 

@@ -33,15 +33,16 @@ struct MemoryChoice {
   cumempool_backing backing = CUMEMPOOL_BACKING_VMM;
   bool all_peers = false;  // every device that can
   std::vector<int> peers;  // these devices, beside the one that the memory is on
+  bool rdma = true;        // where the device grants it
 };
 
 inline bool operator==(const MemoryChoice& left, const MemoryChoice& right) {
   return left.backing == right.backing && left.all_peers == right.all_peers &&
-         left.peers == right.peers;
+         left.peers == right.peers && left.rdma == right.rdma;
 }
 
-// Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a backing outside its enum, or peers of ordinary
-// memory.
+// Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a backing outside its enum, and for ordinary memory
+// with peers or without RDMA.
 MemoryChoice memory_choice(const cumempool_memory_policy& policy);
 
 struct TagPolicy {

@@ -599,7 +599,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   }
 
   void set_memory(const std::string& tag, int backing, bool all_peers,
-                  const std::vector<std::int32_t>& peers) {
+                  const std::vector<std::int32_t>& peers, bool rdma) {
     const char* name = tag_text(tag);
     cumempool_memory_policy policy{};
     policy.size = sizeof policy;
@@ -607,6 +607,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     policy.all_peers = all_peers ? 1 : 0;
     policy.peer_count = static_cast<std::uint32_t>(peers.size());
     policy.peers = peers.data();
+    policy.without_rdma = rdma ? 0 : 1;
     call([&] { return cumempool_set_memory(allocator_, name, &policy); });
   }
 
@@ -840,7 +841,7 @@ PYBIND11_MODULE(_core, module) {
       .def("set_backup", &Allocator::set_backup, py::arg("tag"), py::arg("tier"),
            py::arg("directory"), py::arg("peer_device"))
       .def("set_memory", &Allocator::set_memory, py::arg("tag"), py::arg("backing"),
-           py::arg("all_peers"), py::arg("peers"))
+           py::arg("all_peers"), py::arg("peers"), py::arg("rdma"))
       .def("pin", &Allocator::pin, py::arg("tag"), py::arg("holder"))
       .def("unpin", &Allocator::unpin, py::arg("pin"))
       .def("export_fd", &Allocator::export_fd, py::arg("address"))

@@ -151,6 +151,7 @@ class CuMemAllocator:
         devices: Sequence[int] | None = None,
         backing: Backing | None = None,
         peers: Literal["all"] | Sequence[int] | None = None,
+        rdma: bool | None = None,
         all_threads: bool = False,
     ) -> MemoryPoolScope:
         """A context manager: what this thread allocates inside comes from a pool under `tag`.
@@ -173,6 +174,10 @@ class CuMemAllocator:
             peers: Devices that get access to the memory beside its own, now and at each wake:
                 their ordinals, or ``"all"`` that can. None leaves it as it was. Memory of
                 ``"cuda_malloc"`` takes none here: ``cudaDeviceEnablePeerAccess`` is for all of it.
+            rdma: Whether memory of the tag is made for GPUDirect RDMA where the device grants it
+                (what holds for tags that were never told). Without, no network card, GPUDirect
+                Storage or GDRCopy can reach it, and ``libcuda`` makes one call less to the kernel
+                at each map and unmap. None leaves it as it was.
             all_threads: Take what every other thread allocates as well, for as long as the scope is
                 open; ``backward()`` runs in threads of autograd, and gradients land in the pool. A
                 scope that a thread enters meanwhile is its own.
@@ -180,8 +185,8 @@ class CuMemAllocator:
         Raises:
             InvalidArgumentError: A tag, policy or device that does not exist.
             UnsupportedError: No device can reach the peer that `backup` names.
-            InUseError: Memory of the tag lives that was made otherwise than `backing` and `peers`
-                say. On entering with `all_threads`: another thread has a scope open.
+            InUseError: Memory of the tag lives that was made otherwise than `backing`, `peers` and
+                `rdma` say. On entering with `all_threads`: another thread has a scope open.
             OutOfSlotsError: On entering: too many scopes are open at the same time.
             ClosedError: The allocator is closed.
         """
@@ -191,8 +196,8 @@ class CuMemAllocator:
         self._tags.declare(tag, on_sleep, on_wake)
         if place is not None:
             self._core.set_backup(tag, *place._to_core())
-        if backing is not None or peers is not None:
-            self._tags.set_memory(tag, backing, peers)
+        if not (backing is None and peers is None and rdma is None):
+            self._tags.set_memory(tag, backing, peers, rdma)
         if devices is not None:
             devices = self._devices.check_routed(devices)
         return MemoryPoolScope(self, tag, devices, all_threads=all_threads)

@@ -1,9 +1,10 @@
-"""Tags: their names, and what was said of each: its policy, its backing and its peers."""
+"""Tags: their names, and what was said of each: its policy, and what its memory is made of."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from cumempool.devices import Devices
@@ -82,6 +83,16 @@ def _check_choice(value: object, allowed: Mapping[str | None, int], what: str) -
     return allowed[value]
 
 
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What memory of a tag is made of, as the core takes it."""
+
+    backing: int = _BACKING["vmm"]
+    all_peers: bool = False
+    peers: list[int] = field(default_factory=list)
+    rdma: bool = True
+
+
 class Tags:
     """The tags of one allocator. Thread-safe.
 
@@ -94,7 +105,7 @@ class Tags:
         self._core = core
         self._devices = devices
         self._lock = threading.Lock()
-        self._memory: dict[str, tuple[int, bool, list[int]]] = {}  # backing, all peers, peers
+        self._memory: dict[str, _Memory] = {}
 
     def declare(self, tag: str, on_sleep: OnSleep | None, on_wake: OnWake | None) -> None:
         """Makes a tag known, with the policy that is given; None leaves it as it was.
@@ -110,20 +121,25 @@ class Tags:
             _check_choice(on_wake, _ON_WAKE, "on_wake"),
         )
 
-    def set_memory(self, tag: str, backing: object, peers: object) -> None:
-        """Changes what was given of backing and peers, and leaves the other as it was."""
+    def set_memory(self, tag: str, backing: object, peers: object, rdma: object) -> None:
+        """Changes what was given of backing, peers and RDMA, and leaves the rest as it was."""
         number = _check_choice(backing, _BACKING, "backing")
         if isinstance(peers, str) and peers != "all":
             raise InvalidArgumentError(f"peers={peers!r} is not 'all' or a sequence of ordinals")
+        if rdma is not None and not isinstance(rdma, bool):
+            raise InvalidTypeError(f"rdma is a bool or None, not {rdma!r}")
         with self._lock:
-            before, every, reached = self._memory.get(tag, (_BACKING["vmm"], False, []))
+            choice = self._memory.get(tag, _Memory())
+            if number == _BACKING["cuda_malloc"]:
+                choice = _Memory()  # such memory has no other choices
+            if number:
+                choice = replace(choice, backing=number)
             if peers is not None:
-                every = peers == "all"
-                reached = [] if every else self._devices.check_ordinals(peers, "peers")
-            elif number == _BACKING["cuda_malloc"]:
-                every, reached = False, []  # such memory takes none here
-            choice = (number or before, every, reached)
-            self._core.set_memory(tag, *choice)
+                reached = [] if peers == "all" else self._devices.check_ordinals(peers, "peers")
+                choice = replace(choice, all_peers=peers == "all", peers=reached)
+            if rdma is not None:
+                choice = replace(choice, rdma=rdma)
+            self._core.set_memory(tag, choice.backing, choice.all_peers, choice.peers, choice.rdma)
             self._memory[tag] = choice
 
     def check_known(self, tag: object, operation: str) -> None:

@@ -187,6 +187,16 @@ std::string retain_twice(const cumempool_driver& table) {
   return text_of({retained, table.context_release(table.self, 0)});
 }
 
+std::string reserve_each_size(const cumempool_driver& table) {
+  constexpr std::size_t kMib = std::size_t{1} << 20;
+  cumempool_address address = 0;
+  std::string text;
+  for (const std::size_t mib : {2, 510, 512, 1280}) {
+    text += text_of({table.reserve(table.self, mib * kMib, &address)});
+  }
+  return text;
+}
+
 std::string give_each_access(const cumempool_driver& table) {
   const int devices[] = {0, 1};
   std::string text;
@@ -298,12 +308,19 @@ TEST(CudaOpenDeathTest, AccessIsToReadOrToReadAndWrite) {
 
 TEST(CudaOpenDeathTest, AddressesAreTakenAheadWhileAContextIsHeldOnce) {
   EXPECT_EXIT(use_inside("FAKE_RESERVE", "0", retain_twice), normally,
-              "0 0 \\| reserve\\(2097152,64GiB\\) unreserve\\(64GiB,2097152\\) \\.");
+              "0 0 \\| reserve\\(2097152,65536MiB\\) unreserve\\(65536MiB,2097152\\) \\.");
 }
 
 TEST(CudaOpenDeathTest, AContextIsHeldWithoutAddressesAhead) {
   EXPECT_EXIT(use_inside("FAKE_RESERVE", "2", retain_twice), normally,
-              "0 0 \\| reserve\\(2097152,64GiB\\) \\.");
+              "0 0 \\| reserve\\(2097152,65536MiB\\) \\.");
+}
+
+TEST(CudaOpenDeathTest, LargeRangesBeginWithAPageDirectory) {
+  EXPECT_EXIT(use_inside("FAKE_RESERVE", "0", reserve_each_size), normally,
+              "0 0 0 0 \\| reserve\\(2097152,65536MiB\\) reserve\\(2097152,0MiB\\) "
+              "reserve\\(534773760,0MiB\\) reserve\\(536870912,512MiB\\) "
+              "reserve\\(1342177280,512MiB\\) unreserve\\(65536MiB,2097152\\) \\.");
 }
 
 TEST(CudaOpenDeathTest, OlderDriversKnowNeitherFabricNorNumaNode) {

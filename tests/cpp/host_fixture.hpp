@@ -68,13 +68,14 @@ class Host {
  public:
   explicit Host(std::uint64_t granules_per_device = kDeviceGranules, std::int32_t devices = 2,
                 std::uint64_t granule = kGranule,
-                std::uint32_t handle_types = CUMEMPOOL_HANDLE_POSIX_FD) {
+                std::uint32_t handle_types = CUMEMPOOL_HANDLE_POSIX_FD, bool rdma = false) {
     cumempool_host_driver_options options{};
     options.size = sizeof options;
     options.device_count = devices;
     options.bytes_per_device = granules_per_device * granule;
     options.granularity = granule;
     options.handle_types = handle_types;
+    options.rdma = rdma ? 1 : 0;
     must(cumempool_host_driver_create(&options, &table_));
   }
   ~Host() {
@@ -213,9 +214,15 @@ inline cumempool_backup_policy backup_in(cumempool_backup_tier tier,
 
 // Valid as long as `peers`.
 inline cumempool_memory_policy memory_of(cumempool_backing backing,
-                                         const std::vector<std::int32_t>& peers, bool all_peers) {
-  return {sizeof(cumempool_memory_policy), backing, all_peers ? 1U : 0U,
-          static_cast<std::uint32_t>(peers.size()), peers.data()};
+                                         const std::vector<std::int32_t>& peers, bool all_peers,
+                                         bool rdma = true) {
+  return {sizeof(cumempool_memory_policy),
+          backing,
+          all_peers ? 1U : 0U,
+          static_cast<std::uint32_t>(peers.size()),
+          peers.data(),
+          rdma ? 0U : 1U,
+          0};
 }
 
 inline cumempool_allocator_options pool_options(std::uint64_t host_backup_limit = 0,
@@ -323,10 +330,10 @@ class Pool {
     return cumempool_set_backup(allocator_, tag, &policy);
   }
   cumempool_status set_memory(const char* tag, cumempool_backing backing,
-                              const std::vector<std::int32_t>& peers = {},
-                              bool all_peers = false) const {
+                              const std::vector<std::int32_t>& peers = {}, bool all_peers = false,
+                              bool rdma = true) const {
     declare(tag);
-    const cumempool_memory_policy policy = memory_of(backing, peers, all_peers);
+    const cumempool_memory_policy policy = memory_of(backing, peers, all_peers, rdma);
     return cumempool_set_memory(allocator_, tag, &policy);
   }
   std::uint64_t pin(const char* tag, const char* holder) const {

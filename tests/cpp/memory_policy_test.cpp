@@ -4,6 +4,7 @@
 #include <chrono>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "driver/fault_driver.hpp"
@@ -263,6 +264,7 @@ TEST_F(MemoryPolicy, R8_IsFrozenWhileMemoryOfTheTagLives) {
     EXPECT_TRUE(last_message_has("128.00 KiB")) << last_message();
     EXPECT_EQ(pool.set_memory("kv", kVmm, {1}), CUMEMPOOL_IN_USE);
     EXPECT_EQ(pool.set_memory("kv", kVmm, {}, true), CUMEMPOOL_IN_USE);
+    EXPECT_EQ(pool.set_memory("kv", kVmm, {}, false, false), CUMEMPOOL_IN_USE);
     EXPECT_EQ(pool.set_memory("kv", kVmm), CUMEMPOOL_OK) << "it is made so";
     EXPECT_EQ(pool.set_memory("kv", CUMEMPOOL_BACKING_UNSET), CUMEMPOOL_OK) << "the same";
     EXPECT_EQ(pool.set_memory("other", kOrdinary), CUMEMPOOL_OK) << "has no memory";
@@ -285,9 +287,76 @@ TEST_F(MemoryPolicy, ValuesThatCannotBeAreRefused) {
   EXPECT_EQ(pool.set_memory("kv", static_cast<cumempool_backing>(3)), kInvalid);
   EXPECT_EQ(pool.set_memory("kv", kOrdinary, {1}), kInvalid) << "ordinary memory has no peers";
   EXPECT_EQ(pool.set_memory("kv", kOrdinary, {}, true), kInvalid);
+  EXPECT_EQ(pool.set_memory("kv", kOrdinary, {}, false, false), kInvalid) << "it is good for RDMA";
   const cumempool_memory_policy policy = memory_of(kVmm, {}, false);
   EXPECT_EQ(cumempool_set_memory(pool.get(), "nobody", &policy), CUMEMPOOL_UNKNOWN_TAG);
   EXPECT_EQ(pool.find(pool.malloc("kv", 1)).backing, kVmm);
+}
+
+// ---- RDMA --------------------------------------------------------------------------------------
+
+// A driver that tells with what properties each handle was made.
+class Told {
+ public:
+  explicit Told(const cumempool_driver& inner) : table_(inner) {
+    create_ = inner.create;
+    made_.clear();
+    table_.create = [](void* self, std::size_t bytes, const cumempool_memory_properties* properties,
+                       cumempool_physical* physical) {
+      made_.push_back(properties->rdma);
+      return create_(self, bytes, properties, physical);
+    };
+  }
+  const cumempool_driver& table() const { return table_; }
+  // RDMA of each handle made since this was asked last.
+  static std::vector<std::uint32_t> made() { return std::exchange(made_, {}); }
+
+ private:
+  using Create = decltype(cumempool_driver::create);
+  static inline Create create_ = nullptr;
+  static inline std::vector<std::uint32_t> made_;
+  cumempool_driver table_;
+};
+
+class RdmaMemory : public ::testing::Test {
+ protected:
+  static constexpr std::uint32_t kFd = CUMEMPOOL_HANDLE_POSIX_FD;
+  using Made = std::vector<std::uint32_t>;
+
+  Host host{kDeviceGranules, 2, kGranule, kFd, true};
+  Told told{host.table()};
+  Pool pool{told.table()};
+};
+
+TEST_F(RdmaMemory, R8_IsChosenPerTagAndHoldsForEachWake) {
+  must(pool.set_memory("kv", kVmm, {}, false, false));
+  const cumempool_address weights = pool.malloc("weights", kGranule);
+  EXPECT_EQ(Told::made(), (Made{1, 0, 1, 1})) << "trials: fabric handles twice, fd; the memory";
+  const cumempool_address kv = pool.malloc("kv", kGranule);
+  const cumempool_address more = pool.malloc("kv", kGranule);
+  EXPECT_EQ(Told::made(), (Made{0, 0}));
+  for (const auto* tag : {"weights", "kv"}) {
+    EXPECT_EQ(pool.snapshot().tag(tag).handle_types, kFd);
+  }
+  EXPECT_EQ(pool.snapshot().tag("weights").rdma, 1U);
+  EXPECT_EQ(pool.snapshot().tag("kv").rdma, 0U);
+  must(pool.sleep("kv", kOffload).status);
+  must(pool.wake({{"kv"}}).status);
+  EXPECT_EQ(Told::made(), (Made{0, 0}));
+  must(pool.sleep("weights", kOffload).status);
+  must(pool.wake({{"weights"}}).status);
+  EXPECT_EQ(Told::made(), (Made{1}));
+  for (const cumempool_address address : {weights, kv, more}) must(cumempool_free(address));
+  must(pool.set_memory("kv", kVmm));
+  must(cumempool_free(pool.malloc("kv", kGranule)));
+  EXPECT_EQ(Told::made(), (Made{1})) << "the tag is empty, and may be told otherwise";
+}
+
+TEST_F(RdmaMemory, OrdinaryMemoryHasItAsTheDeviceDoes) {
+  must(pool.set_memory("plain", kOrdinary));
+  const cumempool_address plain = pool.malloc("plain", kGranule);
+  EXPECT_EQ(pool.snapshot().tag("plain").rdma, 1U);
+  must(cumempool_free(plain));
 }
 
 TEST_F(MemoryPolicy, R8_AChoiceMadeWhileMemoryIsBeingAllocatedHoldsForThatMemory) {

@@ -103,12 +103,12 @@ int fake_set_access(std::uint64_t, std::size_t, const AccessDescription* access,
 int fake_reserve(std::uint64_t* pointer, std::size_t bytes, std::size_t alignment) {
   if (std::getenv("FAKE_RESERVE") == nullptr) return 0;
   *pointer = alignment;
-  calls() += "reserve(" + std::to_string(bytes) + "," + std::to_string(alignment >> 30) + "GiB) ";
+  calls() += "reserve(" + std::to_string(bytes) + "," + std::to_string(alignment >> 20) + "MiB) ";
   return number("FAKE_RESERVE", 0);
 }
 
 int fake_unreserve(std::uint64_t pointer, std::size_t bytes) {
-  calls() += "unreserve(" + std::to_string(pointer >> 30) + "GiB," + std::to_string(bytes) + ") ";
+  calls() += "unreserve(" + std::to_string(pointer >> 20) + "MiB," + std::to_string(bytes) + ") ";
   return 0;
 }
 

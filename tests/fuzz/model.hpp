@@ -24,6 +24,7 @@ struct Tag {
   cumempool_backing backing = CUMEMPOOL_BACKING_VMM;
   bool all_peers = false;
   std::vector<std::int32_t> peers;
+  bool rdma = true;
   std::vector<std::uint64_t> pins;
 };
 

@@ -61,7 +61,7 @@ void Program::run_set_backup(const Operation& operation) {
   peers_used_ = peers_used_ || tag.tier == CUMEMPOOL_BACKUP_PEER;
 }
 
-// a: the tag; b: backing and peers.
+// a: the tag; b: backing, peers and RDMA.
 void Program::run_set_memory(const Operation& operation) {
   Tag& tag = model_.tags.at(operation.a % kTags);
   const bool ordinary = (operation.b & 1U) != 0;
@@ -70,19 +70,22 @@ void Program::run_set_memory(const Operation& operation) {
   for (int device = 0; device < kDevices; ++device) {
     if ((operation.b >> (2 + device) & 1U) != 0) peers.push_back(device);
   }
+  const bool rdma = (operation.b >> (2 + kDevices) & 1U) == 0;
   cumempool_memory_policy policy{};
   policy.size = sizeof policy;
   policy.backing = ordinary ? CUMEMPOOL_BACKING_CUDA_MALLOC : CUMEMPOOL_BACKING_UNSET;
   policy.all_peers = all_peers ? 1 : 0;
   policy.peer_count = static_cast<std::uint32_t>(peers.size());
   policy.peers = peers.data();
+  policy.without_rdma = rdma ? 0 : 1;
   const auto backing = ordinary ? CUMEMPOOL_BACKING_CUDA_MALLOC : CUMEMPOOL_BACKING_VMM;
-  const bool same = tag.backing == backing && tag.all_peers == all_peers && tag.peers == peers;
+  const bool same = tag.backing == backing && tag.all_peers == all_peers && tag.peers == peers &&
+                    tag.rdma == rdma;
   const bool lives =
       std::any_of(model_.blocks.begin(), model_.blocks.end(), [&](const Block& block) {
         return model_.current(block) && &model_.tags.at(block.tag) == &tag;
       });
-  const bool wrong = ordinary && (all_peers || !peers.empty());
+  const bool wrong = ordinary && (all_peers || !peers.empty() || !rdma);
   Expectation expected;
   if (!tag.declared) {
     expected = Expectation::of(CUMEMPOOL_UNKNOWN_TAG);
@@ -100,6 +103,7 @@ void Program::run_set_memory(const Operation& operation) {
   tag.backing = backing;
   tag.all_peers = all_peers;
   tag.peers = peers;
+  tag.rdma = rdma;
 }
 
 // ---- pins ---------------------------------------------------------------------------------------

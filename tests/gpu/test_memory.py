@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 from collections.abc import Callable
@@ -149,6 +150,56 @@ def test_wake_without_room_keeps_everything_asleep_and_can_be_repeated(
     torch.cuda.empty_cache()
     allocator.wake_up()
     assert all(torch.equal(a, b) for a, b in zip(ours, tensors, strict=True))
+
+
+def rdma_capable(tensor: torch.Tensor) -> bool:
+    """What libcuda says of the memory."""
+    libcuda = ctypes.CDLL("libcuda.so.1")
+    value = ctypes.c_bool()
+    capable = 15  # CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE
+    address = ctypes.c_uint64(tensor.data_ptr())
+    assert libcuda.cuPointerGetAttribute(ctypes.byref(value), capable, address) == 0
+    return value.value
+
+
+def test_memory_is_made_for_rdma_unless_the_tag_is_told_otherwise(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    granted = cumempool.probe(driver="cuda").devices[gpu.index].rdma
+    with allocator.use_memory_pool("weights", rdma=False):
+        weights = torch.full((4 * MIB,), 1, dtype=torch.uint8, device=gpu)
+    with allocator.use_memory_pool("kv"):
+        kv = torch.full((4 * MIB,), 2, dtype=torch.uint8, device=gpu)
+    for _ in range(2):
+        stats = allocator.stats().tags
+        assert (stats["weights"].rdma, stats["kv"].rdma) == (False, granted)
+        assert (rdma_capable(weights), rdma_capable(kv)) == (False, granted)
+        allocator.sleep(offload_tags=("weights", "kv"))
+        allocator.wake_up()
+    assert int(weights.min()) == int(weights.max()) == 1
+    assert int(kv.min()) == int(kv.max()) == 2
+    del weights, kv
+
+
+def test_large_allocations_begin_with_a_page_directory_and_are_told_from_their_neighbours(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device
+) -> None:
+    libcuda = ctypes.CDLL("libcuda.so.1")
+    sizes = [2 * MIB, 512 * MIB, 20 * MIB, 1280 * MIB, 600 * MIB]
+    tensors = [
+        allocator.empty(size, dtype=torch.uint8, device=gpu, tag="kv").fill_(index)
+        for index, size in enumerate(sizes)
+    ]
+    for index, (size, tensor) in enumerate(zip(sizes, tensors, strict=True)):
+        base, bytes_ = ctypes.c_uint64(), ctypes.c_size_t()
+        address = ctypes.c_uint64(tensor.data_ptr() + size - 1)
+        assert (
+            libcuda.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(bytes_), address) == 0
+        )
+        assert (base.value, bytes_.value) == (tensor.data_ptr(), size)
+        assert size < 512 * MIB or tensor.data_ptr() % (512 * MIB) == 0
+        assert int(tensor[0]) == int(tensor[-1]) == index
+    del tensor, tensors
 
 
 def test_an_allocation_too_large_raises_and_the_process_goes_on(

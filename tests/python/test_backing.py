@@ -1,4 +1,4 @@
-"""What memory of a tag is made of, and who can reach it: backing and peers."""
+"""What memory of a tag is made of, and who can reach it: backing, peers and RDMA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from cumempool import (
     InvalidArgumentError,
     InvalidTypeError,
     UnsupportedError,
+    _core,
 )
+from cumempool.tags import _Memory
 
 
 @pytest.fixture
@@ -134,16 +136,47 @@ def test_what_is_not_given_stays_as_it_was(make_allocator: MakeAllocator) -> Non
     alloc.use_memory_pool("kv", peers=[1])
     alloc.use_memory_pool("kv")
     alloc.use_memory_pool("kv", backing="vmm")
-    assert alloc._tags._memory["kv"] == (1, False, [1])
+    assert alloc._tags._memory["kv"] == _Memory(1, False, [1], True)
+    alloc.use_memory_pool("kv", rdma=False)
+    assert alloc._tags._memory["kv"] == _Memory(1, False, [1], False)
     alloc.use_memory_pool("kv", peers="all")
-    assert alloc._tags._memory["kv"] == (1, True, [])
+    assert alloc._tags._memory["kv"] == _Memory(1, True, [], False)
     alloc.use_memory_pool("kv", backing="cuda_malloc")
-    assert alloc._tags._memory["kv"] == (2, False, [])
+    assert alloc._tags._memory["kv"] == _Memory(2, False, [], True)
     alloc.use_memory_pool("kv")
     kv = alloc.empty(3, tag="kv")
     assert alloc.allocation_of(kv).backing == "cuda_malloc"
     with pytest.raises(InvalidArgumentError, match="takes no peers"):
         alloc.use_memory_pool("kv", peers=[1])
+    with pytest.raises(InvalidArgumentError, match="always good for RDMA"):
+        alloc.use_memory_pool("kv", rdma=False)
+    alloc.use_memory_pool("kv", rdma=True)
+
+
+def test_memory_is_made_for_rdma_unless_the_tag_is_told_otherwise(
+    make_allocator: MakeAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_host = _core.open_host
+    monkeypatch.setattr(_core, "open_host", lambda **given: open_host(**(given | {"rdma": True})))
+    alloc = make_allocator()
+    alloc.use_memory_pool("weights", rdma=False)
+    weights = filled(alloc, MIB, "weights")
+    kv = filled(alloc, MIB, "kv", 1)
+    for _ in range(2):
+        stats = alloc.stats().tags
+        assert (stats["weights"].rdma, stats["kv"].rdma) == (False, True)
+        assert stats["weights"].handle_types == stats["kv"].handle_types == ("posix_fd",)
+        alloc.sleep(tags=("weights", "kv"))
+        alloc.wake_up()
+    assert torch.equal(weights, random_bytes(MIB))
+    assert torch.equal(kv, random_bytes(MIB, 1))
+    with pytest.raises(InUseError, match="made otherwise"):
+        alloc.use_memory_pool("kv", rdma=False)
+    del kv
+    alloc.use_memory_pool("kv", rdma=False)
+    kv = alloc.empty(3, tag="kv")
+    assert not alloc.stats().tags["kv"].rdma
+    del weights, kv
 
 
 @pytest.mark.parametrize(
@@ -156,6 +189,9 @@ def test_what_is_not_given_stays_as_it_was(make_allocator: MakeAllocator) -> Non
         ({"peers": [2]}, InvalidArgumentError),
         ({"peers": ["1"]}, InvalidTypeError),
         ({"peers": [True]}, InvalidTypeError),
+        ({"rdma": 0}, InvalidTypeError),
+        ({"rdma": "no"}, InvalidTypeError),
+        ({"backing": "cuda_malloc", "rdma": False}, InvalidArgumentError),
     ],
 )
 def test_wrong_values_are_refused(
