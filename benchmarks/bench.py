@@ -51,7 +51,8 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 def merged(results: Sequence[Any]) -> Any:
     """What several processes found as one finding: every number is the median of theirs.
 
-    The samples of a figure are then the medians of the processes.
+    The samples of a figure are then the medians of the processes. A number that is the same in all
+    stays what it is, so that bytes stay whole.
     """
     first = results[0]
     if len(results) == 1:
@@ -63,7 +64,7 @@ def merged(results: Sequence[Any]) -> Any:
     if isinstance(first, list):
         return [merged(items) for items in zip(*results, strict=True)]
     if isinstance(first, (int, float)) and not isinstance(first, bool):
-        return statistics.median(results)
+        return first if len(set(results)) == 1 else statistics.median(results)
     return first
 
 

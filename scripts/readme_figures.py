@@ -219,16 +219,22 @@ def malloc_tables(record: Record, check: Record) -> list[str]:
         for size in sizes
     ]
     lines += table(["segment", "bare", "through the pool", "ratio"], rows)
-    through_torch = [
-        [
-            name_of(name, record["versions"]),
-            *(f"{result[f'malloc_{mib}_mib_us']['median']:.1f} us" for mib in (20, 512)),
-        ]
+    through_torch = {
+        name: result
         for name, result in record["parts"].get("malloc", {}).get("results", {}).items()
         if "malloc_512_mib_us" in result
-    ]
+    }
     if through_torch:
-        lines += table(["`torch.empty` of a fresh segment", "20 MiB", "512 MiB"], through_torch)
+        count = min(len(r["malloc_512_mib_us"]["samples"]) for r in through_torch.values())
+        lines += [f"And through torch, in {count} processes of each:", ""]
+        rows = [
+            [
+                name_of(name, record["versions"]),
+                *(f"{result[f'malloc_{mib}_mib_us']['median']:.1f} us" for mib in (20, 512)),
+            ]
+            for name, result in through_torch.items()
+        ]
+        lines += table(["`torch.empty` of a fresh segment", "20 MiB", "512 MiB"], rows)
     return lines
 
 
