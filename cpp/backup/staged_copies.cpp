@@ -12,7 +12,9 @@
 namespace cumempool::backup {
 namespace {
 
-constexpr std::size_t kBuffers = 8;
+// More than there are threads: a disk answers out of order, and what came early waits with its
+// buffer for its turn in the queue.
+constexpr std::size_t kBuffers = 16;
 
 // What a sink or source threw, for the calling thread; from inside a catch block.
 Error failure_of(const std::exception& caught) {
@@ -163,12 +165,6 @@ std::uint64_t StagedCopies::release() noexcept {
   copies_.clear();
   buffers_.reset();
   return bytes_.exchange(0);
-}
-
-unsigned StagedCopies::default_threads() noexcept {
-  // They wait for a disk more than they compute: also on few cores several should wait at a
-  // time.
-  return std::clamp(std::thread::hardware_concurrency(), 4U, 8U);
 }
 
 // ---- the calling thread -------------------------------------------------------------------------

@@ -31,8 +31,12 @@ class StagedCopies {
   // Bytes of a buffer; a multiple of kSliceBytes, aligned for direct I/O.
   static constexpr std::size_t kBufferBytes = std::size_t{8} << 20;
 
+  // Enough for 8 to wait for a disk, which is then busy, while others check what came. They wait
+  // more than they compute, so that the number of cores does not matter.
+  static constexpr unsigned kThreads = 12;
+
   // `threads` 0: the calling thread does the work itself, as where no thread can be started.
-  StagedCopies(driver::Driver driver, CopyQueue& queue, unsigned threads = default_threads());
+  StagedCopies(driver::Driver driver, CopyQueue& queue, unsigned threads = kThreads);
   // finish() first: copies may not be under way.
   ~StagedCopies();
   StagedCopies(const StagedCopies&) = delete;
@@ -73,8 +77,6 @@ class StagedCopies {
 
   // Pinned bytes held. Any thread may ask.
   std::uint64_t bytes() const noexcept { return bytes_; }
-
-  static unsigned default_threads() noexcept;
 
  private:
   class Buffers;

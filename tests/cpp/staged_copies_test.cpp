@@ -264,9 +264,9 @@ TEST_F(StagedCopiesTest, WhatSuchACallThrowsComesOut) {
   expect_round_trip(staged);
 }
 
-TEST_F(StagedCopiesTest, SeveralBuffersAreWorkedOnAtATime) {
-  constexpr int wanted = 3;
-  StagedCopies staged(table, queue, 4);
+TEST_F(StagedCopiesTest, AllThreadsWorkAtATime) {
+  constexpr int wanted = StagedCopies::kThreads;
+  StagedCopies staged(table, queue);
   for (const bool outwards : {true, false}) {
     std::mutex mutex;
     std::condition_variable changed;
@@ -285,6 +285,26 @@ TEST_F(StagedCopiesTest, SeveralBuffersAreWorkedOnAtATime) {
     staged.finish();
     EXPECT_GE(most, wanted) << (outwards ? "out" : "in");
   }
+}
+
+// A disk answers out of order: what came early must not keep the rest from being read.
+TEST_F(StagedCopiesTest, AllThreadsGoOnWorkingWhileTheFirstPieceIsLate) {
+  constexpr std::size_t wanted = StagedCopies::kThreads + 2;
+  StagedCopies staged(table, queue);
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::size_t begun = 0;
+  for (std::size_t i = 0; i < kPieces; ++i) {
+    staged.in(at(i), kPiece, [&, i](std::byte*, std::size_t) {
+      std::unique_lock lock(mutex);
+      ++begun;
+      changed.notify_all();
+      if (i != 0) return;
+      changed.wait_for(lock, std::chrono::seconds(20), [&] { return begun >= wanted; });
+      EXPECT_GE(begun, wanted);
+    });
+  }
+  staged.finish();
 }
 
 TEST_F(StagedCopiesTest, OthersMayDrainTheQueue) {
