@@ -150,7 +150,7 @@ typedef struct cumempool_memory_policy {
   cumempool_backing backing; /* UNSET is VMM */
   uint32_t all_peers;        /* 1 = every device that can gets access */
   uint32_t peer_count;
-  const int32_t *peers; /* devices that get access beside the memory's own, now and at each wake */
+  const int32_t *peers;  /* devices that get access beside the memory's own, now and at each wake */
   uint32_t without_rdma; /* 1 = not for GPUDirect RDMA, which costs libcuda a call to the kernel at
                             each map and unmap; 0 = for it, where the device grants that */
   uint32_t reserved;
