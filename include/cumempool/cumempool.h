@@ -157,9 +157,9 @@ typedef struct cumempool_memory_policy {
 } cumempool_memory_policy;
 
 /* What memory of a declared tag is made of. CUMEMPOOL_IN_USE while memory of the tag lives that was
- * made otherwise; CUMEMPOOL_INVALID_ARGUMENT for a peer that does not exist, and for ordinary memory
- * with peers or without RDMA; CUMEMPOOL_UNSUPPORTED for a peer that reaches no other device, and
- * from malloc where a peer cannot reach the device. */
+ * made otherwise; CUMEMPOOL_INVALID_ARGUMENT for a peer that does not exist, and for ordinary
+ * memory with peers or without RDMA; CUMEMPOOL_UNSUPPORTED for a peer that reaches no other device,
+ * and from malloc where a peer cannot reach the device. */
 CUMEMPOOL_API cumempool_status cumempool_set_memory(cumempool_allocator *allocator, const char *tag,
                                                     const cumempool_memory_policy *policy);
 
