@@ -191,7 +191,7 @@ std::string reserve_each_size(const cumempool_driver& table) {
   constexpr std::size_t kMib = std::size_t{1} << 20;
   cumempool_address address = 0;
   std::string text;
-  for (const std::size_t mib : {2, 510, 512, 1280}) {
+  for (const std::size_t mib : {2U, 510U, 512U, 1280U}) {
     text += text_of({table.reserve(table.self, mib * kMib, &address)});
   }
   return text;
