@@ -2,7 +2,6 @@
 // buffers from the queue to the threads and back. The threads alone touch bytes.
 #include "backup/staged_copies.hpp"
 
-#include <algorithm>
 #include <new>
 #include <system_error>
 #include <utility>
