@@ -46,13 +46,11 @@ def _at(*path: str) -> Callable[[Record], float | None]:
     return lambda record: figure(record, *path)
 
 
-def _better_peer(
-    part: str, *path: str, contender: str = "cumempool"
-) -> Callable[[Record], float | None]:
-    """How many times longer the better peer takes than a contender."""
+def _better_peer(part: str, *path: str) -> Callable[[Record], float | None]:
+    """How many times longer the better peer takes."""
 
     def read(record: Record) -> float | None:
-        ours = figure(record, part, contender, *path)
+        ours = figure(record, part, "cumempool", *path)
         peers = [figure(record, part, peer, *path) for peer in ("vllm", "tms", "tms-retain")]
         known = [value for value in peers if value is not None]
         return min(known) / ours if ours and known else None
@@ -139,12 +137,11 @@ BARS = (
     Bar("segment malloc of 512 MiB, of the bare calls", "<=", 1.15, _segment(2)),
     *(
         Bar(
-            f"segment of {mib} MiB through torch{kind}, times faster than the better peer",
+            f"segment of {mib} MiB through torch, times faster than the better peer",
             ">=",
             1.0,
-            _better_peer("malloc", f"malloc_{mib}_mib_us", contender=contender),
+            _better_peer("malloc", f"malloc_{mib}_mib_us"),
         )
-        for contender, kind in (("cumempool", ""), ("cumempool-no-rdma", ", not for RDMA"))
         for mib in (20, 512)
     ),
     Bar(

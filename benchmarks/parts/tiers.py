@@ -15,7 +15,7 @@ from cycles import Cycles
 from programs import Program
 
 TAG = "data"
-ROUNDS = 3
+ROUNDS = 5
 
 
 def _tensors(

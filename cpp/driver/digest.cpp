@@ -3,6 +3,8 @@
 
 #include <iterator>
 
+#include "driver/digest_tiles.hpp"
+
 namespace cumempool::driver {
 namespace {
 
@@ -16,12 +18,10 @@ std::uint64_t splitmix64(std::uint64_t seed, std::uint64_t n) {
   return hash ^ (hash >> 31);
 }
 
-// The four streams of a tile are too short for a CPU to see them coming.
-constexpr std::size_t kPrefetchBytes = 4096;
-
-void prefetch_tile(const unsigned char* address) {
-  constexpr std::size_t line = 64;
-  for (std::size_t i = 0; i < kDigestTileBytes; i += line) __builtin_prefetch(address + i);
+// The way of this processor.
+DigestTiles digest_tiles() noexcept {
+  static const DigestTiles fast = digest_tiles_avx2();
+  return fast != nullptr ? fast : digest_tiles_portable;
 }
 
 }  // namespace
@@ -39,21 +39,27 @@ DigestKeys digest_keys(std::uint64_t seed) {
   return keys;
 }
 
+void digest_tiles_portable(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
+                           const DigestKeys& keys, DigestSums& sums) {
+  for (; tiles != 0; --tiles, ++tile, address += kDigestTileBytes) {
+    digest_prefetch(address, tiles * kDigestTileBytes);
+    for (std::uint32_t lane = 0; lane < kDigestUnitsPerTile; ++lane) {
+      digest_lane(address, kDigestTileBytes, tile, lane, keys, sums);
+    }
+  }
+}
+
 void Digester::add(const std::byte* data, std::size_t bytes) noexcept {
   const auto* address = reinterpret_cast<const unsigned char*>(data);
-  auto tile = static_cast<std::uint32_t>(bytes_ / kDigestTileBytes);
+  const auto tile = static_cast<std::uint32_t>(bytes_ / kDigestTileBytes);
+  const std::size_t tiles = bytes / kDigestTileBytes;
+  const auto rest = static_cast<std::uint32_t>(bytes % kDigestTileBytes);
   bytes_ += bytes;
-  for (; bytes >= kDigestTileBytes; bytes -= kDigestTileBytes, address += kDigestTileBytes) {
-    if (bytes >= kPrefetchBytes + std::size_t{2} * kDigestTileBytes)
-      prefetch_tile(address + kPrefetchBytes);
-    for (std::uint32_t lane = 0; lane < kDigestUnitsPerTile; ++lane) {
-      digest_lane(address, kDigestTileBytes, tile, lane, keys_, sums_);
-    }
-    ++tile;
-  }
-  if (bytes == 0) return;
+  digest_tiles()(address, tile, tiles, keys_, sums_);
+  if (rest == 0) return;
   for (std::uint32_t lane = 0; lane < kDigestUnitsPerTile; ++lane) {
-    digest_lane(address, static_cast<std::uint32_t>(bytes), tile, lane, keys_, sums_);
+    digest_lane(address + tiles * kDigestTileBytes, rest, tile + static_cast<std::uint32_t>(tiles),
+                lane, keys_, sums_);
   }
 }
 

@@ -10,6 +10,8 @@
 #include <set>
 #include <vector>
 
+#include "driver/digest_tiles.hpp"
+
 namespace cumempool::driver {
 namespace {
 
@@ -153,6 +155,28 @@ TEST(Digest, ThreadsOfTheKernelAddUpToTheDigest) {
     const cumempool_digest total{digest_finish(sums.low, keys.finish[0], bytes),
                                  digest_finish(sums.high, keys.finish[1], bytes)};
     EXPECT_EQ(total, digest_of(data)) << bytes;
+  }
+}
+
+TEST(Digest, Avx2GivesTheSumsOfAnyProcessor) {
+  const DigestTiles avx2 = digest_tiles_avx2();
+  if (avx2 == nullptr) GTEST_SKIP() << "this processor has no AVX2";
+  constexpr std::size_t most = 7;
+  const Bytes data = pattern(most * kDigestTileBytes);
+  const auto* address = reinterpret_cast<const unsigned char*>(data.data());
+  constexpr std::uint32_t last_tile = (std::uint64_t{1} << 32) / kDigestTileBytes - most;
+  for (const std::uint64_t seed : {std::uint64_t{0}, std::uint64_t{42}, ~std::uint64_t{0}}) {
+    const DigestKeys keys = digest_keys(seed);
+    for (std::size_t tiles = 0; tiles <= most; ++tiles) {
+      for (const std::uint32_t tile : {0u, 1u, 511u, last_tile}) {
+        DigestSums expected{seed, 1};
+        DigestSums sums{seed, 1};
+        digest_tiles_portable(address, tile, tiles, keys, expected);
+        avx2(address, tile, tiles, keys, sums);
+        EXPECT_EQ(sums.low, expected.low) << tiles << " from " << tile;
+        EXPECT_EQ(sums.high, expected.high) << tiles << " from " << tile;
+      }
+    }
   }
 }
 
