@@ -160,7 +160,7 @@ def tier_rows(record: Record) -> list[list[str]]:
         beside = ""
         if "rate_over_plain" in result:
             beside = " and ".join(f"{result['rate_over_plain'][w]:.2f}x" for w in ("sleep", "wake"))
-            beside += " the rate of plain direct I/O"
+            beside += f" the rate of plain direct I/O by {result['plain']['threads']} threads"
         elif "plain_gb_per_s" in result:
             plain = [f"{result['plain_gb_per_s'][way]:.1f}" for way in ("sleep", "wake")]
             beside = f"plain copies: {' and '.join(plain)} GB/s"
