@@ -11,7 +11,7 @@ import ctypes
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -30,11 +30,14 @@ __all__ = [
     "PoolRoute",
     "PrivatePool",
     "ReadOnlyTensor",
+    "as_plain",
     "build_kind",
     "cached_bytes",
+    "can_be_pointed",
     "current_streams",
     "dead_ranges",
     "devices_in_use",
+    "dispatches",
     "empty_cache",
     "expandable_segments_bypass_pools",
     "from_capsule",
@@ -42,6 +45,8 @@ __all__ = [
     "is_initialized",
     "live_settings",
     "nvtx_range",
+    "ordinary_tensors",
+    "point",
     "replace_setting",
     "return_unused",
     "store_of_group",
@@ -179,6 +184,50 @@ def tensor_over(
     """A tensor of any dtype on part of a storage; ``storage_offset`` counts elements."""
     empty = torch.empty(0, dtype=dtype, device=storage.device)
     return empty.set_(storage, storage_offset, tuple(size), tuple(stride))
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """What is made in the body is no inference tensor, has no gradient, and asks no subclass."""
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        yield
+
+
+def dispatches(tensor: torch.Tensor) -> bool:
+    """Whether a subclass does the work of its tensors itself, so that a storage says nothing."""
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def as_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a `torch.Tensor`, past what a subclass says of its shape or dtype."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor
+    return torch.Tensor.as_subclass(tensor, torch.Tensor)
+
+
+def can_be_pointed(tensor: torch.Tensor) -> bool:
+    """Whether torch lets a tensor view other memory, by `point`."""
+    plain = as_plain(tensor)
+    other = torch.empty(0, dtype=plain.dtype, device=plain.device)
+    return torch._has_compatible_shallow_copy_type(tensor, other)
+
+
+def point(tensor: torch.Tensor, storage: torch.UntypedStorage, offset: int) -> None:
+    """Makes a tensor, without changing its identity, view a storage from `offset` bytes on.
+
+    What it takes over is an inference tensor where it is one: it has no version counter, and never
+    gets one. An ordinary one that took over an inference tensor would be left without gradients.
+    """
+    plain = as_plain(tensor)
+    with torch.inference_mode(plain.is_inference()):
+        moved = tensor_over(
+            storage,
+            plain.dtype,
+            plain.shape,
+            plain.stride(),
+            offset // plain.element_size() + int(plain.storage_offset()),
+        )
+        torch.Tensor.data.__set__(tensor, moved)  # type: ignore[attr-defined]
 
 
 def with_lazy_bits(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

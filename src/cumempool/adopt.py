@@ -1,6 +1,8 @@
 """Moves tensors that exist already into the pool.
 
-Storages are copied into packed allocations, and every tensor over them is pointed at the copy.
+Storages are copied into packed allocations, and every tensor over them is pointed at the copy. A
+tensor stays the object that it is: its class, its attributes, and whether it is an inference
+tensor, whatever mode the caller is in.
 """
 
 from __future__ import annotations
@@ -28,8 +30,6 @@ _ALIGNMENT: Final = 512
 # Storages are packed into allocations of about this size: few enough handles to map fast, small
 # enough that moving a model needs little more memory than the model.
 _PACK_BYTES: Final = 256 * 1024**2
-
-_PLAIN_TYPES: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 @dataclass(frozen=True)
@@ -72,25 +72,36 @@ def device_type_of(allocator: CuMemAllocator) -> str:
 
 def _check_kind(name: str, tensor: torch.Tensor, device_type: str) -> None:
     """Refuses by name what cannot be moved by copying its storage."""
-    problem = ""
-    if type(tensor) not in _PLAIN_TYPES:
-        problem = f"is a {type(tensor).__module__}.{type(tensor).__qualname__}, a tensor subclass"
-        if type(tensor).__name__ in ("DTensor", "FlatParameter"):
-            problem += ", which frees and makes storage itself: shard inside use_memory_pool()"
-    elif tensor.layout is not torch.strided:
-        problem = f"has the layout {tensor.layout}, not torch.strided"
-    elif tensor.device.type == "meta":
-        problem = "is on the meta device: it has no memory yet"
-    elif tensor.device.type != device_type:
-        problem = f"is on {tensor.device}: move it to {device_type} first"
-    elif tensor.is_quantized:
-        problem = "is quantized, and its scales lie outside its storage"
-    elif tensor.is_conj() or tensor.is_neg():
-        problem = "is a lazy conjugate or negation: resolve it first (resolve_conj, resolve_neg)"
-    elif tensor.is_shared() and device_type == "cpu":
-        problem = "is in shared memory of several processes"
+    problem = _problem(tensor, device_type)
     if problem:
         raise refusal(name, problem)
+
+
+def _problem(tensor: torch.Tensor, device_type: str) -> str:
+    """Why a tensor cannot be moved by copying its storage, or ``""``."""
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    if type(tensor).__name__ in ("DTensor", "FlatParameter"):
+        return f"is a {kind}, which frees and makes storage itself: shard inside use_memory_pool()"
+    if torch.nn.parameter.is_lazy(tensor):
+        return f"is a {kind}, which has no memory yet: run the module once first"
+    if _torch.dispatches(tensor):
+        return f"is a {kind}, a tensor subclass that keeps its memory in other tensors"
+    plain = _torch.as_plain(tensor)
+    if plain.layout is not torch.strided:
+        return f"has the layout {plain.layout}, not torch.strided"
+    if plain.device.type == "meta":
+        return "is on the meta device: it has no memory yet"
+    if plain.device.type != device_type:
+        return f"is on {plain.device}: move it to {device_type} first"
+    if plain.is_quantized:
+        return "is quantized, and its scales lie outside its storage"
+    if plain.is_conj() or plain.is_neg():
+        return "is a lazy conjugate or negation: resolve it first (resolve_conj, resolve_neg)"
+    if plain.is_shared() and device_type == "cpu":
+        return "is in shared memory of several processes"
+    if not _torch.can_be_pointed(tensor):
+        return f"is a {kind}, which torch does not let view other memory"
+    return ""
 
 
 def refusal(name: str, problem: str) -> InvalidTypeError:
@@ -108,18 +119,18 @@ def _address(name: str, storage: torch.UntypedStorage) -> int:
 def _collect(found: Iterable[Found], device_type: str) -> list[_Storage]:
     """The distinct storages, in order of first appearance, with the tensors on each."""
     storages: dict[tuple[torch.device, int], _Storage] = {}
-    seen: set[int] = set()
+    seen: dict[int, Found] = {}
     for one in found:
         if id(one.tensor) in seen:
             continue
-        seen.add(id(one.tensor))
+        seen[id(one.tensor)] = one
         _check_kind(one.name, one.tensor, device_type)
-        storage = one.tensor.untyped_storage()
+        storage = _torch.as_plain(one.tensor).untyped_storage()
         if storage.nbytes() == 0:
             continue
         address = _address(one.name, storage)
         known = storages.setdefault(
-            (one.tensor.device, address),
+            (storage.device, address),
             _Storage(one.name, address, one.tag, one.preserved, storage),
         )
         if storage.nbytes() > known.size:  # two storages over one memory, from NumPy for example
@@ -127,7 +138,31 @@ def _collect(found: Iterable[Found], device_type: str) -> list[_Storage]:
         known.preserved = known.preserved or one.preserved
         known.tensors.append(one.tensor)
     _refuse_overlaps(list(storages.values()))
+    for one in list(seen.values()):
+        _take_attributes(one, storages, seen, device_type)
     return list(storages.values())
+
+
+def _take_attributes(
+    one: Found,
+    storages: dict[tuple[torch.device, int], _Storage],
+    seen: dict[int, Found],
+    device_type: str,
+) -> None:
+    """Adds tensors among a tensor's attributes that view its storage, or they would come apart."""
+    for name, value in vars(one.tensor).items():
+        if not isinstance(value, torch.Tensor) or id(value) in seen:
+            continue
+        if _problem(value, device_type):
+            continue
+        found = Found(f"{one.name}.{name}", value, one.tag)
+        seen[id(value)] = found
+        storage = _torch.as_plain(value).untyped_storage()
+        if storage.nbytes() == 0:
+            continue
+        known = storages.get((storage.device, _address(found.name, storage)))
+        if known is not None:
+            known.tensors.append(value)
 
 
 def _refuse_overlaps(storages: list[_Storage]) -> None:
@@ -171,21 +206,9 @@ def _move(allocator: CuMemAllocator, pack: list[_Storage]) -> int:
         copy = memory[offset : offset + old.size]
         copy.copy_(_torch.tensor_over(old.storage, torch.uint8, (old.size,), (1,), 0))
         for tensor in old.tensors:
-            _point(tensor, memory, offset)
+            _torch.point(tensor, memory.untyped_storage(), offset)
         offset += _aligned(old.size)
     return allocator.allocation_of(memory).bytes
-
-
-def _point(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> None:
-    """Makes a tensor, without changing its identity, view `memory` from `offset` bytes on."""
-    moved = _torch.tensor_over(
-        memory.untyped_storage(),
-        tensor.dtype,
-        tensor.shape,
-        tensor.stride(),
-        offset // tensor.element_size() + int(tensor.storage_offset()),
-    )
-    tensor.data = moved
 
 
 def adopt_tensors(allocator: CuMemAllocator, found: Iterable[Found]) -> int:
@@ -194,8 +217,13 @@ def adopt_tensors(allocator: CuMemAllocator, found: Iterable[Found]) -> int:
     Returns:
         Bytes of device memory allocated for them; 0 where all lie under their tags already.
     """
+    with _torch.ordinary_tensors():
+        return _adopt(allocator, _collect(found, device_type_of(allocator)))
+
+
+def _adopt(allocator: CuMemAllocator, collected: Iterable[_Storage]) -> int:
     storages, unpreserved = [], []
-    for storage in _collect(found, device_type_of(allocator)):
+    for storage in collected:
         there = _ours(allocator, storage)
         if there is None:
             storages.append(storage)

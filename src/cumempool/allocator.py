@@ -358,8 +358,12 @@ class CuMemAllocator:
     ) -> int:
         """Moves a module's parameters and buffers, or an optimizer's state, into the pool, packed.
 
-        Tensors keep their identity; tied weights, views of one storage and strides stay as they
-        are. Old storage is freed as far as nothing else refers to it.
+        Tensors keep their identity, class and attributes; tied weights, views of one storage and
+        strides stay as they are. Old storage is freed as far as nothing else refers to it. It does
+        not matter in which mode this is called (``no_grad``, ``inference_mode``): inference tensors
+        stay such, and ordinary ones can be trained as before.
+
+        Buffers on the CPU stay there; parameters on another device, or on ``meta``, are refused.
 
         State that an optimizer makes later, in its first step for example, or takes from
         ``load_state_dict``, is moved after the step that made it, unless it is under the tag
@@ -379,8 +383,9 @@ class CuMemAllocator:
             Bytes of device memory allocated for it; 0 where all of it was under the tag already.
 
         Raises:
-            InvalidTypeError: It is neither, or a tensor of it is of a kind that cannot be moved;
-                the message names it. Nothing was moved.
+            InvalidTypeError: It is neither, or a tensor of it is of a kind that cannot be moved,
+                such as a subclass that keeps its memory in other tensors; the message names it.
+                Nothing was moved.
             InvalidArgumentError: A tensor of it is asleep under another tag. Nothing was moved.
             OutOfMemoryError: The device has no room; what was moved so far stays moved.
         """

@@ -64,9 +64,11 @@ def _adopt_module(
             for one in found
             if one.tensor.grad is not None
         ]
+    elsewhere = "cpu" if device_type_of(allocator) != "cpu" else None
     found += [
         Found(name, buffer, tag, preserve_buffers)
         for name, buffer in module.named_buffers(remove_duplicate=False)
+        if buffer.device.type != elsewhere
     ]
     return adopt_tensors(allocator, found)
 

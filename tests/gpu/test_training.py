@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -216,6 +217,37 @@ def test_adopting_after_a_load_strands_nothing_and_needs_one_pack_more(
     assert final <= inside_final + 8 * MIB
     assert stranded <= 4 * MIB
     assert len(allocator.snapshot()) <= 4
+
+
+@pytest.mark.parametrize("called_in", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_adopting_in_any_mode_leaves_a_model_as_trainable_as_it_was(
+    allocator: cumempool.CuMemAllocator,
+    gpu: torch.device,
+    called_in: Callable[[], contextlib.AbstractContextManager[object]],
+) -> None:
+    torch.manual_seed(0)
+    trained = nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256)).to(gpu).eval()
+    trained.register_buffer("table", torch.arange(8.0))  # on the CPU, and left there
+    with torch.inference_mode():
+        served = nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256)).to(gpu).eval()
+    sample = torch.randn(8, 256, device=gpu)
+    models = (trained, served)
+    with torch.no_grad():
+        expected = [model(sample) for model in models]
+    with called_in():
+        for model in models:
+            assert allocator.adopt(model) > 0
+    allocator.sleep(tags="weights")
+    allocator.wake_up()
+    for inside in (torch.no_grad, torch.inference_mode):
+        with inside():
+            for model, before in zip(models, expected, strict=True):
+                assert torch.equal(model(sample), before)
+    assert trained.table.device.type == "cpu"
+    trained(sample).sum().backward()
+    for parameter in trained.parameters():
+        assert parameter.grad is not None
+        assert allocator.tag_of(parameter) == "weights"
 
 
 def test_a_module_of_many_kinds_of_tensors_is_adopted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +20,21 @@ from cumempool import (
     NotInPoolError,
     OutOfMemoryError,
 )
+
+#: The modes that a caller may be in; serving engines are in the last one.
+MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+@pytest.fixture(params=MODES, autouse=True)
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every adoption of a test happen in each of the modes."""
+    adopt = CuMemAllocator.adopt
+
+    def adopt_in_mode(*args: Any, **kwargs: Any) -> int:
+        with MODES[request.param]():
+            return adopt(*args, **kwargs)
+
+    monkeypatch.setattr(CuMemAllocator, "adopt", adopt_in_mode)
 
 
 class Everything(nn.Module):
@@ -53,6 +69,7 @@ def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
         tensor.stride(),
         tensor.dtype,
         tensor.requires_grad,
+        tensor.is_inference(),
     )
 
 
@@ -99,12 +116,50 @@ def test_it_sleeps_wakes_and_computes_and_trains_as_before(alloc: CuMemAllocator
     assert [parameter.data_ptr() for parameter in module.parameters()] == addresses
 
 
+def test_a_module_made_in_inference_mode_computes_as_before(alloc: CuMemAllocator) -> None:
+    with torch.inference_mode():
+        module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    sample = torch.randn(2, 8)
+    with torch.no_grad():
+        expected = module(sample)
+    before = [(id(tensor), layout(tensor)) for tensor in module.state_dict(keep_vars=True).values()]
+    alloc.adopt(module)
+    assert before == [(id(t), layout(t)) for t in module.state_dict(keep_vars=True).values()]
+    for inside in (torch.no_grad, torch.inference_mode):
+        with inside():
+            assert torch.equal(module(sample), expected)
+    with torch.inference_mode():  # written to in place, as in training and when weights are loaded
+        module.train()(sample)
+        module[0].weight.copy_(torch.ones(8, 8))
+    alloc.sleep(tags="weights")
+    alloc.wake_up()
+    assert module[0].weight.tolist() == [[1.0] * 8] * 8
+
+
+def test_ordinary_and_inference_tensors_over_one_storage_stay_what_they_are(
+    alloc: CuMemAllocator,
+) -> None:
+    weight = nn.Parameter(torch.ones(4))
+    with torch.inference_mode():
+        view = torch.empty(0).set_(weight.data.untyped_storage(), 0, (4,))
+    module = nn.Module()
+    module.weight = weight
+    module.register_buffer("view", view)
+    alloc.adopt(module)
+    assert (weight.is_inference(), view.is_inference()) == (False, True)
+    assert weight.data_ptr() == view.data_ptr()
+    (module.weight * 3).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [3.0] * 4
+
+
 def test_a_graph_recorded_before_still_runs_backward(alloc: CuMemAllocator) -> None:
     module = nn.Linear(3, 3)
     loss = module(torch.ones(1, 3)).sum()
     alloc.adopt(module)
     loss.backward()
     assert module.weight.grad is not None
+    assert module.weight.grad.tolist() == [[1.0] * 3] * 3
     with pytest.raises(NotInPoolError):
         alloc.tag_of(module.weight.grad)
 
@@ -189,8 +244,120 @@ def test_without_room_what_was_moved_stays_moved_and_all_values_stay(
     assert [int(parameter[::65536].max()) for parameter in module] == [0, 1]
 
 
+class EngineParameter(nn.Parameter):
+    """As the parameters of serving engines: it knows how it is loaded, and is asked by torch."""
+
+    def __new__(cls, data: torch.Tensor, **kwargs: Any) -> EngineParameter:
+        return super().__new__(cls, data=data, requires_grad=False)
+
+    def __init__(self, data: torch.Tensor, weight_loader: Callable[..., None]) -> None:
+        self._weight_loader = weight_loader
+
+    @property
+    def weight_loader(self) -> Callable[..., None]:
+        return self._weight_loader
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Int8Parameter(nn.Parameter):
+    """As those of quantization libraries: its bytes under a second name, and scales beside them."""
+
+    def __new__(cls, data: torch.Tensor) -> Int8Parameter:
+        made = torch.Tensor._make_subclass(cls, data, False)
+        made.codes = data
+        made.scales = torch.full((2,), 0.5)
+        return made
+
+
+class LabelledParameter(nn.Parameter):
+    """As those of GGUF files: what is computed from it is of its class and says what it is."""
+
+    def __new__(cls, data: torch.Tensor, quant_type: str = "") -> LabelledParameter:
+        made = torch.Tensor._make_subclass(cls, data, False)
+        made.quant_type = quant_type
+        return made
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (1, 2, 3)  # of the matrix that it stands for
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if type(result) is torch.Tensor:
+            return cls(result.detach(), next(a.quant_type for a in args if isinstance(a, cls)))
+        return result
+
+
+class TextTensor(torch.Tensor):
+    """A tensor type of a program's own, which is no parameter."""
+
+
+ENGINES: dict[str, Callable[[], torch.Tensor]] = {
+    "EngineParameter": lambda: EngineParameter(torch.arange(6.0), weight_loader=print),
+    "Int8Parameter": lambda: Int8Parameter(torch.arange(6, dtype=torch.int8)),
+    "LabelledParameter": lambda: LabelledParameter(torch.arange(6.0), "Q4_0"),
+    "TextTensor": lambda: torch.arange(6.0).as_subclass(TextTensor),
+}
+
+
+@pytest.mark.parametrize("built_in", ["grad", "inference_mode"])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_subclasses_keep_their_class_identity_and_attributes(
+    alloc: CuMemAllocator, kind: str, built_in: str
+) -> None:
+    with MODES[built_in]():
+        tensor = ENGINES[kind]()
+    attributes = dict(vars(tensor))
+    module = nn.Module()
+    if isinstance(tensor, nn.Parameter):
+        module.weight = tensor
+    else:
+        module.register_buffer("weight", tensor)
+    alloc.adopt(module)
+    assert module.weight is tensor
+    assert type(tensor).__name__ == kind
+    assert vars(tensor).keys() == attributes.keys()
+    assert all(vars(tensor)[name] is value for name, value in attributes.items())
+    assert tensor.is_inference() is (built_in == "inference_mode")
+    assert alloc.tag_of(tensor) == "weights"
+    with MODES[built_in]():
+        assert tensor.tolist() == [0, 1, 2, 3, 4, 5]
+    alloc.sleep(tags="weights")
+    alloc.wake_up()
+    assert tensor.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_attributes_that_view_the_storage_of_their_parameter_go_with_it(
+    alloc: CuMemAllocator,
+) -> None:
+    module = nn.Module()
+    module.weight = Int8Parameter(torch.arange(6, dtype=torch.int8))
+    alloc.adopt(module)
+    assert module.weight.codes.data_ptr() == module.weight.data_ptr()
+    module.weight.codes[2] = 77
+    assert module.weight.tolist() == [0, 1, 77, 3, 4, 5]
+    assert module.weight.scales.tolist() == [0.5, 0.5]
+    with pytest.raises(NotInPoolError):
+        alloc.tag_of(module.weight.scales)
+
+
 class Subclass(torch.Tensor):
-    """A tensor type of a program's own."""
+    """A tensor type that does the work of its tensors itself."""
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        raise AssertionError(f"{func} was called")
 
 
 def overlapping() -> dict[str, torch.Tensor]:
@@ -230,6 +397,22 @@ def test_what_cannot_be_moved_is_refused_by_name_with_nothing_moved(
     assert [parameter.data_ptr() for parameter in module.parameters()] == addresses
     assert alloc.snapshot() == []
     assert module[1].bad is tensors["bad"]
+
+
+def test_buffers_on_the_cpu_are_left_there_and_parameters_refused(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where in ("adopt", "training"):
+        monkeypatch.setattr(f"cumempool.{where}.device_type_of", lambda allocator: "cuda")
+    module = nn.Module()
+    module.register_buffer("table", torch.arange(4.0))
+    address = module.table.data_ptr()
+    assert alloc.adopt(module) == 0
+    assert module.table.data_ptr() == address
+    module.weight = nn.Parameter(torch.ones(4))
+    with pytest.raises(InvalidTypeError, match=r"'weight' is on cpu: move it to cuda first"):
+        alloc.adopt(module)
+    assert alloc.snapshot() == []
 
 
 def test_lazy_parameters_are_refused(alloc: CuMemAllocator) -> None:
