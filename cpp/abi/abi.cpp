@@ -60,6 +60,13 @@ std::vector<Item> items(const Item* first, std::size_t count, const char* proble
   return count == 0 ? std::vector<Item>{} : std::vector<Item>(first, first + count);
 }
 
+// What a function says that returns an array, and has no status to refuse NULL with.
+template <typename Item>
+const Item* array(const std::vector<Item>* all, std::size_t* count) noexcept {
+  if (count != nullptr) *count = all == nullptr ? 0 : all->size();
+  return all == nullptr ? nullptr : all->data();
+}
+
 pool::Allocator& core(cumempool_allocator* allocator) {
   require(allocator != nullptr, "allocator is NULL");
   return *allocator->core;
@@ -140,6 +147,14 @@ void cumempool_host_driver_destroy(const cumempool_driver* driver) {
   if (driver == nullptr || cumempool::driver::in_forked_child()) return;
   cumempool::vmm::SharedMapping::forget_leftovers(*driver);
   cumempool::driver::destroy_host_driver(driver);
+}
+
+cumempool_status cumempool_host_driver_launch(const cumempool_driver* driver, int device,
+                                              void (*function)(void*), void* argument) {
+  return guarded("host_driver_launch", [&] {
+    require(driver != nullptr && function != nullptr, "an argument is NULL");
+    cumempool::driver::host_driver_launch(driver, device, function, argument);
+  });
 }
 
 cumempool_status cumempool_probe_device(const cumempool_driver* driver, int device,
@@ -434,16 +449,16 @@ void cumempool_end_backup_view(void* lease) {
   delete static_cast<pool::BackupView*>(lease);
 }
 
-double cumempool_report_seconds(const cumempool_report* report) { return report->report.seconds; }
+double cumempool_report_seconds(const cumempool_report* report) {
+  return report == nullptr ? 0 : report->report.seconds;
+}
 
 const cumempool_report_row* cumempool_report_rows(const cumempool_report* report, size_t* count) {
-  *count = report->report.rows.size();
-  return report->report.rows.data();
+  return array(report == nullptr ? nullptr : &report->report.rows, count);
 }
 
 const char* const* cumempool_report_problems(const cumempool_report* report, size_t* count) {
-  *count = report->problems.size();
-  return report->problems.data();
+  return array(report == nullptr ? nullptr : &report->problems, count);
 }
 
 void cumempool_report_destroy(cumempool_report* report) { delete report; }
@@ -493,7 +508,7 @@ cumempool_status cumempool_shared_open(const cumempool_driver* driver, int devic
 }
 
 cumempool_address cumempool_shared_address(const cumempool_shared* shared) {
-  return shared->mapping->address();
+  return shared == nullptr ? 0 : shared->mapping->address();
 }
 
 cumempool_status cumempool_shared_close(cumempool_shared* shared) {
@@ -531,23 +546,21 @@ cumempool_status cumempool_take_snapshot(cumempool_allocator* allocator, int all
 }
 
 const cumempool_totals* cumempool_snapshot_totals(const cumempool_snapshot* snapshot) {
-  return &snapshot->snapshot.totals;
+  return snapshot == nullptr ? nullptr : &snapshot->snapshot.totals;
 }
 
 const cumempool_tag_stats* cumempool_snapshot_tags(const cumempool_snapshot* snapshot,
                                                    size_t* count) {
-  *count = snapshot->snapshot.tags.size();
-  return snapshot->snapshot.tags.data();
+  return array(snapshot == nullptr ? nullptr : &snapshot->snapshot.tags, count);
 }
 
 const cumempool_allocation_info* cumempool_snapshot_allocations(const cumempool_snapshot* snapshot,
                                                                 size_t* count) {
-  *count = snapshot->snapshot.allocations.size();
-  return snapshot->snapshot.allocations.data();
+  return array(snapshot == nullptr ? nullptr : &snapshot->snapshot.allocations, count);
 }
 
 const char* cumempool_snapshot_last_malloc_failure(const cumempool_snapshot* snapshot) {
-  return snapshot->snapshot.last_malloc_failure.c_str();
+  return snapshot == nullptr ? "" : snapshot->snapshot.last_malloc_failure.c_str();
 }
 
 void cumempool_snapshot_destroy(cumempool_snapshot* snapshot) { delete snapshot; }

@@ -13,5 +13,8 @@ const cumempool_driver& cuda_driver();
 // A new `host` driver; throws Error (CUMEMPOOL_INVALID_ARGUMENT) for options it does not take.
 const cumempool_driver* make_host_driver(const cumempool_host_driver_options& options);
 void destroy_host_driver(const cumempool_driver* driver) noexcept;
+// See cumempool_host_driver_launch. Throws Error.
+void host_driver_launch(const cumempool_driver* driver, int device, void (*function)(void*),
+                        void* argument);
 
 }  // namespace cumempool::driver

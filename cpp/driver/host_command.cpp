@@ -117,6 +117,7 @@ cumempool_access access_to_address(const HostCommand& command) {
       return CUMEMPOOL_ACCESS_READ_WRITE;
     case HostCommand::Kind::kCopyToHost:
     case HostCommand::Kind::kDigest:
+    case HostCommand::Kind::kCall:
     case HostCommand::Kind::kWait:
       return CUMEMPOOL_ACCESS_READ;
   }
@@ -133,6 +134,7 @@ bool uses(const HostCommand& command, const void* pointer, std::size_t bytes) {
              overlap(command.digests, command.count * sizeof(*command.digests), pointer, bytes);
     case HostCommand::Kind::kCopyOnDevice:
     case HostCommand::Kind::kFill:
+    case HostCommand::Kind::kCall:
     case HostCommand::Kind::kWait:
       return false;
   }
@@ -140,6 +142,7 @@ bool uses(const HostCommand& command, const void* pointer, std::size_t bytes) {
 }
 
 bool HostOperands::read(const HostCommand& command) {
+  if (command.kind == HostCommand::Kind::kCall) return true;
   if (command.kind == HostCommand::Kind::kDigest) {
     extents_.resize(command.count);
     return copy_on_host(extents_.data(), command.extents,
@@ -168,6 +171,10 @@ bool HostOperands::resolve(const HostMemory& memory, int device, const HostComma
 }
 
 bool HostOperands::execute(const HostCommand& command) const {
+  if (command.kind == HostCommand::Kind::kCall) {
+    command.function(command.argument);
+    return true;
+  }
   const Segments& first = segments_.front();
   switch (command.kind) {
     case HostCommand::Kind::kCopyToHost:
@@ -189,6 +196,7 @@ bool HostOperands::execute(const HostCommand& command) const {
     }
     case HostCommand::Kind::kDigest:
       return execute_digests(command);
+    case HostCommand::Kind::kCall:
     case HostCommand::Kind::kWait:
       break;
   }

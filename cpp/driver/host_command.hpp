@@ -18,7 +18,7 @@ struct HostMark {
 };
 
 struct HostCommand {
-  enum class Kind { kCopyToHost, kCopyToDevice, kCopyOnDevice, kFill, kDigest, kWait };
+  enum class Kind { kCopyToHost, kCopyToDevice, kCopyOnDevice, kFill, kDigest, kCall, kWait };
   Kind kind = Kind::kWait;
   cumempool_address address = 0;  // copies, fills: device memory; the destination where both are
   std::size_t bytes = 0;
@@ -29,6 +29,8 @@ struct HostCommand {
   std::size_t count = 0;
   cumempool_digest* digests = nullptr;
   std::uint64_t seed = 0;
+  void (*function)(void*) = nullptr;  // calls
+  void* argument = nullptr;
   HostMark wait{};             // waits: what goes first
   std::uint64_t epoch = 0;     // the mappings that it was submitted for; HostMemory::resolve
   std::uint64_t sequence = 0;  // set by HostWork::submit

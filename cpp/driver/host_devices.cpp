@@ -348,6 +348,7 @@ bool HostDevices::good_operands(int device, const HostCommand& command) const {
       return mapped(command.address, kind);
     case HostCommand::Kind::kDigest:
       return good_digests(device, command);
+    case HostCommand::Kind::kCall:
     case HostCommand::Kind::kWait:
       break;
   }
@@ -421,6 +422,16 @@ HostDriverCounters HostDevices::counters() {
   counters.retained_contexts = contexts_.retained();
   counters.entered_contexts = contexts_.entered();
   return counters;
+}
+
+cumempool_result HostDevices::launch(int device, void (*function)(void*), void* argument) {
+  const std::lock_guard<std::mutex> lock(state_.mutex);
+  if (const auto result = check_device(device)) return result;
+  if (const auto result = work(device).error()) return result;
+  HostCommand command{HostCommand::Kind::kCall};
+  command.function = function;
+  command.argument = argument;
+  return work(device).submit(0, command);
 }
 
 bool HostDevices::set_capturing(int device, cumempool_stream stream, bool capturing) {

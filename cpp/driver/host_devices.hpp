@@ -74,6 +74,7 @@ class HostDevices {
 
   // For tests; see host_driver.hpp.
   HostDriverCounters counters();
+  cumempool_result launch(int device, void (*function)(void*), void* argument);
   bool set_capturing(int device, cumempool_stream stream, bool capturing);
   void set_peer_access(bool possible);
 

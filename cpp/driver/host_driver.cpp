@@ -29,8 +29,10 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <string_view>
 
 #include "driver/builtin.hpp"
+#include "driver/driver.hpp"
 #include "driver/error.hpp"
 #include "driver/host_devices.hpp"
 #include "driver/host_memory.hpp"
@@ -168,6 +170,14 @@ void destroy_host_driver(const cumempool_driver* driver) noexcept {
 
 HostDriverCounters host_driver_counters(const cumempool_driver* driver) {
   return host_driver(driver).devices.counters();
+}
+
+void host_driver_launch(const cumempool_driver* driver, int device, void (*function)(void*),
+                        void* argument) {
+  if (driver->fence != Entry<&HostDevices::fence>::call) {
+    throw Error(CUMEMPOOL_INVALID_ARGUMENT, "functions are launched on a host driver only");
+  }
+  check(*driver, "launch", host_driver(driver).devices.launch(device, function, argument), device);
 }
 
 bool host_driver_set_capturing(const cumempool_driver* driver, int device, cumempool_stream stream,

@@ -138,13 +138,18 @@ void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
 void Allocator::preserve(cumempool_address address) {
   const Turnstile::Turn turn(turnstile_, "preserve");  // transitions read it without the lock
   const RecordPointer record = Registry::instance().find(address);
-  if (record == nullptr || record->owner.get() != this) {
-    Error error(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator");
-    error.operation = "preserve";
-    error.advice = "pass a tensor of the allocator's pools";
-    throw error;
+  bool lives = false;
+  if (record != nullptr && record->owner.get() == this) {
+    records_.update([&] {
+      lives = !record->freed;
+      record->preserved = true;
+    });
   }
-  records_.update([&] { record->preserved = true; });
+  if (lives) return;
+  Error error(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator");
+  error.operation = "preserve";
+  error.advice = "pass a tensor of the allocator's pools";
+  throw error;
 }
 
 // What no device's memory could be given to. Whether they reach the device of an allocation is seen
@@ -255,10 +260,10 @@ void Allocator::bury_leftovers() noexcept {
 }
 
 void Allocator::unclaim(const std::vector<RecordPointer>& claimed) noexcept {
-  RecordList doomed;
-  records_.unclaim(claimed, [&](const RecordPointer& record) { doomed.push(record); });
+  RecordList freed;
+  records_.unclaim(claimed, [&](const RecordPointer& record) { freed.push(record); });
   bury_leftovers();
-  while (RecordPointer record = doomed.pop()) bury(record);
+  while (RecordPointer record = freed.pop()) bury(record);
 }
 
 bool Allocator::tear_down(Record& record) noexcept {

@@ -21,16 +21,24 @@ BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address a
                        std::size_t bytes, bool writable)
     : allocator_(std::move(allocator)) {
   const Turnstile::Turn turn(allocator_->turnstile(), "read_backup");
+  if (bytes == 0) {
+    throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "a view has at least one byte", nullptr,
+                  "ask for the bytes that you read");
+  }
   const RecordPointer record = Registry::instance().find(address);
-  if (record == nullptr || record->owner != allocator_) {
+  bool lives = false;
+  bool asleep = false;
+  if (record != nullptr && record->owner == allocator_) {
+    allocator_->records().update([&] {
+      lives = !record->freed;  // else it is being torn down
+      asleep = record->asleep;
+      if (lives && asleep) image_ = record->image;
+    });
+  }
+  if (!lives) {
     throw refusal(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator",
                   nullptr, "pass a tensor of the allocator's pools");
   }
-  bool asleep = false;
-  allocator_->records().update([&] {
-    asleep = record->asleep;
-    if (asleep) image_ = record->image;
-  });
   if (image_ == nullptr) {
     throw refusal(CUMEMPOOL_INVALID_ARGUMENT,
                   asleep ? "its contents were discarded" : "the memory is awake", record.get(),

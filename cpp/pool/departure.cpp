@@ -42,7 +42,7 @@ Departure::Departure(Allocator& allocator, const char* operation, const SleepReq
 
 bool Departure::wants(const Record& record) const {
   const auto action = request_.actions.find(record.tag);
-  if (action == request_.actions.end() || record.doomed) return false;
+  if (action == request_.actions.end() || record.freed) return false;
   return !record.asleep || forgettable(record) || releasable(record);
 }
 

@@ -24,7 +24,7 @@ std::vector<Need> needs(Allocator& allocator, const SleepRequest& request,
   std::vector<Need> all;
   allocator.records().for_each([&](const Record& record) {
     const auto action = request.actions.find(record.tag);
-    if (action == request.actions.end() || record.asleep || record.doomed) return;
+    if (action == request.actions.end() || record.asleep || record.freed) return;
     refuse_to_sleep(allocator, "prepare", record,
                     yielding.count(record.tag) == 0 ? Pinned::kCounts : Pinned::kIsLeftOut);
     if (action->second != CUMEMPOOL_ON_SLEEP_OFFLOAD && !record.preserved) return;

@@ -47,7 +47,7 @@ struct Record {
   std::shared_ptr<backup::Image> image;
   BackupChoice image_choice;  // where it is
   bool claimed = false;       // by the transition under way
-  bool doomed = false;        // freed by the program while claimed
+  bool freed = false;         // by the program; while it is claimed, its teardown waits for that
 
   std::list<std::shared_ptr<Record>>::iterator place;  // in the set
   std::shared_ptr<Record> next;  // of the list that it is in once it was taken out of the set

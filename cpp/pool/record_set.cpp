@@ -16,10 +16,8 @@ bool RecordSet::add(const RecordPointer& record, const std::function<bool()>& st
 
 bool RecordSet::retire(const RecordPointer& record) {
   const std::lock_guard lock(mutex_);
-  if (record->claimed) {
-    record->doomed = true;
-    return false;
-  }
+  record->freed = true;
+  if (record->claimed) return false;
   records_.erase(record->place);
   return true;
 }

@@ -21,22 +21,23 @@ class RecordSet {
   // (CUMEMPOOL_CLOSED) after seal().
   bool add(const RecordPointer& record, const std::function<bool()>& still);
 
-  // Takes the record out for teardown by the caller: true. Where a transition has claimed it, it is
-  // only marked, comes back from unclaim(), and the answer is false.
+  // Marks the record as freed, after which readers leave it alone, and takes it out for teardown by
+  // the caller: true. Where a transition has claimed it, it comes back from unclaim(), and the
+  // answer is false.
   bool retire(const RecordPointer& record);
 
   // Claims the records that `wanted` picks, in order of allocation.
   std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted);
 
-  // Ends the claims. Hands those freed meanwhile, taken out, to `doomed` for their teardown.
-  template <typename Doomed>
-  void unclaim(const std::vector<RecordPointer>& claimed, Doomed doomed) noexcept {
+  // Ends the claims. Hands those freed meanwhile, taken out, to `tear_down`.
+  template <typename TearDown>
+  void unclaim(const std::vector<RecordPointer>& claimed, TearDown tear_down) noexcept {
     const std::lock_guard lock(mutex_);
     for (const RecordPointer& record : claimed) {
       record->claimed = false;
-      if (!record->doomed) continue;
+      if (!record->freed) continue;
       records_.erase(record->place);
-      doomed(record);
+      tear_down(record);
     }
   }
 

@@ -36,7 +36,7 @@ cumempool_allocation_info export_memory(Allocator& allocator, cumempool_address 
   const RecordPointer record = Registry::instance().find(address);
   // Claimed, so that it cannot be freed meanwhile.
   const auto claimed = allocator.records().claim(
-      [&](const Record& candidate) { return &candidate == record.get() && !candidate.doomed; });
+      [&](const Record& candidate) { return &candidate == record.get() && !candidate.freed; });
   if (claimed.empty()) {
     throw refusal(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator",
                   "pass a tensor of the allocator's pools");

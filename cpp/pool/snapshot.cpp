@@ -2,6 +2,7 @@
 #include "pool/snapshot.hpp"
 
 #include <map>
+#include <optional>
 #include <utility>
 
 #include "pool/registry.hpp"
@@ -77,7 +78,7 @@ class Collector {
 
  private:
   void visit(const Record& record) {
-    if (record.doomed) {
+    if (record.freed) {
       snapshot_.totals.pending_free_bytes += record.bytes;
       return;
     }
@@ -153,17 +154,19 @@ Snapshot take_snapshot(Allocator& allocator, bool allocations) {
 
 cumempool_allocation_info find_allocation(const Allocator* allocator, cumempool_address address) {
   const RecordPointer record = Registry::instance().find(address);
-  if (record == nullptr || (allocator != nullptr && record->owner.get() != allocator)) {
-    Error error(CUMEMPOOL_NOT_OWNED, record == nullptr
-                                         ? "the address lies in no allocation of cumempool"
-                                         : "the address belongs to another allocator");
-    error.operation = "find";
-    error.advice = "pass a tensor allocated inside use_memory_pool() or by empty() or adopt()";
-    throw error;
+  const bool others = record != nullptr && allocator != nullptr && record->owner.get() != allocator;
+  std::optional<cumempool_allocation_info> info;
+  if (record != nullptr && !others) {
+    record->owner->records().update([&] {
+      if (!record->freed) info = describe(*record);  // else it is being torn down
+    });
   }
-  cumempool_allocation_info info{};
-  record->owner->records().update([&] { info = describe(*record); });
-  return info;
+  if (info) return *info;
+  Error error(CUMEMPOOL_NOT_OWNED, others ? "the address belongs to another allocator"
+                                          : "the address lies in no allocation of cumempool");
+  error.operation = "find";
+  error.advice = "pass a tensor allocated inside use_memory_pool() or by empty() or adopt()";
+  throw error;
 }
 
 }  // namespace cumempool::pool

@@ -24,7 +24,7 @@ void put_in_order(std::vector<RecordPointer>& records, const WakeRequest& reques
 }  // namespace
 
 bool wakes(const WakeRequest& request, const Record& record) {
-  return record.asleep && !record.doomed && (request.all || request.tags.count(record.tag) != 0);
+  return record.asleep && !record.freed && (request.all || request.tags.count(record.tag) != 0);
 }
 
 void refuse_without_room(Allocator& allocator, const char* operation, Arrival& arrival,

@@ -127,7 +127,7 @@ void Waking::wait(cumempool_address address, const cumempool_device_stream& stre
   if (found == ready_.end() || ended_) {  // then its contents are visible to every stream
     lock.unlock();
     bool asleep = false;
-    allocator_->records().update([&] { asleep = record->asleep; });
+    allocator_->records().update([&] { asleep = record->asleep && !record->freed; });
     if (!asleep) return;
     throw refuse_wait(CUMEMPOOL_INVALID_ARGUMENT,
                       "the allocation sleeps, and is not part of this wake", "wake its tag");

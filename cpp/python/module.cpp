@@ -1,5 +1,7 @@
 // The extension module cumempool._core: the C interface of cumempool.h as Python sees it. Failures
-// are raised as the classes of cumempool.errors; the GIL is released around calls that may wait.
+// are raised as the classes of cumempool.errors; the GIL is released around calls that may wait, in
+// destructors as well.
+#include <cxxabi.h>
 #include <fcntl.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -69,6 +71,39 @@ void call(Call&& body) {
   check(status);
 }
 
+bool interpreter_ends() noexcept {
+#if PY_VERSION_HEX >= 0x030d0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
+// For what may wait where nothing can be raised: destructors, and deleters that torch calls with
+// the GIL or without. While it lives the thread does not hold the GIL, so that work of a device
+// that needs it comes to an end.
+class Unlocked {
+ public:
+  Unlocked() noexcept {
+    if (!interpreter_ends() && PyGILState_Check() != 0) state_ = PyEval_SaveThread();
+  }
+  ~Unlocked() {
+    if (state_ == nullptr) return;
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (const abi::__forced_unwind&) {
+      // The interpreter has ended meanwhile, and Python ends this thread by unwinding it, which
+      // must not leave a destructor: the thread stays here, as it does from Python 3.14 on.
+      for (;;) pause();
+    }
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_ = nullptr;
+};
+
 [[noreturn]] void refuse(const char* message, const char* advice) {
   cumempool_error error{};
   error.status = CUMEMPOOL_INVALID_ARGUMENT;
@@ -97,7 +132,9 @@ struct Driver {
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
   ~Driver() {
-    if (owned) cumempool_host_driver_destroy(table);
+    if (!owned) return;
+    const Unlocked unlocked;  // memory of other processes waits for the device before it goes
+    cumempool_host_driver_destroy(table);
   }
 
   int device_count() const {
@@ -162,6 +199,16 @@ int driver_version(const Driver& driver) {
   int version = 0;
   const auto* table = driver.table;
   return table->driver_version(table->self, &version) == CUMEMPOOL_RESULT_SUCCESS ? version : 0;
+}
+
+// `function` is the address of a C function, as ctypes has it.
+void launch(const Driver& driver, int device, std::uintptr_t function, std::uintptr_t argument) {
+  auto* const called = reinterpret_cast<void (*)(void*)>(function);
+  call([&] {
+    return cumempool_host_driver_launch(
+        driver.table, device, called,
+        reinterpret_cast<void*>(argument));  // NOLINT(performance-no-int-to-ptr)
+  });
 }
 
 py::dict report_fields(const cumempool_report* report) {
@@ -363,6 +410,7 @@ struct Lease {
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
   ~Lease() {
+    const Unlocked unlocked;
     if (address != 0) cumempool_free(address);
     if (view != nullptr) cumempool_end_backup_view(view);
     if (shared == nullptr) return;
@@ -524,7 +572,7 @@ class Waking {
   Waking& operator=(const Waking&) = delete;
   // cumempool.WakeHandle waits before, where Python may end the thread; this hardly ever does.
   ~Waking() {
-    const py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     cumempool_waking_destroy(waking_);
     if (report_ != nullptr) cumempool_report_destroy(report_);
   }
@@ -572,6 +620,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // Tensors may outlive this object, and nobody has asked for their contents to be lost: while
   // memory is in use the allocator and its driver stay, for the rest of the process.
   ~Allocator() {
+    const Unlocked unlocked;
     if (cumempool_allocator_close(allocator_, 0) == CUMEMPOOL_IN_USE) {
       driver_->owned = false;  // a host driver is not destroyed, then
       return;
@@ -816,6 +865,7 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("name", [](const Driver& driver) { return driver.table->name; })
       .def_property_readonly("version", &driver_version)
       .def_property_readonly("device_count", &Driver::device_count)
+      .def("launch", &launch, py::arg("device"), py::arg("function"), py::arg("argument"))
       .def("context_active", &context_active, py::arg("device"))
       .def("probe", &probe_device, py::arg("device"));
 

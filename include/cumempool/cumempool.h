@@ -2,7 +2,8 @@
  *
  * Every function returns a cumempool_status unless it says otherwise; on failure its outputs are
  * untouched, nothing is lost, and cumempool_last_error() says why. No function throws, exits or
- * prints. All of them may be called from any thread at the same time.
+ * prints. All of them may be called from any thread at the same time. Those that return no status
+ * take NULL as an object without anything in it.
  */
 #ifndef CUMEMPOOL_H
 #define CUMEMPOOL_H
@@ -55,6 +56,13 @@ typedef struct cumempool_host_driver_options {
 CUMEMPOOL_API cumempool_status cumempool_host_driver_create(
     const cumempool_host_driver_options *options, const cumempool_driver **driver);
 CUMEMPOOL_API void cumempool_host_driver_destroy(const cumempool_driver *driver);
+
+/* Queues a function of the host on the default stream of a host driver's device, as
+ * cuLaunchHostFunc does: it runs in its turn, in the thread that waits for the device. For tests:
+ * a function that takes its time makes the device a busy one. */
+CUMEMPOOL_API cumempool_status cumempool_host_driver_launch(const cumempool_driver *driver,
+                                                            int device, void (*function)(void *),
+                                                            void *argument);
 
 /* What one granule of device memory can be, found by trying; see cumempool_probe_device. */
 typedef struct cumempool_device_probe {
@@ -348,7 +356,8 @@ typedef struct cumempool_backup_view {
 
 /* The backup of `bytes` at an address of sleeping memory. `writable` = 1: what is written there is
  * what the next wake restores. The view stays valid, and keeps its host memory, until it is ended;
- * after the wake it shows what was restored. CUMEMPOOL_UNSUPPORTED for backups on a peer. */
+ * after the wake it shows what was restored. CUMEMPOOL_UNSUPPORTED for backups on a peer,
+ * CUMEMPOOL_INVALID_ARGUMENT for 0 bytes. */
 CUMEMPOOL_API cumempool_status cumempool_view_backup(cumempool_allocator *allocator,
                                                      cumempool_address address, uint64_t bytes,
                                                      int writable, cumempool_backup_view *view);

@@ -1,6 +1,9 @@
 // The C interface itself: arguments it refuses, outputs it leaves alone, and the error each thread
 // sees.
+#include <array>
+#include <atomic>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <thread>
 
@@ -337,6 +340,106 @@ TEST_F(Abi, NullProbesAndObjectsThatAreNotThereAreNoHarm) {
   EXPECT_EQ(cumempool_waking_done(nullptr), 0);
   EXPECT_EQ(cumempool_waking_finish(nullptr, nullptr), CUMEMPOOL_INVALID_ARGUMENT);
   EXPECT_EQ(cumempool_waking_wait(nullptr, 1, {}), CUMEMPOOL_INVALID_ARGUMENT);
+}
+
+TEST_F(Abi, WhatReturnsNoStatusTakesNull) {
+  std::size_t count = 7;
+  EXPECT_EQ(cumempool_report_seconds(nullptr), 0.0);
+  EXPECT_EQ(cumempool_report_rows(nullptr, &count), nullptr);
+  EXPECT_EQ(count, 0U);
+  EXPECT_EQ(cumempool_report_problems(nullptr, nullptr), nullptr);
+  EXPECT_EQ(cumempool_snapshot_totals(nullptr), nullptr);
+  EXPECT_EQ(cumempool_snapshot_tags(nullptr, nullptr), nullptr);
+  EXPECT_EQ(cumempool_snapshot_allocations(nullptr, nullptr), nullptr);
+  EXPECT_STREQ(cumempool_snapshot_last_malloc_failure(nullptr), "");
+  EXPECT_EQ(cumempool_shared_address(nullptr), 0U);
+  cumempool_report_destroy(nullptr);
+  cumempool_snapshot_destroy(nullptr);
+  cumempool_allocator_destroy(nullptr);
+  cumempool_host_driver_destroy(nullptr);
+}
+
+TEST_F(Abi, AViewOfNoBytesIsInvalid) {
+  const auto address = pool.malloc("kv", 2 * kGranule);
+  must(pool.sleep("kv", kOffload).status);
+  for (const cumempool_address at : {address, address + 5, address + 2 * kGranule - 1}) {
+    EXPECT_EQ(View(pool.get(), at, 0).status(), CUMEMPOOL_INVALID_ARGUMENT);
+    EXPECT_EQ(View(pool.get(), at, ~std::uint64_t{0}).status(), CUMEMPOOL_INVALID_ARGUMENT);
+  }
+  EXPECT_EQ(pool.close(), CUMEMPOOL_IN_USE) << "the memory";
+  must(cumempool_free(address));
+  EXPECT_EQ(pool.close(), CUMEMPOOL_OK) << "no view is left open";
+}
+
+// CUMEMPOOL_INTERNAL says that the library has a defect.
+TEST_F(Abi, R12_NoSizeOrAddressThatACallerPassesIsInternal) {
+  constexpr std::uint64_t kSizes[] = {
+      0, 1, kGranule - 1, (std::uint64_t{1} << 62) + 1, std::uint64_t{1} << 63, ~std::uint64_t{0}};
+  pool.declare("kv");
+  const auto awake = pool.malloc("awake", kGranule);
+  const auto asleep = pool.malloc("asleep", kGranule);
+  must(pool.sleep("asleep", kOffload).status);
+  const auto fine = [](cumempool_status status) { return status != CUMEMPOOL_INTERNAL; };
+  std::array<unsigned char, CUMEMPOOL_FABRIC_HANDLE_BYTES> exported{};
+  for (const std::uint64_t size : kSizes) {
+    cumempool_address address = 0;
+    if (pool.try_malloc("kv", size, 0, address) == CUMEMPOOL_OK) must(cumempool_free(address));
+    EXPECT_NE(cumempool_last_error()->status, CUMEMPOOL_INTERNAL) << size;
+    for (const int device : {-1, 2, std::numeric_limits<int>::max()}) {
+      EXPECT_TRUE(fine(pool.try_malloc("kv", size, device, address))) << size;
+    }
+    for (const cumempool_address base : {cumempool_address{0}, awake, asleep}) {
+      const cumempool_address at = base + size;
+      cumempool_allocation_info info{};
+      EXPECT_TRUE(fine(View(pool.get(), base, size).status())) << size;
+      EXPECT_TRUE(fine(View(pool.get(), at, size).status())) << size;
+      EXPECT_TRUE(fine(cumempool_find(nullptr, at, &info))) << size;
+      EXPECT_TRUE(fine(cumempool_preserve(pool.get(), at))) << size;
+      // 0 and numbers that are no type of handle.
+      EXPECT_TRUE(fine(cumempool_export(pool.get(), at, static_cast<std::uint32_t>(size) & ~1U,
+                                        exported.data(), &info)))
+          << size;
+      SleepCall call{{{"awake", kOffload}}};
+      call.dead = {{at, size}};
+      EXPECT_TRUE(fine(pool.sleep(call).status)) << size;
+      must(pool.wake({{"awake"}}).status);
+    }
+    cumempool_shared* shared = nullptr;
+    const int none = -1;
+    EXPECT_TRUE(fine(cumempool_shared_open(&host.table(), 0, CUMEMPOOL_HANDLE_POSIX_FD, &none, size,
+                                           CUMEMPOOL_ACCESS_READ, &shared)))
+        << size;
+    EXPECT_TRUE(fine(cumempool_preserve_slot(static_cast<std::uint32_t>(size)))) << size;
+    EXPECT_TRUE(fine(cumempool_unbind_slot(static_cast<std::uint32_t>(size) | 64U))) << size;
+    EXPECT_TRUE(fine(cumempool_unpin(pool.get(), size))) << size;
+    EXPECT_TRUE(fine(cumempool_host_driver_launch(
+        &host.table(), static_cast<int>(size), [](void*) {}, nullptr)))
+        << size;
+  }
+}
+
+TEST_F(Abi, AFunctionIsLaunchedOnHostDriversOnly) {
+  const auto nothing = [](void*) {};
+  EXPECT_EQ(cumempool_host_driver_launch(nullptr, 0, nothing, nullptr), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_host_driver_launch(&host.table(), 0, nullptr, nullptr),
+            CUMEMPOOL_INVALID_ARGUMENT);
+  cumempool_driver other = host.table();
+  other.fence = nullptr;
+  EXPECT_EQ(cumempool_host_driver_launch(&other, 0, nothing, nullptr), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_host_driver_launch(&host.table(), 2, nothing, nullptr),
+            CUMEMPOOL_DRIVER_ERROR);
+}
+
+TEST_F(Abi, ALaunchedFunctionRunsWhenSomebodyWaitsForTheDevice) {
+  const auto address = pool.malloc("kv", kGranule);
+  std::atomic<bool> ran{false};
+  must(cumempool_host_driver_launch(
+      &host.table(), 0, [](void* flag) { *static_cast<std::atomic<bool>*>(flag) = true; }, &ran));
+  EXPECT_EQ(host.counters().queued_commands, 1U);
+  EXPECT_FALSE(ran);
+  must(cumempool_free(address));
+  EXPECT_TRUE(ran);
+  EXPECT_EQ(host.counters().queued_commands, 0U);
 }
 
 TEST_F(Abi, ASwapAndAPrepareWithoutWhatTheyNeedAreInvalid) {
