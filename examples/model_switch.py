@@ -127,7 +127,7 @@ class Fleet:
     def load(self, name: str) -> None:
         """Builds a model; the one that is awake goes to sleep first."""
         if self.awake:
-            self.allocator.sleep(self.awake, tags=self.awake)
+            self.allocator.sleep(offload_tags=self.awake, tags=self.awake)
         kind, config = kinds(self.size)[name]
         torch.manual_seed(SEED + len(self.models))
         if self.driver == "host":  # torch cannot be routed to the host driver: moved in afterwards

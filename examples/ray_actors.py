@@ -89,7 +89,7 @@ class Worker:
     def sleep(self, timeout: float) -> Outcome:
         try:
             return distributed.sleep(
-                self.group, "weights", allocator=self.allocator, timeout=timeout
+                self.group, offload_tags="weights", allocator=self.allocator, timeout=timeout
             )
         except cumempool.DistributedTransitionError as error:
             return error

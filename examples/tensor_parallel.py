@@ -228,7 +228,9 @@ class Rank:
         return ""
 
     def sleep(self) -> distributed.GroupReport:
-        return distributed.sleep(None, "weights", allocator=self.allocator, timeout=PATIENCE / 2)
+        return distributed.sleep(
+            None, offload_tags="weights", allocator=self.allocator, timeout=PATIENCE / 2
+        )
 
     def wake_up(self) -> distributed.GroupReport:
         return distributed.wake_up(None, allocator=self.allocator, timeout=PATIENCE / 2)

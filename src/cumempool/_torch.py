@@ -11,7 +11,7 @@ import ctypes
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -156,14 +156,18 @@ def cached_bytes() -> int:
     )
 
 
-def dead_ranges() -> list[tuple[int, int]]:
-    """(address, bytes) of the blocks that torch has cached as free in segments of custom pools."""
+def dead_ranges(live: Collection[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+    """(address, bytes) of the blocks that torch has cached as free in segments of custom pools.
+
+    Pools in `live` are left out: graphs use blocks of theirs that torch has as free.
+    """
     if not is_initialized():
         return []
+    without = {(0, 0), *live}
     return [
         (block["address"], block["size"])
         for segment in torch.cuda.memory_snapshot()
-        if tuple(segment.get("segment_pool_id", (0, 1))) != (0, 0)
+        if tuple(segment.get("segment_pool_id", (0, 1))) not in without
         for block in segment["blocks"]
         if block["state"] == "inactive"
     ]

@@ -46,7 +46,7 @@ from cumempool.report import TransitionReport
 from cumempool.scope import MemoryPoolScope, open_tags
 from cumempool.sharing import SharedMemory, install_reducers
 from cumempool.sizes import check_margin
-from cumempool.sleep_plan import plan_discard, plan_sleep
+from cumempool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
 from cumempool.stats import AllocationInfo, Stats, allocations_of, stats_of
 from cumempool.tags import (
     DEFAULT_TAG,
@@ -252,10 +252,11 @@ class CuMemAllocator:
     ) -> tuple[int, int]:
         """The id of a pool that CUDA graphs are captured into: ``torch.cuda.graph(g, pool=...)``.
 
-        The memory of the graphs sleeps and wakes with the tag, at the same addresses, so they
-        replay as before; while it sleeps they must not be replayed. The id is the same for a tag
-        and device until `release_graph_pool` or `close`, and the pool holds a slot as long. Ask for
-        it before each capture: captures do not go with memory that sleeps.
+        The memory of the graphs sleeps and wakes with the tag, at the same addresses and with its
+        contents, so they replay as before. All of it is kept while a graph lives, which may read
+        what torch has as free. While it sleeps they must not be replayed. The id is the same for a
+        tag and device until `release_graph_pool` or `close`, and the pool holds a slot as long. Ask
+        for it before each capture: captures do not go with memory that sleeps.
 
         Args:
             tag: 1 to 255 bytes of UTF-8.
@@ -399,11 +400,12 @@ class CuMemAllocator:
 
     # ---- transitions ---------------------------------------------------------------------------
 
+    @takes_offload_tags_first
     def sleep(
         self,
-        offload_tags: Sequence[str] | str | None = None,
-        *,
         tags: Sequence[str] | str | None = None,
+        *,
+        offload_tags: Sequence[str] | str | None = None,
     ) -> TransitionReport:
         """Gives the physical memory of tags back; addresses stay reserved.
 
@@ -413,12 +415,13 @@ class CuMemAllocator:
         what has changed since the last sleep is copied, where that backup was kept
         (``retain_backups``); the report counts the others as clean.
 
+        Contents are kept, but for tags that were told ``on_sleep="discard"``.
+
         Args:
-            offload_tags: Tags whose contents are kept; those of the others are discarded, whatever
-                their own policy says (the report lists such overrides). None: each tag follows its
-                own policy, and where it has none, ``"default"`` is kept and others are discarded
-                (or kept, where `tags` names them).
             tags: Touch only these. None: all.
+            offload_tags: Tags whose contents are kept; those of all others are discarded, whatever
+                their own policy says (the report lists such overrides), as vLLM's allocator does.
+                None: each tag follows its own policy, and is kept where it has none.
 
         Raises:
             UnknownTagError: A tag that was never used.
@@ -434,32 +437,33 @@ class CuMemAllocator:
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
         """
-        actions, overrides = plan_sleep(self._core, offload_tags, tags)
+        actions, overrides = plan_sleep(self._core, tags, offload_tags)
         return transition.sleep(self, "sleep", actions, overrides, drop_backups=False)
 
     @overload
     def prepare(
         self,
-        offload_tags: Sequence[str] | str | None = ...,
-        *,
         tags: Sequence[str] | str | None = ...,
+        *,
+        offload_tags: Sequence[str] | str | None = ...,
         background: Literal[False] = ...,
     ) -> int: ...
 
     @overload
     def prepare(
         self,
-        offload_tags: Sequence[str] | str | None = ...,
-        *,
         tags: Sequence[str] | str | None = ...,
+        *,
+        offload_tags: Sequence[str] | str | None = ...,
         background: Literal[True],
     ) -> Future[int]: ...
 
+    @takes_offload_tags_first
     def prepare(
         self,
-        offload_tags: Sequence[str] | str | None = None,
-        *,
         tags: Sequence[str] | str | None = None,
+        *,
+        offload_tags: Sequence[str] | str | None = None,
         background: bool = False,
     ) -> int | Future[int]:
         """Pins the host memory that a `sleep` with the same arguments will need, ahead of it.
@@ -468,8 +472,8 @@ class CuMemAllocator:
         this runs waits for it.
 
         Args:
-            offload_tags: As for `sleep`.
             tags: As for `sleep`.
+            offload_tags: As for `sleep`.
             background: Run in a thread of its own and return at once.
 
         Returns:
@@ -485,7 +489,7 @@ class CuMemAllocator:
             TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
         """
-        actions, _ = plan_sleep(self._core, offload_tags, tags)
+        actions, _ = plan_sleep(self._core, tags, offload_tags)
         return transition.prepare(self, actions, background=background)
 
     def discard(self, tags: Sequence[str] | str) -> TransitionReport:
@@ -571,14 +575,14 @@ class CuMemAllocator:
         Args:
             sleep: The tags to put to sleep.
             wake: The tags to wake; none of them may be in `sleep`. None: all others that sleep.
-            offload_tags: As for ``sleep(offload_tags, tags=sleep)``.
+            offload_tags: As for ``sleep(tags, offload_tags=...)``.
 
         Raises:
             As `sleep` and `wake_up`.
         """
         named = check_tags(sleep, "sleep")
         chosen = None if wake is None else list(check_tags(wake, "wake"))
-        actions, overrides = plan_sleep(self._core, offload_tags, named)
+        actions, overrides = plan_sleep(self._core, named, offload_tags)
         return transition.swap(self, actions, overrides, chosen)
 
     def read_backup(self, tensor: torch.Tensor, *, writable: bool = False) -> torch.Tensor:

@@ -155,6 +155,12 @@ class GraphPools:
                 advice="delete the graphs first, or close with force",
             )
 
+    def replayed(self) -> set[tuple[int, int]]:
+        """The ids of the pools that graphs use, and may read at each replay."""
+        with _lock:
+            open_ones = [pool for _, pool in self._pools.values() if pool.users() > 1]
+            return {pool.id for pool in [*open_ones, *(pool for _, pool in self._leaving)]}
+
     def unused_segments(self) -> set[int]:
         """Addresses of what torch would free with the pools, none of whose blocks is in use."""
         with _lock:

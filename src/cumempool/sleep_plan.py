@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from cumempool.errors import InvalidArgumentError
 from cumempool.stats import TagStats, stats_of
-from cumempool.tags import DEFAULT_TAG, DISCARD, OFFLOAD, ON_SLEEP, check_tags
+from cumempool.tags import DISCARD, OFFLOAD, ON_SLEEP, check_tags
 
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = ["plan_discard", "plan_sleep"]
+__all__ = ["plan_discard", "plan_sleep", "takes_offload_tags_first"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _ACTION_NAMES: Final = {OFFLOAD: "offload", DISCARD: "discard"}
 
 
+def takes_offload_tags_first(function: _Function) -> _Function:
+    """Has a function take ``f(x, offload_tags, tags=...)`` as well, which warns.
+
+    `offload_tags` was the first argument once. Given beside ``tags=`` it can mean nothing else.
+    """
+
+    @functools.wraps(function)
+    def call(*given: Any, **kwargs: Any) -> Any:
+        args = list(given)
+        if len(args) == 2 and "tags" in kwargs and "offload_tags" not in kwargs:
+            warnings.warn(
+                f"{function.__name__}(X, tags=Y): the first argument is `tags`, as that of "
+                "wake_up(); write offload_tags=X",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            kwargs["offload_tags"] = args.pop()
+        return function(*args, **kwargs)
+
+    return cast(_Function, call)
+
+
 def plan_sleep(
     core: _core.Allocator,
-    offload_tags: Sequence[str] | str | None,
     tags: Sequence[str] | str | None,
+    offload_tags: Sequence[str] | str | None,
 ) -> tuple[dict[str, int], dict[str, str]]:
     """What to do with each tag, and which policies that overrules; the core knows the tags."""
     named = None if tags is None else check_tags(tags, "tags")
     known = stats_of(core).tags
     if offload_tags is None:
-        actions = {}
-        for tag in known if named is None else named:
-            policy = ON_SLEEP[known[tag].on_sleep] if tag in known else 0
-            kept = tag == DEFAULT_TAG or named is not None
-            actions[tag] = policy or (OFFLOAD if kept else DISCARD)
-        return actions, {}
+        # Losing contents has to be asked for, by the call or by a policy.
+        return {
+            tag: (ON_SLEEP[known[tag].on_sleep] if tag in known else 0) or OFFLOAD
+            for tag in (known if named is None else named)
+        }, {}
     offload = check_tags(offload_tags, "offload_tags")
     if named is not None and not set(offload) <= set(named):
         extra = sorted(set(offload) - set(named))

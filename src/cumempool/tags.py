@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 DEFAULT_TAG: Final = "default"
-"""The tag of allocations that name none; what a plain ``sleep()`` backs up."""
+"""The tag of allocations that name none; of `empty` outside of scopes."""
 
 OnSleep = Literal["offload", "discard"]
 OnWake = Literal["undefined", "zero"]

@@ -186,7 +186,7 @@ def _dead_ranges(
     allocator._graph_pools.reap()
     _torch.return_unused()
     kept = allocator._has_preserved or any(action == OFFLOAD for _, action in actions)
-    return _torch.dead_ranges() if kept else []
+    return _torch.dead_ranges(allocator._graph_pools.replayed()) if kept else []
 
 
 def _report(

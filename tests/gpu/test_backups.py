@@ -60,12 +60,12 @@ def test_contents_return_from_every_tier(make: Make, tmp_path: Path, tier: str) 
         ]
     for cycle in range(3):
         expected = [fill(tensor, cycle) for tensor in tensors]
-        report = allocator.sleep("weights")
+        report = allocator.sleep(offload_tags="weights")
         assert report.bytes_clean == 0
         assert report.problems == ()
         allocator.wake_up()
         assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
-    clean = allocator.sleep("weights")
+    clean = allocator.sleep(offload_tags="weights")
     assert clean.bytes_clean == clean.bytes_backed_up > 0
     allocator.wake_up()
     assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
@@ -78,7 +78,7 @@ def test_contents_return_from_a_peer(make: Make) -> None:
     with allocator.use_memory_pool("weights", backup="peer:1", devices=[0]):
         tensor = torch.empty(100 * MIB, dtype=torch.int32, device="cuda:0")
     expected = fill(tensor, 1)
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     stats = allocator.stats()
     assert stats.peer_bytes >= 400 * MIB
     assert stats.host_bytes == 0
@@ -97,7 +97,7 @@ def test_a_device_cannot_back_itself_up(make: Make) -> None:
     with allocator.use_memory_pool("weights", backup="peer:0", devices=[0]):
         tensor = torch.ones(MIB, device="cuda:0")
     with pytest.raises(cumempool.UnsupportedError, match="back itself up"):
-        allocator.sleep("weights")
+        allocator.sleep(offload_tags="weights")
     assert tensor.sum().item() == MIB
 
 
@@ -107,13 +107,13 @@ def test_only_what_changed_is_copied(make: Make) -> None:
         tensors = [torch.empty(64 * MIB, dtype=torch.uint8, device="cuda") for _ in range(4)]
     for i, tensor in enumerate(tensors):
         fill(tensor, i)
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     allocator.wake_up()
     # One bit at the start, in the middle and at the end: three slices of 1 MiB.
     for at in (0, 33 * MIB + 12345, 64 * MIB - 1):
         tensors[1][at] ^= 1
     expected = [tensor.clone() for tensor in tensors]
-    report = allocator.sleep("weights")
+    report = allocator.sleep(offload_tags="weights")
     assert report.bytes_dirty == 3 * MIB
     assert report.bytes_clean == 253 * MIB
     allocator.wake_up()
@@ -125,7 +125,7 @@ def test_without_retained_backups_everything_is_copied(make: Make) -> None:
     with allocator.use_memory_pool("weights"):
         tensor = torch.ones(64 * MIB, device="cuda")
     for _ in range(2):
-        report = allocator.sleep("weights")
+        report = allocator.sleep(offload_tags="weights")
         assert report.bytes_clean == 0
         allocator.wake_up()
     assert tensor.sum().item() == 64 * MIB
@@ -138,7 +138,7 @@ def test_retained_backups_go_when_asked_and_the_process_shrinks(
     allocator = make()
     with allocator.use_memory_pool("weights"):
         tensor = torch.ones(512 * MIB, device="cuda")
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     allocator.wake_up()
     before = rss()
     assert allocator.stats().tags["weights"].retained_bytes == 2048 * MIB
@@ -150,7 +150,7 @@ def test_retained_backups_go_when_asked_and_the_process_shrinks(
     assert 2048 * MIB <= released <= 1.01 * 2048 * MIB  # the buffer of digests comes along
     assert before - after >= 0.98 * released
     assert allocator.stats().host_bytes == 0
-    assert allocator.sleep("weights").bytes_clean == 0
+    assert allocator.sleep(offload_tags="weights").bytes_clean == 0
     allocator.wake_up()
     assert tensor.sum().item() == 512 * MIB
 
@@ -159,7 +159,7 @@ def test_what_the_limit_leaves_no_room_for_overflows(make: Make) -> None:
     allocator = make(host_backup_limit=64 * MIB, host_backup_overflow="pageable")
     with allocator.use_memory_pool("weights"):
         tensors = [torch.full((40 * MIB,), i, dtype=torch.uint8, device="cuda") for i in (1, 2)]
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     stats = allocator.stats()
     assert 0 < stats.host_bytes <= 64 * MIB
     assert stats.pageable_bytes >= 40 * MIB
@@ -179,7 +179,7 @@ def test_swap(make: Make, used: Used, tight: bool) -> None:
                 torch.empty(size // 16, dtype=torch.uint8, device="cuda") for _ in range(16)
             ]
     expected = {tag: [fill(t, 7) for t in of_tag] for tag, of_tag in tensors.items()}
-    allocator.sleep("b", tags=["b"])
+    allocator.sleep(offload_tags="b", tags=["b"])
     free, _ = torch.cuda.mem_get_info()
     # Leaves room for four of the sixteen that arrive: the rest has to wait for those that depart.
     ballast = torch.empty(free - size // 4, dtype=torch.uint8, device="cuda") if tight else None
@@ -202,7 +202,7 @@ def test_a_swap_without_room_changes_nothing(make: Make) -> None:
         large = torch.ones(1024 * MIB, dtype=torch.uint8, device="cuda")
     with allocator.use_memory_pool("small"):
         small = torch.full((64 * MIB,), 2, dtype=torch.uint8, device="cuda")
-    allocator.sleep("large", tags=["large"])
+    allocator.sleep(offload_tags="large", tags=["large"])
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - 256 * MIB, dtype=torch.uint8, device="cuda")
     with pytest.raises(cumempool.OutOfMemoryError):
@@ -221,7 +221,7 @@ def test_tensors_are_ready_one_after_another(make: Make) -> None:
     ]
     expected = [fill(tensor, i).sum(dtype=torch.int64) for i, tensor in enumerate(tensors)]
     for cycle in range(3):
-        allocator.sleep("w")
+        allocator.sleep(offload_tags="w")
         handle = allocator.wake_up(blocking=False, first=[tensors[5]] if cycle else [])
         sums = []
         for tensor in tensors:
@@ -236,7 +236,7 @@ def test_tensors_are_ready_one_after_another(make: Make) -> None:
 def test_an_asynchronous_wake_without_room_is_refused_at_once(make: Make) -> None:
     allocator = make()
     tensor = allocator.empty(2048 * MIB, dtype=torch.uint8, device="cuda", tag="w").fill_(3)
-    allocator.sleep("w")
+    allocator.sleep(offload_tags="w")
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - 1024 * MIB, dtype=torch.uint8, device="cuda")
     with pytest.raises(cumempool.OutOfMemoryError):
@@ -254,7 +254,7 @@ def test_backups_are_read_and_written_where_they_are(make: Make) -> None:
         weight = torch.randn(1024, 4096, device="cuda", dtype=torch.bfloat16)
         other = torch.randn(100, 300, device="cuda").t()
     expected, of_other = weight.cpu(), other.cpu()
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     before = rss()
     seen = allocator.read_backup(weight)
     assert torch.equal(seen, expected)
@@ -269,7 +269,7 @@ def test_backups_are_read_and_written_where_they_are(make: Make) -> None:
     gc.collect()
     allocator.wake_up()
     assert torch.equal(weight.cpu(), expected)
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     allocator.wake_up()
     assert torch.equal(weight.cpu(), expected)
 
@@ -278,14 +278,14 @@ def test_clean_sleeps_beside_a_capture(make: Make) -> None:
     allocator = make()
     with allocator.use_memory_pool("weights"):
         weight = torch.ones(64 * MIB, device="cuda")
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     allocator.wake_up()
     sample = torch.ones(1024, device="cuda")
     graph = torch.cuda.CUDAGraph()
     reports: list[cumempool.TransitionReport] = []
 
     def cycle() -> None:
-        reports.append(allocator.sleep("weights"))
+        reports.append(allocator.sleep(offload_tags="weights"))
         reports.append(allocator.wake_up())
 
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -303,11 +303,11 @@ def test_digests_take_no_device_memory_to_speak_of(make: Make, used: Used) -> No
     allocator = make()
     with allocator.use_memory_pool("weights"):
         tensor = torch.ones(1024 * MIB, dtype=torch.uint8, device="cuda")
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     allocator.wake_up()
     before = used()
     for _ in range(3):
-        assert allocator.sleep("weights").bytes_clean == 1024 * MIB
+        assert allocator.sleep(offload_tags="weights").bytes_clean == 1024 * MIB
         allocator.wake_up()
     assert abs(used() - before) <= GRANULE
     assert tensor.numel() == 1024 * MIB

@@ -122,7 +122,7 @@ def sleep_between_collectives(rank: int, allocator: cumempool.CuMemAllocator) ->
         # In flight when the group goes to sleep: what the collective writes is what is backed up.
         tensor.fill_(rank + 1)
         dist.all_reduce(tensor)
-        slept = distributed.sleep(None, "weights", allocator=allocator, timeout=60)
+        slept = distributed.sleep(None, offload_tags="weights", allocator=allocator, timeout=60)
         freed.append(before - used())
         distributed.wake_up(allocator=allocator, timeout=60)
         size = dist.get_world_size()
@@ -164,7 +164,7 @@ def fail_on_the_last(rank: int, allocator: cumempool.CuMemAllocator) -> dict[str
         pin.release()
     good += [bool(tensor.eq(size * (size + 1) / 2).all()), reduces(tensor, rank)]
 
-    distributed.sleep(None, "weights", allocator=allocator, timeout=60)
+    distributed.sleep(None, offload_tags="weights", allocator=allocator, timeout=60)
     hog = None
     if last:
         torch.cuda.empty_cache()
@@ -182,7 +182,7 @@ def fail_on_the_last(rank: int, allocator: cumempool.CuMemAllocator) -> dict[str
         time.sleep(6)
     begun = time.monotonic()
     try:
-        distributed.sleep(None, "weights", allocator=allocator, timeout=2)
+        distributed.sleep(None, offload_tags="weights", allocator=allocator, timeout=2)
     except cumempool.DistributedTransitionError as error:
         found["late"] = (error.unanswered, error.states[rank])
     found["late seconds"] = time.monotonic() - begun

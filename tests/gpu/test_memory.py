@@ -263,9 +263,9 @@ def test_prepare_pins_what_a_sleep_needs_ahead_of_it(
     with allocator.use_memory_pool("weights"):
         tensor = torch.randn(64 * MIB, device=gpu)
     expected = tensor.clone()
-    pinned = allocator.prepare("weights", background=True).result(timeout=60)
+    pinned = allocator.prepare(offload_tags="weights", background=True).result(timeout=60)
     assert tensor.nbytes <= pinned <= tensor.nbytes * 1.02
-    allocator.sleep("weights")
+    allocator.sleep(offload_tags="weights")
     assert allocator.stats().host_bytes == pinned
     allocator.wake_up()
     assert torch.equal(tensor, expected)

@@ -110,7 +110,7 @@ def test_training_goes_on_bit_for_bit_after_sleeping_between_phases(
         tags = list(allocator.stats().tags)
         torch.cuda.empty_cache()
         held = allocator.get_current_usage()
-        assert allocator.sleep(tags).bytes_freed == held
+        assert allocator.sleep(offload_tags=tags).bytes_freed == held
         assert allocator.get_current_usage() == 0
         allocator.wake_up()
 
@@ -144,7 +144,7 @@ def test_a_trainer_that_sleeps_leaves_the_device_to_others(
     tags = ("weights", "gradients", "optimizer")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     before = used()
-    allocator.sleep(tags)
+    allocator.sleep(offload_tags=tags)
     freed = before - used()
     figure("weights_bytes", weights)
     figure("freed_bytes", freed)
@@ -270,7 +270,7 @@ def test_a_module_of_many_kinds_of_tensors_is_adopted(
     assert torch.equal(module.rotary, before["rotary"])
     with torch.no_grad():
         module.load_state_dict(before)
-    allocator.sleep(("weights",))
+    allocator.sleep(offload_tags=("weights",))
     allocator.wake_up()
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name]), name

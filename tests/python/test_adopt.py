@@ -6,7 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_it_sleeps_wakes_and_computes_and_trains_as_before(alloc: CuMemAllocator
     alloc.adopt(module)
     addresses = [parameter.data_ptr() for parameter in module.parameters()]
     assert torch.equal(module(sample), expected)
-    alloc.sleep(("weights",))
+    alloc.sleep(offload_tags=("weights",))
     alloc.wake_up()
     assert torch.equal(module(sample), expected)
     module(sample).sum().backward()
@@ -172,7 +172,7 @@ def test_adopt_is_idempotent(alloc: CuMemAllocator) -> None:
     assert alloc.adopt(module) == 0
     assert {name: t.data_ptr() for name, t in module.tensors().items()} == addresses
     assert alloc.stats().malloc_calls == calls
-    alloc.sleep(("weights",))
+    alloc.sleep(offload_tags=("weights",))
     assert alloc.adopt(module) == 0  # asleep under the same tag: it is where it should be
     alloc.wake_up()
 
@@ -277,6 +277,8 @@ class Int8Parameter(nn.Parameter):
 class LabelledParameter(nn.Parameter):
     """As those of GGUF files: what is computed from it is of its class and says what it is."""
 
+    asked: ClassVar[list[Any]] = []
+
     def __new__(cls, data: torch.Tensor, quant_type: str = "") -> LabelledParameter:
         made = torch.Tensor._make_subclass(cls, data, False)
         made.quant_type = quant_type
@@ -290,6 +292,7 @@ class LabelledParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        cls.asked.append(func)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if type(result) is torch.Tensor:
@@ -322,7 +325,9 @@ def test_subclasses_keep_their_class_identity_and_attributes(
         module.weight = tensor
     else:
         module.register_buffer("weight", tensor)
+    LabelledParameter.asked.clear()
     alloc.adopt(module)
+    assert LabelledParameter.asked == []
     assert module.weight is tensor
     assert type(tensor).__name__ == kind
     assert vars(tensor).keys() == attributes.keys()

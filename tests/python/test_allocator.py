@@ -383,7 +383,7 @@ def test_a_tag_that_cannot_be(alloc: CuMemAllocator, tag: str) -> None:
 def test_tags_of_any_text_up_to_255_bytes(alloc: CuMemAllocator, tag: str) -> None:
     tensor = alloc.empty(4, tag=tag).fill_(1.5)
     assert alloc.tag_of(tensor) == tag
-    assert list(alloc.sleep(tag).tags) == [tag]
+    assert list(alloc.sleep(offload_tags=tag).tags) == [tag]
     alloc.wake_up([tag])
     assert tensor.tolist() == [1.5] * 4
 
@@ -417,7 +417,7 @@ def test_bad_tags_of_a_transition(
     alloc: CuMemAllocator, argument: str, tags: Any, kind: type[CumempoolError]
 ) -> None:
     calls = {
-        "sleep": lambda: alloc.sleep(tags),
+        "sleep": lambda: alloc.sleep(offload_tags=tags),
         "sleep tags": lambda: alloc.sleep(tags=tags),
         "discard": lambda: alloc.discard(tags),
         "wake_up": lambda: alloc.wake_up(tags),
@@ -656,7 +656,7 @@ def test_tensors_outlive_the_allocator_object() -> None:
 def test_two_allocators_do_not_see_each_other(make_allocator: MakeAllocator) -> None:
     one, two = make_allocator(), make_allocator()
     mine, yours = one.empty(4, tag="t").fill_(1), two.empty(4, tag="t").fill_(2)
-    assert one.sleep("t").bytes_freed == GRANULE
+    assert one.sleep(offload_tags="t").bytes_freed == GRANULE
     assert two.get_current_usage() == GRANULE
     assert yours.tolist() == [2.0] * 4
     assert one.wake_up().bytes_restored == GRANULE

@@ -203,7 +203,7 @@ def test_several_tags_with_tiers_of_their_own_in_one_sleep(
         two.use_memory_pool(tag, backup=text)
     tensors = {tag: filled(two, 3 * MIB, tag, seed) for seed, tag in enumerate(tiers)}
     dropped = filled(two, MIB, "dropped")
-    report = two.sleep(tuple(tiers))
+    report = two.sleep(offload_tags=tuple(tiers))
     assert report.bytes_backed_up == 16 * MIB
     assert {info.tag: info.backup_tier for info in two.snapshot()} == {
         **{tag: tag for tag in tiers},
@@ -398,7 +398,7 @@ def test_a_damaged_file_wakes_nothing_and_can_be_discarded(
     alloc.use_memory_pool("t", backup=Backup.file(tmp_path))
     tensor = filled(alloc, 4 * GRANULE, "t")
     kept = filled(alloc, GRANULE, "kept")
-    alloc.sleep(("t", "kept"))
+    alloc.sleep(offload_tags=("t", "kept"))
     damage(tmp_path, 3 * MIB + 5)
     for _ in range(2):
         with pytest.raises(BackupDamagedError) as caught:
@@ -411,7 +411,7 @@ def test_a_damaged_file_wakes_nothing_and_can_be_discarded(
     damage(tmp_path, 3 * MIB + 5)
     alloc.wake_up()
     assert torch.equal(tensor, random_bytes(4 * GRANULE))
-    alloc.sleep(("t", "kept"))
+    alloc.sleep(offload_tags=("t", "kept"))
     damage(tmp_path, 1)
     alloc.discard("t")
     alloc.wake_up()
@@ -430,7 +430,7 @@ _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, hard))  # no file can be larger
 for _ in range(2):
     try:
-        alloc.sleep(("small", "t"))
+        alloc.sleep(offload_tags=("small", "t"))
         raise SystemExit("did not raise")
     except BackupError as error:
         assert error.operation == "sleep" and error.advice, repr(error)
@@ -438,7 +438,7 @@ for _ in range(2):
     assert [info.state for info in alloc.snapshot()] == ["awake", "awake"]
     assert int(big.sum()) == 3 * 16 << 20 and int(small.sum()) == 4 << 20
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-alloc.sleep(("small", "t"))
+alloc.sleep(offload_tags=("small", "t"))
 alloc.wake_up()
 assert int(big.sum()) == 3 * 16 << 20 and int(small.sum()) == 4 << 20
 """
@@ -488,7 +488,7 @@ def test_tiers_of_their_own_do_not_count_against_the_limit(
     for seed, (tag, text) in enumerate(tier_texts(tmp_path).items()):
         allocator.use_memory_pool(tag, backup=text)
         tensors.append(filled(allocator, (1 if tag == "pinned" else 8) * MIB, tag, seed))
-    allocator.sleep(TIER_NAMES)
+    allocator.sleep(offload_tags=TIER_NAMES)
     assert {info.tag: info.backup_tier for info in allocator.snapshot()} == {
         tag: tag for tag in TIER_NAMES
     }

@@ -138,7 +138,7 @@ def test_what_makes_the_next_sleep_copy_all_of_it(alloc: CuMemAllocator, way: st
 
 def test_release_host_memory_while_awake_drops_retained_backups(alloc: CuMemAllocator) -> None:
     awake, asleep = filled(alloc, 2 * GRANULE, "awake", 1), filled(alloc, GRANULE, "asleep", 2)
-    alloc.sleep(("awake", "asleep"))
+    alloc.sleep(offload_tags=("awake", "asleep"))
     alloc.wake_up("awake")
     stats = alloc.stats()
     assert stats.host_used_bytes == 3 * GRANULE

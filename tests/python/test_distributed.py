@@ -80,7 +80,10 @@ class Threads:
     def sleep(self, *offload: str, timeout: float = 30.0) -> list[Outcome]:
         return self.run(
             lambda rank: distributed.sleep(
-                self.group(rank), offload, allocator=self.allocators[rank], timeout=timeout
+                self.group(rank),
+                offload_tags=offload,
+                allocator=self.allocators[rank],
+                timeout=timeout,
             )
         )
 
@@ -325,7 +328,7 @@ def test_a_caught_error_keeps_no_tensor_of_the_caller(make_allocator: MakeAlloca
         tensor = filled(alloc, MIB, "w")
         pin = alloc.pin("w", "a registration")
         try:
-            distributed.sleep(StoreGroup(dist.HashStore(), 0, 1), "w", allocator=alloc)
+            distributed.sleep(StoreGroup(dist.HashStore(), 0, 1), offload_tags="w", allocator=alloc)
         except DistributedTransitionError as error:
             causes.append(type(error.__cause__))
         pin.release()
@@ -361,7 +364,7 @@ def test_a_store_that_never_answers_is_given_up(make_allocator: MakeAllocator) -
     store: Any = Stuck()
     begun = time.monotonic()
     with pytest.raises(DistributedTransitionError, match="did not answer") as caught:
-        distributed.sleep(StoreGroup(store, 0, 2), "w", allocator=alloc, timeout=0.3)
+        distributed.sleep(StoreGroup(store, 0, 2), offload_tags="w", allocator=alloc, timeout=0.3)
     assert time.monotonic() - begun < 5
     store.over.set()
     assert caught.value.states == {0: "unchanged"}
@@ -398,7 +401,9 @@ def test_a_rank_that_loses_the_store_goes_back(three: Threads, phase: str) -> No
     def one(rank: int) -> GroupReport:
         group = alone if rank == 1 else three.group(rank)
         with three.allocators[rank].pin("w", "a registration") if rank == 2 else NO_PIN:
-            return distributed.sleep(group, "w", allocator=three.allocators[rank], timeout=0.5)
+            return distributed.sleep(
+                group, offload_tags="w", allocator=three.allocators[rank], timeout=0.5
+            )
 
     for rank, error in enumerate(refused(three.run(one))):
         assert error.states[rank] == "unchanged"
@@ -437,7 +442,7 @@ def test_a_rank_that_loses_the_store_after_the_decision_says_so_and_goes_back(
     kept, pinned = filled(alloc, MIB, "w"), filled(alloc, MIB, "pinned")
     store: Any = Altered(dist.HashStore(), lose_the_next_round)
     with alloc.pin("pinned", "a registration"), pytest.raises(DistributedTransitionError) as caught:
-        distributed.sleep(StoreGroup(store, 0, 1), "w", allocator=alloc)
+        distributed.sleep(StoreGroup(store, 0, 1), offload_tags="w", allocator=alloc)
     assert "tag 'pinned' has 1 pins and cannot sleep" in caught.value.failures[0]
     assert caught.value.states == {0: "unchanged"}
     assert caught.value.secondary == (
@@ -454,7 +459,7 @@ def test_a_round_that_nobody_has_closed_is_closed_by_who_comes_next(
     tensor = filled(alloc, MIB, "w")
     store = dist.HashStore()
     dying: Any = Altered(store, lose_the_next_round)
-    first = distributed.sleep(StoreGroup(dying, 0, 1), "w", allocator=alloc)
+    first = distributed.sleep(StoreGroup(dying, 0, 1), offload_tags="w", allocator=alloc)
     assert first.bytes_freed == GRANULE
     second = distributed.wake_up(StoreGroup(store, 0, 1), allocator=alloc)
     assert second.bytes_mapped == GRANULE
@@ -473,7 +478,7 @@ def test_a_decision_that_others_have_made_first_holds(make_allocator: MakeAlloca
 
     slow: Any = Altered(store, come_first)
     with pytest.raises(DistributedTransitionError, match="others had given up") as caught:
-        distributed.sleep(StoreGroup(slow, 0, 1), "w", allocator=alloc)
+        distributed.sleep(StoreGroup(slow, 0, 1), offload_tags="w", allocator=alloc)
     assert (caught.value.failures, caught.value.unanswered) == ({}, ())
     assert caught.value.states == {0: "unchanged"}
     assert alloc.stats().tags["w"].awake_bytes == GRANULE
@@ -493,7 +498,7 @@ def test_an_interrupt_after_all_have_agreed_undoes_nothing(
     with monkeypatch.context() as patched:
         patched.setattr("cumempool.distributed.round.joined", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            distributed.sleep(group, "w", allocator=alloc)
+            distributed.sleep(group, offload_tags="w", allocator=alloc)
     assert alloc.stats().tags["w"].backed_up_bytes == GRANULE
     distributed.wake_up(group, allocator=alloc)
     assert tensor.equal(random_bytes(MIB))
@@ -561,7 +566,7 @@ def test_a_discard_that_fails_says_which_backups_are_lost(three: Threads) -> Non
     reports(three.sleep("w"))
     reports(three.wake_up())
     for allocator in three.allocators:
-        allocator.sleep("w", tags="w")
+        allocator.sleep(offload_tags="w", tags="w")
 
     def fail(tag: str, ranges: Sequence[RegistrableRange]) -> None:
         raise ValueError("not now")

@@ -327,7 +327,7 @@ def a_rank_that_does_not_come(make: MakeAllocator, path: Path) -> None:
     alloc = make()
     tensor = filled(alloc, GRANULE, "kv")
     group = distributed.StoreGroup(dist.HashStore(), 0, 2)
-    distributed.sleep(group, ["kv"], allocator=alloc, timeout=0.2)
+    distributed.sleep(group, offload_tags=["kv"], allocator=alloc, timeout=0.2)
     del tensor
 
 

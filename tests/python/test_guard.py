@@ -113,7 +113,7 @@ def test_an_unknown_tag_is_refused(alloc: CuMemAllocator, name: str) -> None:
 
 SLEEPS: dict[str, Callable[[CuMemAllocator], object]] = {
     "sleep": lambda alloc: alloc.sleep(tags="kv"),
-    "sleep of all": lambda alloc: alloc.sleep(("kv",)),
+    "sleep of all": lambda alloc: alloc.sleep(offload_tags=("kv",)),
     "discard": lambda alloc: alloc.discard("kv"),
     "swap": lambda alloc: alloc.swap(sleep="kv", wake=()),
 }

@@ -75,7 +75,7 @@ def strikes_in(file: str) -> bool:
 
 
 def sleep_two(alloc: CuMemAllocator) -> object:
-    return alloc.sleep(("a", "b"), tags=("a", "b"))
+    return alloc.sleep(offload_tags=("a", "b"), tags=("a", "b"))
 
 
 def wake_later(alloc: CuMemAllocator) -> object:

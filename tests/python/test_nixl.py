@@ -234,7 +234,7 @@ def agent(guard: Any, kv: torch.Tensor) -> FakeAgent:
 def sleeps(guard: Any) -> bool:
     """Whether the tag can sleep now; it is awake again afterwards."""
     try:
-        guard.sleep("kv", tags="kv")
+        guard.sleep(offload_tags="kv", tags="kv")
     except InUseError:
         return False
     guard.wake_up("kv")
@@ -293,7 +293,7 @@ def test_a_sleep_deregisters_first_and_the_wake_registers_again(
     with RegisteredTag(agent, guard, "kv", on_metadata=lambda *new: news.append(new)) as registered:
         first = registered.metadata()
         agent.log.clear()
-        guard.sleep("kv", tags="kv")
+        guard.sleep(offload_tags="kv", tags="kv")
         assert agent.log == ["deregister"]
         assert not registered.registered
         assert (registered.ranges, registered.generation) == ((), 1)
@@ -317,7 +317,7 @@ def test_a_discard_deregisters_too(guard: Any, agent: FakeAgent) -> None:
 def test_twenty_cycles_leak_no_registration_and_no_pin(guard: Any, agent: FakeAgent) -> None:
     registered = RegisteredTag(agent, guard, "kv")
     for cycle in range(20):
-        guard.sleep("kv", tags="kv")
+        guard.sleep(offload_tags="kv", tags="kv")
         assert agent.lists == []
         guard.wake_up("kv")
         assert len(agent.lists) == 1
@@ -333,7 +333,7 @@ def test_twenty_cycles_leak_no_registration_and_no_pin(guard: Any, agent: FakeAg
 
 def test_a_registration_that_nobody_drops_keeps_the_tag_awake(guard: Any, kv: Any) -> None:
     with guard.pin("kv", holder="raw registration"), pytest.raises(InUseError, match="raw"):
-        guard.sleep("kv", tags="kv")
+        guard.sleep(offload_tags="kv", tags="kv")
     assert sleeps(guard)
 
 
@@ -341,7 +341,7 @@ def test_a_sleep_that_another_pin_refuses_registers_again(guard: Any, agent: Fak
     with RegisteredTag(agent, guard, "kv") as registered:
         with guard.pin("kv", holder="somebody else"):
             with pytest.raises(InUseError, match="somebody else"):
-                guard.sleep("kv", tags="kv")
+                guard.sleep(offload_tags="kv", tags="kv")
             assert registered.registered
             assert registered.generation == 2
         assert sleeps(guard)
@@ -351,12 +351,12 @@ def test_an_agent_that_will_not_deregister_cancels_the_sleep(guard: Any, agent: 
     registered = RegisteredTag(agent, guard, "kv")
     agent.fail = {"deregister": 0}
     with pytest.raises(AgentError, match="deregister failed"):
-        guard.sleep("kv", tags="kv")
+        guard.sleep(offload_tags="kv", tags="kv")
     assert registered.registered
     assert len(agent.lists) == 1
     assert guard.registrable_ranges("kv")
     agent.fail = {}
-    guard.sleep("kv", tags="kv")
+    guard.sleep(offload_tags="kv", tags="kv")
     assert not registered.registered
     registered.close()
 
@@ -390,7 +390,7 @@ def test_a_step_that_fails_after_a_wake_is_reported_and_can_be_repeated(
     guard: Any, agent: FakeAgent, step: str
 ) -> None:
     registered = RegisteredTag(agent, guard, "kv")
-    guard.sleep("kv", tags="kv")
+    guard.sleep(offload_tags="kv", tags="kv")
     agent.fail = {step: 0}
     report = guard.wake_up("kv")
     assert any(f"{step} failed" in problem for problem in report.problems)
@@ -413,7 +413,7 @@ def test_a_callback_that_fails_after_a_wake_leaves_the_memory_registered(
             raise RuntimeError("the peer is gone")
 
     with RegisteredTag(agent, guard, "kv", on_metadata=send) as registered:
-        guard.sleep("kv", tags="kv")
+        guard.sleep(offload_tags="kv", tags="kv")
         assert any("the peer is gone" in text for text in guard.wake_up("kv").problems)
         assert registered.registered
         assert registered.metadata()
@@ -438,7 +438,7 @@ def test_what_cannot_be_undone_stays_pinned(guard: Any, agent: FakeAgent) -> Non
     with pytest.raises(AgentError, match="deregister failed"):
         registered.close()
     with pytest.raises(InUseError, match="NIXL registration of 'kv'"):
-        guard.sleep("kv", tags="kv")
+        guard.sleep(offload_tags="kv", tags="kv")
     agent.fail = {}
     registered.close()
     assert agent.lists == []
@@ -446,7 +446,7 @@ def test_what_cannot_be_undone_stays_pinned(guard: Any, agent: FakeAgent) -> Non
 
 
 def test_a_tag_that_sleeps_is_registered_when_it_wakes(guard: Any, agent: FakeAgent) -> None:
-    guard.sleep("kv", tags="kv")
+    guard.sleep(offload_tags="kv", tags="kv")
     with RegisteredTag(agent, guard, "kv") as registered:
         assert (registered.registered, registered.generation) == (False, 0)
         with pytest.raises(UnavailableError, match="sleeps"):
@@ -490,7 +490,7 @@ def test_transfer_lists_are_of_tensors_and_ranges(
         for wrong in (3, ["kv"]):
             with pytest.raises(InvalidTypeError):
                 registered.xfer_descs(wrong)  # type: ignore[arg-type]
-        guard.sleep("kv", tags="kv")
+        guard.sleep(offload_tags="kv", tags="kv")
         with pytest.raises(UnavailableError):
             registered.xfer_descs(kv)
         guard.wake_up("kv")
@@ -541,7 +541,7 @@ def test_sleeps_and_refreshes_from_many_threads(guard: Any, agent: FakeAgent) ->
     def cycle() -> None:
         with turn:
             try:
-                guard.sleep("kv", tags="kv")
+                guard.sleep(offload_tags="kv", tags="kv")
             finally:
                 guard.wake_up("kv")
 
@@ -691,7 +691,7 @@ for cycle in range(6):
     move("READ", 1, 0)
     assert torch.equal(caches[0], caches[1])
     sleeper = guards[cycle % 2]
-    sleeper.sleep("kv", tags="kv")
+    sleeper.sleep(offload_tags="kv", tags="kv")
     assert not tags[cycle % 2].registered
     sleeper.wake_up("kv")
     assert tags[cycle % 2].generation == cycle // 2 + 2

@@ -33,11 +33,11 @@ def work(alloc: CuMemAllocator) -> list[torch.Tensor]:
     """Several tags, one of them named to break a page, in all three states; a failure as well."""
     tensors = [filled(alloc, GRANULE * size, "weights") for size in (1, 3, 2)]
     tensors += [filled(alloc, GRANULE - 100, "<b>kv</b>"), filled(alloc, GRANULE, "awake")]
-    alloc.sleep("weights", tags=("weights", "<b>kv</b>"))
+    alloc.sleep(offload_tags="weights", tags=("weights", "<b>kv</b>"))
     alloc.wake_up()
     with alloc.pin("weights", holder="somebody"), pytest.raises(InUseError):
         alloc.sleep(tags="weights")
-    alloc.sleep("weights", tags=("weights", "<b>kv</b>"))
+    alloc.sleep(offload_tags="weights", tags=("weights", "<b>kv</b>"))
     return tensors
 
 

@@ -40,7 +40,7 @@ def test_preserved_contents_survive_and_the_rest_of_the_tag_does_not(
     report = {
         "sleep": alloc.sleep,
         "sleep tags": lambda: alloc.sleep(tags="kv"),
-        "offload nothing": lambda: alloc.sleep(()),
+        "offload nothing": lambda: alloc.sleep(offload_tags=()),
         "discard": lambda: alloc.discard("kv"),
         "swap": lambda: alloc.swap(sleep="kv"),
     }[how]()
@@ -57,7 +57,7 @@ def test_preserved_contents_survive_and_the_rest_of_the_tag_does_not(
 
 def test_a_discard_of_what_sleeps_drops_no_preserved_backup(alloc: CuMemAllocator) -> None:
     cache, scales = discarded_tag(alloc)
-    alloc.sleep(("kv",))
+    alloc.sleep(offload_tags=("kv",))
     assert alloc.stats().tags["kv"].backed_up_bytes == 2 * GRANULE
     alloc.discard("kv")
     stats = alloc.stats().tags["kv"]
@@ -83,9 +83,9 @@ def test_preserved_memory_sleeps_with_its_tag_and_shows_under_it(alloc: CuMemAll
 
 def test_prepare_pins_for_preserved_memory_of_a_discarded_tag(alloc: CuMemAllocator) -> None:
     held = discarded_tag(alloc)
-    assert alloc.prepare((), tags="kv") >= GRANULE
+    assert alloc.prepare(offload_tags=(), tags="kv") >= GRANULE
     before = alloc.stats().host_bytes
-    alloc.sleep((), tags="kv")
+    alloc.sleep(offload_tags=(), tags="kv")
     assert alloc.stats().host_bytes == before
     alloc.wake_up()
     assert len(held) == 2
@@ -183,7 +183,7 @@ def test_buffers_that_were_packed_with_weights_are_preserved_where_they_are(
     module = nn.BatchNorm1d(4)
     assert alloc.adopt(module) == GRANULE
     mean = module.running_mean.data_ptr()
-    alloc.sleep(("weights",))
+    alloc.sleep(offload_tags=("weights",))
     assert alloc.adopt(module, preserve_buffers=True) == 0
     alloc.wake_up()
     assert module.running_mean.data_ptr() == mean

@@ -17,12 +17,12 @@ ENDINGS = {
     "live pools": ("", 0),
     "closed": ("del tensor, kv; alloc.close()", 0),
     "closed by force": ("alloc.close(force=True)", 0),
-    "asleep": ("alloc.sleep(('weights',))", 0),
+    "asleep": ("alloc.sleep(offload_tags=('weights',))", 0),
     "shared instance": ("one = CuMemAllocator.get_instance(); x = one.empty(3); one.sleep()", 0),
     "open scope": ("scope = alloc.use_memory_pool('s'); scope.__enter__()", 0),
     "sys.exit in a scope": ("with alloc.use_memory_pool('s'): alloc.empty(9); sys.exit(7)", 7),
-    "sys.exit asleep": ("alloc.sleep(('weights',)); sys.exit(5)", 5),
-    "os._exit": ("alloc.sleep(('weights',)); os._exit(6)", 6),
+    "sys.exit asleep": ("alloc.sleep(offload_tags=('weights',)); sys.exit(5)", 5),
+    "os._exit": ("alloc.sleep(offload_tags=('weights',)); os._exit(6)", 6),
     "os._exit in a scope": ("with alloc.use_memory_pool('s'): os._exit(8)", 8),
     "in a cycle": ("cycle = [alloc, tensor]; cycle.append(cycle); del alloc, tensor, cycle", 0),
     "in a thread that goes on": (
@@ -148,7 +148,7 @@ from cumempool import CuMemAllocator
 def work(value):
     alloc = CuMemAllocator.get_instance()
     tensor = alloc.empty(100, tag="t").fill_(value)
-    report = alloc.sleep(("t",))
+    report = alloc.sleep(offload_tags=("t",))
     alloc.wake_up()
     return report, alloc.stats().to_dict()["wakes"], float(tensor.sum())
 

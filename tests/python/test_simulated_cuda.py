@@ -378,6 +378,24 @@ def test_memory_of_graphs_sleeps_with_its_tag(
     cuda.counts[graphs] -= 1
 
 
+def test_memory_that_a_graph_uses_is_kept_where_torch_has_it_as_free(
+    cuda: SimulatedCuda, alloc: CuMemAllocator, graphs: tuple[int, int]
+) -> None:
+    """R9: a graph reads at each replay what was written once, whoever holds a tensor over it."""
+    cuda.allocate(GRANULE, USED, pool=graphs)
+    cuda.counts[graphs] += 1
+    with alloc.use_memory_pool("weights"):
+        cuda.allocate(3 * GRANULE, USED, FREE, USED)
+    report = alloc.sleep()
+    assert report.tags["graphs"].bytes_backed_up == 2 * GRANULE
+    assert report.tags["weights"].bytes_backed_up == 2 * GRANULE
+    alloc.wake_up()
+    alloc.release_graph_pool("graphs")  # the graph lives on, and is replayed
+    assert alloc.sleep(tags="graphs").bytes_backed_up == 2 * GRANULE
+    alloc.wake_up()
+    cuda.counts[graphs] -= 1
+
+
 def test_a_graph_pool_is_released_on_the_device_that_is_named(
     cuda: SimulatedCuda, alloc: CuMemAllocator, graphs: tuple[int, int]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -131,7 +132,7 @@ def four(alloc: CuMemAllocator) -> Iterator[tuple[CuMemAllocator, list[torch.Ten
 @pytest.mark.parametrize(
     ("offload_tags", "tags", "kept", "dropped", "overridden"),
     [
-        (None, None, {"default", "keep"}, {"drop", "plain"}, set()),
+        (None, None, {"default", "keep", "plain"}, {"drop"}, set()),
         ((), None, set(), set(TAGS), {"keep"}),
         ("plain", None, {"plain"}, {"default", "keep", "drop"}, {"keep"}),
         (("plain", "keep"), None, {"plain", "keep"}, {"default", "drop"}, set()),
@@ -157,7 +158,7 @@ def test_what_sleep_keeps_drops_and_leaves_awake(
     overridden: set[str],
 ) -> None:
     alloc, tensors = four
-    report = alloc.sleep(offload_tags, tags=tags)
+    report = alloc.sleep(offload_tags=offload_tags, tags=tags)
     expected = dict.fromkeys(TAGS, "awake")
     expected |= dict.fromkeys(kept, "backed_up") | dict.fromkeys(dropped, "discarded")
     assert states(alloc) == expected
@@ -176,12 +177,46 @@ def test_what_sleep_keeps_drops_and_leaves_awake(
             assert torch.equal(tensor, random_bytes(100, seed))
 
 
+def test_adopted_weights_outlive_a_plain_sleep(alloc: CuMemAllocator) -> None:
+    module = torch.nn.Linear(4, 4)
+    before = module.weight.detach().clone()
+    alloc.adopt(module)
+    assert alloc.sleep().bytes_discarded == 0
+    alloc.wake_up()
+    assert torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("name", ["sleep", "prepare"])
+def test_the_first_argument_is_tags_as_that_of_wake_up(name: str) -> None:
+    first = [
+        list(inspect.signature(function).parameters.values())[1]
+        for function in (getattr(CuMemAllocator, name), CuMemAllocator.wake_up)
+    ]
+    assert first[0] == first[1]
+    assert first[0].name == "tags"
+
+
+def test_offload_tags_may_still_come_first_beside_tags(
+    four: tuple[CuMemAllocator, list[torch.Tensor]],
+) -> None:
+    alloc, _ = four
+    with pytest.warns(DeprecationWarning, match="offload_tags=X") as caught:
+        assert alloc.prepare(["drop"], tags=["drop", "plain"]) == GRANULE
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="offload_tags=X"):
+        alloc.sleep(["drop"], tags=["drop", "plain"])
+    expected = {"default": "awake", "keep": "awake", "drop": "backed_up", "plain": "discarded"}
+    assert states(alloc) == expected
+    with pytest.raises(TypeError, match="multiple values"):
+        alloc.sleep("keep", tags="keep", offload_tags="keep")
+
+
 def test_offload_tags_outside_tags_contradict_each_other(
     four: tuple[CuMemAllocator, list[torch.Tensor]],
 ) -> None:
     alloc, _ = four
     with pytest.raises(InvalidArgumentError, match="plain"):
-        alloc.sleep(["plain", "keep"], tags=["keep"])
+        alloc.sleep(offload_tags=["plain", "keep"], tags=["keep"])
     assert set(states(alloc).values()) == {"awake"}
 
 
@@ -251,7 +286,7 @@ def test_on_wake_zero_fills_what_was_discarded_and_restores_what_was_not(
 
 def test_wake_up_of_some_tags_leaves_the_others_asleep(alloc: CuMemAllocator) -> None:
     tensors = {tag: filled(alloc, 10, tag) for tag in "abc"}
-    alloc.sleep(tuple("abc"))
+    alloc.sleep(offload_tags=tuple("abc"))
     assert set(alloc.wake_up(["b"]).tags) == {"b"}
     assert states(alloc) == {"a": "backed_up", "b": "awake", "c": "backed_up"}
     assert totals(alloc.wake_up([])) == {}
@@ -279,7 +314,7 @@ def test_a_wake_without_room_leaves_everything_asleep_with_its_backup(
     tensors = [filled(allocator, 2 * GRANULE, "weights", seed) for seed in range(3)]
     kv = filled(allocator, GRANULE, "kv")
     addresses = [tensor.data_ptr() for tensor in tensors]
-    allocator.sleep(("weights",))
+    allocator.sleep(offload_tags=("weights",))
     other = allocator.empty(4 * GRANULE, dtype=torch.uint8, tag="other").fill_(7)
     asleep, snapshot = allocator.stats(), allocator.snapshot()
 
@@ -388,7 +423,7 @@ def test_host_memory_is_kept_for_the_next_sleep_and_released_on_demand(
 def test_freeing_what_sleeps_gives_address_and_backup_back(alloc: CuMemAllocator) -> None:
     """R6."""
     backed_up, discarded = filled(alloc, GRANULE, "a"), filled(alloc, GRANULE, "b")
-    alloc.sleep(("a",))
+    alloc.sleep(offload_tags=("a",))
     del backed_up, discarded
     stats = alloc.stats()
     assert (stats.reserved_address_bytes, stats.host_used_bytes, stats.asleep_bytes) == (0, 0, 0)
@@ -401,7 +436,7 @@ def test_reports_count_every_tag_and_add_up(alloc: CuMemAllocator) -> None:
         filled(alloc, GRANULE + 1, "a"),
         filled(alloc, 3 * GRANULE, "b"),
     ]
-    slept = alloc.sleep(("a",))
+    slept = alloc.sleep(offload_tags=("a",))
     assert (slept.operation, slept.problems, dict(slept.overrides)) == ("sleep", (), {})
     a, b = slept.tags["a"], slept.tags["b"]
     assert a == TagReport(
@@ -438,7 +473,7 @@ def test_reports_count_every_tag_and_add_up(alloc: CuMemAllocator) -> None:
 
 
 def test_transitions_without_anything_to_do(alloc: CuMemAllocator) -> None:
-    for report in (alloc.sleep(), alloc.wake_up(), alloc.sleep(()), alloc.discard(())):
+    for report in (alloc.sleep(), alloc.wake_up(), alloc.sleep(offload_tags=()), alloc.discard(())):
         assert totals(report) == {}
         assert dict(report.tags) == {}
 
@@ -479,15 +514,15 @@ def test_a_keyboard_interrupt_during_a_sleep_comes_when_the_sleep_is_done(
 
 def test_prepare_pins_ahead_what_a_sleep_needs(alloc: CuMemAllocator) -> None:
     tensor = alloc.empty(8 * MIB, dtype=torch.uint8, tag="weights").fill_(3)
-    pinned = alloc.prepare("weights")
+    pinned = alloc.prepare(offload_tags="weights")
     assert pinned == 8 * MIB
     assert alloc.stats().host_bytes == pinned
     assert alloc.stats().host_used_bytes == 0
-    alloc.sleep("weights")
+    alloc.sleep(offload_tags="weights")
     assert alloc.stats().host_bytes == pinned
     alloc.wake_up()
     assert bool((tensor == 3).all())
-    assert alloc.prepare("weights") == 0
+    assert alloc.prepare(offload_tags="weights") == 0
     staging = alloc.stats().staging_bytes
     assert alloc.release_host_memory() == pinned + staging
 
@@ -498,7 +533,7 @@ def test_prepare_in_the_background_gives_a_future(alloc: CuMemAllocator) -> None
     assert future.result(timeout=60) == 8 * MIB
     alloc.release_host_memory()
     future = alloc.prepare(tags="weights", background=True)
-    alloc.sleep("weights")  # one of the two waits for the other
+    alloc.sleep(offload_tags="weights")  # one of the two waits for the other
     assert future.result(timeout=60) in {0, 8 * MIB}
     assert alloc.stats().host_bytes == 8 * MIB
     alloc.wake_up()
@@ -508,11 +543,11 @@ def test_prepare_in_the_background_gives_a_future(alloc: CuMemAllocator) -> None
 def test_prepare_refuses_unknown_tags_and_too_much(make_allocator: MakeAllocator) -> None:
     limited = make_allocator(limit=MIB)
     with pytest.raises(UnknownTagError):
-        limited.prepare("nobody")
+        limited.prepare(offload_tags="nobody")
     tensor = limited.empty(8 * MIB, dtype=torch.uint8, tag="weights")
     with pytest.raises(OutOfHostMemoryError, match="host_backup_limit"):
-        limited.prepare("weights")
-    failed = limited.prepare("weights", background=True)
+        limited.prepare(offload_tags="weights")
+    failed = limited.prepare(offload_tags="weights", background=True)
     with pytest.raises(OutOfHostMemoryError, match="host_backup_limit"):
         failed.result(timeout=60)
     assert limited.stats().host_bytes == 0

@@ -53,7 +53,7 @@ def test_two_sets_take_turns(make_allocator: MakeAllocator, mib: int) -> None:
         stats = allocator.stats()
         assert stats.physical_bytes == stats.mapped_bytes == 14 * MIB
         assert (stats.swaps, stats.sleeps, stats.wakes) == (turn + 1, 1, 0)
-    allocator.sleep(("first", "second"))
+    allocator.sleep(offload_tags=("first", "second"))
     if mib == 64:
         allocator.wake_up()
         assert intact(first)
@@ -63,7 +63,7 @@ def test_two_sets_take_turns(make_allocator: MakeAllocator, mib: int) -> None:
 
 def test_wake_none_is_all_others_that_sleep(alloc: CuMemAllocator) -> None:
     kept = {tag: filled(alloc, GRANULE, tag) for tag in ("a", "b", "c", "d")}
-    alloc.sleep(("b", "c"), tags=("b", "c"))
+    alloc.sleep(offload_tags=("b", "c"), tags=("b", "c"))
     report = alloc.swap(sleep=["a"])
     assert states(alloc) == {"a": "backed_up", "b": "awake", "c": "awake", "d": "awake"}
     assert set(report.tags) == {"a", "b", "c"}

@@ -129,7 +129,7 @@ def test_training_goes_on_bit_for_bit_after_sleeping_between_steps(
         alloc.adopt(model, "weights", gradients="gradients")
         known = [tag for tag in tags if tag in alloc.stats().tags]
         held = alloc.get_current_usage()
-        report = alloc.sleep(known, tags=known)
+        report = alloc.sleep(offload_tags=known, tags=known)
         assert report.bytes_freed == held
         assert alloc.get_current_usage() == 0
         alloc.wake_up(known)
@@ -167,7 +167,7 @@ def test_gradients_accumulate_in_place_after_they_were_moved(alloc: CuMemAllocat
     model(torch.ones(1, 4)).sum().backward()
     alloc.adopt(model, "w", gradients="g")
     address = model.weight.grad.data_ptr()
-    alloc.sleep(["w", "g"])
+    alloc.sleep(offload_tags=["w", "g"])
     alloc.wake_up()
     model(torch.ones(1, 4)).sum().backward()
     assert model.weight.grad.data_ptr() == address
@@ -394,7 +394,7 @@ def test_a_distributed_data_parallel_module_trains_on_bit_for_bit(
         else:
             alloc.adopt(model, "w", gradients=True)
         known = list(alloc.stats().tags)
-        alloc.sleep(known)
+        alloc.sleep(offload_tags=known)
         alloc.wake_up()
 
     assert train(model, optimizer, range(4), sleep_and_wake) == expected

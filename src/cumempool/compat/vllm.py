@@ -365,7 +365,7 @@ class CuMemAllocator:
         if contrary:
             logger.warning("sleep: %s slept already, and is left as it is", ", ".join(contrary))
         if known:
-            logger.info("%s", pools.sleep([tag for tag in kept if tag in known]))
+            logger.info("%s", pools.sleep(offload_tags=[tag for tag in kept if tag in known]))
 
     def discard(self, tags: tuple[str, ...] | str) -> None:
         """Gives the memory of some tags back without keeping its contents.
@@ -383,7 +383,7 @@ class CuMemAllocator:
         if any(known[tag].backed_up_bytes for tag in chosen):
             logger.warning("discard: what slept already keeps its backup")
         if chosen:
-            logger.info("%s", pools.sleep((), tags=chosen))
+            logger.info("%s", pools.sleep(offload_tags=(), tags=chosen))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Maps memory at its old addresses and restores what was kept.

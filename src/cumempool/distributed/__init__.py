@@ -18,7 +18,7 @@ from cumempool.distributed.round import Round
 from cumempool.distributed.steps import Step, discard_steps, sleep_steps, wake_steps
 from cumempool.distributed.store import Channel, Store, StoreGroup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
-from cumempool.sleep_plan import plan_sleep
+from cumempool.sleep_plan import plan_sleep, takes_offload_tags_first
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,11 +31,12 @@ DEFAULT_TIMEOUT: Final = 300.0
 _STORE_PATIENCE: Final = 10.0  # seconds for one call of the store, where the timeout is longer
 
 
+@takes_offload_tags_first
 def sleep(
     group: ProcessGroup | StoreGroup | None = None,
-    offload_tags: Sequence[str] | str | None = None,
-    *,
     tags: Sequence[str] | str | None = None,
+    *,
+    offload_tags: Sequence[str] | str | None = None,
     allocator: CuMemAllocator | None = None,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> GroupReport:
@@ -50,8 +51,8 @@ def sleep(
     Args:
         group: A process group of any backend, a `StoreGroup`, or None for the default group.
             Nothing is communicated but through its store.
-        offload_tags: As for `CuMemAllocator.sleep`; ranks need not name the same tags.
-        tags: As for `CuMemAllocator.sleep`.
+        tags: As for `CuMemAllocator.sleep`; ranks need not name the same tags.
+        offload_tags: As for `CuMemAllocator.sleep`.
         allocator: None: the one of ``CuMemAllocator.get_instance()``.
         timeout: Seconds to wait for the other ranks, at each point where they meet, counted from
             when this rank gets there. It does not cut short what a rank does locally: a collective
@@ -67,7 +68,7 @@ def sleep(
     """
 
     def plan(allocator: CuMemAllocator) -> list[Step]:
-        actions, _ = plan_sleep(allocator._core, offload_tags, tags)
+        actions, _ = plan_sleep(allocator._core, tags, offload_tags)
         return sleep_steps(allocator, actions)
 
     return _transition("sleep", group, allocator, plan, timeout)

@@ -95,7 +95,7 @@ def _sleep_step(allocator: CuMemAllocator, tags: list[str], kept: list[str]) -> 
     if not kept:
         _refuse_pinned("sleep", allocator, touched)
     return Step(
-        run=lambda: allocator.sleep(kept, tags=tags),
+        run=lambda: allocator.sleep(offload_tags=kept, tags=tags),
         undo=lambda: allocator.wake_up(touched),
         undone=lambda: _none(allocator, touched, "asleep"),
         lost_tags=() if kept else _losing(allocator, touched),
@@ -114,7 +114,7 @@ def wake_steps(allocator: CuMemAllocator, tags: Sequence[str] | str | None) -> l
     return [
         Step(
             run=lambda: allocator.wake_up(named),
-            undo=lambda: allocator.sleep(kept, tags=touched),
+            undo=lambda: allocator.sleep(offload_tags=kept, tags=touched),
             undone=lambda: _none(allocator, touched, "awake"),
         )
     ]
