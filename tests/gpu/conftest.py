@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -15,6 +16,7 @@ Figure = Callable[[str, object], None]
 
 REQUIRED = os.environ.get("CUMEMPOOL_REQUIRE_GPU") == "1"
 GRANULE = 2 * 1024**2
+CYCLES = 200_000_000  # 100 ms at 2 GHz
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,6 +60,27 @@ def allocator(gpu: torch.device) -> Iterator[cumempool.CuMemAllocator]:
     assert totals.physical_bytes == 0
     assert totals.mapped_bytes == 0
     assert totals.host_bytes == 0
+
+
+@pytest.fixture(params=["idle", "100 ms queued"])
+def load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test on an idle device, and with 100 ms of work queued before every transition."""
+    if request.param == "idle":
+        return
+    stream = torch.cuda.Stream()
+
+    def after_queueing(transition: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(transition)
+        def call(*arguments: object, **options: object) -> object:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(CYCLES)
+            return transition(*arguments, **options)
+
+        return call
+
+    for name in ("sleep", "discard", "wake_up", "swap", "close"):
+        transition = getattr(cumempool.CuMemAllocator, name)
+        monkeypatch.setattr(cumempool.CuMemAllocator, name, after_queueing(transition))
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import torch
 
 import cumempool
 
+pytestmark = pytest.mark.usefixtures("load")
+
 
 @pytest.fixture(autouse=True)
 def warm_backward(gpu: torch.device) -> None:

@@ -7,6 +7,8 @@ import torch
 
 import cumempool
 
+pytestmark = pytest.mark.usefixtures("load")
+
 DTYPES = [
     torch.float64,
     torch.float32,

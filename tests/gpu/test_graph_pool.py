@@ -11,6 +11,8 @@ import torch
 import cumempool
 from cumempool import _core
 
+pytestmark = pytest.mark.usefixtures("load")
+
 MIB = 1 << 20
 ELEMENTS = 8 * MIB  # of four bytes
 
