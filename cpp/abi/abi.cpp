@@ -190,6 +190,10 @@ cumempool_status cumempool_allocator_close(cumempool_allocator* allocator, int f
   return guarded("close", [&] { core(allocator).close(force != 0); });
 }
 
+int cumempool_allocator_closed(const cumempool_allocator* allocator) {
+  return allocator != nullptr && allocator->core->closed() ? 1 : 0;
+}
+
 void cumempool_allocator_destroy(cumempool_allocator* allocator) {
   if (allocator == nullptr || cumempool::driver::in_forked_child()) return;
   cumempool_allocator_close(allocator, 1);  // also what a failed close has left

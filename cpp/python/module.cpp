@@ -632,6 +632,8 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     call([&] { return cumempool_allocator_close(allocator_, force ? 1 : 0); });
   }
 
+  bool closed() const { return cumempool_allocator_closed(allocator_) != 0; }
+
   void declare_tag(const std::string& tag, int on_sleep, int on_wake) {
     const char* name = tag_text(tag);
     call([&] {
@@ -886,6 +888,7 @@ PYBIND11_MODULE(_core, module) {
            py::arg("driver"), py::arg("host_backup_limit"), py::arg("retain_backups"),
            py::arg("overflow"))
       .def("close", &Allocator::close, py::arg("force"))
+      .def_property_readonly("closed", &Allocator::closed)
       .def("declare_tag", &Allocator::declare_tag, py::arg("tag"), py::arg("on_sleep"),
            py::arg("on_wake"))
       .def("set_backup", &Allocator::set_backup, py::arg("tag"), py::arg("tier"),

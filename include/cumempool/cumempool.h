@@ -124,6 +124,9 @@ CUMEMPOOL_API cumempool_status cumempool_allocator_create(
  * error. */
 CUMEMPOOL_API cumempool_status cumempool_allocator_close(cumempool_allocator *allocator, int force);
 
+/* 1 once the allocator is closed, whether or not everything was given back; also after a fork. */
+CUMEMPOOL_API int cumempool_allocator_closed(const cumempool_allocator *allocator);
+
 /* Drops the handle. An allocator that was not closed is closed by force first. */
 CUMEMPOOL_API void cumempool_allocator_destroy(cumempool_allocator *allocator);
 

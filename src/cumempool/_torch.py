@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from cumempool.errors import InvalidArgumentError
+from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -341,7 +341,7 @@ class ReadOnlyTensor(torch.Tensor):
 
 # ---- routing -----------------------------------------------------------------------------------
 
-_pluggable_lock = threading.Lock()
+_pluggable_lock = fork_safe_lock()
 # Never emptied: torch frees segments through these objects long after their pools are gone.
 _pluggable: dict[int, Any] = {}
 
@@ -467,8 +467,7 @@ def _end_device(pool: PrivatePool) -> None:
     pool.release()
 
 
-# Reentrant: an allocator that the garbage collector ends while torch is read releases its pools.
-_pools_lock = threading.RLock()
+_pools_lock = fork_safe_lock()
 # Scopes that are open, by device.
 _open_routes: Counter[int] = Counter()
 # Pools whose scope has ended and that torch may still hold segments of.
@@ -561,7 +560,7 @@ class ExpandableSegmentsOff:
     was there. A settings string that somebody applied in between is left alone.
     """
 
-    _lock = threading.Lock()
+    _lock = fork_safe_lock()
     _open = 0
     _before: str | None = None
     _ours = ""

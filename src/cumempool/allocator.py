@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -38,6 +37,7 @@ from cumempool.guard import (
     pin_tag,
     ranges_by_tag,
 )
+from cumempool.locks import fork_safe_lock
 from cumempool.preserve import preserve_tensors, preserving_scope
 from cumempool.probe import open_driver
 from cumempool.progress import OnProgress, ProgressRegistration, ProgressWatch
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_TAG", "Backing", "CuMemAllocator", "OnSleep", "OnWake"]
 
-_instance_lock = threading.Lock()
+_instance_lock = fork_safe_lock()
 
 
 class CuMemAllocator:
@@ -122,6 +122,9 @@ class CuMemAllocator:
     def get_instance(cls, config: CuMemConfig | None = None) -> CuMemAllocator:
         """The allocator that the parts of a program share; made at the first call.
 
+        Never one that is closed: after `close` the next call makes another. Where threads meet in
+        the first call, each may open a driver; all of them get the allocator of the fastest.
+
         Args:
             config: For the first call. Later on None, or the same configuration.
 
@@ -129,15 +132,25 @@ class CuMemAllocator:
             InvalidArgumentError: The shared allocator has another configuration.
             UnavailableError: As for the constructor.
         """
-        with _instance_lock:
-            if cls._instance is None:
-                cls._instance = cls(config)
-            elif config is not None and config != cls._instance.config:
-                raise InvalidArgumentError(
-                    f"the shared allocator was made with {cls._instance.config}, not {config}; "
-                    "close() it first, or make an allocator of your own"
-                )
-            return cls._instance
+        shared = cls._open_instance()
+        if shared is None:
+            made = cls(config)
+            with _instance_lock:
+                shared = CuMemAllocator._instance = cls._open_instance() or made
+            if shared is not made:
+                made.close()
+        if config is not None and config != shared.config:
+            raise InvalidArgumentError(
+                f"the shared allocator was made with {shared.config}, not {config}; "
+                "close() it first, or make an allocator of your own"
+            )
+        return shared
+
+    @classmethod
+    def _open_instance(cls) -> CuMemAllocator | None:
+        """The shared allocator, unless it is closed."""
+        shared = cls._instance
+        return None if shared is None or shared._core.closed else shared
 
     # ---- allocating ----------------------------------------------------------------------------
 
@@ -803,13 +816,20 @@ class CuMemAllocator:
         elif len(self._graph_pools) and self._only_graph_pools_are_left():
             self._graph_pools.release_all()
             empty_cache(self.config.driver)
-        self._core.close(force)
-        self._exports.close()
-        if self._publisher is not None:
-            self._publisher.close()
+        try:
+            self._core.close(force)
+        finally:
+            if self._core.closed:  # also where the driver did not take something back
+                self._retire()
+
+    def _retire(self) -> None:
+        """Ends what a closed allocator leaves behind: its shared place, its server, its file."""
         with _instance_lock:
             if CuMemAllocator._instance is self:
                 CuMemAllocator._instance = None
+        self._exports.close()
+        if self._publisher is not None:
+            self._publisher.close()
 
     def __repr__(self) -> str:
         stats = self.stats()

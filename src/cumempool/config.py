@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from cumempool.backup import Backup, check_backup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
+from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     from cumempool.kv_transfer import KVTransferConfig
@@ -74,7 +74,7 @@ _METAVARS: Final = MappingProxyType(
 )
 
 _logger = logging.getLogger("cumempool")
-_implied_lock = threading.Lock()
+_implied_lock = fork_safe_lock()
 _implied_logged = False
 
 

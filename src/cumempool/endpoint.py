@@ -33,6 +33,7 @@ from cumempool.errors import (
     UnsupportedError,
 )
 from cumempool.guard import Pin, pin_tag
+from cumempool.locks import fork_safe_lock
 from cumempool.wire import (
     FAILED,
     MOST_FDS,
@@ -94,7 +95,7 @@ class Endpoint:
 
     def __init__(self, core: _core.Allocator) -> None:
         self._core = core
-        self._lock = threading.RLock()  # stop() may be called by the garbage collector, anywhere
+        self._lock = fork_safe_lock()
         self._key = secrets.token_bytes(32)
         self._withdrawals: dict[str, int] = {}  # per tag; part of what is signed
         self._leases: dict[int, _Lease] = {}
@@ -400,7 +401,6 @@ class Endpoint:
 
     def _forked(self) -> None:
         """In a child of the owner, which serves nothing and keeps no descriptor."""
-        self._lock = threading.RLock()  # a thread that had it is not in this process
         self._closing.set()
         self._leases.clear()
         close_all(list(self._lease_of_pidfd))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from cumempool.descriptor import SharedMemory, SharedRange, layout_of
 from cumempool.devices import Devices
 from cumempool.endpoint import Endpoint
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
+from cumempool.locks import fork_safe_lock
 from cumempool.stats import AllocationInfo, allocations_of
 from cumempool.tags import Tags
 from cumempool.waking import memory_of
@@ -41,7 +41,7 @@ class Exports:
         self._tags = tags
         self._devices = devices
         self._driver = driver
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self._endpoint: Endpoint | None = None
 
     def share(self, what: torch.Tensor | str, writable: bool, fabric: bool) -> SharedMemory:
@@ -88,7 +88,15 @@ class Exports:
 
     def _open_endpoint(self) -> Endpoint:
         with self._lock:
+            endpoint = self._endpoint
+        if endpoint is not None:
+            return endpoint
+        made = Endpoint(self._core)
+        with self._lock:
             if self._endpoint is None:
-                self._endpoint = Endpoint(self._core)
-                weakref.finalize(self, self._endpoint.stop)
-            return self._endpoint
+                self._endpoint = made
+                weakref.finalize(self, made.stop)
+            endpoint = self._endpoint
+        if endpoint is not made:  # another thread was faster
+            made.close()
+        return endpoint

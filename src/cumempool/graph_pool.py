@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Final
 
 from cumempool.errors import InUseError, UnsupportedError
+from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     from cumempool import _core, _torch
 
 __all__ = ["GraphPools"]
 
-# Reentrant, since the garbage collector may end an allocator in any thread.
-_lock = threading.RLock()
+_lock = fork_safe_lock()
 # Slots and pools of allocators that are gone or closed by force, in which graphs live.
 _orphans: list[tuple[int, _torch.PrivatePool]] = []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from cumempool.errors import CumempoolError, InvalidTypeError, TransitionInProgressError
+from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     from cumempool import _core
@@ -99,8 +99,7 @@ class Hooks:
     """The hooks of one allocator, called in the order of their registration. Thread-safe."""
 
     def __init__(self) -> None:
-        # The garbage collector may end a wake, and call hooks, anywhere: also where it is held.
-        self._lock = threading.RLock()
+        self._lock = fork_safe_lock()
         self._entries: list[_Entry] = []
 
     def register(
@@ -261,7 +260,7 @@ class Pin(contextlib.AbstractContextManager["Pin"]):
     def __init__(self, tag: str, holder: str, release: Callable[[], None]) -> None:
         self.tag: Final = tag
         self.holder: Final = holder
-        self._lock = threading.RLock()  # the garbage collector may come here as well
+        self._lock = fork_safe_lock()
         self._release: Callable[[], None] | None = release
 
     @property
@@ -335,7 +334,7 @@ class Transitions:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = fork_safe_lock()
         self._arrivals: list[Arrival] = []
         _live.add(self)
 
@@ -403,7 +402,7 @@ class Transitions:
             del self._arrivals[0]
 
     def _forked(self) -> None:
-        self._lock = threading.RLock()  # the thread that had it is not in this process
+        self._lock = fork_safe_lock()  # not held, even where a hook has forked
         self._arrivals = []
 
 

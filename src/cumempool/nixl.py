@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -20,6 +19,7 @@ from cumempool.errors import (
     NotInPoolError,
     UnavailableError,
 )
+from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     import torch
@@ -260,7 +260,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
             "DRAM" if allocator.config.driver == "host" else "VRAM"
         )
         # Hooks take it inside transitions, so nothing that waits for one is called under it.
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self._ranges: tuple[Range, ...] = ()
         self._registrations: list[_Registration] = []
         self._pin: _Pin | None = None

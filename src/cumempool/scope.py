@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from cumempool.errors import InUseError, InvalidArgumentError
+from cumempool.locks import fork_safe_lock
 from cumempool.report import format_bytes
 from cumempool.sharing import install_reducers
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["MemoryPoolScope", "current_scope", "open_tags", "refuse_open_scopes"]
 
 # Guards the list below, and is held while a scope starts to route, so that torch and the list agree
-# on which scope came later. Reentrant, since the garbage collector may leave a scope in any thread.
-_entering = threading.RLock()
+# on which scope came later.
+_entering = fork_safe_lock()
 # The open scopes of the process, in order of entry.
 _open: list[MemoryPoolScope] = []
 

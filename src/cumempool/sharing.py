@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import socket
-import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
@@ -26,6 +25,7 @@ from cumempool.errors import (
     SharingError,
     UnsupportedError,
 )
+from cumempool.locks import fork_safe_lock
 from cumempool.wire import MOST_FDS, PATIENCE, Wire, close_all, home, peer_of, relay_name
 
 if TYPE_CHECKING:
@@ -211,8 +211,7 @@ def _in_layout(memory: torch.Tensor, layout: SharedLayout) -> torch.Tensor:
     )
 
 
-_drivers_lock = threading.Lock()
-_drivers: Final[dict[str, Any]] = {}
+_drivers: Final[dict[str, _core.Driver]] = {}
 
 
 def _driver(name: str) -> _core.Driver:
@@ -220,22 +219,22 @@ def _driver(name: str) -> _core.Driver:
     from cumempool import _core
     from cumempool.probe import HOST_GRANULARITY
 
-    with _drivers_lock:
-        if name not in _drivers:
-            # On `host`, memory of others counts for no device here.
-            _drivers[name] = (
-                _core.open_cuda()
-                if name == "cuda"
-                else _core.open_host(
-                    devices=64,
-                    bytes_per_device=HOST_GRANULARITY,
-                    granularity=HOST_GRANULARITY,
-                    rdma=False,
-                    fabric=True,
-                )
-            )
-        driver: _core.Driver = _drivers[name]
+    driver = _drivers.get(name)
+    if driver is not None:
         return driver
+    # On `host`, memory of others counts for no device here.
+    opened = (
+        _core.open_cuda()
+        if name == "cuda"
+        else _core.open_host(
+            devices=64,
+            bytes_per_device=HOST_GRANULARITY,
+            granularity=HOST_GRANULARITY,
+            rdma=False,
+            fabric=True,
+        )
+    )
+    return _drivers.setdefault(name, opened)  # that of the thread that was fastest
 
 
 def _local_device(
@@ -434,7 +433,7 @@ def _handles(wire: Wire, count: int) -> Generator[tuple[int, bytes | None], None
 # ---- torch.multiprocessing -----------------------------------------------------------------------
 
 _senders: Final[weakref.WeakSet[CuMemAllocator]] = weakref.WeakSet()
-_senders_lock = threading.Lock()
+_senders_lock = fork_safe_lock()
 _installed = False
 
 
@@ -446,16 +445,16 @@ def install_reducers(allocator: CuMemAllocator) -> None:
     global _installed
     with _senders_lock:
         _senders.add(allocator)
-        if _installed:
-            return
-        from multiprocessing.reduction import ForkingPickler
+    if _installed:
+        return
+    from multiprocessing.reduction import ForkingPickler
 
-        import torch
-        import torch.multiprocessing  # which registers its own first
+    import torch
+    import torch.multiprocessing  # which registers its own first
 
-        ForkingPickler.register(torch.Tensor, _reduce)
-        ForkingPickler.register(torch.nn.Parameter, _reduce)
-        _installed = True
+    ForkingPickler.register(torch.Tensor, _reduce)
+    ForkingPickler.register(torch.nn.Parameter, _reduce)
+    _installed = True
 
 
 def _reduce(tensor: torch.Tensor) -> Any:

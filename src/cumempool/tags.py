@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from cumempool.devices import Devices
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnknownTagError
+from cumempool.locks import fork_safe_lock
 from cumempool.stats import stats_of
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Tags:
     def __init__(self, core: _core.Allocator, devices: Devices) -> None:
         self._core = core
         self._devices = devices
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self._memory: dict[str, _Memory] = {}
 
     def declare(self, tag: str, on_sleep: OnSleep | None, on_wake: OnWake | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import threading
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from cumempool.errors import CumempoolError, InvalidTypeError, NotInPoolError
 from cumempool.guard import Arrival, Transitions
+from cumempool.locks import fork_safe_lock
 from cumempool.report import TransitionReport
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WakeHandle", "addresses_of", "memory_of"]
 
-_live_lock = threading.Lock()
+_live_lock = fork_safe_lock()
 _live: Final[weakref.WeakSet[WakeHandle]] = weakref.WeakSet()
 
 

@@ -110,6 +110,7 @@ TEST_F(Abi, NullArgumentsAreInvalid) {
   cumempool_sleep_request request{};
   request.size = sizeof request;
   EXPECT_EQ(cumempool_allocator_close(nullptr, 0), kInvalid);
+  EXPECT_EQ(cumempool_allocator_closed(nullptr), 0);
   EXPECT_EQ(cumempool_declare_tag(nullptr, "a", kOffload, CUMEMPOOL_ON_WAKE_UNSET), kInvalid);
   EXPECT_EQ(cumempool_declare_tag(pool.get(), nullptr, kOffload, CUMEMPOOL_ON_WAKE_UNSET),
             kInvalid);

@@ -15,7 +15,6 @@ import importlib
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from cumempool.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from cumempool.locks import fork_safe_lock
 from cumempool.scope import current_scope
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def use_memory_pool_with_allocator(
 # ---- the allocator -------------------------------------------------------------------------------
 
 _NO_POOL: Final = (None, None)
-_instance_lock = threading.Lock()
+_instance_lock = fork_safe_lock()
 
 
 def _pools() -> Pools:
@@ -474,7 +474,7 @@ _PACKAGE: Final = "vllm.device_allocator"
 _MODULE: Final = f"{_PACKAGE}.cumem"
 _WORKERS: Final = "vllm.v1.worker.worker_base"
 
-_install_lock = threading.Lock()
+_install_lock = fork_safe_lock()
 _undo = contextlib.ExitStack()  # what `uninstall` puts back
 _followed: list[type] = []  # worker classes that install where the backend is selected
 
@@ -495,17 +495,19 @@ def install() -> None:
         UnavailableError: vLLM cannot be imported, or has no such module.
         InUseError: vLLM's own allocator holds memory already.
     """
+    if installed():
+        return
+    try:
+        package = importlib.import_module(_PACKAGE)
+    except ImportError as error:
+        raise UnavailableError(
+            f"install: {_PACKAGE} cannot be imported: {error}; install vLLM 0.33 or newer",
+            operation="install",
+            advice="install vLLM 0.33 or newer",
+        ) from error
     with _install_lock:
         if installed():
             return
-        try:
-            package = importlib.import_module(_PACKAGE)
-        except ImportError as error:
-            raise UnavailableError(
-                f"install: {_PACKAGE} cannot be imported: {error}; install vLLM 0.33 or newer",
-                operation="install",
-                advice="install vLLM 0.33 or newer",
-            ) from error
         replaced = sys.modules.get(_MODULE)
         _refuse_own_memory("install", replaced)
         this = sys.modules[__name__]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from cumempool.allocator import CuMemAllocator
 from cumempool.errors import NotInPoolError
+from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ class CpuBackups:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self._kept: dict[_ViewKey, torch.Tensor] = {}
         self._given: dict[_ViewKey, weakref.ref[torch.Tensor]] = {}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
@@ -16,6 +15,7 @@ from cumempool.compat.torch_memory_saver.graph_captures import GraphCaptures
 from cumempool.compat.torch_memory_saver.open_regions import OpenRegions
 from cumempool.config import CuMemConfig
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +49,7 @@ class TorchMemorySaver:
 
     def __init__(self, *, allocator: CuMemAllocator | None = None) -> None:
         self._allocator = allocator
-        # Reentrant: what holds it may make the allocator.
-        self._lock: Final = threading.RLock()
+        self._lock: Final = fork_safe_lock()
         self._names: dict[str, set[str]] = {}
         self._regions: Final = OpenRegions()
         self._graphs: Final = GraphCaptures()
@@ -68,12 +67,19 @@ class TorchMemorySaver:
             UnavailableError: There is no driver here, with the reason.
             InvalidArgumentError: A ``CUMEMPOOL_*`` variable has a value that it does not take.
         """
+        allocator = self._allocator
+        if allocator is not None:
+            return allocator
+        _warn_of_preload_variables()
+        made = CuMemAllocator(CuMemConfig.from_env())
         with self._lock:
             if self._allocator is None:
-                _warn_of_preload_variables()
-                self._allocator = CuMemAllocator(CuMemConfig.from_env())
-                self._allocator.set_memory_margin(self._margin_bytes)
-            return self._allocator
+                made.set_memory_margin(self._margin_bytes)
+                self._allocator = made
+            allocator = self._allocator
+        if allocator is not made:  # another thread was faster
+            made.close()
+        return allocator
 
     # ---- allocating ----------------------------------------------------------------------------
 
@@ -360,8 +366,8 @@ class TorchMemorySaver:
         with self._lock:
             self._disk_directory = directory
             disk = [n for names in self._names.values() for n in names if n.endswith(_DISK)]
-            for name in disk:
-                self.allocator.set_backup(name, Backup.file(directory))
+        for name in disk:
+            self.allocator.set_backup(name, Backup.file(directory))
 
     # ---- inside --------------------------------------------------------------------------------
 
@@ -378,9 +384,10 @@ class TorchMemorySaver:
         """Makes one of the allocator's tags known, with its policy."""
         if not isinstance(tag, str):
             raise InvalidTypeError(f"a tag is a str, not {tag!r}")
+        allocator = self.allocator
         with self._lock:
             if name not in self._names.get(tag, ()):
-                self.allocator.use_memory_pool(
+                allocator.use_memory_pool(
                     name, on_sleep="discard" if backup is None else "offload", backup=backup
                 )
                 self._names.setdefault(tag, set()).add(name)

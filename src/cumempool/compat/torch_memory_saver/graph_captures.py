@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cumempool.allocator import CuMemAllocator
 from cumempool.errors import InvalidArgumentError
+from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ class GraphCaptures:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self._graphs: Counter[_PoolKey] = Counter()
         self._issued: dict[PoolHandle, _PoolKey] = {}
         # Only appended to by finalizers, which may run anywhere, locks being held.

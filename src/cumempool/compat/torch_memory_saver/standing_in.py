@@ -6,13 +6,13 @@ import contextlib
 import importlib
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from cumempool.compat.torch_memory_saver.utils import change_env
 from cumempool.errors import InUseError
+from cumempool.locks import fork_safe_lock
 
 __all__ = ["configure_subprocess", "folder_for_path", "install", "uninstall"]
 
@@ -28,7 +28,7 @@ _MODULES: Final = (
     ".testing_utils",
     ".utils",
 )
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 
 
 def folder_for_path() -> str:
@@ -48,9 +48,10 @@ def install() -> None:
     Raises:
         InUseError: The real torch_memory_saver has been imported; nothing was changed.
     """
+    ours = importlib.import_module(_OURS)
+    modules = {_NAME + name: importlib.import_module(_OURS + name) for name in _MODULES}
     with _lock:
         loaded = sys.modules.get(_NAME)
-        ours = importlib.import_module(_OURS)
         if loaded is not None and loaded is not ours and not _is_on_its_way(loaded):
             raise InUseError(
                 "torch_memory_saver has been imported from "
@@ -59,8 +60,7 @@ def install() -> None:
                 operation="install",
                 advice="call install() before anything imports torch_memory_saver",
             )
-        for module in _MODULES:
-            sys.modules[_NAME + module] = importlib.import_module(_OURS + module)
+        sys.modules.update(modules)
         folder = folder_for_path()
         if folder not in sys.path:
             sys.path.insert(0, folder)
@@ -71,8 +71,8 @@ def uninstall() -> None:
 
     Without `install` before, it does nothing.
     """
+    ours = importlib.import_module(_OURS)
     with _lock:
-        ours = importlib.import_module(_OURS)
         if sys.modules.get(_NAME) is not ours:
             return
         for module in _MODULES:
