@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -41,7 +40,7 @@ from cumempool.locks import fork_safe_lock
 from cumempool.preserve import preserve_tensors, preserving_scope
 from cumempool.probe import open_driver
 from cumempool.progress import OnProgress, ProgressRegistration, ProgressWatch
-from cumempool.publishing import Publisher
+from cumempool.publishing import Publisher, publish
 from cumempool.report import TransitionReport
 from cumempool.scope import MemoryPoolScope, open_tags
 from cumempool.sharing import SharedMemory, install_reducers
@@ -111,9 +110,7 @@ class CuMemAllocator:
         self._observer: Final = _observer_of(self._core, self.config, self._progress)
         self._publisher: Publisher | None = None
         if self.config.publish:
-            self._publisher = Publisher(
-                self._observer.snapshot, self._observer.summary, Path(sys.argv[0]).name or "python"
-            )
+            self._publisher = publish(self._observer.snapshot, self._observer.summary)
         self._graph_pools: Final = GraphPools(self._core)
         weakref.finalize(self, self._graph_pools.abandon).atexit = False
         self._has_preserved = False
@@ -490,7 +487,8 @@ class CuMemAllocator:
             background: Run in a thread of its own and return at once.
 
         Returns:
-            Bytes pinned beyond what was there; with `background`, a future of that number.
+            Bytes pinned beyond what was there; with `background`, a future of that number, which
+            can be cancelled until the thread has begun.
 
         Raises:
             UnknownTagError: A tag that was never used.

@@ -12,12 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from cumempool.errors import CumempoolError, OutOfMemoryError
+from cumempool.locks import fork_safe_lock
 from cumempool.report import TransitionReport
 from cumempool.stats import AllocationInfo, Stats
+from cumempool.unfailing import Unfailing, report_failure, unfailing
 
 __all__ = ["Event", "EventLog", "Observer", "Watched"]
 
@@ -102,6 +105,8 @@ class Watched:
 class Observer:
     """Records, logs and marks the transitions of one allocator.
 
+    What fails here is logged, and never fails a transition: sinks, loggers, progress, marks.
+
     Args:
         stats: Its statistics.
         allocations: Its allocations.
@@ -135,7 +140,9 @@ class Observer:
         begin = time.perf_counter()
         with contextlib.ExitStack() as stack:
             for make in self._during:
-                stack.enter_context(make(operation))
+                stack.enter_context(
+                    Unfailing(f"{operation}: an observer has failed", partial(make, operation))
+                )
             with self.failing(operation, begin):
                 yield watched
         self.note(operation, watched.report, time.perf_counter() - begin)
@@ -151,6 +158,9 @@ class Observer:
 
     def note(self, operation: str, report: TransitionReport | None, seconds: float) -> None:
         """Records what has worked; without a report where there is none."""
+        unfailing(f"{operation} was not recorded", lambda: self._note(operation, report, seconds))
+
+    def _note(self, operation: str, report: TransitionReport | None, seconds: float) -> None:
         event = self._event(operation, seconds, "", report)
         self._record(event)
         text = f"{operation}: {seconds * 1e3:.1f} ms" if report is None else str(report)
@@ -158,6 +168,12 @@ class Observer:
 
     def note_failure(self, operation: str, error: BaseException, seconds: float = 0.0) -> None:
         """Records a failure; where memory has run out, writes down what is there."""
+        unfailing(
+            f"a failure of {operation} was not recorded",
+            lambda: self._note_failure(operation, error, seconds),
+        )
+
+    def _note_failure(self, operation: str, error: BaseException, seconds: float) -> None:
         text = f"{type(error).__name__}: {error}"
         event = self._event(operation, seconds, text, None)
         self._record(event)
@@ -218,7 +234,15 @@ class Observer:
     def _record(self, event: Event) -> None:
         self.log.record(event)
         for sink in tuple(self._sinks):
-            sink(event)
+            try:
+                sink(event)
+            except Exception as error:  # noqa: BLE001 -- whatever it is: it is the last of it
+                self._remove(sink)
+                report_failure("events are recorded no longer", error)
+
+    def _remove(self, sink: Callable[[Event], None]) -> None:
+        with contextlib.suppress(ValueError):  # another thread has removed it
+            self._sinks.remove(sink)
 
     @contextlib.contextmanager
     def recording(self, path: Path) -> Iterator[None]:
@@ -229,28 +253,32 @@ class Observer:
         Raises:
             OSError: The file cannot be made.
         """
+        lock = fork_safe_lock()  # a transition of another thread may end while the trace does
         with path.open("w", encoding="utf-8", buffering=1) as file:
 
             def write(line: dict[str, object]) -> None:
                 file.write(json.dumps(line) + "\n")
 
             def sink(event: Event) -> None:
-                try:
-                    write(event.to_dict())
-                except (OSError, ValueError) as problem:
-                    _logger.warning("the trace %s ends here: %s", path, problem)
-                    self._sinks.remove(sink)
-                    # Now: at the end it would try once more to write what is left, and raise there.
-                    with contextlib.suppress(OSError):
-                        file.close()
+                with lock:
+                    if file.closed:
+                        return
+                    try:
+                        write(event.to_dict())
+                    except (OSError, ValueError) as problem:
+                        # Now: at the end it would try once more to write what is left.
+                        with contextlib.suppress(OSError):
+                            file.close()
+                        raise OSError(f"the trace {path} ends here: {problem}") from problem
 
             write({"format": "cumempool trace 1", "time": time.time(), "process": os.getpid()})
             self._sinks.append(sink)
             try:
                 yield
             finally:
-                if sink in self._sinks:
-                    self._sinks.remove(sink)
+                self._remove(sink)
+                with lock, contextlib.suppress(OSError):
+                    file.close()
 
     def _write_down(self, error: BaseException) -> None:
         if self._directory is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -17,10 +17,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from cumempool.errors import CumempoolError, InvalidArgumentError
+from cumempool.unfailing import report_failure
 
-__all__ = ["Published", "Publisher", "directory", "published", "request_snapshot"]
-
-_logger = logging.getLogger("cumempool")
+__all__ = ["Published", "Publisher", "directory", "publish", "published", "request_snapshot"]
 
 _INTERVAL = 1.0
 _SUFFIX: Final = ".stats.json"
@@ -32,13 +31,17 @@ def directory() -> Path:
     """Where this user's processes publish: of the runtime directory, else of the temporary one.
 
     Raises:
-        InvalidArgumentError: It is there, and belongs to somebody else or is open to others.
+        InvalidArgumentError: It is there, and belongs to somebody else or is open to others; or it
+            cannot be made.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     base = Path(runtime) if runtime and Path(runtime).is_dir() else Path(tempfile.gettempdir())
     folder = base / f"cumempool-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:  # such as a link that leads nowhere
+        raise InvalidArgumentError(f"{folder} cannot be made: {error}") from None
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise InvalidArgumentError(
             f"{folder} must belong to this user and to nobody else: remove it, or chmod 700"
@@ -58,8 +61,28 @@ def _start_of(process: int) -> str:
 def _write(path: Path, record: Mapping[str, object]) -> None:
     """Replaces a file, so that a reader sees the old text or the new one."""
     unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps(record))
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(record))
+        unfinished.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def publish(
+    snapshot: Callable[[], Mapping[str, object]], stats: Callable[[], Mapping[str, object]]
+) -> Publisher | None:
+    """Starts a `Publisher` of this program. Returns None, and logs why, if that fails.
+
+    A folder of somebody else, a full disk and a process without room for a thread are no reason not
+    to have an allocator.
+    """
+    try:
+        return Publisher(snapshot, stats, Path(sys.argv[0]).name or "python")
+    except Exception as error:  # noqa: BLE001 -- whatever it is: the allocator goes on without
+        report_failure("statistics are not published", error)
+        return None
 
 
 class Publisher:
@@ -73,6 +96,7 @@ class Publisher:
 
     Raises:
         InvalidArgumentError: See `directory`.
+        OSError: The file cannot be written.
     """
 
     def __init__(
@@ -125,8 +149,8 @@ def _run(reference: weakref.ref[Publisher], stop: threading.Event) -> None:
             return
         try:
             publisher._publish()
-        except (OSError, CumempoolError) as problem:
-            _logger.warning("statistics are published no longer: %s", problem)
+        except Exception as error:  # noqa: BLE001 -- whatever it is: the allocator goes on
+            report_failure("statistics are published no longer", error)
             return
         del publisher
 
@@ -182,7 +206,8 @@ def _remove(file: Path, process: int) -> None:
     if os.getpid() != process:
         return
     for path in _siblings(file):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone, or somebody else's by now
+            path.unlink(missing_ok=True)
 
 
 def request_snapshot(of: Published, timeout: float = 10.0) -> dict[str, Any]:

@@ -63,10 +63,14 @@ def prepare(
     future: Future[int] = Future()
 
     def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         try:
-            future.set_result(allocator._core.prepare(pairs, dead, yielding))
-        except Exception as error:  # noqa: BLE001 -- whoever waits is told, whatever it is
+            prepared = allocator._core.prepare(pairs, dead, yielding)
+        except BaseException as error:  # noqa: BLE001 -- whoever waits is told, whatever it is
             future.set_exception(error)
+        else:
+            future.set_result(prepared)
 
     threading.Thread(target=run, name="cumempool-prepare", daemon=True).start()
     return future

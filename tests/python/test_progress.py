@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import GRANULE, MakeAllocator, filled
 
 from cumempool import CuMemAllocator, InvalidArgumentError, InvalidTypeError, UnknownTagError
 from cumempool import progress as progress_module
-from cumempool.progress import ProgressWatch, show_progress
+from cumempool.progress import ProgressRegistration, ProgressWatch, show_progress
 
 Calls = list[tuple[str, int, int]]
 
@@ -90,7 +91,7 @@ def test_a_callback_that_raises_is_logged_and_the_transition_goes_on(
 
     tensor = filled(alloc, GRANULE, "data")
     expected = tensor.clone()
-    with alloc.on_progress(fail, after=0), caplog.at_level(logging.ERROR, logger="cumempool"):
+    with alloc.on_progress(fail, after=0), caplog.at_level(logging.WARNING, logger="cumempool"):
         alloc.register_hooks("data", before_unmap=lambda *_: time.sleep(0.5))
         alloc.sleep(tags="data")
     alloc.wake_up()
@@ -124,7 +125,62 @@ def test_the_bar_follows_and_goes(
         assert isinstance(bar, progress_module._Bar)
         for done in (0, GRANULE, 2 * GRANULE):
             bar("wake_up", done, 2 * GRANULE)
-            assert (bar._bar is None) == (done == 2 * GRANULE)
+            assert bar._bar is not None  # also where all is done: the transition goes on
+        assert registration.ended is not None
+        registration.ended()
+        assert bar._bar is None
     printed = capsys.readouterr().out
     assert "wake_up" in printed
     assert "4.2/4.2 MB" in printed or "4.0/4.0 MiB" in printed
+
+
+def test_the_bar_of_a_transition_that_fails_goes_as_well() -> None:
+    watch = ProgressWatch(lambda: (1, 5))
+    bar = progress_module._Bar()
+    watch.register(bar, 0, bar.end)
+
+    def fail_after_a_bar() -> None:
+        while bar._bar is None:
+            time.sleep(0.01)
+        raise UnknownTagError("it fails")
+
+    with pytest.raises(UnknownTagError), watch.watching("sleep"):
+        fail_after_a_bar()
+    assert bar._bar is None
+
+
+def test_a_bar_has_the_name_of_the_transition_that_it_shows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bar = progress_module._Bar()
+    bar("sleep", 1, 5)
+    bar("wake_up", 1, 5)
+    assert bar._bar is not None
+    assert [task.description for task in bar._bar.tasks] == ["wake_up"]
+    bar.end()
+    assert "wake_up" in capsys.readouterr().out
+
+
+def test_threads_that_register_at_once_lose_no_callback() -> None:
+    watch = ProgressWatch(lambda: (0, 0))
+    inside, leave = threading.Event(), threading.Event()
+
+    class SlowEntries(tuple[ProgressRegistration, ...]):
+        """Stands still while it is copied."""
+
+        def __iter__(self) -> Iterator[ProgressRegistration]:
+            inside.set()
+            leave.wait(5)
+            return super().__iter__()
+
+    watch._entries = SlowEntries()
+    one = threading.Thread(target=watch.register, args=(print, 0))
+    one.start()
+    inside.wait(5)
+    other = threading.Thread(target=watch.register, args=(repr, 0))
+    other.start()
+    other.join(0.2)
+    leave.set()
+    one.join()
+    other.join()
+    assert {entry.callback for entry in watch._entries} == {print, repr}

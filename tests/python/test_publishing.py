@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import shutil
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -58,8 +61,63 @@ def test_the_folder_is_of_this_user_alone(make_allocator: MakeAllocator, runtime
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o755)
     with pytest.raises(InvalidArgumentError, match="to nobody else"):
-        make_allocator(publish=True)
+        published()
     folder.chmod(0o700)
+
+
+def _open_to_others(folder: Path) -> None:
+    folder.mkdir(mode=0o755)
+
+
+def _dangling(folder: Path) -> None:
+    folder.symlink_to(folder.parent / "nowhere")
+
+
+def _a_file(folder: Path) -> None:
+    folder.touch(mode=0o600)
+
+
+@pytest.mark.parametrize("spoil", [_open_to_others, _dangling, _a_file])
+def test_a_folder_that_cannot_be_used_stops_no_constructor(
+    make_allocator: MakeAllocator,
+    runtime: Path,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path], None],
+) -> None:
+    spoil(runtime / f"cumempool-{os.getuid()}")
+    alloc = make_allocator(publish=True)
+    alloc.empty(1)
+    alloc.close()
+    assert [r.message.partition(":")[0] for r in caplog.records if r.levelname == "WARNING"] == [
+        "statistics are not published"
+    ]
+
+
+def test_a_full_disk_stops_no_constructor(
+    make_allocator: MakeAllocator,
+    runtime: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(path: Path, text: str, **options: object) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    make_allocator(publish=True).empty(1)
+    assert "No space left on device" in caplog.text
+    (folder,) = runtime.iterdir()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_close_survives_the_loss_of_the_folder(
+    make_allocator: MakeAllocator, runtime: Path
+) -> None:
+    alloc = make_allocator(publish=True)
+    (folder,) = runtime.iterdir()
+    shutil.rmtree(folder)
+    folder.touch()
+    alloc.close()
 
 
 def test_another_process_reads_it_and_asks_for_a_snapshot(
