@@ -66,6 +66,7 @@ class Image {
 
   // The link of a list of images that must stay; takes no memory, so that it cannot fail.
   std::shared_ptr<Image> next;
+  int stranded_by = -1;  // the device whose copies keep it there
 
  private:
   const std::vector<Extent> extents_;

@@ -3,7 +3,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <mutex>
+
 #include "driver/cuda_state.hpp"
+#include "driver/error.hpp"
 
 namespace cumempool::driver {
 namespace {
@@ -33,27 +36,80 @@ cumempool_result fence_current(const Symbols& cu) {
   return result_of(result);
 }
 
-// Waits for a device that anyone in the process uses; its context is made current meanwhile.
-cumempool_result fence_if_active(const Symbols& cu, CUdevice device) {
-  unsigned int flags = 0;
-  int active = 0;
-  CUresult result = cu.cuDevicePrimaryCtxGetState(device, &flags, &active);
-  if (result != CUDA_SUCCESS || active == 0) {
-    return result_of(result);
+// Holds the primary context of a device that anybody in the process uses; none where nobody does.
+class ActiveContext {
+ public:
+  ActiveContext(CudaDriver& driver, int device) : driver_(driver), device_(device) {
+    PrimaryContext& found = *driver.find(device);
+    {
+      const std::lock_guard<std::mutex> lock(found.mutex);
+      counted_ = found.count != 0;
+      found.count += counted_ ? 1 : 0;
+    }
+    if (counted_) {
+      context_ = found.context.load();
+      return;
+    }
+    unsigned int flags = 0;
+    int active = 0;
+    result_ = driver.cu.cuDevicePrimaryCtxGetState(found.device, &flags, &active);
+    if (result_ == CUDA_SUCCESS && active != 0) {
+      result_ = driver.cu.cuDevicePrimaryCtxRetain(&context_, found.device);
+    }
   }
-  CUcontext context = nullptr;
-  result = cu.cuDevicePrimaryCtxRetain(&context, device);
-  if (result != CUDA_SUCCESS) {
-    return result_of(result);
+  ~ActiveContext() {
+    if (counted_) {
+      driver_.table.context_release(&driver_, device_);
+    } else if (context_ != nullptr) {
+      driver_.cu.cuDevicePrimaryCtxRelease(driver_.find(device_)->device);
+    }
   }
-  result = cu.cuCtxPushCurrent(context);
+  ActiveContext(const ActiveContext&) = delete;
+  ActiveContext& operator=(const ActiveContext&) = delete;
+
+  CUcontext get() const noexcept { return context_; }
+  CUresult result() const noexcept { return result_; }
+
+ private:
+  CudaDriver& driver_;
+  int device_;
+  bool counted_ = false;
+  CUcontext context_ = nullptr;
+  CUresult result_ = CUDA_SUCCESS;
+};
+
+// Waits for a device that anybody in the process uses. Its context is current meanwhile, and the
+// thread's capture mode is the relaxed one.
+cumempool_result fence_device(CudaDriver& driver, int device) {
+  const Symbols& cu = driver.cu;
+  const ActiveContext active(driver, device);
+  if (active.get() == nullptr) return result_of(active.result());
+  CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  CUresult result = cu.cuThreadExchangeStreamCaptureMode(&mode);
+  if (result != CUDA_SUCCESS) return result_of(result);
+  result = cu.cuCtxPushCurrent(active.get());
   cumempool_result fenced = result_of(result);
   if (result == CUDA_SUCCESS) {
     fenced = fence_current(cu);
-    cu.cuCtxPopCurrent(&context);
+    CUcontext popped = nullptr;
+    cu.cuCtxPopCurrent(&popped);
   }
-  result = cu.cuDevicePrimaryCtxRelease(device);
-  return fenced != CUMEMPOOL_RESULT_SUCCESS ? fenced : result_of(result);
+  cu.cuThreadExchangeStreamCaptureMode(&mode);
+  return fenced;
+}
+
+// One device that fails keeps none of the others from being waited for.
+cumempool_result fence(void* self, const int* devices, std::size_t count) {
+  CudaDriver& driver = driver_of(self);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (driver.find(devices[i]) == nullptr) return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  cumempool_result first = CUMEMPOOL_RESULT_SUCCESS;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto result = fence_device(driver, devices[i]);
+    if (first == CUMEMPOOL_RESULT_SUCCESS) first = result;
+  }
+  return first;
 }
 
 cumempool_result allocate(void* self, int device, std::size_t bytes, cumempool_address* address) {
@@ -93,16 +149,17 @@ cumempool_result host_register(void* self, int device, void* pointer, std::size_
 }
 
 // cuMemHostUnregister waits for the device of the current context only, and a copy of another one
-// that is under way would fault.
+// that is under way would fault. A device that cannot be waited for is lost and copies no more: it
+// keeps nobody's memory pinned.
 cumempool_result host_unregister(void* self, int device, void* pointer) {
   if (!inside(device)) {
     return CUMEMPOOL_RESULT_INVALID_CONTEXT;
   }
-  const CudaDriver& driver = driver_of(self);
+  CudaDriver& driver = driver_of(self);
   for (int other = 0; other < driver.device_count; ++other) {
     if (other == device) continue;
-    const auto fenced = fence_if_active(driver.cu, driver.find(other)->device);
-    if (fenced != CUMEMPOOL_RESULT_SUCCESS) return fenced;
+    const auto fenced = fence_device(driver, other);
+    if (fenced != CUMEMPOOL_RESULT_SUCCESS && !loses_context(fenced)) return fenced;
   }
   return result_of(driver.cu.cuMemHostUnregister(pointer));
 }
@@ -243,10 +300,6 @@ cumempool_result digest(void* self, int device, std::uint64_t seed, const cumemp
   CudaDriver& driver = driver_of(self);
   return driver.find(device)->digest.submit(driver.cu, seed, extents, count, digests,
                                             stream_of(stream));
-}
-
-cumempool_result fence(void* self, int device) {
-  return inside(device) ? fence_current(driver_of(self).cu) : CUMEMPOOL_RESULT_INVALID_CONTEXT;
 }
 
 }  // namespace

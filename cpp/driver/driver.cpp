@@ -338,8 +338,9 @@ void Driver::digest(int device, std::uint64_t seed, const cumempool_extent* exte
         table_->digest(table_->self, device, seed, extents, count, digests, stream), device);
 }
 
-void Driver::fence(int device) const {
-  check(*table_, "fence", table_->fence(table_->self, device), device);
+void Driver::fence(const std::vector<int>& devices) const {
+  check(*table_, "fence", table_->fence(table_->self, devices.data(), devices.size()),
+        devices.size() == 1 ? devices.front() : -1);
 }
 
 RetainedContext::RetainedContext(Driver driver, int device) : driver_(driver), device_(device) {

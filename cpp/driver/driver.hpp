@@ -55,7 +55,8 @@ class Driver {
             cumempool_stream stream) const;
   void digest(int device, std::uint64_t seed, const cumempool_extent* extents, std::size_t count,
               cumempool_digest* digests, cumempool_stream stream) const;
-  void fence(int device) const;
+  // Errors name the device where there is only one.
+  void fence(const std::vector<int>& devices) const;
 
  private:
   const cumempool_driver* table_;

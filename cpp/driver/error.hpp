@@ -43,6 +43,9 @@ class Error : public std::exception {
 // "CUDA_ERROR_..." of a result; "CUDA_ERROR_UNRECOGNIZED" for numbers it does not know.
 const char* result_name(cumempool_result result) noexcept;
 
+// Whether a device that answers so is lost: its context runs nothing more.
+bool loses_context(cumempool_result result) noexcept;
+
 // "14.96 GiB", "2.00 MiB", "512 bytes".
 std::string format_bytes(std::uint64_t bytes);
 

@@ -403,11 +403,23 @@ cumempool_result HostDevices::digest(int device, std::uint64_t seed,
   return submit(device, command, stream);
 }
 
-cumempool_result HostDevices::fence(int device) {
-  std::unique_lock<std::mutex> lock(state_.mutex);
-  if (const auto result = check_context(device)) return result;
-  lock.unlock();
-  return work(device).run_all();
+cumempool_result HostDevices::fence(const int* devices, std::size_t count) {
+  std::vector<int> active;
+  {
+    const std::lock_guard<std::mutex> lock(state_.mutex);
+    if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
+    if (devices == nullptr && count != 0) return CUMEMPOOL_RESULT_INVALID_VALUE;
+    for (std::size_t i = 0; i < count; ++i) {
+      if (const auto result = check_device(devices[i])) return result;
+      if (contexts_.active(devices[i])) active.push_back(devices[i]);
+    }
+  }
+  cumempool_result first = CUMEMPOOL_RESULT_SUCCESS;
+  for (const int device : active) {
+    const auto result = work(device).run_all();
+    if (first == CUMEMPOOL_RESULT_SUCCESS) first = result;
+  }
+  return first;
 }
 
 // ---- for tests ------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class HostDevices {
                         std::size_t bytes, cumempool_stream stream);
   cumempool_result digest(int device, std::uint64_t seed, const cumempool_extent* extents,
                           std::size_t count, cumempool_digest* digests, cumempool_stream stream);
-  cumempool_result fence(int device);
+  cumempool_result fence(const int* devices, std::size_t count);
 
   // The entries that HostMemory answers as they are.
   template <auto Method, typename... Args>

@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 #include <map>
+#include <optional>
 #include <random>
 #include <utility>
 
@@ -269,8 +270,7 @@ void Allocator::unclaim(const std::vector<RecordPointer>& claimed) noexcept {
 bool Allocator::tear_down(Record& record) noexcept {
   if (record.memory.mapped()) {
     try {
-      const driver::ContextScope scope(driver_, record.device);
-      driver_.fence(record.device);
+      driver_.fence(record.memory.access());
     } catch (const std::exception&) {
       return false;  // work may still be in flight (R5): tried again later
     }
@@ -282,11 +282,17 @@ bool Allocator::tear_down(Record& record) noexcept {
 std::uint64_t Allocator::trim_stores() {
   release_leftovers();
   std::uint64_t released = 0;
+  std::optional<Error> failure;  // of one device: the others give back what they can
   for (const auto& device : devices_.used()) {
-    const driver::ContextScope scope(driver_, device->ordinal());
-    released += device->release_buffers();
-    released += stores_.trim(device->ordinal());
+    try {
+      const driver::ContextScope scope(driver_, device->ordinal());
+      released += device->release_buffers();
+      released += stores_.trim(device->ordinal());
+    } catch (const Error& error) {
+      if (!failure) failure = error;
+    }
   }
+  if (failure) throw Error(*failure);
   return released;
 }
 
@@ -302,11 +308,12 @@ bool Allocator::drop_retained(std::uint64_t bytes) {
   return !dropped.empty();
 }
 
-void Allocator::strand(const std::shared_ptr<backup::Image>& image) noexcept {
+void Allocator::strand(const std::shared_ptr<backup::Image>& image, int device) noexcept {
   const std::lock_guard lock(aside_mutex_);
   for (const backup::Image* one = stranded_.get(); one != nullptr; one = one->next.get()) {
     if (one == image.get()) return;  // by an earlier failure
   }
+  image->stranded_by = device;
   image->next = std::move(stranded_);
   stranded_ = image;
 }
@@ -317,21 +324,33 @@ void Allocator::release_leftovers() noexcept {
     const std::lock_guard lock(aside_mutex_);
     if (stranded_ == nullptr) return;
   }
-  try {
-    for (const auto& device : devices_.used()) {
+  for (const auto& device : devices_.used()) {
+    try {
       const driver::ContextScope scope(driver_, device->ordinal());
       device->settle();
-      driver_.fence(device->ordinal());
+      driver_.fence({device->ordinal()});
+    } catch (const std::exception&) {
+      continue;  // its images stay
     }
-  } catch (const std::exception&) {
-    return;
+    release_stranded(device->ordinal());
   }
-  std::shared_ptr<backup::Image> stranded;
+}
+
+void Allocator::release_stranded(int device) noexcept {
+  std::shared_ptr<backup::Image> released;  // outside of the lock
   {
     const std::lock_guard lock(aside_mutex_);
-    stranded.swap(stranded_);
+    for (std::shared_ptr<backup::Image>* at = &stranded_; *at != nullptr;) {
+      if ((*at)->stranded_by != device) {
+        at = &(*at)->next;
+        continue;
+      }
+      std::shared_ptr<backup::Image> one = std::exchange(*at, std::move((*at)->next));
+      one->next = std::exchange(released, nullptr);
+      released = std::move(one);
+    }
   }
-  while (stranded != nullptr) stranded = std::exchange(stranded->next, nullptr);
+  while (released != nullptr) released = std::exchange(released->next, nullptr);
 }
 
 std::uint64_t Allocator::release_host_memory() {
@@ -421,10 +440,7 @@ void Allocator::refuse_close_in_use() {
 // memory stays as it is until then: the driver would give its address to others.
 void Allocator::vacate(Record& record) {
   if (record.memory.is_ordinary()) return;
-  if (record.memory.mapped()) {
-    const driver::ContextScope scope(driver_, record.device);
-    driver_.fence(record.device);
-  }
+  if (record.memory.mapped()) driver_.fence(record.memory.access());
   record.memory.unmap();
   std::shared_ptr<backup::Image> dropped;
   records_.update([&] {

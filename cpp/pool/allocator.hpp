@@ -83,8 +83,9 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // is left; returns whether any went. For the transition under way, which keeps those it claimed.
   bool drop_retained(std::uint64_t bytes);
 
-  // An image that copies may still be using: it stays until every device could be waited for (R5).
-  void strand(const std::shared_ptr<backup::Image>& image) noexcept;
+  // An image that copies of `device` may still be using: it stays until that could be waited for
+  // (R5).
+  void strand(const std::shared_ptr<backup::Image>& image, int device) noexcept;
   // Tries again to give back what earlier failures have left: such images, and memory of peers. For
   // the transition under way.
   void release_leftovers() noexcept;
@@ -126,6 +127,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   std::vector<std::string> give_everything_back();
   void vacate(Record& record);
   std::uint64_t trim_stores();
+  void release_stranded(int device) noexcept;
   bool holds_nothing() const;
   bool ordinary_lives();
 

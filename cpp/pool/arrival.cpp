@@ -171,6 +171,16 @@ void Arrival::commit() {
 
 // ---- back ---------------------------------------------------------------------------------------
 
+std::vector<int> Arrival::users_of(int device) const {
+  std::set<int> users{device};
+  for (const std::size_t index : attached_) {
+    const Record& record = *records_[index];
+    if (record.device != device) continue;
+    users.insert(record.memory.access().begin(), record.memory.access().end());
+  }
+  return {users.begin(), users.end()};
+}
+
 // What was enqueued was waited for, unless that failed as well: then it may still write to what is
 // mapped.
 void Arrival::fence_all() {
@@ -180,7 +190,7 @@ void Arrival::fence_all() {
     try {
       const driver::ContextScope scope(allocator_.driver(), device);
       lane->device->settle();
-      allocator_.driver().fence(device);
+      allocator_.driver().fence(users_of(device));
     } catch (const Error&) {
       busy_.insert(device);
     }
@@ -200,7 +210,7 @@ void Arrival::undo(Error& failure) {
                         record.device, record.bytes);
         }
       } else if (record.image != nullptr) {
-        allocator_.strand(record.image);
+        allocator_.strand(record.image, record.device);
       }
     } catch (Error& error) {
       annotate(error, operation_, &record);

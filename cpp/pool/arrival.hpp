@@ -48,6 +48,8 @@ class Arrival {
   void attach(std::size_t index);
   void explain(Error& error, std::size_t failed) const;
   void load(Lane& lane, Record& record);
+  // The devices with access to what was attached on one.
+  std::vector<int> users_of(int device) const;
   void fence_all();
 
   Allocator& allocator_;

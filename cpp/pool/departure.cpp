@@ -163,16 +163,16 @@ std::uint64_t Departure::released_on(int device) const {
 
 void Departure::fence() {
   std::set<int> devices;
-  for (const Sleeper& sleeper : sleepers_) devices.insert(sleeper.record->device);
-  for (const RecordPointer& record : unreleased_) devices.insert(record->device);
-  for (const int device : devices) {
-    try {
-      const driver::ContextScope scope(allocator_.driver(), device);
-      allocator_.driver().fence(device);
-    } catch (Error& error) {
-      annotate(error, operation_, nullptr);
-      throw;
-    }
+  const auto add = [&](const Record& record) {
+    devices.insert(record.memory.access().begin(), record.memory.access().end());
+  };
+  for (const Sleeper& sleeper : sleepers_) add(*sleeper.record);
+  for (const RecordPointer& record : unreleased_) add(*record);
+  try {
+    allocator_.driver().fence({devices.begin(), devices.end()});
+  } catch (Error& error) {
+    annotate(error, operation_, nullptr);
+    throw;
   }
 }
 
@@ -439,13 +439,13 @@ void Departure::keep_asleep(Sleeper& sleeper, Error& failure, const Error& why) 
     try {
       const driver::ContextScope scope(allocator_.driver(), record.device);
       if (lane != nullptr) lane->device->settle();
-      allocator_.driver().fence(record.device);  // copies into it may still run
+      allocator_.driver().fence(record.memory.access());  // copies into it may still run
       record.memory.unmap();
       record.memory.release_physical();
     } catch (const Error&) {
       // It stays held, is counted as unreleased, and the next wake copies into it again.
       failure.secondary.push_back("its device memory could not be given back");
-      if (sleeper.image != nullptr) allocator_.strand(sleeper.image);
+      if (sleeper.image != nullptr) allocator_.strand(sleeper.image, sleeper.record->device);
     }
   }
   allocator_.records().update([&] {
@@ -463,7 +463,7 @@ void Departure::forget_overwritten() {
   for (Sleeper& sleeper : sleepers_) {
     Lane* lane = lanes_.find(sleeper.record->device);
     if (sleeper.image == nullptr || lane == nullptr) continue;
-    if (lane->stuck) allocator_.strand(sleeper.image);
+    if (lane->stuck) allocator_.strand(sleeper.image, sleeper.record->device);
     if (sleeper.fresh) continue;
     std::shared_ptr<backup::Image> dropped;
     allocator_.records().update([&] {

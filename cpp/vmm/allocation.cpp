@@ -21,7 +21,7 @@ Allocation::Allocation(driver::Driver driver, Ledger& ledger,
 
 Allocation::Allocation(driver::Driver driver, OrdinaryMemory&& memory, int device,
                        std::size_t bytes)
-    : driver_(driver), bytes_(bytes), ordinary_(std::move(memory)) {
+    : driver_(driver), bytes_(bytes), access_{device}, ordinary_(std::move(memory)) {
   properties_.device = device;
 }
 

@@ -44,6 +44,8 @@ class Allocation {
     return ordinary_ ? ordinary_->held() : physical_ && physical_->held();
   }
   bool is_ordinary() const noexcept { return ordinary_.has_value(); }
+  // The devices that may use it.
+  const std::vector<int>& access() const noexcept { return access_; }
   // What its memory is made with at each wake; of ordinary memory only the device.
   const cumempool_memory_properties& properties() const noexcept { return properties_; }
   // What the driver exports; only while it holds physical memory, which is not ordinary.

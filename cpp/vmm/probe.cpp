@@ -59,7 +59,7 @@ void write_and_read_back(driver::Driver driver, int device, const MemoryKind& ki
   driver.fill(device, granule.address(), kPattern, bytes, 0);
   driver.copy_to_host(device, page.data(), granule.address(), bytes, 0);
   driver.stream_synchronize(device, 0);
-  driver.fence(device);
+  driver.fence({device});
   if (!std::all_of(page.data(), page.data() + bytes, [](auto byte) { return byte == kPattern; })) {
     throw Error(CUMEMPOOL_DRIVER_ERROR, "memory read back does not hold what was written");
   }

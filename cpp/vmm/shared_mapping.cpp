@@ -45,10 +45,7 @@ void SharedParts::open(std::uint32_t handle_type, const void* exported, cumempoo
 void SharedParts::give_back() {
   const auto& table = driver.table();
   if (mapping) {
-    if (mapping->accessible()) {
-      const driver::ContextScope scope(driver, device);
-      driver.fence(device);
-    }
+    if (mapping->accessible()) driver.fence({device});
     driver::check(table, "unmap", mapping->release(), device, range.bytes());
     mapping.reset();
   }

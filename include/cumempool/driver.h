@@ -9,9 +9,9 @@
  *  C2  Entries may be called from any thread at the same time.
  *  C3  Groups of entries marked [context] need the calling thread's innermost context_enter to
  *      be of that device; elsewhere they fail with CUMEMPOOL_RESULT_INVALID_CONTEXT. The others
- *      need only init().
+ *      need only init(), fence() among them.
  *  C4  Inside context_enter/context_leave, no entry disturbs a stream capture that is under way
- *      on any stream of any thread.
+ *      on any stream of any thread. fence() disturbs none anywhere.
  *  C5  Sizes and addresses of reserve, create, map, set_access, unmap and unreserve are
  *      multiples of granularity(); others fail with CUMEMPOOL_RESULT_INVALID_VALUE, as does 0
  *      bytes. map takes a whole handle; part of one fails (libcuda says
@@ -28,8 +28,10 @@
  *      both sides valid until then. Commands of one stream run in order; streams do not wait
  *      for each other unless they are told to (stream_wait_event). The host side of a copy lies
  *      in a single host_register range.
- *  C10 fence() returns when all work submitted to the device before the call, on any stream, by
- *      any thread of the process, has finished. Captured work is not submitted work.
+ *  C10 fence() returns when all work submitted to each of the devices before the call, on any
+ *      stream, by any thread of the process, has finished. Captured work is not submitted work. A
+ *      device whose primary context is not active has no work. A device that fails does not keep
+ *      the call from waiting for the others; the result is the first failure.
  *  C11 unmap, release and unreserve do not wait for work in flight: the caller fences first.
  *  C12 Running out of device memory is CUMEMPOOL_RESULT_OUT_OF_MEMORY from create (on some
  *      drivers from map or set_access) and leaves the driver usable.
@@ -131,7 +133,7 @@ typedef enum cumempool_access {
   CUMEMPOOL_ACCESS_READ_WRITE = 3
 } cumempool_access;
 
-#define CUMEMPOOL_DRIVER_VERSION 2u
+#define CUMEMPOOL_DRIVER_VERSION 3u
 
 /* Addresses and sizes that digest() takes are multiples of this. */
 enum { CUMEMPOOL_DIGEST_ALIGNMENT = 16 };
@@ -241,8 +243,9 @@ typedef struct cumempool_driver {
    * ready; CUMEMPOOL_RESULT_NOT_SUPPORTED where the device cannot run it. */
   cumempool_result (*digest)(void *self, int device, uint64_t seed, const cumempool_extent *extents,
                              size_t count, cumempool_digest *digests, cumempool_stream stream);
-  /* [context] Waits for all submitted work of the device (C10). */
-  cumempool_result (*fence)(void *self, int device);
+  /* Waits for all submitted work of the listed devices (C10). Needs no context_enter (C3), and none
+   * of the contexts held. */
+  cumempool_result (*fence)(void *self, const int *devices, size_t count);
 } cumempool_driver;
 
 #ifdef __cplusplus

@@ -212,7 +212,7 @@ TEST_P(DigestConformance, C14_ArraysLieInRegisteredMemory) {
   EXPECT_NE(result_of(nullptr, results), CUMEMPOOL_RESULT_SUCCESS);
   EXPECT_NE(result_of(extents, nullptr), CUMEMPOOL_RESULT_SUCCESS);
   EXPECT_EQ(result_of(extents, results), CUMEMPOOL_RESULT_SUCCESS);
-  must(CALL(table(), fence, 0), "fence");
+  must(fence(table(), 0), "fence");
   EXPECT_EQ(*results, on_cpu(bytes(), 4096));
 }
 

@@ -29,6 +29,10 @@ inline bool gpu_required() {
   return value != nullptr && std::string(value) == "1";
 }
 
+inline cumempool_result fence(const cumempool_driver& table, int device) {
+  return CALL(table, fence, &device, std::size_t{1});
+}
+
 constexpr cumempool_access kRead = CUMEMPOOL_ACCESS_READ;
 constexpr cumempool_access kReadWrite = CUMEMPOOL_ACCESS_READ_WRITE;
 

@@ -144,7 +144,7 @@ TEST_P(DriverConformance, C2_ThreadsUseTheTableAtTheSameTime) {
   EXPECT_EQ(good, std::vector<int>(thread_count, rounds));
 }
 
-constexpr int kContextEntries = 19;
+constexpr int kContextEntries = 18;
 
 // Calls every [context] entry with what would be good arguments inside; returns how many said 201.
 int count_invalid_context(const cumempool_driver& table, const Block& block,
@@ -171,7 +171,6 @@ int count_invalid_context(const cumempool_driver& table, const Block& block,
            stream.get()),
       CALL(table, fill, 0, block.address(), std::uint8_t{1}, std::size_t{1}, stream.get()),
       CALL(table, digest, 0, std::uint64_t{1}, extents, std::size_t{1}, digests, stream.get()),
-      CALL(table, fence, 0),
       CALL(table, event_query, 0, event.get()),
       CALL(table, stream_wait_event, 0, stream.get(), event.get()),
       CALL(table, stream_synchronize, 0, stream.get()),
@@ -205,9 +204,10 @@ TEST_P(DriverConformance, C3_ContextEntriesFailInsideAnotherDevicesContext) {
     const Inside other(table(), 1);
     EXPECT_EQ(count_invalid_context(table(), block, pages, stream, event), kContextEntries);
     const Inside again(table(), 0);
-    EXPECT_EQ(CALL(table(), fence, 0), CUMEMPOOL_RESULT_SUCCESS);
+    EXPECT_EQ(CALL(table(), stream_synchronize, 0, cumempool_stream{0}), CUMEMPOOL_RESULT_SUCCESS);
   }
-  EXPECT_EQ(CALL(table(), fence, 0), CUMEMPOOL_RESULT_SUCCESS) << "restored by context_leave";
+  EXPECT_EQ(CALL(table(), stream_synchronize, 0, cumempool_stream{0}), CUMEMPOOL_RESULT_SUCCESS)
+      << "restored by context_leave";
   EXPECT_EQ(CALL(table(), context_release, 1), CUMEMPOOL_RESULT_SUCCESS);
 }
 
@@ -226,13 +226,13 @@ TEST_P(DriverConformance, C3_RetainsAreCountedAndContextsNest) {
   must(CALL(table(), context_retain, 0), "context_retain");
   {
     const Inside once_more(table());
-    EXPECT_EQ(CALL(table(), fence, 0), CUMEMPOOL_RESULT_SUCCESS);
+    EXPECT_EQ(CALL(table(), stream_synchronize, 0, cumempool_stream{0}), CUMEMPOOL_RESULT_SUCCESS);
   }
   must(CALL(table(), context_release, 0), "context_release");
   int active = 0;
   EXPECT_EQ(CALL(table(), context_active, 0, &active), CUMEMPOOL_RESULT_SUCCESS);
   EXPECT_EQ(active, 1);
-  EXPECT_EQ(CALL(table(), fence, 0), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(CALL(table(), stream_synchronize, 0, cumempool_stream{0}), CUMEMPOOL_RESULT_SUCCESS);
 }
 
 // ---- granularity and exact pairs ------------------------------------------------------------

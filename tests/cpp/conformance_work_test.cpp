@@ -263,7 +263,7 @@ TEST_P(DriverConformance, C9_HostSideLiesInOneRegisteredRange) {
   must(CALL(table(), fill, 0, block.address(), std::uint8_t{9}, granule(), kLegacyStream), "fill");
   must(CALL(table(), copy_to_host, 0, pages.data(), block.address(), half, kLegacyStream), "copy");
   must(CALL(table(), copy_to_host, 0, border, block.address() + half, half, kLegacyStream), "copy");
-  must(CALL(table(), fence, 0), "fence");
+  must(fence(table(), 0), "fence");
   EXPECT_TRUE(pages.all_are(9)) << "split at the border";
   must(CALL(table(), host_unregister, 0, pages.data()), "host_unregister");
   EXPECT_EQ(CALL(table(), host_unregister, 0, border), CUMEMPOOL_RESULT_SUCCESS);
@@ -349,7 +349,7 @@ TEST_P(DriverConformance, C10_FenceWaitsForEveryStream) {
               streams[i]),
          "copy_to_host");
   }
-  must(CALL(table(), fence, 0), "fence");
+  must(fence(table(), 0), "fence");
   for (std::uint8_t i = 0; i < stream_count; ++i) {
     EXPECT_TRUE(back.all_are(i * granule(), granule(), static_cast<std::uint8_t>(i + 1))) << int{i};
   }
@@ -370,8 +370,52 @@ TEST_P(DriverConformance, C10_FenceWaitsForTheWorkOfOtherThreads) {
       ADD_FAILURE() << error.what();
     }
   }).join();
-  must(CALL(table(), fence, 0), "fence");
+  must(fence(table(), 0), "fence");
   EXPECT_TRUE(back.all_are(6));
+}
+
+// From a thread that is inside no context: work of another device into memory of device 0, and of
+// device 0 itself.
+TEST_P(DriverConformance, C10_FenceWaitsForEachOfTheListedDevices) {
+  int count = 0;
+  int reaches = 0;
+  must(CALL(table(), device_count, &count), "device_count");
+  if (count > 1) must(CALL(table(), peer_access, 1, 0, &reaches), "peer_access");
+  if (reaches == 0) GTEST_SKIP() << "needs two devices that reach each other's memory";
+  const Block block(table(), 2 * granule(), properties());
+  const HostBuffer back(table(), 2 * granule());
+  const std::array<int, 2> both{1, 0};
+  must(CALL(table(), set_access, block.address(), 2 * granule(), both.data(), both.size(),
+            kReadWrite),
+       "set_access");
+  must(CALL(table(), context_retain, 1), "context_retain");
+  for (const int device : both) {
+    const Inside inside(table(), device);
+    const std::size_t at = device == 1 ? granule() : 0;
+    const cumempool_stream legacy = 0;
+    must(CALL(table(), fill, device, block.address() + at, std::uint8_t{8}, granule(), legacy),
+         "fill");
+    must(CALL(table(), copy_to_host, device, back.data() + at, block.address() + at, granule(),
+              legacy),
+         "copy_to_host");
+  }
+  cumempool_result result = CUMEMPOOL_RESULT_NOT_READY;
+  std::thread([&] { result = CALL(table(), fence, both.data(), both.size()); }).join();
+  must(result, "fence");
+  EXPECT_TRUE(back.all_are(8));
+  must(CALL(table(), context_release, 1), "context_release");
+}
+
+TEST_P(DriverConformance, C10_ADeviceThatNobodyUsesCostsTheFenceNothing) {
+  int count = 0;
+  must(CALL(table(), device_count, &count), "device_count");
+  int active = 0;
+  const int last = count - 1;
+  must(CALL(table(), context_active, last, &active), "context_active");
+  if (active != 0) GTEST_SKIP() << "needs a device without a context";
+  must(fence(table(), last), "fence");
+  must(CALL(table(), context_active, last, &active), "context_active");
+  EXPECT_EQ(active, 0) << "no context was made for it";
 }
 
 TEST_P(DriverConformance, C10_FenceWaitsForStreamsThatWereDestroyed) {
@@ -383,7 +427,7 @@ TEST_P(DriverConformance, C10_FenceWaitsForStreamsThatWereDestroyed) {
     must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
          "copy_to_host");
   }
-  must(CALL(table(), fence, 0), "fence");
+  must(fence(table(), 0), "fence");
   EXPECT_TRUE(back.all_are(7));
 }
 
@@ -395,10 +439,10 @@ TEST_P(DriverConformance, C11_AfterAFenceMemoryMayGo) {
     must(CALL(table(), fill, 0, block.address(), round, granule(), stream.get()), "fill");
     must(CALL(table(), copy_to_host, 0, back.data(), block.address(), granule(), stream.get()),
          "copy_to_host");
-    must(CALL(table(), fence, 0), "fence");
+    must(fence(table(), 0), "fence");
   }
   EXPECT_TRUE(back.all_are(5));
-  EXPECT_EQ(CALL(table(), fence, 0), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_EQ(fence(table(), 0), CUMEMPOOL_RESULT_SUCCESS);
 }
 
 }  // namespace

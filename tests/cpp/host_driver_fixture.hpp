@@ -13,6 +13,8 @@
 
 namespace cumempool::driver {
 
+using conformance::fence;
+
 constexpr std::size_t kGranule = 64u << 10;
 constexpr std::size_t kBudget = 16 * kGranule;
 constexpr cumempool_stream kLegacyStream = 0;

@@ -84,7 +84,7 @@ TEST_F(HostDriverMemoryTest, AllocationsHaveTheirBytesAndNoMore) {
   EXPECT_EQ(fill(memory.address(), 1, kGranule + 101), CUMEMPOOL_RESULT_INVALID_VALUE);
   EXPECT_EQ(fill(memory.address() - 1, 1, 2), CUMEMPOOL_RESULT_INVALID_VALUE);
   must(fill(memory.address(), 1, kGranule + 100), "fill");
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
   EXPECT_EQ(byte_at(memory.address()), 1);
   EXPECT_EQ(byte_at(memory.address() + kGranule + 99), 1);
   EXPECT_TRUE(cpu_may_write(memory.address()));
@@ -217,7 +217,7 @@ TEST_F(HostDriverMemoryTest, C8_WritesWithReadAccessAreRefused) {
        "copy_on_device");
   must(CALL(table_, copy_to_host, 0, pages.data(), block.address(), kGranule, kLegacyStream),
        "copy_to_host");
-  EXPECT_EQ(CALL(table_, fence, 0), CUMEMPOOL_RESULT_SUCCESS) << "refused, not submitted";
+  EXPECT_EQ(fence(table_, 0), CUMEMPOOL_RESULT_SUCCESS) << "refused, not submitted";
 }
 
 TEST_F(HostDriverMemoryTest, C8_WritesThatLostTheirAccessBreakTheDevice) {
@@ -233,7 +233,7 @@ TEST_F(HostDriverMemoryTest, C8_WritesThatLostTheirAccessBreakTheDevice) {
                           kGranule, kLegacyStream),
          "write");
     must(give_access(range.address(), 0, kRead), "set_access");
-    EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress) << kind;
+    EXPECT_EQ(fence(table_, 0), kIllegalAddress) << kind;
     EXPECT_EQ(byte_at(range.address()), before) << kind;
     renew_context();
   }
@@ -246,11 +246,11 @@ TEST_F(HostDriverMemoryTest, C8_ReadsThatLostOnlyTheirAccessToWriteGoOn) {
   const Block block(table_, kGranule, properties_);
   const HostBuffer pages(table_, kGranule);
   must(fill(block.address(), 9), "fill");
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
   must(CALL(table_, copy_to_host, 0, pages.data(), block.address(), kGranule, kLegacyStream),
        "copy_to_host");
   must(give_access(block.address(), 0, kRead), "set_access");
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
   EXPECT_TRUE(pages.all_are(9));
 }
 
@@ -300,7 +300,7 @@ TEST_F(HostDriverMemoryTest, C8_EachMappingOfAnImportHasAnAccessOfItsOwn) {
   EXPECT_FALSE(cpu_may_write(imported_range.address()));
   EXPECT_EQ(fill(imported_range.address(), 1), CUMEMPOOL_RESULT_INVALID_VALUE);
   must(fill(range.address(), 2), "fill");
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
   EXPECT_EQ(byte_at(imported_range.address()), 2);
   must(CALL(table_, unmap, imported_range.address(), kGranule), "unmap");
   must(CALL(table_, unmap, range.address(), kGranule), "unmap");

@@ -291,7 +291,9 @@ TEST_F(HostDriverTest, ObjectsAreLostWithTheirContextAndCountedAsLeaks) {
   must(CALL(table_, stream_create, 0, &stream), "stream_create");
   must(CALL(table_, event_create, 0, &event), "event_create");
   must(CALL(table_, context_release, 0), "context_release");
-  EXPECT_EQ(CALL(table_, fence, 0), CUMEMPOOL_RESULT_INVALID_CONTEXT);
+  std::uint64_t free = 0;
+  EXPECT_EQ(CALL(table_, memory_info, 0, &free, &free), CUMEMPOOL_RESULT_INVALID_CONTEXT);
+  EXPECT_EQ(fence(table_, 0), CUMEMPOOL_RESULT_SUCCESS) << "no context, no work";
   must(CALL(table_, context_retain, 0), "context_retain");
   EXPECT_EQ(CALL(table_, stream_destroy, 0, stream), CUMEMPOOL_RESULT_INVALID_HANDLE);
   EXPECT_EQ(CALL(table_, event_destroy, 0, event), CUMEMPOOL_RESULT_INVALID_HANDLE);
@@ -339,7 +341,7 @@ TEST_F(HostDriverTest, C9_EventsRunNothingThatWasSubmittedAfterThem) {
   must(fill(block.address(), 2), "fill");
   must(CALL(table_, event_synchronize, 0, event.get()), "event_synchronize");
   EXPECT_EQ(first_byte(block), 1);
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
   EXPECT_EQ(first_byte(block), 2);
 }
 
@@ -356,7 +358,7 @@ TEST_F(HostDriverTest, C9_EachQueryRunsOneCommandOfTheEvent) {
   EXPECT_EQ(first_byte(block), 2);
   EXPECT_EQ(CALL(table_, event_query, 0, event.get()), CUMEMPOOL_RESULT_SUCCESS);
   EXPECT_EQ(first_byte(block), 2) << "not what came after";
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
 }
 
 TEST_F(HostDriverTest, C9_AStreamThatWaitsRunsWhatItWaitsForAndNoMore) {
@@ -373,7 +375,7 @@ TEST_F(HostDriverTest, C9_AStreamThatWaitsRunsWhatItWaitsForAndNoMore) {
   must(CALL(table_, stream_synchronize, 0, second.get()), "stream_synchronize");
   EXPECT_EQ(first_byte(block), 1);
   EXPECT_EQ(host_driver_counters(&table_).queued_commands, 1u);
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
 }
 
 TEST_F(HostDriverTest, WaitsForWhatIsDoneLeaveNoWork) {
@@ -399,21 +401,21 @@ TEST_F(HostDriverTest, C9_ADigestReadsAndWritesWhenItRuns) {
   EXPECT_EQ(*result, cumempool_digest{}) << "deferred";
   extent->bytes = 32;
   std::memset(reinterpret_cast<void*>(block.address()), 5, 32);  // NOLINT
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
   const std::vector<std::byte> fives(32, std::byte{5});
   EXPECT_EQ(*result, digest(1, fives.data(), fives.size()));
 }
 
-TEST_F(HostDriverTest, C10_FenceIsForOneDevice) {
+TEST_F(HostDriverTest, C10_FenceIsForTheListedDevicesAlone) {
   const Block block(table_, kGranule, properties_);
   must(fill(block.address(), 1), "fill");
   must(CALL(table_, context_retain, 1), "context_retain");
   {
     const Inside other(table_, 1);
-    must(CALL(table_, fence, 1), "fence");
+    must(fence(table_, 1), "fence");
     EXPECT_NE(first_byte(block), 1);
   }
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
   EXPECT_EQ(first_byte(block), 1);
 }
 
@@ -427,7 +429,7 @@ TEST_F(HostDriverTest, C9_UnregisteringRunsOnlyUpToTheLastUse) {
   EXPECT_EQ(first_byte(block), 0);
   EXPECT_EQ(host_driver_counters(&table_).queued_commands, 1u);
   munmap(pages, kGranule);
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
 }
 
 TEST_F(HostDriverTest, C9_CopiesOfHostMemoryThatIsNotRegisteredAreRefused) {
@@ -495,10 +497,10 @@ TEST_F(HostDriverTest, CapturingStreamsTakeNoWork) {
             CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED);
   EXPECT_EQ(CALL(table_, stream_synchronize, 0, stream.get()),
             CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED);
-  EXPECT_EQ(CALL(table_, fence, 0), CUMEMPOOL_RESULT_SUCCESS) << "C4";
+  EXPECT_EQ(fence(table_, 0), CUMEMPOOL_RESULT_SUCCESS) << "C4";
   ASSERT_TRUE(host_driver_set_capturing(&table_, 0, stream.get(), false));
   must(fill(block.address(), 1, kGranule, stream.get()), "fill");
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
 }
 
 TEST_F(HostDriverTest, CapturingStreamsNeitherWaitNorComputeDigests) {
@@ -549,7 +551,7 @@ TEST_F(TwoHostDevicesTest, C8_ACopyNeedsAccessOnBothSides) {
   must(CALL(table_, set_access, there.address(), kGranule, &first, std::size_t{1}, kReadWrite),
        "set_access");
   must(copy(here.address(), there.address()), "copy_on_device");
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
 }
 
 TEST_F(TwoHostDevicesTest, C8_ADigestNeedsAccessOfItsDevice) {
@@ -560,6 +562,32 @@ TEST_F(TwoHostDevicesTest, C8_ADigestNeedsAccessOfItsDevice) {
   EXPECT_EQ(CALL(table_, digest, 0, std::uint64_t{1}, extent, std::size_t{1},
                  reinterpret_cast<cumempool_digest*>(extent + 1), kLegacyStream),
             CUMEMPOOL_RESULT_INVALID_VALUE);
+}
+
+TEST_F(TwoHostDevicesTest, C10_ADeviceThatFailsKeepsTheFenceFromNoOther) {
+  const Range range(table_, kGranule);
+  map_at(table_, range.address(), kGranule, create(kGranule));
+  const Block there(table_, kGranule, elsewhere_);
+  must(fill(range.address(), 1), "fill");
+  {
+    const Inside other(table_, 1);
+    must(CALL(table_, fill, 1, there.address(), std::uint8_t{1}, kGranule, stream_), "fill");
+  }
+  must(CALL(table_, unmap, range.address(), kGranule), "unmap");
+  const std::array<int, 2> both{0, 1};
+  EXPECT_EQ(CALL(table_, fence, both.data(), both.size()), kIllegalAddress);
+  EXPECT_EQ(first_byte(there), 1) << "waited for all the same";
+}
+
+TEST_F(TwoHostDevicesTest, C10_AFenceOfADeviceThatDoesNotExistWaitsForNone) {
+  const Block block(table_, kGranule, properties_);
+  must(fill(block.address(), 1), "fill");
+  const std::array<int, 2> devices{0, 2};
+  EXPECT_EQ(CALL(table_, fence, devices.data(), devices.size()), CUMEMPOOL_RESULT_INVALID_DEVICE);
+  EXPECT_NE(first_byte(block), 1);
+  EXPECT_EQ(CALL(table_, fence, nullptr, std::size_t{1}), CUMEMPOOL_RESULT_INVALID_VALUE);
+  EXPECT_EQ(CALL(table_, fence, nullptr, std::size_t{0}), CUMEMPOOL_RESULT_SUCCESS);
+  must(fence(table_, 0), "fence");
 }
 
 TEST_F(TwoHostDevicesTest, DevicesWithoutALinkDoNotReachEachOther) {
@@ -589,7 +617,7 @@ TEST_F(TwoHostDevicesTest, EventsOfAnotherDeviceAreWaitedForButNotAskedAbout) {
   EXPECT_EQ(CALL(table_, event_query, 0, event_), CUMEMPOOL_RESULT_INVALID_HANDLE);
   must(CALL(table_, stream_wait_event, 0, stream.get(), event_), "stream_wait_event");
   EXPECT_NE(first_byte(there), 1);
-  must(CALL(table_, fence, 0), "fence");
+  must(fence(table_, 0), "fence");
   EXPECT_EQ(first_byte(there), 1) << "the fence of one device ran what its work waits for";
   EXPECT_EQ(CALL(table_, stream_wait_event, 0, stream.get(), cumempool_event{1}),
             CUMEMPOOL_RESULT_INVALID_HANDLE);
@@ -612,9 +640,9 @@ TEST_F(TwoHostDevicesTest, C11_WorkThatWaitsForABrokenDeviceBreaksToo) {
   must(CALL(table_, stream_wait_event, 0, stream, event_), "stream_wait_event");
   must(CALL(table_, unmap, range.address(), kGranule), "unmap");
   EXPECT_EQ(CALL(table_, stream_synchronize, 0, stream), kIllegalAddress);
-  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
+  EXPECT_EQ(fence(table_, 0), kIllegalAddress);
   const Inside other(table_, 1);
-  EXPECT_EQ(CALL(table_, fence, 1), kIllegalAddress);
+  EXPECT_EQ(fence(table_, 1), kIllegalAddress);
 }
 
 TEST_F(TwoHostDevicesTest, DriverPassesWorkOnAndSaysWhetherAnEventIsDone) {
@@ -671,7 +699,7 @@ TEST_F(TwoHostDevicesTest, C2_DevicesThatWaitForEachOtherComeToAnEnd) {
     threads.emplace_back([&, device = i % 2] {
       try {
         const Inside inside(table_, device);
-        EXPECT_EQ(CALL(table_, fence, device), CUMEMPOOL_RESULT_SUCCESS);
+        EXPECT_EQ(fence(table_, device), CUMEMPOOL_RESULT_SUCCESS);
       } catch (const std::runtime_error& error) {
         ADD_FAILURE() << error.what();
       }
@@ -689,7 +717,7 @@ TEST_F(HostDriverTest, C9_DeviceSideLiesInMappedMemory) {
   EXPECT_EQ(fill(nothing_mapped.address(), 1), CUMEMPOOL_RESULT_INVALID_VALUE);
   const Block block(table_, kGranule, properties_);
   EXPECT_EQ(fill(block.address() + 1, 1), CUMEMPOOL_RESULT_INVALID_VALUE) << "one byte too far";
-  EXPECT_EQ(CALL(table_, fence, 0), CUMEMPOOL_RESULT_SUCCESS) << "refused, not submitted";
+  EXPECT_EQ(fence(table_, 0), CUMEMPOOL_RESULT_SUCCESS) << "refused, not submitted";
 }
 
 TEST_F(HostDriverTest, C11_WorkIntoUnmappedMemoryBreaksTheDevice) {
@@ -704,18 +732,18 @@ TEST_F(HostDriverTest, C11_WorkIntoUnmappedMemoryBreaksTheDevice) {
   std::uint64_t total = 0;
   cumempool_physical another = 0;
   cumempool_stream stream = 0;
-  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress) << "it sticks";
+  EXPECT_EQ(fence(table_, 0), kIllegalAddress) << "it sticks";
   EXPECT_EQ(CALL(table_, memory_info, 0, &free, &total), kIllegalAddress);
   EXPECT_EQ(CALL(table_, stream_create, 0, &stream), kIllegalAddress);
   EXPECT_EQ(CALL(table_, create, kGranule, &properties_, &another), kIllegalAddress);
   must(CALL(table_, context_retain, 1), "context_retain");
   {
     const Inside other(table_, 1);
-    EXPECT_EQ(CALL(table_, fence, 1), CUMEMPOOL_RESULT_SUCCESS) << "other devices go on";
+    EXPECT_EQ(fence(table_, 1), CUMEMPOOL_RESULT_SUCCESS) << "other devices go on";
   }
   must(CALL(table_, context_release, 0), "context_release");
   must(CALL(table_, context_retain, 0), "context_retain");
-  EXPECT_EQ(CALL(table_, fence, 0), CUMEMPOOL_RESULT_SUCCESS) << "a new context";
+  EXPECT_EQ(fence(table_, 0), CUMEMPOOL_RESULT_SUCCESS) << "a new context";
 }
 
 TEST_F(HostDriverTest, C11_WorkIntoMemoryThatWasMappedAgainBreaksTheDevice) {
@@ -725,7 +753,7 @@ TEST_F(HostDriverTest, C11_WorkIntoMemoryThatWasMappedAgainBreaksTheDevice) {
   must(fill(range.address(), 1), "fill");
   must(CALL(table_, unmap, range.address(), kGranule), "unmap");
   map_at(table_, range.address(), kGranule, physical);
-  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
+  EXPECT_EQ(fence(table_, 0), kIllegalAddress);
   must(CALL(table_, unmap, range.address(), kGranule), "unmap");
 }
 
@@ -735,7 +763,7 @@ TEST_F(HostDriverTest, C9_HostMemoryThatIsGoneBreaksTheDeviceNotTheProcess) {
   must(CALL(table_, host_register, 0, pages, kGranule), "host_register");
   must(CALL(table_, copy_to_host, 0, pages, block.address(), kGranule, kLegacyStream), "copy");
   munmap(pages, kGranule);
-  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
+  EXPECT_EQ(fence(table_, 0), kIllegalAddress);
 }
 
 TEST_F(HostDriverTest, C11_ADigestOfUnmappedMemoryBreaksTheDevice) {
@@ -749,7 +777,7 @@ TEST_F(HostDriverTest, C11_ADigestOfUnmappedMemoryBreaksTheDevice) {
   must(CALL(table_, digest, 0, std::uint64_t{1}, extent, std::size_t{1}, result, kLegacyStream),
        "digest");
   must(CALL(table_, unmap, range.address(), kGranule), "unmap");
-  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
+  EXPECT_EQ(fence(table_, 0), kIllegalAddress);
   EXPECT_EQ(*result, cumempool_digest{});
   must(CALL(table_, context_release, 0), "context_release");
   must(CALL(table_, context_retain, 0), "context_retain");  // for the owners above
@@ -765,7 +793,7 @@ TEST_F(HostDriverTest, C9_ADigestWhoseArraysAreGoneBreaksTheDeviceNotTheProcess)
             reinterpret_cast<cumempool_digest*>(extent + 1), kLegacyStream),
        "digest");
   munmap(pages, 4096);
-  EXPECT_EQ(CALL(table_, fence, 0), kIllegalAddress);
+  EXPECT_EQ(fence(table_, 0), kIllegalAddress);
 }
 
 // ---- what the system refuses ----------------------------------------------------------------

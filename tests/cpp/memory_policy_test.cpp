@@ -456,6 +456,50 @@ TEST_F(Peers, ListedDevicesReachTheMemoryAlsoAfterAWake) {
   EXPECT_TRUE(reaches(2, address));
 }
 
+TEST_F(Peers, R5_SleepWaitsForTheWorkOfPeers) {
+  must(pool.set_memory("kv", kVmm, {1}));
+  const cumempool_address address = filled("kv", 1);
+  UserStream peer(host, 1);
+  peer.fill(address, kBytes, 7);
+  must(pool.sleep("kv", kOffload).status);
+  EXPECT_EQ(host.counters().queued_commands, 0U);
+  must(pool.wake().status);
+  EXPECT_TRUE(all_are(address, kBytes, 7)) << "what the peer wrote is in the backup";
+  EXPECT_TRUE(reaches(1, address)) << "and the peer is intact";
+}
+
+TEST_F(Peers, R5_FreeWaitsForTheWorkOfPeers) {
+  must(pool.set_memory("kv", kVmm, {1}));
+  const cumempool_address address = filled("kv", 1);
+  UserStream peer(host, 1);
+  peer.fill(address, kBytes, 7);
+  must(cumempool_free(address));
+  EXPECT_EQ(host.counters().queued_commands, 0U);
+  EXPECT_EQ(host.counters().mapped_bytes, 0U);
+}
+
+TEST_F(Peers, R5_CloseByForceWaitsForTheWorkOfPeers) {
+  must(pool.set_memory("kv", kVmm, {1}));
+  const cumempool_address address = filled("kv", 1);
+  {
+    UserStream peer(host, 1);
+    peer.fill(address, kBytes, 7);
+    must(pool.close(true));
+    EXPECT_EQ(host.counters().queued_commands, 0U);
+  }
+  must(cumempool_free(address));
+}
+
+TEST_F(Peers, R5_APeerThatNobodyUsesIsNotWaitedFor) {
+  must(pool.set_memory("kv", kVmm, {1}));
+  const cumempool_address address = filled("kv", 1);
+  EXPECT_EQ(host.counters().retained_contexts, 1U);
+  must(pool.sleep("kv", kOffload).status);
+  must(pool.wake().status);
+  must(cumempool_free(address));
+  EXPECT_EQ(host.counters().retained_contexts, 1U);
+}
+
 TEST_F(Peers, AllReachTheMemoryAlsoAfterAWake) {
   must(pool.set_memory("kv", kVmm, {}, true));
   const cumempool_address address = filled("kv", 1, 1);
