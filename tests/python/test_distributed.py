@@ -33,6 +33,7 @@ from cumempool import (
     distributed,
 )
 from cumempool.distributed import GroupReport, StoreGroup
+from cumempool.distributed.store import Channel
 
 # A server that has imported torch once, and from which processes are forked that use nothing of it.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -93,6 +94,13 @@ class Threads:
                 self.group(rank), allocator=self.allocators[rank], timeout=timeout
             )
         )
+
+    def wait_for_others(self, number: int) -> None:
+        """Waits until ranks 0 and 2 are in a round: who comes later takes rank 1 to be late."""
+        keys = [f"cumempool/ranks/{number}/here/{rank}" for rank in (0, 2)]
+        deadline = time.monotonic() + PATIENCE
+        while not self.store.check(keys) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def asleep(self) -> list[bool]:
         return [not a.stats().awake_bytes for a in self.allocators]
@@ -407,9 +415,147 @@ def test_a_rank_that_loses_the_store_goes_back(three: Threads, phase: str) -> No
 
     for rank, error in enumerate(refused(three.run(one))):
         assert error.states[rank] == "unchanged"
-        assert ("the connection is gone" in str(error)) == (rank == 1)
+        told = "the connection is gone" in str(error)
+        assert told or (rank != 1 and phase in {"decision", "end"})  # which it cannot write
     assert three.asleep() == [False] * 3
     assert all(tensor.equal(random_bytes(MIB)) for tensor in tensors)
+
+
+class OddError(BaseException):
+    """What no program expects of a store."""
+
+
+class Once:
+    """A store that raises once, in a call for one phase of one round."""
+
+    def __init__(self, store: Any, part: str, error: BaseException) -> None:
+        self.store, self.part, self.error = store, part, error
+        self.raised = False
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self.store, name)
+
+        def call(key: Any, *arguments: object) -> Any:
+            keys = [key] if isinstance(key, str) else key
+            if not self.raised and any(each.endswith(self.part) for each in keys):
+                self.raised = True
+                raise self.error
+            return real(key, *arguments)
+
+        return call
+
+
+class InterruptedChannel(Channel):
+    """A channel whose caller is interrupted once, when a call of one phase has been made."""
+
+    def __init__(self, store: Any, prefix: str, patience: float) -> None:
+        part, self.interrupt = "", False
+        if isinstance(store, Once):
+            part, store = store.part, store.store
+        self.part = part
+        super().__init__(store, prefix, patience)
+
+    def has(self, keys: Sequence[str]) -> bool:
+        self._strike(keys)
+        return super().has(keys)
+
+    def put(self, key: str, value: object) -> None:
+        self._strike([key])
+        super().put(key, value)
+
+    def exchange(self, key: str, expected: object, value: object) -> Any:
+        self._strike([key])
+        return super().exchange(key, expected, value)
+
+    def _strike(self, keys: Sequence[str]) -> None:
+        if self.part and any(f"/{key}".endswith(self.part) for key in keys):
+            self.part = ""
+            raise KeyboardInterrupt
+
+
+#: The end of a key that a rank touches in each phase; the number of the round is put in.
+PHASES = ["/round", "/{}/here/1", "/{}/vote0/1", "/{}/decision", "/{}/end/1"]
+ERRORS = [AttributeError, TypeError, KeyError, MemoryError, SystemExit, OddError, KeyboardInterrupt]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("error", [*ERRORS, None])
+def test_whatever_a_rank_meets_in_whatever_phase_all_are_told_at_once(
+    three: Threads,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException] | None,
+    phase: str,
+    number: int,
+) -> None:
+    tensors = [filled(a, MIB, "w") for a in three.allocators]
+    if number:
+        reports(three.wake_up())
+    store: Any = Once(three.store, phase.format(number), (error or OddError)("odd"))
+    if error is None:
+        monkeypatch.setattr(distributed, "Channel", InterruptedChannel)
+    fails = phase.endswith("end/1")  # a phase of rounds that are not made alone
+
+    def one(rank: int) -> GroupReport:
+        group = StoreGroup(store, 1, 3) if rank == 1 else three.group(rank)
+        if rank == 1:
+            three.wait_for_others(number)
+        with three.allocators[rank].pin("w", "a registration") if rank == 2 and fails else NO_PIN:
+            return distributed.sleep(
+                group, offload_tags="w", allocator=three.allocators[rank], timeout=PATIENCE
+            )
+
+    begun = time.monotonic()
+    outcomes = three.run(one)
+    assert time.monotonic() - begun < PATIENCE / 4, outcomes
+    slept = three.asleep()
+    assert slept in ([True] * 3, [False] * 3), outcomes
+    for rank in (0, 2):
+        assert isinstance(outcomes[rank], GroupReport if slept[0] else DistributedTransitionError)
+    if error is None:
+        assert isinstance(outcomes[1], KeyboardInterrupt)
+    elif not slept[0]:
+        assert isinstance(outcomes[1], DistributedTransitionError)
+    monkeypatch.undo()
+    reports(three.sleep("w"))  # the round after it is made
+    reports(three.wake_up())
+    assert all(tensor.equal(random_bytes(MIB)) for tensor in tensors)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_interrupt_while_a_rank_plans_is_told_at_once(three: Threads, number: int) -> None:
+    tensors = [filled(a, MIB, "w") for a in three.allocators]
+    if number:
+        reports(three.wake_up())
+
+    def interrupt(*_: object) -> None:
+        three.wait_for_others(number)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(three.allocators[1]._transitions, "turn", interrupt)
+        begun = time.monotonic()
+        outcomes = three.sleep("w", timeout=PATIENCE)
+    assert time.monotonic() - begun < PATIENCE / 4
+    assert isinstance(outcomes[1], KeyboardInterrupt)
+    for error in refused([outcomes[0], outcomes[2]]):
+        assert error.failures == {1: "was interrupted"}
+    assert three.asleep() == [False] * 3
+    reports(three.sleep("w"))
+    reports(three.wake_up())
+    del tensors
+
+
+@pytest.mark.parametrize("store", [{}, None, object()])
+def test_a_store_without_the_methods_of_one_is_refused_by_name(store: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="compare_set"):
+        StoreGroup(store, 0, 1)
+
+
+@pytest.mark.parametrize(("rank", "size", "name"), [("0", 1, "g"), (0, True, "g"), (0, 1, None)])
+def test_a_group_of_the_wrong_types_is_refused(rank: Any, size: Any, name: Any) -> None:
+    with pytest.raises(InvalidTypeError):
+        StoreGroup(dist.HashStore(), rank, size, name)
 
 
 class Altered:
@@ -446,7 +592,7 @@ def test_a_rank_that_loses_the_store_after_the_decision_says_so_and_goes_back(
     assert "tag 'pinned' has 1 pins and cannot sleep" in caught.value.failures[0]
     assert caught.value.states == {0: "unchanged"}
     assert caught.value.secondary == (
-        "the group's store failed in a compare_set: the connection is gone",
+        "the group's store failed in a compare_set: RuntimeError: the connection is gone",
     )
     assert kept.equal(random_bytes(MIB))
     assert pinned.equal(random_bytes(MIB))

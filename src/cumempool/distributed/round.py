@@ -40,7 +40,7 @@ class Round:
     size: int
     operation: str
     timeout: float
-    number: int = 0
+    number: int = -1  # not known yet
     failures: dict[int, str] = field(default_factory=dict)
     unanswered: set[int] = field(default_factory=set)
     done: list[Step] = field(default_factory=list)
@@ -56,20 +56,24 @@ class Round:
         Raises:
             DistributedTransitionError: It was not made, and was undone here.
         """
+        lost: StoreLostError | None = None
         try:
-            return self._all_or_none(plan)
-        except _AbortedError:
-            raise self._error(self._leave()) from self._take_cause()
-        except StoreLostError as error:
-            self.failures.setdefault(self.rank, f"{error}; what the others did is not known here")
-            raise self._error({self.rank: self._undo()}) from (self._take_cause() or error)
-        except BaseException:  # such as the user's Ctrl-C while this rank waits
+            try:
+                return self._all_or_none(plan)
+            except _AbortedError:
+                states = self._leave()
+            except StoreLostError as error:
+                lost = error
+                states = self._lose(error)
+        except BaseException:  # such as the user's Ctrl-C, in whatever phase
             self._give_up("was interrupted")
             raise
+        raise self._error(states) from (self._take_cause() or lost)
 
     def _all_or_none(self, plan: Callable[[], list[Step]]) -> dict[int, TransitionReport]:
-        steps = self._planned(plan)
+        # Known before anything else: whoever gives up while it plans has to say of what round.
         self._find_number()
+        steps = self._planned(plan)
         arrived = self._gather("here", {"operation": self.operation, "steps": len(steps)})
         self._check_operations(arrived)
         if self.number:
@@ -79,7 +83,7 @@ class Round:
                 self._run_step(steps[stage])
             last = [to_json(report) for report in self.reports]
             votes = self._gather(f"vote{stage}", {"reports": last})
-        if not self._decide({"commit": True})["commit"]:
+        if not self._agree():
             raise _AbortedError
         if not any(answer["steps"] for answer in arrived.values()):
             return {rank: joined(self.operation, []) for rank in arrived}
@@ -159,6 +163,14 @@ class Round:
             self._begin_next()
         return made
 
+    def _agree(self) -> bool:
+        """Decides for the round, at the second try too: the others may have, and do not go back."""
+        try:
+            return bool(self._decide({"commit": True})["commit"])
+        except StoreLostError:
+            self.channel.reopen()
+            return bool(self._decide({"commit": True})["commit"])
+
     # ---- the way back
 
     def _leave(self) -> dict[int, RankState]:
@@ -167,13 +179,16 @@ class Round:
         try:
             decision = self.channel.get(f"{self.number}/decision")
             self.unanswered.update(decision.get("unanswered", ()))
-            self.channel.put(self._key("end", self.rank), self._end(state))
+            self._tell_end(state)
             others = sorted(set(range(self.size)) - self.unanswered - {self.rank})
             if not self._wait("end", others, None):
                 self.unanswered.update(self._missing("end", others))
             ends = self._answers("end", set(others) - self.unanswered)
         except StoreLostError as error:
             self.secondary.append(str(error))
+            with contextlib.suppress(StoreLostError):
+                self.channel.reopen()
+                self._tell_end(state)
             return {self.rank: state}
         self._note_failures(ends)
         self.unanswered.discard(self.rank)
@@ -183,13 +198,34 @@ class Round:
     def _give_up(self, why: str) -> None:
         """Leaves on an exception that is none of ours: aborts, unless all have agreed before."""
         self.failures[self.rank] = why
-        made = False
-        with contextlib.suppress(StoreLostError):
-            made = self._decide({"commit": False})["commit"]
-        if not made:
+        if not self._refuse():
             state = self._undo()
             with contextlib.suppress(StoreLostError):
-                self.channel.put(self._key("end", self.rank), self._end(state))
+                self._tell_end(state)
+
+    def _lose(self, error: StoreLostError) -> dict[int, RankState]:
+        """Goes back without the store; tells the others, if it still takes that."""
+        self.failures.setdefault(self.rank, f"{error}; what the others did is not known here")
+        with contextlib.suppress(StoreLostError):
+            self.channel.reopen()
+        if self._refuse():  # the others do not go back
+            return {self.rank: "not_undone"}
+        state = self._undo()
+        with contextlib.suppress(StoreLostError):
+            self._tell_end(state)
+        return {self.rank: state}
+
+    def _refuse(self) -> bool:
+        """Decides against the round if nobody has decided; whether it is made."""
+        with contextlib.suppress(StoreLostError):
+            if self.number < 0:
+                self._find_number()
+            return bool(self._decide({"commit": False})["commit"])
+        return False
+
+    def _tell_end(self, state: RankState) -> None:
+        if self.number >= 0:
+            self.channel.put(self._key("end", self.rank), self._end(state))
 
     def _end(self, state: RankState) -> dict[str, Any]:
         failure = self.failures.get(self.rank)

@@ -12,13 +12,15 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
-from cumempool.errors import InvalidArgumentError
+from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = ["Channel", "Store", "StoreGroup", "StoreLostError"]
 
 _T = TypeVar("_T")
+
+_METHODS: Final = ("set", "get", "check", "compare_set", "delete_key")
 
 
 class Store(Protocol):
@@ -51,6 +53,7 @@ class StoreGroup:
         name: Tells groups apart that share a store.
 
     Raises:
+        InvalidTypeError: The store lacks a method of `Store`, or a field is of another type.
         InvalidArgumentError: `rank` is none of `size`.
     """
 
@@ -60,7 +63,18 @@ class StoreGroup:
     name: str = "ranks"
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Checks all fields."""
+        missing = [name for name in _METHODS if not callable(getattr(self.store, name, None))]
+        if missing:
+            raise InvalidTypeError(
+                f"a store has the methods {', '.join(_METHODS)}, and {type(self.store).__name__} "
+                f"has no {', '.join(missing)}; take a torch.distributed.TCPStore"
+            )
+        for name, value in (("rank", self.rank), ("size", self.size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InvalidTypeError(f"{name} is an int, not {value!r}")
+        if not isinstance(self.name, str):
+            raise InvalidTypeError(f"name is a str, not {self.name!r}")
         if not 0 <= self.rank < self.size:
             raise InvalidArgumentError(f"rank {self.rank} is not one of 0 to {self.size - 1}")
 
@@ -80,6 +94,7 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         self._prefix = prefix
         self._patience = patience
         self._lost = ""
+        self._silent = False
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="cumempool-store", daemon=True).start()
@@ -96,9 +111,11 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         while (call := self._calls.get()) is not None:
             future, work = call
             try:
-                future.set_result(work())
-            except (RuntimeError, ValueError, OSError) as error:
+                answer = work()
+            except BaseException as error:  # noqa: BLE001 -- whatever it is, for who waits
                 future.set_exception(error)
+            else:
+                future.set_result(answer)
 
     def _call(self, what: str, work: Callable[[], _T]) -> _T:
         if self._lost:
@@ -107,11 +124,27 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         self._calls.put((future, work))
         try:
             return future.result(self._patience)
-        except FutureTimeoutError:
-            self._lost = f"the group's store did not answer a {what} in {self._patience:g} s"
-        except (RuntimeError, ValueError, OSError) as error:
-            self._lost = f"the group's store failed in a {what}: {error}"
-        raise StoreLostError(self._lost)
+        except BaseException as error:
+            if future.done() and error is future.exception():
+                self._lost = (
+                    f"the group's store failed in a {what}: {type(error).__name__}: {error}"
+                )
+            elif isinstance(error, FutureTimeoutError):
+                self._silent = True
+                self._lost = f"the group's store did not answer a {what} in {self._patience:g} s"
+            else:  # the caller's own, such as Ctrl-C
+                raise
+            raise StoreLostError(self._lost) from error
+
+    def reopen(self) -> None:
+        """Tries again after an error, so that the others can be told.
+
+        Raises:
+            StoreLostError: The store has not answered, and its thread waits still.
+        """
+        if self._silent:
+            raise StoreLostError(self._lost)
+        self._lost = ""
 
     def put(self, key: str, value: object) -> None:
         """Writes a value, as JSON."""
@@ -125,7 +158,7 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
 
     def get(self, key: str) -> Any:
         """The value of a key that is there."""
-        return json.loads(self._call("get", lambda: self._store.get(self._prefix + key)))
+        return self._call("get", lambda: json.loads(self._store.get(self._prefix + key)))
 
     def first(self, key: str, value: object) -> Any:
         """Writes a value where there is none yet; returns what is there then."""
@@ -136,8 +169,8 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         before = "" if expected is None else json.dumps(expected)
         after = json.dumps(value)
         name = self._prefix + key
-        return json.loads(
-            self._call("compare_set", lambda: self._store.compare_set(name, before, after))
+        return self._call(
+            "compare_set", lambda: json.loads(self._store.compare_set(name, before, after))
         )
 
     def drop(self, keys: Iterable[str]) -> None:
