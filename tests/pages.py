@@ -21,6 +21,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,11 @@ def main() -> None:
         for block in blocks:
             check(block)
         return
+    if not arguments.gpu:
+        from cumempool import UnroutedWarning
+
+        # The pages are about the cuda driver; on host their scopes route nothing.
+        warnings.simplefilter("ignore", UnroutedWarning)
     names: dict[str, Any] = {"__name__": "__main__", "ROOT": ROOT}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         set_up(Path(folder), arguments.gpu)

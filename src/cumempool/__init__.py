@@ -30,6 +30,7 @@ from cumempool.errors import (
     TransitionInProgressError,
     UnavailableError,
     UnknownTagError,
+    UnroutedWarning,
     UnsupportedError,
 )
 from cumempool.guard import HookRegistration, Pin, RegistrableRange
@@ -82,6 +83,7 @@ __all__ = [
     "TransitionReport",
     "UnavailableError",
     "UnknownTagError",
+    "UnroutedWarning",
     "UnsupportedError",
     "WakeHandle",
     "__version__",

@@ -42,7 +42,7 @@ from cumempool.probe import open_driver
 from cumempool.progress import OnProgress, ProgressRegistration, ProgressWatch
 from cumempool.publishing import Publisher, publish
 from cumempool.report import TransitionReport
-from cumempool.scope import MemoryPoolScope, open_tags
+from cumempool.scope import MemoryPoolScope, NullScope, open_tags
 from cumempool.sharing import SharedMemory, install_reducers
 from cumempool.sizes import check_margin
 from cumempool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
@@ -114,6 +114,24 @@ class CuMemAllocator:
         self._graph_pools: Final = GraphPools(self._core)
         weakref.finalize(self, self._graph_pools.abandon).atexit = False
         self._has_preserved = False
+
+    @property
+    def enabled(self) -> bool:
+        """False where the configuration says ``enable_cumem_allocator=False``.
+
+        Then scopes are null scopes, `empty` gives ordinary memory, `adopt` and `preserve` leave all
+        as it is, and what would put memory to sleep is an `UnsupportedError`.
+        """
+        return self.config.enable_cumem_allocator is not False
+
+    def _check_enabled(self, operation: str) -> None:
+        if not self.enabled:
+            raise UnsupportedError(
+                f"{operation}: the allocator is switched off (enable_cumem_allocator=False), and "
+                "nothing of it can sleep; leave that setting out",
+                operation=operation,
+                advice="leave that setting out",
+            )
 
     @classmethod
     def get_instance(cls, config: CuMemConfig | None = None) -> CuMemAllocator:
@@ -202,6 +220,8 @@ class CuMemAllocator:
         """
         if not isinstance(all_threads, bool):
             raise InvalidTypeError(f"all_threads is a bool, not {all_threads!r}")
+        if not self.enabled:
+            return NullScope(self, check_tag(tag), devices, all_threads=all_threads)
         place = None if backup is None else check_backup(backup, "backup")
         self._tags.declare(tag, on_sleep, on_wake)
         if place is not None:
@@ -280,6 +300,10 @@ class CuMemAllocator:
             OutOfSlotsError: Too many scopes and graph pools are open at the same time.
             ClosedError: The allocator is closed.
         """
+        if self.config.driver == "cuda" and not self.enabled:
+            import torch
+
+            return torch.cuda.graph_pool_handle()
         self._tags.declare(tag, None, None)
         if self.config.driver != "cuda":
             raise UnsupportedError(
@@ -406,6 +430,8 @@ class CuMemAllocator:
             check_tag(gradients)
         if not isinstance(preserve_buffers, bool):
             raise InvalidTypeError(f"preserve_buffers is a bool, not {preserve_buffers!r}")
+        if not self.enabled:
+            return 0
         return adopt_object(self, what, check_tag(tag), gradients, preserve_buffers)
 
     # ---- transitions ---------------------------------------------------------------------------
@@ -447,6 +473,7 @@ class CuMemAllocator:
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
         """
+        self._check_enabled("sleep")
         actions, overrides = plan_sleep(self._core, tags, offload_tags)
         return transition.sleep(self, "sleep", actions, overrides, drop_backups=False)
 
@@ -500,6 +527,7 @@ class CuMemAllocator:
             TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
         """
+        self._check_enabled("prepare")
         actions, _ = plan_sleep(self._core, tags, offload_tags)
         return transition.prepare(self, actions, background=background)
 
@@ -511,6 +539,7 @@ class CuMemAllocator:
         Raises:
             As `sleep`.
         """
+        self._check_enabled("discard")
         actions, overrides = plan_discard(self._core, tags)
         return transition.sleep(self, "discard", actions, overrides, drop_backups=True)
 
@@ -591,6 +620,7 @@ class CuMemAllocator:
         Raises:
             As `sleep` and `wake_up`.
         """
+        self._check_enabled("swap")
         named = check_tags(sleep, "sleep")
         chosen = None if wake is None else list(check_tags(wake, "wake"))
         actions, overrides = plan_sleep(self._core, named, offload_tags)

@@ -35,7 +35,9 @@ def _driver_option(text: str) -> Callable[[_Command], _Command]:
         "--driver",
         type=click.Choice(["cuda", "host"]),
         default="cuda",
+        envvar="CUMEMPOOL_DRIVER",
         show_default=True,
+        show_envvar=True,
         help=text,
     )
 
@@ -60,7 +62,9 @@ def main() -> None:
     "--driver",
     type=click.Choice(["auto", "cuda", "host"]),
     default="auto",
+    envvar="CUMEMPOOL_DRIVER",
     show_default=True,
+    show_envvar=True,
     help="auto: cuda where a GPU can be used, else host with CPU tensors, and says so.",
 )
 @click.option(

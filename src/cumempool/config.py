@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from cumempool.backup import Backup, check_backup
-from cumempool.errors import InvalidArgumentError, InvalidTypeError
+from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnavailableError
 from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DRIVERS",
-    "RESERVED",
     "SETTINGS",
     "CuMemConfig",
     "DriverName",
@@ -37,10 +36,6 @@ DriverName = Literal["cuda", "host"]
 DRIVERS: Final[tuple[DriverName, ...]] = ("cuda", "host")
 
 _ENV_PREFIX: Final = "CUMEMPOOL_"
-#: Variables with the prefix of the settings that are none; `CuMemConfig.from_env` lets them be.
-RESERVED: Final = frozenset(
-    {"CUMEMPOOL_COMMIT", "CUMEMPOOL_REQUIRE_GPU", "CUMEMPOOL_TMS_FILES", "CUMEMPOOL_VLLM_FILES"}
-)
 
 _BOOLEANS: Final = MappingProxyType(
     {
@@ -58,6 +53,7 @@ _UNITS: Final = MappingProxyType(
     {"": 1, "B": 1}
     | {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)}
     | {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
+    | {letter: 1024**power for power, letter in enumerate("KMGT", start=1)}
 )
 _UNIT_BY_FOLDED_NAME: Final = {name.casefold(): factor for name, factor in _UNITS.items()}
 _BYTES_PATTERN: Final = re.compile(r"\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
@@ -76,6 +72,8 @@ _METAVARS: Final = MappingProxyType(
 _logger = logging.getLogger("cumempool")
 _implied_lock = fork_safe_lock()
 _implied_logged = False
+# Variables that were warned of already.
+_warned_of: set[str] = set()
 
 
 class ReportsAvailability(Protocol):
@@ -97,8 +95,9 @@ class ReportsAvailability(Protocol):
 def parse_bytes(text: str) -> int:
     """A number of bytes from text such as ``"16GiB"``, ``"512 MiB"``, ``"10GB"`` or ``"4096"``.
 
-    KiB, MiB, GiB and TiB count in powers of 1024; KB, MB, GB and TB in powers of 1000; no unit is
-    bytes. Upper and lower case are the same; a fraction is fine where it comes to whole bytes.
+    KiB, MiB, GiB and TiB count in powers of 1024, and so do K, M, G and T; KB, MB, GB and TB in
+    powers of 1000; no unit is bytes. Upper and lower case are the same; a fraction is fine where it
+    comes to whole bytes.
 
     Raises:
         InvalidArgumentError: The text is no such number, or it is not positive.
@@ -191,10 +190,14 @@ class Setting:
         """Whether it is a yes or no."""
         return self.parse is _parse_bool
 
-    @property
-    def dest(self) -> str:
+    def flag_with(self, prefix: str) -> str:
+        """The flag in a parser whose flags of this library begin with `prefix`."""
+        name = self.flag.removeprefix("--")
+        return f"--{prefix}{name.removeprefix('cumem-')}" if prefix else f"--{name}"
+
+    def dest_with(self, prefix: str) -> str:
         """The attribute of the ``argparse`` namespace."""
-        return self.flag.removeprefix("--").replace("-", "_")
+        return self.flag_with(prefix).removeprefix("--").replace("-", "_")
 
 
 #: Every setting, in the order of the fields of `CuMemConfig`.
@@ -329,9 +332,56 @@ def _read_env(setting: Setting, environ: Mapping[str, str]) -> object:
         raise InvalidArgumentError(f"environment variable {setting.env}: {error}") from None
 
 
+def _is_set(setting: Setting, environ: Mapping[str, str]) -> bool:
+    """Whether its variable has a value: an empty one, as containers pass it, is none."""
+    return bool(environ.get(setting.env, "").strip())
+
+
 def _driver_of_environment(environ: Mapping[str, str]) -> DriverName:
     setting = _setting("driver")
-    return cast(DriverName, _read_env(setting, environ)) if setting.env in environ else "cuda"
+    return cast(DriverName, _read_env(setting, environ)) if _is_set(setting, environ) else "cuda"
+
+
+def _warn_of_unknown(environ: Mapping[str, str]) -> None:
+    """Says once of each variable with the prefix of the settings that it is none."""
+    known = {setting.env for setting in SETTINGS}
+    unknown = {name for name in environ if name.startswith(_ENV_PREFIX)} - known - _warned_of
+    if unknown:
+        _warned_of.update(unknown)
+        _logger.warning(
+            "unknown environment variable %s has no effect; the known ones are %s",
+            ", ".join(sorted(unknown)),
+            ", ".join(sorted(known)),
+        )
+
+
+def _of_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that variables say, and the driver in any case."""
+    _warn_of_unknown(environ)
+    values: dict[str, Any] = {
+        setting.name: _read_env(setting, environ)
+        for setting in SETTINGS
+        if _is_set(setting, environ)
+    }
+    # Given always, so that os.environ has no say where other variables were passed.
+    values.setdefault("driver", "cuda")
+    return values
+
+
+def _missing(driver: DriverName) -> str:
+    """Why the library or libcuda cannot be loaded, or ``""``. Loads them, and starts neither."""
+    try:
+        from cumempool import _core  # noqa: F401 - that it can be loaded is the question
+    except ImportError as error:
+        return f"the extension module of cumempool cannot be loaded: {error}"
+    if driver == "cuda":
+        import ctypes  # which opens the program itself when it is imported
+
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            return f"libcuda.so.1 cannot be loaded: {error}"
+    return ""
 
 
 def _default_driver() -> DriverName:
@@ -340,13 +390,17 @@ def _default_driver() -> DriverName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CuMemConfig:
-    """The settings of an allocator. Immutable; construction touches no driver.
+    """The settings of an allocator. Immutable; construction starts no driver.
+
+    Where the allocator is switched on, by itself or by sleep mode, construction looks whether the
+    library and libcuda can be loaded; `verify` tries whether they work.
 
     Attributes:
         enable_sleep_mode: Allow memory to be put to sleep and woken. Switches the allocator on;
             that is logged once per process.
         enable_cumem_allocator: Allocate in pools of virtual memory. None follows
-            ``enable_sleep_mode``.
+            ``enable_sleep_mode``. An allocator that is made with False has null scopes, gives
+            ordinary memory, and does not sleep.
         driver: ``"cuda"`` or ``"host"``. Where it is not given, ``CUMEMPOOL_DRIVER`` decides, else
             it is ``"cuda"``.
         host_backup_limit: The most pinned host memory held for backups, in bytes; None = no limit.
@@ -366,6 +420,8 @@ class CuMemConfig:
         InvalidArgumentError: (a ``ValueError``) A value out of range, or sleep mode together with
             an explicit ``enable_cumem_allocator=False``.
         InvalidTypeError: (a ``ValueError`` and ``TypeError``) A value of the wrong type.
+        UnavailableError: (a ``ValueError``) The allocator is switched on, and the library or
+            libcuda cannot be loaded here.
     """
 
     enable_sleep_mode: bool = False
@@ -408,6 +464,10 @@ class CuMemConfig:
         _check_int("host_driver_bytes", self.host_driver_bytes, _MOST_BYTES)
         if self.enable_sleep_mode:
             self._imply_allocator()
+        if self.enable_cumem_allocator:
+            missing = _missing(self.driver)
+            if missing:
+                raise self._unavailable(missing, "install the NVIDIA driver, or use driver='host'")
 
     def _imply_allocator(self) -> None:
         if self.enable_cumem_allocator is False:
@@ -432,8 +492,8 @@ class CuMemConfig:
             availability: A result of ``cumempool.probe()``. None probes the configured driver now.
 
         Raises:
-            InvalidArgumentError: (a ``ValueError``) It cannot; the message has the reason of the
-                probe and what to do.
+            UnavailableError: (a ``ValueError``) It cannot; the message has the reason of the probe
+                and what to do.
         """
         if not self.cumem_allocator_enabled:
             return
@@ -443,14 +503,15 @@ class CuMemConfig:
 
             availability = probe(self)
         if not availability.ok:
-            asked = "enable_sleep_mode" if self.enable_sleep_mode else "enable_cumem_allocator"
-            problem = f"{asked}=True is not supported here with driver={self.driver!r}"
-            text = f"{problem}: {availability.reason or 'no reason given'}"
-            raise InvalidArgumentError(
-                f"{text}; {availability.hint}" if availability.hint else text,
-                operation="verify",
-                advice=availability.hint,
-            )
+            raise self._unavailable(availability.reason or "no reason given", availability.hint)
+
+    def _unavailable(self, reason: str, advice: str) -> UnavailableError:
+        """What is raised where the allocator is switched on and cannot be had."""
+        asked = "enable_sleep_mode" if self.enable_sleep_mode else "enable_cumem_allocator"
+        text = f"{asked}=True is not supported here with driver={self.driver!r}: {reason}"
+        return UnavailableError(
+            f"{text}; {advice}" if advice else text, operation="verify", advice=advice
+        )
 
     def verify_kv_transfer_compat(self, kv: KVTransferConfig | None, **facts: Any) -> list[str]:
         """Checks that a KV-transfer connector can work on the memory that it will be given.
@@ -490,44 +551,63 @@ class CuMemConfig:
         return CuMemAllocator.get_instance(self).use_memory_pool(tag, **policy)
 
     @staticmethod
-    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Adds the settings to a parser as a group of flags, and returns the parser."""
-        group = parser.add_argument_group("cumempool", "GPU memory that can be put to sleep")
-        for setting in SETTINGS:
-            text = f"{setting.doc} Default: {setting.default}."
-            if setting.is_switch:
-                group.add_argument(
-                    setting.flag, action=argparse.BooleanOptionalAction, default=None, help=text
-                )
-            else:
-                group.add_argument(
-                    setting.flag,
-                    type=_for_argparse(setting.parse),
-                    default=None,
-                    metavar=_METAVARS.get(setting.name, "N"),
-                    help=f"{text} Takes {setting.values}.",
-                )
+    def add_cli_args(
+        parser: argparse.ArgumentParser, *, prefix: str = ""
+    ) -> argparse.ArgumentParser:
+        """Adds the settings to a parser as a group of flags, and returns the parser.
+
+        Args:
+            parser: The parser.
+            prefix: What the flags begin with, for parsers that have one of their names already, as
+                vLLM's has ``--enable-sleep-mode``: with ``"cumem-"``, that of the first setting is
+                ``--cumem-enable-sleep-mode``.
+
+        Raises:
+            InvalidArgumentError: The parser has one of the flags already. None was added.
+        """
+        tried = argparse.ArgumentParser(
+            parents=[parser], add_help=False, conflict_handler=parser.conflict_handler
+        )
+        try:
+            _add_flags(tried, prefix)
+        except argparse.ArgumentError as error:
+            raise InvalidArgumentError(
+                f"add_cli_args: the parser has this flag already: {error}; give a prefix, such as "
+                "add_cli_args(parser, prefix='cumem-')"
+            ) from None
+        _add_flags(parser, prefix)
         return parser
 
     @classmethod
-    def from_cli_args(cls, namespace: argparse.Namespace) -> CuMemConfig:
+    def from_cli_args(
+        cls,
+        namespace: argparse.Namespace,
+        *,
+        prefix: str = "",
+        environ: Mapping[str, str] | None = None,
+    ) -> CuMemConfig:
         """The configuration of a parsed command line.
 
-        A flag that was not given leaves the default of the keyword; the environment is not read,
-        but for ``CUMEMPOOL_DRIVER``, which is the default of ``driver``.
+        A flag counts before its environment variable, and that before the default.
+
+        Args:
+            namespace: What the parser has returned.
+            prefix: As for `add_cli_args`.
+            environ: The variables; None is ``os.environ``.
 
         Raises:
-            InvalidArgumentError: As the constructor; or the parser lacks the flags of
-                `add_cli_args`.
+            InvalidArgumentError: As the constructor and `from_env`; or the parser lacks the flags
+                of `add_cli_args`.
         """
-        values: dict[str, Any] = {}
+        values = _of_environment(os.environ if environ is None else environ)
         for setting in SETTINGS:
-            if not hasattr(namespace, setting.dest):
+            dest = setting.dest_with(prefix)
+            if not hasattr(namespace, dest):
                 raise InvalidArgumentError(
-                    f"the namespace has no {setting.dest!r}: its parser needs the flags of "
+                    f"the namespace has no {dest!r}: its parser needs the flags of "
                     "CuMemConfig.add_cli_args(parser)"
                 )
-            value = getattr(namespace, setting.dest)
+            value = getattr(namespace, dest)
             if value is not None:
                 values[setting.name] = value
         return cls(**values)
@@ -536,29 +616,32 @@ class CuMemConfig:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> CuMemConfig:
         """The configuration of the ``CUMEMPOOL_*`` variables; defaults hold for those not set.
 
+        An empty variable is not set. Of one that does not exist a warning is logged, once.
+
         Args:
             environ: The variables; None is ``os.environ``.
 
         Raises:
-            InvalidArgumentError: As the constructor; a value that its variable does not take; or a
-                ``CUMEMPOOL_*`` variable that does not exist.
+            InvalidArgumentError: As the constructor; or a value that its variable does not take.
         """
-        environ = os.environ if environ is None else environ
-        known = {setting.env for setting in SETTINGS}
-        prefixed = {name for name in environ if name.startswith(_ENV_PREFIX)}
-        if unknown := sorted(prefixed - known - RESERVED):
-            raise InvalidArgumentError(
-                f"unknown environment variable {', '.join(unknown)}; the known ones are "
-                f"{', '.join(sorted(known | RESERVED))}"
+        return cls(**_of_environment(os.environ if environ is None else environ))
+
+
+def _add_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
+    group = parser.add_argument_group("cumempool", "GPU memory that can be put to sleep")
+    for setting in SETTINGS:
+        flag = setting.flag_with(prefix)
+        text = f"{setting.doc} Default: {setting.default}."
+        if setting.is_switch:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(
+                flag,
+                type=_for_argparse(setting.parse),
+                default=None,
+                metavar=_METAVARS.get(setting.name, "N"),
+                help=f"{text} Takes {setting.values}.",
             )
-        values: dict[str, Any] = {
-            setting.name: _read_env(setting, environ)
-            for setting in SETTINGS
-            if setting.env in environ
-        }
-        # Given always, so that os.environ has no say where other variables were passed.
-        values.setdefault("driver", _driver_of_environment(environ))
-        return cls(**values)
 
 
 def _for_argparse(parse: Callable[[str], object]) -> Callable[[str], object]:

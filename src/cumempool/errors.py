@@ -28,6 +28,7 @@ __all__ = [
     "TransitionInProgressError",
     "UnavailableError",
     "UnknownTagError",
+    "UnroutedWarning",
     "UnsupportedError",
     "error_from_fields",
 ]
@@ -121,9 +122,10 @@ class InvalidTypeError(InvalidArgumentError, TypeError):
     """
 
 
-class UnavailableError(CumempoolError, RuntimeError):
+class UnavailableError(CumempoolError, RuntimeError, ValueError):
     """No driver library, no device, or no virtual memory management on the device.
 
+    Also a ``ValueError``, since a `CuMemConfig` that asks for it is one that cannot be had here.
     ``cumempool.probe()`` says which of them is missing and what to do.
     """
 
@@ -288,6 +290,14 @@ class DistributedTransitionError(CumempoolError, RuntimeError):
         self.unanswered = tuple(unanswered)
         self.states = dict(states or {})
         self.lost_tags = tuple(lost_tags)
+
+
+class UnroutedWarning(UserWarning):
+    """A scope on the ``host`` driver in which nothing was allocated from the pool.
+
+    torch cannot be routed there: what it allocates is ordinary memory, which does not sleep. Use
+    ``allocator.empty`` or ``allocator.adopt``. Given once per process.
+    """
 
 
 class InternalError(CumempoolError, RuntimeError):

@@ -37,6 +37,9 @@ def empty_tensor(
     dtype = dtype if dtype is not None else torch.get_default_dtype()
     if not isinstance(dtype, torch.dtype):
         raise InvalidTypeError(f"dtype is a torch.dtype or None, not {dtype!r}")
+    if not allocator.enabled:
+        ordinary = "cpu" if allocator.config.driver == "host" else device or "cuda"
+        return torch.empty(shape, dtype=dtype, device=ordinary)
     scope = current_scope(allocator)
     if tag is None:
         tag = DEFAULT_TAG if scope is None else scope.tag

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
-from cumempool.scope import MemoryPoolScope, current_scope
+from cumempool.scope import MemoryPoolScope, NullScope, current_scope
+from cumempool.tags import DEFAULT_TAG
 from cumempool.waking import memory_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ __all__ = ["preserve_allocation", "preserve_tensors", "preserving_scope"]
 
 def preserving_scope(allocator: CuMemAllocator) -> MemoryPoolScope:
     """See `CuMemAllocator.preserve_contents`."""
+    if not allocator.enabled:
+        return NullScope(allocator, DEFAULT_TAG, None)
     around = current_scope(allocator)
     if around is None:
         raise InvalidArgumentError(
@@ -32,6 +35,8 @@ def preserving_scope(allocator: CuMemAllocator) -> MemoryPoolScope:
 
 def preserve_tensors(allocator: CuMemAllocator, what: object) -> int:
     """See `CuMemAllocator.preserve`."""
+    if not allocator.enabled:
+        return 0
     infos = {}
     for tensor in _tensors_of(what):
         if memory_of(tensor):

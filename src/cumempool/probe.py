@@ -106,12 +106,22 @@ class Availability:
 def open_driver(config: CuMemConfig) -> _core.Driver:
     """Opens the driver that a configuration names. Creates no context.
 
+    Where the allocator is switched off, that is none: an empty stand-in for it.
+
     Raises:
         UnavailableError: The driver library or a device is missing.
         InvalidArgumentError: The host driver does not take the configured sizes.
     """
     from cumempool import _core
 
+    if config.enable_cumem_allocator is False:  # a device that nothing is ever allocated on
+        return _core.open_host(
+            devices=1,
+            bytes_per_device=HOST_GRANULARITY,
+            granularity=HOST_GRANULARITY,
+            rdma=False,
+            fabric=False,
+        )
     if config.driver == "cuda":
         return _core.open_cuda()
     if config.host_driver_bytes < HOST_GRANULARITY:

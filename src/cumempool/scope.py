@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from cumempool.errors import InUseError, InvalidArgumentError
+from cumempool.errors import InUseError, InvalidArgumentError, UnroutedWarning
 from cumempool.locks import fork_safe_lock
 from cumempool.report import format_bytes
 from cumempool.sharing import install_reducers
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from cumempool import _torch
     from cumempool.allocator import CuMemAllocator
 
-__all__ = ["MemoryPoolScope", "current_scope", "open_tags", "refuse_open_scopes"]
+__all__ = ["MemoryPoolScope", "NullScope", "current_scope", "open_tags", "refuse_open_scopes"]
 
 # Guards the list below, and is held while a scope starts to route, so that torch and the list agree
 # on which scope came later.
@@ -62,6 +63,23 @@ def refuse_open_scopes(allocator: CuMemAllocator, operation: str, tags: Iterable
         )
 
 
+_warned = False
+
+
+def _warn_unrouted(tag: str) -> None:
+    """Says once that torch allocates nothing from pools on the host driver."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"nothing was allocated from the pool in a use_memory_pool({tag!r}) scope: torch "
+            "cannot be routed to the host driver, and what it allocated does not sleep; use "
+            "allocator.empty() or allocator.adopt(), or the cuda driver",
+            UnroutedWarning,
+            stacklevel=3,
+        )
+
+
 class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
     """One entry into a pool, made by `CuMemAllocator.use_memory_pool`; entered once.
 
@@ -90,6 +108,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         self._slot: int | None = None
         self._route: _torch.PoolRoute | None = None
         self._used = False
+        self._mallocs = 0  # of the allocator, when the scope was entered
 
     def __enter__(self) -> MemoryPoolScope:
         if self._used:
@@ -101,6 +120,8 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             self._used = True
             self._thread = threading.get_ident()
             _open.append(self)
+        if self._driver_name == "host":
+            self._mallocs = self._mallocs_now()
         return self
 
     def _reached(self) -> Sequence[int]:
@@ -180,6 +201,11 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
                 _open.remove(self)
         if error is not None:
             self._explain(error)
+        elif self._driver_name == "host" and self._mallocs == self._mallocs_now():
+            _warn_unrouted(self.tag)
+
+    def _mallocs_now(self) -> int:
+        return int(self._allocator._core.snapshot(False)["totals"]["malloc_calls"])
 
     def _explain(self, error: BaseException) -> None:
         """Adds what the driver said to torch's out-of-memory error, which knows nothing of it."""
@@ -200,3 +226,18 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
                 f"cumempool: torch has {format_bytes(cached)} cached outside the pool, which it "
                 "does not free while a pool scope is open; torch.cuda.empty_cache() before it does"
             )
+
+
+class NullScope(MemoryPoolScope):
+    """The scope of an allocator that is switched off: torch allocates as if it were not there."""
+
+    def __enter__(self) -> NullScope:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass

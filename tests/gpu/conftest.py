@@ -14,7 +14,9 @@ import cumempool
 
 Figure = Callable[[str, object], None]
 
-REQUIRED = os.environ.get("CUMEMPOOL_REQUIRE_GPU") == "1"
+# Taken out, so that programs which tests start are not warned of them: they are no settings.
+REQUIRED = os.environ.pop("CUMEMPOOL_REQUIRE_GPU", None) == "1"
+os.environ.pop("CUMEMPOOL_COMMIT", None)
 GRANULE = 2 * 1024**2
 CYCLES = 200_000_000  # 100 ms at 2 GHz
 

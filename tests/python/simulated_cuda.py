@@ -88,6 +88,7 @@ class SimulatedCuda(FakeTorch):
             return _drivers[-1]
 
         monkeypatch.setattr(_core, "open_cuda", open_cuda)
+        monkeypatch.setattr("cumempool.config._missing", lambda driver: "")
         monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.version, "hip", None)

@@ -32,7 +32,7 @@ def assert_shows_everything(text: str) -> None:
 
 @without_gpu
 def test_without_a_gpu_the_first_line_says_so_loudly(run_python: RunPython) -> None:
-    done = run_python("", "-m", "cumempool", "demo", "--mib", "8")
+    done = run_python("", "-m", "cumempool", "demo", "--driver", "auto", "--mib", "8")
     assert (done.code, done.err) == (0, "")
     first, second = done.out.splitlines()[:2]
     assert "Driver: host. NO GPU IS USED" in first

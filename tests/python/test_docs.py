@@ -58,8 +58,12 @@ def test_readme_sets_up_with_two_commands() -> None:
 def test_readme_example_is_ten_lines_and_runs(run_python: RunPython) -> None:
     (example,) = code_blocks(README, "python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    done = run_python(example.replace('device="cuda"', 'device="cpu"'))
-    assert (done.code, done.err) == (0, "")
+    shown = (
+        "import cumempool, warnings\nwarnings.simplefilter('default', cumempool.UnroutedWarning)\n"
+    )
+    done = run_python(shown + example.replace('device="cuda"', 'device="cpu"'))
+    assert done.code == 0, done.err
+    assert done.err.count("UnroutedWarning: nothing was allocated from the pool") == 1
     slept, woken = re.findall(r"^(sleep|wake_up):", done.out, re.MULTILINE)
     assert (slept, woken) == ("sleep", "wake_up")
     assert "override" not in done.out

@@ -306,3 +306,38 @@ def test_unchanged_contents_that_are_copied_again_are_a_warning(
     check = by_name(doctor.examine("host"))["sleep and wake"]
     assert (check.status, check.reason) == ("WARN", "unchanged contents were copied again")
     assert check.value.startswith("64.00 MiB equal")
+
+
+@pytest.mark.parametrize("command", ["doctor", "selftest", "bench", "demo"])
+@pytest.mark.parametrize(("variable", "option"), [("host", None), ("rocm", "host"), ("", "host")])
+def test_the_variable_of_the_driver_holds_for_every_command(
+    command: str, variable: str, option: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def note(driver: object, *rest: object, **named: object) -> list[object]:
+        asked.append(getattr(driver, "driver", driver))
+        return []
+
+    for function in ("doctor.examine", "selftest.run_selftest", "bench.run_bench", "demo.run_demo"):
+        monkeypatch.setattr(f"cumempool.{function}", note)
+    monkeypatch.setenv("CUMEMPOOL_DRIVER", variable)
+    arguments = [] if option is None else ["--driver", option]
+    CliRunner().invoke(main, [command, *arguments])
+    assert asked == ["host"]
+
+
+def test_an_empty_variable_of_the_driver_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUMEMPOOL_DRIVER", "")
+    asked: list[object] = []
+    monkeypatch.setattr(doctor, "examine", lambda driver: asked.append(driver) or [])
+    CliRunner().invoke(main, ["doctor"])
+    assert asked == ["cuda"]
+
+
+def test_a_wrong_variable_of_the_driver_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUMEMPOOL_DRIVER", "rocm")
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 2
+    assert "'rocm'" in result.output
+    assert "CUMEMPOOL_DRIVER" in result.output

@@ -21,7 +21,7 @@ import pathlib, sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(args) if event == "ctypes.dlopen" else None)
 import cumempool
-cumempool.CuMemConfig(enable_sleep_mode=True, driver="host")
+cumempool.CuMemConfig(driver="host")
 for name in ("torch", "numpy", "rich", "click", "cumempool._core", "cumempool._torch"):
     assert name not in sys.modules, name
 assert not opened, opened

@@ -62,7 +62,7 @@ PY_ALLOWED: dict[str, frozenset[str]] = {
     "graph_pool": frozenset({"errors", "locks"}),
     "exact_tensor": frozenset({"errors", "scope", "sharing", "sizes", "tags", "torch_state"}),
     "backup_view": frozenset({"errors", "waking"}),
-    "preserve": frozenset({"errors", "scope", "waking"}),
+    "preserve": frozenset({"errors", "scope", "tags", "waking"}),
     "exports": frozenset(
         {"descriptor", "devices", "endpoint", "errors", "locks", "stats", "tags", "waking"}
     ),
@@ -136,7 +136,7 @@ PY_ALLOWED: dict[str, frozenset[str]] = {
 #: Module -> modules that it may import inside a function as well: so that importing the package
 #: loads neither torch nor the library (R11), or against the arrows.
 PY_LAZY: dict[str, frozenset[str]] = {
-    "config": frozenset({"probe", "allocator", "kv_transfer"}),
+    "config": frozenset({"_core", "probe", "allocator", "kv_transfer"}),
     "kv_transfer": frozenset({"_torch"}),
     "sharing": frozenset({"_core", "_torch", "probe"}),
     "wire": frozenset({"_core"}),

@@ -6,7 +6,8 @@ import itertools
 import json
 import sys
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,10 +24,14 @@ from cumempool import (
     InUseError,
     InvalidArgumentError,
     InvalidTypeError,
+    NotInPoolError,
     OutOfMemoryError,
     OutOfSlotsError,
+    UnroutedWarning,
+    UnsupportedError,
     _core,
     events,
+    scope,
 )
 
 
@@ -336,3 +341,104 @@ def test_policies_given_on_entering_are_those_of_the_tag(alloc: CuMemAllocator) 
     assert (report.bytes_discarded, report.bytes_backed_up) == (GRANULE, 0)
     assert alloc.wake_up().bytes_zeroed == GRANULE
     assert tensor.tolist() == [0.0] * 4
+
+
+# ---- on the host driver, where torch cannot be routed
+
+
+def test_a_scope_that_routed_nothing_warns_once_per_process(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scope, "_warned", False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with alloc.use_memory_pool("used"):
+            kept = alloc.empty(4)
+        assert caught == []
+        for tag in ("weights", "kv_cache"):
+            with alloc.use_memory_pool(tag):
+                torch.ones(4)
+    (warning,) = caught
+    assert warning.category is UnroutedWarning
+    assert warning.filename == __file__
+    for part in ("'weights'", "host driver", "allocator.empty()", "allocator.adopt()"):
+        assert part in str(warning.message)
+    del kept
+
+
+def test_a_scope_is_left_where_its_warning_is_an_error(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scope, "_warned", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UnroutedWarning), alloc.use_memory_pool("t"):
+            pass
+    assert scope.open_tags(alloc, ["t"]) == []
+    assert alloc.sleep().bytes_freed == 0
+
+
+def test_an_error_in_a_scope_that_routed_nothing_is_not_covered_by_a_warning(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scope, "_warned", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ZeroDivisionError), alloc.use_memory_pool("t"):
+            raise ZeroDivisionError
+
+
+# ---- an allocator that is switched off
+
+
+@pytest.fixture
+def off() -> Iterator[CuMemAllocator]:
+    config = CuMemConfig(enable_cumem_allocator=False, driver="host")
+    allocator = CuMemAllocator(config)
+    yield allocator
+    allocator.close()
+    assert_nothing_is_held(allocator.stats())
+
+
+def test_switched_off_scopes_are_null_and_memory_is_ordinary(off: CuMemAllocator) -> None:
+    assert not off.enabled
+    module = torch.nn.Linear(4, 4)
+    address = module.weight.data_ptr()
+    with off.use_memory_pool("weights", on_sleep="discard", backup="pinned") as entered:
+        assert entered.tag == "weights"
+        tensor = off.empty(2, 3, dtype=torch.int32)
+        with off.preserve_contents():
+            assert off.adopt(module) == 0
+    assert (tensor.shape, tensor.dtype, tensor.device.type) == ((2, 3), torch.int32, "cpu")
+    assert module.weight.data_ptr() == address
+    assert off.preserve(module) == 0
+    assert off.snapshot() == []
+    assert off.wake_up().bytes_mapped == 0
+    with pytest.raises(NotInPoolError):
+        off.tag_of(tensor)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda off: off.sleep(),
+        lambda off: off.sleep(offload_tags="weights"),
+        lambda off: off.prepare(),
+        lambda off: off.discard("weights"),
+        lambda off: off.swap(sleep="weights"),
+    ],
+    ids=["sleep", "offload", "prepare", "discard", "swap"],
+)
+def test_switched_off_nothing_sleeps(
+    off: CuMemAllocator, call: Callable[[CuMemAllocator], object]
+) -> None:
+    with pytest.raises(UnsupportedError, match="enable_cumem_allocator=False"):
+        call(off)
+
+
+def test_switched_off_no_driver_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "open_cuda", lambda: pytest.fail("was opened"))
+    allocator = CuMemAllocator(CuMemConfig(enable_cumem_allocator=False, driver="cuda"))
+    with allocator.use_memory_pool("weights"):
+        assert allocator.get_current_usage() == 0
+    allocator.close()

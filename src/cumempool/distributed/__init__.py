@@ -68,6 +68,7 @@ def sleep(
     """
 
     def plan(allocator: CuMemAllocator) -> list[Step]:
+        allocator._check_enabled("sleep")
         actions, _ = plan_sleep(allocator._core, tags, offload_tags)
         return sleep_steps(allocator, actions)
 
