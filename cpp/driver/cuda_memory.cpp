@@ -4,6 +4,8 @@
 
 #include <array>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "driver/cuda_state.hpp"
 
@@ -100,10 +102,17 @@ cumempool_result unmap(void* self, cumempool_address address, std::size_t bytes)
 cumempool_result set_access(void* self, cumempool_address address, std::size_t bytes,
                             const int* devices, std::size_t device_count, cumempool_access access) {
   const CudaDriver& driver = driver_of(self);
-  std::array<CUmemAccessDesc, 64> descriptions{};
-  if (device_count > descriptions.size() ||
-      (access != CUMEMPOOL_ACCESS_READ && access != CUMEMPOOL_ACCESS_READ_WRITE)) {
+  if (access != CUMEMPOOL_ACCESS_READ && access != CUMEMPOOL_ACCESS_READ_WRITE) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  // In one call, so that a failure has no effect. The heap is for machines that no one has yet.
+  std::array<CUmemAccessDesc, 16> few{};
+  std::unique_ptr<CUmemAccessDesc[]> many;
+  CUmemAccessDesc* descriptions = few.data();
+  if (device_count > few.size()) {
+    many.reset(new (std::nothrow) CUmemAccessDesc[device_count]());
+    if (many == nullptr) return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+    descriptions = many.get();
   }
   for (std::size_t i = 0; i < device_count; ++i) {
     const PrimaryContext* found = driver.find(devices[i]);
@@ -113,10 +122,12 @@ cumempool_result set_access(void* self, cumempool_address address, std::size_t b
     descriptions[i].location = location_of(found->device);
     descriptions[i].flags = static_cast<CUmemAccess_flags>(access);
   }
-  return result_of(driver.cu.cuMemSetAccess(address, bytes, descriptions.data(), device_count));
+  return result_of(driver.cu.cuMemSetAccess(address, bytes, descriptions, device_count));
 }
 
 // The driver's descriptor does not say close-on-exec; a started program must not keep the memory.
+// libcuda offers no way to ask for that at its making: a program that another thread starts in
+// between keeps it, unless it is started with its descriptors closed, as `subprocess` does.
 cumempool_result export_fd(const Symbols& cu, cumempool_physical physical, void* exported) {
   int fd = -1;
   const CUresult result =

@@ -211,6 +211,12 @@ bool Driver::peer_access(int device, int peer) const {
   return possible != 0;
 }
 
+bool Driver::context_active(int device) const {
+  int active = 0;
+  check(*table_, "context_active", table_->context_active(table_->self, device, &active), device);
+  return active != 0;
+}
+
 void Driver::memory_info(int device, std::uint64_t& free_bytes, std::uint64_t& total_bytes) const {
   check(*table_, "memory_info",
         table_->memory_info(table_->self, device, &free_bytes, &total_bytes), device);

@@ -25,6 +25,7 @@ class Driver {
   std::string device_name(int device) const;
   int device_attribute(int device, cumempool_device_attribute attribute) const;
   bool peer_access(int device, int peer) const;
+  bool context_active(int device) const;
   void memory_info(int device, std::uint64_t& free_bytes, std::uint64_t& total_bytes) const;
 
   std::size_t granularity(const cumempool_memory_properties& properties) const;

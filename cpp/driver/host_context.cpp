@@ -23,10 +23,12 @@ std::map<std::uint64_t, Stack>& stacks_of_thread() {
 }  // namespace
 
 HostContexts::HostContexts(int device_count)
-    : serial_(next_serial()), retains_(static_cast<std::size_t>(device_count), 0) {}
+    : serial_(next_serial()),
+      retains_(static_cast<std::size_t>(device_count), 0),
+      others_(static_cast<std::size_t>(device_count), 0) {}
 
 cumempool_result HostContexts::enter(int device, cumempool_context_token& token) {
-  if (!active(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  if (!held(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
   Stack& stack = stacks_of_thread()[serial_];
   stack.push_back(device);
   ++entered_;
@@ -52,7 +54,7 @@ bool HostContexts::current(int device) const {
   const auto& stacks = stacks_of_thread();
   const auto found = stacks.find(serial_);
   return found != stacks.end() && !found->second.empty() && found->second.back() == device &&
-         active(device);
+         held(device);
 }
 
 std::uint64_t HostContexts::retained() const {

@@ -125,12 +125,14 @@ cumempool_result HostDevices::context_retain(int device) {
 cumempool_result HostDevices::context_release(int device) {
   const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_device(device)) return result;
-  if (!contexts_.active(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
-  if (contexts_.release(device)) {
-    work(device).lose_context();
-    memory_.lose_allocations(device);
-  }
+  if (!contexts_.held(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  if (contexts_.release(device)) lose_context(device);
   return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+void HostDevices::lose_context(int device) {
+  work(device).lose_context();
+  memory_.lose_allocations(device);
 }
 
 cumempool_result HostDevices::context_enter(int device, cumempool_context_token* token) {
@@ -423,6 +425,17 @@ cumempool_result HostDevices::fence(const int* devices, std::size_t count) {
 }
 
 // ---- for tests ------------------------------------------------------------------------------
+
+bool HostDevices::hold_context(int device, bool held) {
+  const std::lock_guard<std::mutex> lock(state_.mutex);
+  if (check_device(device) != CUMEMPOOL_RESULT_SUCCESS) return false;
+  if (held) {
+    contexts_.retain_for_others(device);
+  } else if (contexts_.release_for_others(device)) {
+    lose_context(device);
+  }
+  return true;
+}
 
 HostDriverCounters HostDevices::counters() {
   const std::lock_guard<std::mutex> lock(state_.mutex);

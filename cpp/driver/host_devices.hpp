@@ -75,6 +75,7 @@ class HostDevices {
   // For tests; see host_driver.hpp.
   HostDriverCounters counters();
   cumempool_result launch(int device, void (*function)(void*), void* argument);
+  bool hold_context(int device, bool held);
   bool set_capturing(int device, cumempool_stream stream, bool capturing);
   void set_peer_access(bool possible);
 
@@ -83,6 +84,7 @@ class HostDevices {
   HostWork& work(int device) { return *works_[static_cast<std::size_t>(device)]; }
   cumempool_result check_device(int device) const;
   cumempool_result check_context(int device);
+  void lose_context(int device);
   cumempool_result submit(int device, HostCommand command, cumempool_stream stream);
   bool good_operands(int device, const HostCommand& command) const;
   bool good_digests(int device, const HostCommand& command) const;

@@ -185,6 +185,10 @@ bool host_driver_set_capturing(const cumempool_driver* driver, int device, cumem
   return host_driver(driver).devices.set_capturing(device, stream, capturing);
 }
 
+bool host_driver_hold_context(const cumempool_driver* driver, int device, bool held) {
+  return host_driver(driver).devices.hold_context(device, held);
+}
+
 void host_driver_set_peer_access(const cumempool_driver* driver, bool possible) {
   host_driver(driver).devices.set_peer_access(possible);
 }

@@ -37,6 +37,10 @@ HostDriverCounters host_driver_counters(const cumempool_driver* driver);
 bool host_driver_set_capturing(const cumempool_driver* driver, int device, cumempool_stream stream,
                                bool capturing);
 
+// Holds a device's primary context without the table, or lets go of it, as another library of the
+// process does: the table does not know it by that. Returns false where there is no such device.
+bool host_driver_hold_context(const cumempool_driver* driver, int device, bool held);
+
 // Lets peer_access answer 0, and set_access refuse devices that did not create the memory, as where
 // no link joins the devices. They can reach each other at first.
 void host_driver_set_peer_access(const cumempool_driver* driver, bool possible);

@@ -6,11 +6,13 @@
 
 namespace cumempool::pool {
 
-Arrival::Arrival(Allocator& allocator, const char* operation, Report& report, Queued queued)
+Arrival::Arrival(Allocator& allocator, const char* operation, Report& report, Queued queued,
+                 std::function<void()> withdraw)
     : allocator_(allocator),
       operation_(operation),
       report_(report),
       queued_(std::move(queued)),
+      withdraw_(std::move(withdraw)),
       lanes_(allocator, Direction::kIn, report) {}
 
 void Arrival::plan(std::vector<RecordPointer> claimed) {
@@ -181,11 +183,11 @@ std::vector<int> Arrival::users_of(int device) const {
   return {users.begin(), users.end()};
 }
 
-// What was enqueued was waited for, unless that failed as well: then it may still write to what is
-// mapped.
+// Copies were waited for, unless that failed as well: then they may still write to what is mapped.
+// Memory that was handed out is in use by whatever its program has submitted since.
 void Arrival::fence_all() {
   for (const auto& lane : lanes_.all()) {
-    if (!lane->stuck) continue;
+    if (!lane->stuck && !queued_) continue;
     const int device = lane->device->ordinal();
     try {
       const driver::ContextScope scope(allocator_.driver(), device);
@@ -198,6 +200,7 @@ void Arrival::fence_all() {
 }
 
 void Arrival::undo(Error& failure) {
+  if (withdraw_) withdraw_();
   lanes_.settle(&failure);
   fence_all();
   for (std::size_t n = attached_.size(); n-- > 0;) {

@@ -19,7 +19,10 @@ class Arrival {
   // Called when all copies into an allocation are in the queue of its device.
   using Queued = std::function<void(const Record& record, backup::CopyQueue& queue)>;
 
-  Arrival(Allocator& allocator, const char* operation, Report& report, Queued queued = {});
+  // With `queued`, memory may be in use before all of it has arrived. Then undo() calls `withdraw`
+  // first, behind which nobody gets any more of it.
+  Arrival(Allocator& allocator, const char* operation, Report& report, Queued queued = {},
+          std::function<void()> withdraw = {});
 
   // Takes on what was claimed, in the order in which it shall be ready. Throws Error.
   void plan(std::vector<RecordPointer> claimed);
@@ -56,6 +59,7 @@ class Arrival {
   const char* operation_;
   Report& report_;
   const Queued queued_;
+  const std::function<void()> withdraw_;
   std::vector<RecordPointer> records_;
   std::map<const Tag*, bool> zero_;
   std::vector<std::size_t> attached_;  // of records_, in order

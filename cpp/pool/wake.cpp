@@ -54,7 +54,7 @@ void refuse_without_room(Allocator& allocator, const char* operation, Arrival& a
 
 Report wake(Allocator& allocator, const WakeRequest& request) {
   Report report;
-  Arrival arrival(allocator, "wake", report, request.queued);
+  Arrival arrival(allocator, "wake", report, request.queued, request.withdraw);
   Transition transition(allocator, "wake");
   const Clock::time_point start = Clock::now();
   transition.refuse_captures(request.streams);

@@ -20,9 +20,10 @@ struct WakeRequest {
   std::vector<cumempool_device_stream> streams;
 
   // Of an asynchronous wake: called once it is known what will wake and that there is room for it,
-  // and when all copies into an allocation are in the queue.
+  // when all copies into an allocation are in the queue, and before what has arrived is taken back.
   std::function<void(const std::vector<RecordPointer>& records)> planned;
   Arrival::Queued queued;
+  std::function<void()> withdraw;
 };
 
 // Whether the request concerns a record.

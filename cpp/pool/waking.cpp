@@ -16,6 +16,7 @@ Waking::Waking(std::shared_ptr<Allocator> allocator, WakeRequest request)
   request_.queued = [this](const Record& record, backup::CopyQueue& queue) {
     note_queued(record, queue);
   };
+  request_.withdraw = [this] { withdraw(); };
   try {
     thread_ = std::thread([this] { run(); });
   } catch (const std::system_error& error) {
@@ -49,11 +50,13 @@ void Waking::run() {
     failure.emplace(CUMEMPOOL_OUT_OF_HOST_MEMORY, error.what());
     failure->operation = "wake";
   }
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   failure_ = std::move(failure);
   report_ = std::move(report);
   ended_ = true;
   changed_.notify_all();
+  changed_.wait(lock, [this] { return handing_out_ == 0; });
+  contexts_.clear();
 }
 
 void Waking::note_planned(const std::vector<RecordPointer>& records) {
@@ -84,6 +87,14 @@ void Waking::note_queued(const Record& record, backup::CopyQueue& queue) {
   changed_.notify_all();
 }
 
+// Behind it, work on memory that was handed out is in its streams, or comes too late: wait() says
+// so.
+void Waking::withdraw() {
+  std::unique_lock lock(mutex_);
+  withdrawn_ = true;
+  changed_.wait(lock, [this] { return handing_out_ == 0; });
+}
+
 void Waking::destroy_events() noexcept {
   const auto& table = allocator_->driver().table();
   for (const auto& entry : ready_) {
@@ -110,6 +121,28 @@ Error refuse_wait(cumempool_status status, const char* why, const char* advice) 
   return error;
 }
 
+// Counts a call that hands memory out, outside of the lock.
+class HandingOut {
+ public:
+  HandingOut(std::unique_lock<std::mutex>& lock, std::condition_variable& changed, int& count)
+      : lock_(lock), changed_(changed), count_(count) {
+    ++count_;
+    lock_.unlock();
+  }
+  ~HandingOut() {
+    lock_.lock();
+    --count_;
+    changed_.notify_all();
+  }
+  HandingOut(const HandingOut&) = delete;
+  HandingOut& operator=(const HandingOut&) = delete;
+
+ private:
+  std::unique_lock<std::mutex>& lock_;
+  std::condition_variable& changed_;
+  int& count_;
+};
+
 }  // namespace
 
 void Waking::wait(cumempool_address address, const cumempool_device_stream& stream) {
@@ -121,7 +154,7 @@ void Waking::wait(cumempool_address address, const cumempool_device_stream& stre
   std::unique_lock lock(mutex_);
   const auto found = ready_.find(record.get());
   if (found != ready_.end()) {
-    changed_.wait(lock, [&] { return found->second.queued || ended_; });
+    changed_.wait(lock, [&] { return (found->second.queued && !withdrawn_) || ended_; });
     if (failure_) throw Error(*failure_);
   }
   if (found == ready_.end() || ended_) {  // then its contents are visible to every stream
@@ -133,14 +166,34 @@ void Waking::wait(cumempool_address address, const cumempool_device_stream& stre
                       "the allocation sleeps, and is not part of this wake", "wake its tag");
   }
   const cumempool_event event = found->second.event;
-  lock.unlock();
+  const HandingOut handing_out(lock, changed_, handing_out_);
+  wait_for_event(stream, event);
+}
+
+void Waking::wait_for_event(const cumempool_device_stream& stream, cumempool_event event) {
   const driver::Driver driver = allocator_->driver();
+  hold_context(stream.device);
   const driver::ContextScope scope(driver, stream.device);
   if (driver.stream_is_capturing(stream.device, stream.stream)) {
     throw refuse_wait(CUMEMPOOL_CAPTURING, "the stream is being captured",
                       "wait before the capture, or finish the wake first");
   }
   driver.stream_wait_event(stream.device, stream.stream, event);
+}
+
+// Of a device that the program uses; the driver knows a context only while it is held.
+void Waking::hold_context(int device) {
+  const driver::Driver driver = allocator_->driver();
+  if (!driver.context_active(device)) {
+    Error error = refuse_wait(CUMEMPOOL_INVALID_ARGUMENT,
+                              "the device of the stream has no context, so it has no streams",
+                              "use the device before (torch.cuda.synchronize(device))");
+    error.device = device;
+    throw error;
+  }
+  const std::lock_guard lock(mutex_);
+  auto& context = contexts_[device];
+  if (context == nullptr) context = std::make_unique<driver::RetainedContext>(driver, device);
 }
 
 bool Waking::done() const {

@@ -25,8 +25,9 @@ class Waking {
   Waking(const Waking&) = delete;
   Waking& operator=(const Waking&) = delete;
 
-  // Makes later work of a stream wait until the allocation at `address` has its contents; returns
-  // as soon as that is arranged. Throws Error: of the wake, where it failed.
+  // Makes later work of a stream, of any device with an active context, wait until the allocation
+  // at `address` has its contents; returns as soon as that is arranged. Throws Error: of the wake,
+  // where it failed.
   void wait(cumempool_address address, const cumempool_device_stream& stream);
   // Whether it has ended, well or not.
   bool done() const;
@@ -44,6 +45,9 @@ class Waking {
   void run();
   void note_planned(const std::vector<RecordPointer>& records);
   void note_queued(const Record& record, backup::CopyQueue& queue);
+  void withdraw();
+  void hold_context(int device);
+  void wait_for_event(const cumempool_device_stream& stream, cumempool_event event);
   void destroy_events() noexcept;
   void throw_failure() const;
 
@@ -54,8 +58,12 @@ class Waking {
   std::condition_variable changed_;
   bool planned_ = false;
   bool ended_ = false;
+  bool withdrawn_ = false;  // it fails: nothing is handed out any more
+  int handing_out_ = 0;     // calls of wait() that have seen that it does not
   std::map<const Record*, Ready> ready_;
   std::vector<std::shared_ptr<Device>> devices_;  // of the events
+  // Contexts of other devices whose streams wait, until the end.
+  std::map<int, std::unique_ptr<driver::RetainedContext>> contexts_;
   std::optional<Error> failure_;
   std::optional<Report> report_;
   std::thread thread_;

@@ -50,15 +50,36 @@ class PinnedPage {
   unsigned char* page_ = nullptr;
 };
 
+// Work on the legacy default stream would break captures on the streams that wait for it (C4).
+class PrivateStream {
+ public:
+  PrivateStream(driver::Driver driver, int device)
+      : driver_(driver), device_(device), stream_(driver.stream_create(device)) {}
+  ~PrivateStream() {
+    const auto& table = driver_.table();
+    table.stream_destroy(table.self, device_, stream_);
+  }
+  PrivateStream(const PrivateStream&) = delete;
+  PrivateStream& operator=(const PrivateStream&) = delete;
+
+  cumempool_stream get() const noexcept { return stream_; }
+
+ private:
+  driver::Driver driver_;
+  int device_;
+  cumempool_stream stream_;
+};
+
 void write_and_read_back(driver::Driver driver, int device, const MemoryKind& kind) {
   Ledger ledger;
   Allocation granule(driver, ledger, kind.properties, kind.granularity);
   granule.map();
   const PinnedPage page(driver, device);
+  const PrivateStream stream(driver, device);
   const std::size_t bytes = std::min(page.bytes(), granule.bytes());
-  driver.fill(device, granule.address(), kPattern, bytes, 0);
-  driver.copy_to_host(device, page.data(), granule.address(), bytes, 0);
-  driver.stream_synchronize(device, 0);
+  driver.fill(device, granule.address(), kPattern, bytes, stream.get());
+  driver.copy_to_host(device, page.data(), granule.address(), bytes, stream.get());
+  driver.stream_synchronize(device, stream.get());
   driver.fence({device});
   if (!std::all_of(page.data(), page.data() + bytes, [](auto byte) { return byte == kPattern; })) {
     throw Error(CUMEMPOOL_DRIVER_ERROR, "memory read back does not hold what was written");

@@ -310,6 +310,30 @@ TEST_F(Abi, AProbeSaysWhyADeviceCannotBeUsed) {
   host.expect_empty();
 }
 
+TEST_F(Abi, C4_ProbingUsesAStreamOfItsOwn) {
+  static int on_the_default_stream;
+  on_the_default_stream = 0;
+  Altered watched(host);
+  watched.alter().fill = [](void* self, int device, cumempool_address to, std::uint8_t byte,
+                            std::size_t bytes, cumempool_stream stream) {
+    on_the_default_stream += stream == 0 ? 1 : 0;
+    return Altered::real()->fill(self, device, to, byte, bytes, stream);
+  };
+  watched.table.copy_to_host = [](void* self, int device, void* to, cumempool_address from,
+                                  std::size_t bytes, cumempool_stream stream) {
+    on_the_default_stream += stream == 0 ? 1 : 0;
+    return Altered::real()->copy_to_host(self, device, to, from, bytes, stream);
+  };
+  watched.table.stream_synchronize = [](void* self, int device, cumempool_stream stream) {
+    on_the_default_stream += stream == 0 ? 1 : 0;
+    return Altered::real()->stream_synchronize(self, device, stream);
+  };
+  const auto probe = probe_of(watched.table);
+  EXPECT_EQ(probe.usable, 1) << probe.reason;
+  EXPECT_EQ(on_the_default_stream, 0) << "blocking streams that are captured would not survive it";
+  host.expect_empty();
+}
+
 TEST_F(Abi, R8_WhatADeviceClaimsAndDoesNotGrantIsSaid) {
   Altered boastful(host);
   boastful.alter().device_attribute = [](void* self, int device, cumempool_device_attribute which,

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "driver/builtin.hpp"
 #include "driver/driver.hpp"
@@ -69,6 +70,15 @@ std::string failure_to_open() {
   int fd = -1;
   const auto result = table.export_handle(table.self, 1, CUMEMPOOL_HANDLE_POSIX_FD, &fd);
   say_and_exit(result_name(result));
+}
+
+[[noreturn]] void give_access_to_many() {
+  setenv("FAKE_DEVICES", "2", 1);
+  load_fake();
+  const cumempool_driver& table = cuda_driver();
+  const std::vector<int> devices(100, 1);
+  say_and_exit(result_name(table.set_access(table.self, 4096, 4096, devices.data(), devices.size(),
+                                            CUMEMPOOL_ACCESS_READ_WRITE)));
 }
 
 [[noreturn]] void unmap_parts_of_what_was_mapped() {
@@ -248,6 +258,10 @@ TEST(CudaOpenDeathTest, DevicesAreThoseOfTheDriver) {
 
 TEST(CudaOpenDeathTest, C6UnmapTakesExactlyOneMapping) {
   EXPECT_EXIT(unmap_parts_of_what_was_mapped(), normally, "0 0 1 1 0 1");
+}
+
+TEST(CudaOpenDeathTest, AccessIsGivenToAsManyDevicesAsAreListed) {
+  EXPECT_EXIT(give_access_to_many(), normally, "SUCCESS");
 }
 
 TEST(CudaOpenDeathTest, C3ContextEntriesFailOutsideAContext) {

@@ -108,16 +108,17 @@ class Host {
   const cumempool_driver* table_ = nullptr;
 };
 
-// A program's own stream on a device, with the device's context held, as torch holds it.
+// A program's own stream on a device, with the device's context held as torch holds it: past the
+// table, which the program has nothing to do with.
 class UserStream {
  public:
   explicit UserStream(const Host& host, int device = 0) : table_(host.table()), device_(device) {
-    check(table_.context_retain(table_.self, device_));
+    driver::host_driver_hold_context(&table_, device_, true);
     inside([&] { return table_.stream_create(table_.self, device_, &stream_); });
   }
   ~UserStream() {
     inside([&] { return table_.stream_destroy(table_.self, device_, stream_); });
-    table_.context_release(table_.self, device_);
+    driver::host_driver_hold_context(&table_, device_, false);
   }
   UserStream(const UserStream&) = delete;
   UserStream(UserStream&&) = delete;
@@ -130,6 +131,10 @@ class UserStream {
   void fill(cumempool_address address, std::size_t bytes, std::uint8_t value) {
     inside([&] { return table_.fill(table_.self, device_, address, value, bytes, stream_); });
   }
+  // Waits for all of it.
+  cumempool_result synchronize() const {
+    return inside([&] { return table_.stream_synchronize(table_.self, device_, stream_); }, false);
+  }
   void set_capturing(bool capturing) {
     if (!driver::host_driver_set_capturing(&table_, device_, stream_, capturing)) {
       throw std::runtime_error("there is no such stream");
@@ -140,13 +145,17 @@ class UserStream {
   static void check(cumempool_result result) {
     if (result != CUMEMPOOL_RESULT_SUCCESS) throw std::runtime_error(cumempool_result_name(result));
   }
+  // The table lends its context for the one call.
   template <typename Call>
-  void inside(const Call& call) {
+  cumempool_result inside(const Call& call, bool checked = true) const {
     cumempool_context_token token{};
+    check(table_.context_retain(table_.self, device_));
     check(table_.context_enter(table_.self, device_, &token));
     const cumempool_result result = call();
     check(table_.context_leave(table_.self, &token));
-    check(result);
+    check(table_.context_release(table_.self, device_));
+    if (checked) check(result);
+    return result;
   }
 
   const cumempool_driver& table_;

@@ -1,6 +1,7 @@
 // A wake in a thread of its own: streams that wait for single allocations, the order, and ends of
 // every kind.
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <string>
@@ -78,12 +79,8 @@ class WakingTest : public ::testing::Test {
     expect_exact_numbers(pool, host);
   }
   // The program's own work on a stream, waited for: what a wait() on the stream must have ordered.
-  void synchronize(const UserStream& stream) const {
-    const auto& table = host.table();
-    cumempool_context_token token{};
-    ASSERT_EQ(table.context_enter(table.self, stream.get().device, &token), 0);
-    EXPECT_EQ(table.stream_synchronize(table.self, stream.get().device, stream.get().stream), 0);
-    EXPECT_EQ(table.context_leave(table.self, &token), 0);
+  static void synchronize(const UserStream& stream) {
+    EXPECT_EQ(stream.synchronize(), CUMEMPOOL_RESULT_SUCCESS);
   }
 
   Host host{32};
@@ -267,7 +264,132 @@ TEST_F(WakingTest, SeveralDevices) {
   expect_whole();
 }
 
+// Nothing of the allocator is on that device.
+TEST_F(WakingTest, R5_AStreamOfADeviceThatOnlyTheProgramUsesMayWait) {
+  const UserStream there(host, 1);
+  Gate gate;
+  stop_before(3, gate);
+  const Waking waking = pool.begin_wake();
+  must(waking.status());
+  gate.wait_until_somebody_waits();
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_EQ(waking.wait(all[1], there.get()), CUMEMPOOL_OK) << last_message();
+  }
+  synchronize(there);
+  EXPECT_TRUE(holds_pattern(all[1], kGranule, 1));
+  gate.open();
+  must(waking.finish().status);
+  EXPECT_EQ(host.counters().retained_contexts, 1U) << "the other device's is not kept";
+  expect_whole();
+}
+
+TEST_F(WakingTest, AStreamOfADeviceWithoutAContextIsRefusedAndMakesNone) {
+  Gate gate;
+  stop_before(3, gate);
+  const Waking waking = pool.begin_wake();
+  must(waking.status());
+  gate.wait_until_somebody_waits();
+  EXPECT_EQ(waking.wait(all[1], {1, 0, 0}), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_last_error()->device, 1);
+  EXPECT_EQ(host.counters().retained_contexts, 1U);
+  gate.open();
+  must(waking.finish().status);
+}
+
 // ---- failures ----------------------------------------------------------------------------------
+
+// Another process takes the memory while the wake is under way.
+class WakingWithoutRoom : public WakingTest {
+ protected:
+  void SetUp() override {
+    must(pool.set_memory("weights", CUMEMPOOL_BACKING_VMM, {1}));
+    WakingTest::SetUp();
+  }
+  void TearDown() override { faults.observe(nullptr); }
+};
+
+TEST_F(WakingWithoutRoom, R5_WorkOnWhatWasHandedOutIsWaitedForOnEveryDevice) {
+  UserStream here(host);
+  UserStream there(host, 1);
+  Gate gate;
+  std::atomic<int> creates{0};
+  faults.reset_counts();
+  faults.observe([&](const char* entry) {
+    if (std::string(entry) == "create" && ++creates == 3) gate.wait();
+  });
+  faults.fail_nth("create", 3, CUMEMPOOL_RESULT_OUT_OF_MEMORY);
+  const Waking waking = pool.begin_wake();
+  must(waking.status());
+  gate.wait_until_somebody_waits();
+  must(waking.wait(all[0], here.get()));
+  must(waking.wait(all[1], there.get()));
+  here.fill(all[0], kGranule, 9);
+  there.fill(all[1], kGranule, 9);
+  gate.open();
+  EXPECT_EQ(waking.finish().status, CUMEMPOOL_OUT_OF_MEMORY);
+  faults.observe(nullptr);
+  EXPECT_EQ(host.counters().queued_commands, 0U) << "what was under way has ended";
+  synchronize(here);
+  synchronize(there);
+  expect_asleep();
+  ASSERT_EQ(pool.wake().status, CUMEMPOOL_OK) << last_message();
+  expect_whole();
+}
+
+TEST_F(WakingWithoutRoom, R5_NothingIsHandedOutOnceTheWayBackHasBegun) {
+  UserStream stream(host);
+  Gate gate;
+  faults.reset_counts();
+  faults.observe([&](const char* entry) {
+    if (std::string(entry) == "unmap") gate.wait();
+  });
+  faults.fail_nth("create", 3, CUMEMPOOL_RESULT_OUT_OF_MEMORY);
+  const Waking waking = pool.begin_wake();
+  must(waking.status());
+  gate.wait_until_somebody_waits();
+  std::atomic<bool> answered{false};
+  std::thread waiter([&] {
+    EXPECT_EQ(waking.wait(all[0], stream.get()), CUMEMPOOL_OUT_OF_MEMORY);
+    answered = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_FALSE(answered) << "it is on its way back";
+  gate.open();
+  waiter.join();
+  EXPECT_EQ(waking.finish().status, CUMEMPOOL_OUT_OF_MEMORY);
+  faults.observe(nullptr);
+  expect_asleep();
+}
+
+// A wait() that has found the memory ready is still at its call of the driver.
+TEST_F(WakingWithoutRoom, R5_TheWayBackBeginsBehindThoseWhoAreBeingHandedMemory) {
+  UserStream stream(host);
+  Gate create;
+  Gate handing_out;
+  std::atomic<bool> taken_back{false};
+  std::atomic<int> creates{0};
+  faults.reset_counts();
+  faults.observe([&](const char* entry) {
+    const std::string called(entry);
+    if (called == "create" && ++creates == 3) create.wait();
+    if (called == "stream_wait_event") handing_out.wait();
+    if (called == "unmap") taken_back = true;
+  });
+  faults.fail_nth("create", 3, CUMEMPOOL_RESULT_OUT_OF_MEMORY);
+  const Waking waking = pool.begin_wake();
+  must(waking.status());
+  create.wait_until_somebody_waits();
+  std::thread waiter([&] { EXPECT_EQ(waking.wait(all[0], stream.get()), CUMEMPOOL_OK); });
+  handing_out.wait_until_somebody_waits();
+  create.open();
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_FALSE(taken_back);
+  handing_out.open();
+  waiter.join();
+  EXPECT_EQ(waking.finish().status, CUMEMPOOL_OUT_OF_MEMORY);
+  faults.observe(nullptr);
+  expect_asleep();
+}
 
 TEST_F(WakingTest, R4_WithoutRoomItDoesNotBegin) {
   pool.malloc("other", 29 * kGranule);
