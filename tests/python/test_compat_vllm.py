@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -215,7 +216,8 @@ def test_the_backend_has_the_methods_of_theirs() -> None:
     assert [ast.unparse(base) for base in ours.bases] == ["SleepModeBackend"]
     defined = {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
     assert set(THEIR_BACKEND["CuMemBackend"]["methods"]) <= defined
-    assert defined <= set(THEIR_BACKEND["SleepModeBackend"]["methods"])
+    newer = {"__init__", "preserves_nccl", "supports_selective_offload"}
+    assert defined <= set(THEIR_BACKEND["SleepModeBackend"]["methods"]) | newer
 
 
 def test_a_surface_that_differs_is_seen(tmp_path: Path) -> None:
@@ -362,13 +364,14 @@ def test_the_table_of_allocations_cannot_be_written_to(allocator: compat.CuMemAl
         table[held.data_ptr()].is_asleep = True  # type: ignore[misc]
 
 
-def test_entries_are_counted_until_the_pools_are_released(allocator: compat.CuMemAllocator) -> None:
-    for _ in range(2):
+def test_entries_are_counted_and_take_no_memory_until_the_pools_are_released(
+    allocator: compat.CuMemAllocator,
+) -> None:
+    for _ in range(100):
         with allocator.use_memory_pool("workspace"):
             pass
-    assert {tag: len(entries) for tag, entries in allocator.allocator_and_pools.items()} == {
-        "workspace": 2
-    }
+    assert allocator.allocator_and_pools == {"workspace": [(None, None)] * 100}
+    assert allocator._entered == {"workspace": 100}
     allocator.release_pools()
     assert allocator.allocator_and_pools == {}
 
@@ -610,6 +613,25 @@ def test_the_graph_pool_is_that_of_the_tag(
     assert asked == ["cudagraph", "cudagraph"]
 
 
+def test_the_graph_pool_has_the_name_of_newer_versions_too(
+    allocator: compat.CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(CuMemAllocator, "graph_pool", lambda self, tag: (0, 42))
+    monkeypatch.setattr(
+        CuMemAllocator, "release_graph_pool", lambda self, tag: released.append(tag)
+    )
+    with allocator.use_cudagraph_pool((0, 7)) as identity:
+        assert identity == (0, 42)
+        assert allocator.current_tag == allocator.cudagraph_tag == "cudagraph"
+        with allocator.use_cudagraph_pool() as again:
+            assert again == identity
+        assert allocator.current_tag == "cudagraph"
+    assert allocator.current_tag == "default"
+    allocator.release_cudagraph_pool()
+    assert released == ["cudagraph"]
+
+
 def test_the_host_driver_has_no_graphs(allocator: compat.CuMemAllocator) -> None:
     with pytest.raises(UnsupportedError, match="host"), allocator.cudagraph_pool():
         pass
@@ -686,6 +708,85 @@ def test_it_is_not_put_beside_memory_of_theirs(vllm: None) -> None:
     before.CuMemAllocator.get_instance().used = 0
     compat.install()
     assert compat.installed()
+
+
+# ---- hooks that newer versions of vLLM have, and names that are not known
+
+
+@pytest.fixture
+def hooks(vllm: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """What the allocator has had vLLM's package call, with the tags that are awake then."""
+    calls: list[tuple[str, list[str]]] = []
+
+    def note(what: str, allocations: Any) -> None:
+        calls.append((what, sorted({data.tag for data in allocations if not data.is_asleep})))
+
+    package = theirs()
+    monkeypatch.setattr(
+        package,
+        "run_before_unmap_hooks",
+        lambda allocations, tags=None: note(f"before {tags}", allocations),
+        raising=False,
+    )
+    monkeypatch.setattr(
+        package, "run_after_map_hooks", lambda found: note("after", found), raising=False
+    )
+    compat.install()
+    return calls
+
+
+@pytest.mark.parametrize("vllm", ["stand-in"], indirect=True)
+def test_hooks_of_vllm_are_called_around_each_transition(
+    hooks: list[tuple[str, list[str]]], allocator: compat.CuMemAllocator
+) -> None:
+    held = tensor(100, "weights"), tensor(100, "kv_cache")
+    allocator.discard("kv_cache")
+    allocator.sleep("weights")
+    allocator.wake_up(["weights"])
+    allocator.wake_up()
+    assert hooks == [
+        ("before ['kv_cache']", ["kv_cache", "weights"]),
+        ("before None", ["weights"]),
+        ("after", ["weights"]),
+        ("after", ["kv_cache", "weights"]),
+    ]
+    del held
+
+
+@pytest.mark.parametrize("vllm", ["stand-in"], indirect=True)
+def test_hooks_of_vllm_are_undone_where_a_sleep_fails(
+    hooks: list[tuple[str, list[str]]], allocator: compat.CuMemAllocator
+) -> None:
+    held = tensor(100, "kv_cache")
+    with (
+        CuMemAllocator.get_instance().pin("kv_cache", "a transfer"),
+        pytest.raises(InUseError, match="a transfer"),
+    ):
+        allocator.sleep()
+    assert hooks == [("before None", ["kv_cache"]), ("after", ["kv_cache"])]
+    del held
+
+
+@pytest.mark.parametrize("vllm", ["stand-in"], indirect=True)
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("package", "run_after_trim_hooks"), ("module", "trim"), ("class", "checkpoint")],
+)
+def test_names_that_are_not_known_are_refused(
+    vllm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str
+) -> None:
+    copied = tmp_path / "vllm"
+    shutil.copytree(STAND_IN / "vllm", copied)
+    file = "__init__.py" if place == "package" else "cumem.py"
+    indent = "    " if place == "class" else ""
+    path = copied / "device_allocator" / file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(f"{text}\n{indent}def {name}(*arguments):\n{indent}    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    forget_vllm()
+    with pytest.raises(UnavailableError, match=rf"does not know: .*\b{name}; install a newer"):
+        compat.install()
+    assert not compat.installed()
 
 
 def test_without_vllm_it_says_so(vllm: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -780,6 +881,8 @@ def test_workers_install_where_the_backend_is_selected(
     worker.init_device()
     assert compat.installed() is expected
     assert isinstance(worker.allocator, compat.CuMemAllocator) is expected
+    # Where another one is selected, vLLM is as it was.
+    assert hasattr(workers.WorkerWrapperBase.init_device, "__wrapped__") is expected
 
 
 @pytest.mark.parametrize("vllm", ["stand-in"], indirect=True)
@@ -839,6 +942,30 @@ def test_suspend_keeps_what_its_level_says(backend: Any, level: int) -> None:
     assert backend.state() == "RUNNING"
     assert not any(asleep(allocator).values())
     assert all(torch.equal(tensors[t], random_bytes(100, ENGINE.index(t))) for t in kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "tags", "expected"),
+    [
+        ({"suspend_tags": ["kv_cache"]}, None, {"kv_cache"}),
+        ({"suspend_tags": "kv_cache"}, ("weights", "workspace"), {"weights", "workspace"}),
+        ({}, (), set()),
+    ],
+)
+def test_options_and_tags_say_what_is_kept(
+    backend: Any, options: dict[str, Any], tags: Any, expected: set[str]
+) -> None:
+    made = type(backend)(**options)
+    held = [tensor(100, tag) for tag in ENGINE]
+    made.suspend(1, tags=tags)
+    sizes = backup_bytes(theirs().get_mem_allocator_instance())
+    kept = {tag for tag, size in sizes.items() if size is not None}
+    assert kept == expected | {"runtime", "cudagraph"}
+    made.resume()
+    with pytest.raises(ValueError, match=r"no options \['warp'\]"):
+        type(backend)(warp=9)
+    assert made.supports_selective_offload() is made.preserves_nccl() is True
+    del held
 
 
 def test_discard_gives_up_the_cache_and_nothing_else(backend: Any) -> None:

@@ -7,15 +7,19 @@ no driver and does not import vLLM.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import functools
 import gc
 import importlib
+import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -89,11 +93,8 @@ init_module = python_create_and_map = python_unmap_and_release = None
 def _find_out() -> bool:
     """Whether the library and a driver can be loaded. Starts neither, so that a fork stays safe."""
     try:
-        from cumempool import _core  # noqa: F401 - that it can be loaded is the question
-
-        if CuMemConfig().driver == "cuda":
-            ctypes.CDLL("libcuda.so.1")
-    except (ImportError, OSError, InvalidArgumentError) as error:
+        CuMemConfig(enable_cumem_allocator=True)
+    except (UnavailableError, InvalidArgumentError) as error:
         logger.debug("cumempool cannot be used here: %s", error)
         return False
     return True
@@ -293,9 +294,11 @@ class CuMemAllocator:
 
     instance: CuMemAllocator | None = None
     default_tag: str = DEFAULT_TAG
+    cudagraph_tag: str = CUDAGRAPH_TAG
 
     def __init__(self) -> None:
-        self._entered: dict[str, list[Any]] = {}
+        self._entered: Counter[str] = Counter()
+        self._capturing = threading.local()
 
     @staticmethod
     def get_instance() -> CuMemAllocator:
@@ -323,7 +326,7 @@ class CuMemAllocator:
         """
         tag = self.default_tag if tag is None else tag
         with _pools().use_memory_pool(tag):
-            self._entered.setdefault(tag, []).append(_NO_POOL)
+            self._entered[tag] += 1
             yield
 
     @contextlib.contextmanager
@@ -337,6 +340,33 @@ class CuMemAllocator:
             InUseError: Memory of such graphs sleeps.
         """
         yield _pools().graph_pool(CUDAGRAPH_TAG)
+
+    @contextlib.contextmanager
+    def use_cudagraph_pool(self, pool: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
+        """As `cudagraph_pool`, under the name that vLLM after 0.33 has for it.
+
+        Inside, ``current_tag`` is ``cudagraph_tag``: vLLM asks for that to know that what is
+        captured lies in memory that legacy IPC cannot register.
+
+        Args:
+            pool: The pool that vLLM would capture into otherwise; it is not used.
+
+        Raises:
+            UnsupportedError: As `cudagraph_pool`.
+            InUseError: As `cudagraph_pool`.
+        """
+        identity = _pools().graph_pool(CUDAGRAPH_TAG)
+        before = getattr(self._capturing, "now", False)
+        self._capturing.now = True
+        try:
+            yield identity
+        finally:
+            self._capturing.now = before
+
+    def release_cudagraph_pool(self) -> None:
+        """Gives up the pool of `use_cudagraph_pool`, once its graphs are gone."""
+        gc.collect()  # graphs, which keep their pools
+        _pools().release_graph_pool(CUDAGRAPH_TAG)
 
     # ---- transitions
 
@@ -365,7 +395,8 @@ class CuMemAllocator:
         if contrary:
             logger.warning("sleep: %s slept already, and is left as it is", ", ".join(contrary))
         if known:
-            logger.info("%s", pools.sleep(offload_tags=[tag for tag in kept if tag in known]))
+            with self._unmapping(None):
+                logger.info("%s", pools.sleep(offload_tags=[tag for tag in kept if tag in known]))
 
     def discard(self, tags: tuple[str, ...] | str) -> None:
         """Gives the memory of some tags back without keeping its contents.
@@ -383,7 +414,8 @@ class CuMemAllocator:
         if any(known[tag].backed_up_bytes for tag in chosen):
             logger.warning("discard: what slept already keeps its backup")
         if chosen:
-            logger.info("%s", pools.sleep(offload_tags=(), tags=chosen))
+            with self._unmapping(chosen):
+                logger.info("%s", pools.sleep(offload_tags=(), tags=chosen))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Maps memory at its old addresses and restores what was kept.
@@ -391,6 +423,9 @@ class CuMemAllocator:
         Args:
             tags: The tags of `DEFERRABLE_TAGS` to wake; every other tag wakes in any case. None
                 wakes all.
+
+        What a hook of vLLM raises (``register_tag_hooks``) is raised when the memory is awake; the
+        next wake calls it again.
 
         Raises:
             InvalidTypeError: It is neither a tag nor a sequence of tags.
@@ -412,6 +447,30 @@ class CuMemAllocator:
         logger.info("%s", pools.wake_up(chosen))
         for handle in empty:
             create_and_map(handle)
+        self._run_after_map_hooks()
+
+    @contextlib.contextmanager
+    def _unmapping(self, tags: Collection[str] | None) -> Iterator[None]:
+        """Runs the hooks that vLLM has for memory of the tags, around the body that unmaps it.
+
+        Where the body fails, everything is mapped as before, and so what the hooks have taken down
+        is put up again.
+        """
+        before = _their_hooks("run_before_unmap_hooks")
+        if before is None:
+            yield
+            return
+        try:
+            before(list(self.pointer_to_data.values()), tags)
+            yield
+        except BaseException:
+            self._run_after_map_hooks()
+            raise
+
+    def _run_after_map_hooks(self) -> None:
+        after = _their_hooks("run_after_map_hooks")
+        if after is not None:
+            after(list(self.pointer_to_data.values()))
 
     def _empty_handles(self, tags: Sequence[str]) -> list[HandleType]:
         return [
@@ -435,16 +494,18 @@ class CuMemAllocator:
     @property
     def current_tag(self) -> str:
         """The tag of this thread's innermost open scope, else ``default_tag``."""
+        if getattr(self._capturing, "now", False):
+            return self.cudagraph_tag
         scope = current_scope(_pools())
         return self.default_tag if scope is None else scope.tag
 
     @property
-    def allocator_and_pools(self) -> dict[str, list[Any]]:
+    def allocator_and_pools(self) -> dict[str, list[tuple[None, None]]]:
         """For each tag, one ``(None, None)`` per time that it was entered, up to `release_pools`.
 
         Pools are not kept: their memory is given back when the tensors in it are gone.
         """
-        return self._entered
+        return {tag: [_NO_POOL] * count for tag, count in self._entered.items()}
 
     # ---- the end
 
@@ -474,6 +535,9 @@ _PACKAGE: Final = "vllm.device_allocator"
 _MODULE: Final = f"{_PACKAGE}.cumem"
 _WORKERS: Final = "vllm.v1.worker.worker_base"
 
+#: Functions of vLLM's package that its allocator has to call.
+_HONOURED: Final = frozenset({"run_before_unmap_hooks", "run_after_map_hooks"})
+
 _install_lock = fork_safe_lock()
 _undo = contextlib.ExitStack()  # what `uninstall` puts back
 _followed: list[type] = []  # worker classes that install where the backend is selected
@@ -492,7 +556,8 @@ def install() -> None:
     that vLLM starts are not reached: there, the plugin does it (`register`).
 
     Raises:
-        UnavailableError: vLLM cannot be imported, or has no such module.
+        UnavailableError: vLLM cannot be imported, has no such module, or one that can do what this
+            one cannot: a newer vLLM than this version of cumempool knows.
         InUseError: vLLM's own allocator holds memory already.
     """
     if installed():
@@ -510,6 +575,7 @@ def install() -> None:
             return
         replaced = sys.modules.get(_MODULE)
         _refuse_own_memory("install", replaced)
+        _refuse_unknown_surface(package)
         this = sys.modules[__name__]
         _replace(package, "cumem", this)
         if replaced is not None:
@@ -541,6 +607,51 @@ def _replace(owner: Any, name: str, value: object) -> None:
     else:
         _undo.callback(delattr, owner, name)
     setattr(owner, name, value)
+
+
+def _their_hooks(name: str) -> Callable[..., None] | None:
+    """A function of vLLM's package that its allocator has to call, where there is one."""
+    found: Callable[..., None] | None = getattr(sys.modules.get(_PACKAGE), name, None)
+    return found
+
+
+def _refuse_unknown_surface(package: ModuleType) -> None:
+    """Raises where vLLM's own module has what vLLM would call, or have called, in vain here."""
+    unknown = [
+        f"{_PACKAGE}.{name}"
+        for name in vars(package)
+        if name.startswith("run_") and name not in _HONOURED
+    ]
+    spec = importlib.util.find_spec(_MODULE)
+    if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        unknown += [
+            f"{_MODULE}.{name}" for name in _public_functions(tree) if name not in globals()
+        ]
+        unknown += [
+            f"{_MODULE}.CuMemAllocator.{name}"
+            for node in tree.body
+            if isinstance(node, ast.ClassDef) and node.name == "CuMemAllocator"
+            for name in _public_functions(node)
+            if not hasattr(CuMemAllocator, name)
+        ]
+    if unknown:
+        advice = "install a newer cumempool, or use vLLM's own backend"
+        raise UnavailableError(
+            f"install: this vLLM has what this version of cumempool does not know: "
+            f"{', '.join(sorted(unknown))}; {advice}",
+            operation="install",
+            advice=advice,
+        )
+
+
+def _public_functions(node: ast.Module | ast.ClassDef) -> list[str]:
+    return [
+        inner.name
+        for inner in node.body
+        if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and not inner.name.startswith("_")
+    ]
 
 
 def _refuse_own_memory(operation: str, module: ModuleType | None) -> None:
@@ -602,7 +713,11 @@ def _register_backend(factory: Any) -> None:
 
 
 def _follow_selection() -> None:
-    """Has each worker install before it allocates, where its configuration selects the backend."""
+    """Has a worker install before it allocates, where its configuration selects the backend.
+
+    Only the worker knows its configuration. Where that selects another backend, its class is as it
+    was from then on.
+    """
     try:
         wrapper = importlib.import_module(_WORKERS).WorkerWrapperBase
     except (ImportError, AttributeError) as error:
@@ -617,6 +732,9 @@ def _follow_selection() -> None:
         model = getattr(self.vllm_config, "model_config", None)
         if getattr(model, "sleep_mode_backend", None) == BACKEND:
             install()
+        elif wrapper.init_device is install_and_init_device:
+            wrapper.init_device = init_device
+            _followed.remove(wrapper)
         return init_device(self, *args, **kwargs)
 
     wrapper.init_device = install_and_init_device

@@ -7,7 +7,8 @@ is selected.
 from __future__ import annotations
 
 import sys
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from vllm.device_allocator.sleep_mode_backend import (  # type: ignore[import-not-found]
     SleepModeBackend,
@@ -26,23 +27,49 @@ class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
     """Puts what vLLM has allocated through `cumempool.compat.vllm` to sleep.
 
     A call that fails changes neither the memory nor the state, and can be repeated.
+
+    Args:
+        suspend_tags: The tags that every `suspend` keeps, whatever its level. None: those of the
+            level. (Memory of the running engine and of graphs is kept in any case.)
+        **options: There are no others; see ``sleep_mode_backend_options`` of vLLM.
+
+    Raises:
+        InvalidArgumentError: (a ``ValueError``) An option that does not exist.
+        InvalidTypeError: `suspend_tags` are no tags.
     """
 
-    def suspend(self, level: int = 1) -> None:
+    def __init__(self, suspend_tags: Sequence[str] | str | None = None, **options: Any) -> None:
+        if options:
+            raise InvalidArgumentError(
+                f"the sleep-mode backend {vllm.BACKEND!r} has no options {sorted(options)}; there "
+                "is suspend_tags"
+            )
+        super().__init__()
+        self.suspend_tags = (
+            None if suspend_tags is None else vllm._tags(suspend_tags, "suspend_tags")
+        )
+
+    def suspend(self, level: int = 1, tags: Sequence[str] | str | None = None) -> None:
         """Gives the device memory back.
 
         Args:
             level: 1 keeps the weights; 2 discards them, and they are loaded again after `resume`.
+            tags: The tags to keep, in place of those of the level and of ``suspend_tags``.
 
         Raises:
             InvalidArgumentError: Another level.
+            InvalidTypeError: `tags` are no tags.
             InUseError: vLLM's own allocator holds the memory, since this one was not installed.
             CumempoolError: As `cumempool.compat.vllm.CuMemAllocator.sleep`.
         """
         if level not in (1, 2):
             raise InvalidArgumentError(f"sleep: there are the levels 1 and 2, not {level!r}")
-        kept = ("weights", *_KEPT) if level == 1 else _KEPT
-        _allocator("sleep").sleep(kept)
+        chosen: tuple[str, ...] = ("weights",) if level == 1 else ()
+        if tags is not None:
+            chosen = vllm._tags(tags, "tags")
+        elif self.suspend_tags is not None:
+            chosen = self.suspend_tags
+        _allocator("sleep").sleep((*chosen, *_KEPT))
         self._state = "SUSPENDED"
 
     def resume(self, tags: list[str] | None = None) -> None:
@@ -82,6 +109,16 @@ class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
     @classmethod
     def preserves_communicators(cls) -> bool:
         """True: what was not allocated in a pool is not touched."""
+        return True
+
+    @classmethod
+    def preserves_nccl(cls) -> bool:
+        """As `preserves_communicators`, under the name that other versions of vLLM have for it."""
+        return True
+
+    @classmethod
+    def supports_selective_offload(cls) -> bool:
+        """True: `suspend` and `resume` take tags."""
         return True
 
 
