@@ -68,6 +68,10 @@ bool CopyQueue::done(std::size_t mark) { return driver_.event_query(device_, eve
 
 void CopyQueue::end_mark(std::size_t mark) noexcept { free_marks_.push_back(mark); }
 
+void CopyQueue::follow(const CopyQueue& other, std::size_t mark) {
+  driver_.stream_wait_event(device_, stream_, other.events_[mark]);
+}
+
 void CopyQueue::record(cumempool_event event) { driver_.event_record(device_, event, stream_); }
 
 }  // namespace cumempool::backup

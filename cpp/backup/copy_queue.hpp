@@ -40,6 +40,9 @@ class CopyQueue {
   bool done(std::size_t mark);
   void end_mark(std::size_t mark) noexcept;
 
+  // What is enqueued from now on waits for a mark of another queue of the device.
+  void follow(const CopyQueue& other, std::size_t mark);
+
   // Records an event of the caller's behind what was enqueued so far.
   void record(cumempool_event event);
 

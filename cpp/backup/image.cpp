@@ -20,10 +20,6 @@ std::vector<Slice> slices_of(const std::vector<Extent>& extents) {
   return slices;
 }
 
-bool differ(const cumempool_digest& left, const cumempool_digest& right) {
-  return left.low != right.low || left.high != right.high;
-}
-
 }  // namespace
 
 Image::Image(std::vector<Extent> extents, std::unique_ptr<Place> place)
@@ -43,14 +39,14 @@ std::uint64_t Image::save_changes(Transfer& transfer, cumempool_address address,
                                   const cumempool_digest* digests) {
   std::uint64_t copied = 0;
   for (std::size_t first = 0; first < slices_.size();) {
-    if (!differ(digests_[first], digests[first])) {
+    if (!differs(first, digests[first])) {
       ++first;
       continue;
     }
     // Neighbours that changed as well go along in the same copy.
     std::size_t bytes = slices_[first].bytes;
     std::size_t last = first + 1;
-    while (last < slices_.size() && differ(digests_[last], digests[last]) &&
+    while (last < slices_.size() && differs(last, digests[last]) &&
            slices_[last].offset == slices_[first].offset + bytes) {
       bytes += slices_[last++].bytes;
     }
@@ -59,6 +55,14 @@ std::uint64_t Image::save_changes(Transfer& transfer, cumempool_address address,
     first = last;
   }
   return copied;
+}
+
+std::vector<std::size_t> Image::changed(const cumempool_digest* digests) const {
+  std::vector<std::size_t> changed;
+  for (std::size_t slice = 0; slice < slices_.size(); ++slice) {
+    if (differs(slice, digests[slice])) changed.push_back(slice);
+  }
+  return changed;
 }
 
 void Image::restore(Transfer& transfer, cumempool_address address) {

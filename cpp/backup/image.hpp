@@ -53,7 +53,23 @@ class Image {
 
   // The digests of its slices, in order; empty where they are not known.
   const std::vector<cumempool_digest>& digests() const noexcept { return digests_; }
-  void set_digests(std::vector<cumempool_digest> digests) { digests_ = std::move(digests); }
+  void set_digests(std::vector<cumempool_digest> digests) {
+    digests_ = std::move(digests);
+    forgotten_.clear();
+  }
+  // Whether a slice has another digest, or one that was forgotten. Only where digests are known.
+  bool differs(std::size_t slice, const cumempool_digest& digest) const {
+    const cumempool_digest& known = digests_[slice];
+    return (!forgotten_.empty() && forgotten_[slice]) || known.low != digest.low ||
+           known.high != digest.high;
+  }
+  // The slices that differ, which save_changes() copies.
+  std::vector<std::size_t> changed(const cumempool_digest* digests) const;
+  // The slice may hold other bytes than its digest is of.
+  void forget_digest(std::size_t slice) {
+    forgotten_.resize(slices_.size());
+    forgotten_[slice] = true;
+  }
 
   // `bytes` of the allocation from `offset` on as host memory; null where its tier has none there,
   // or they are not all in the image. With `writable` the digests are forgotten, since what is
@@ -73,6 +89,7 @@ class Image {
   std::vector<Slice> slices_;
   std::uint64_t bytes_ = 0;
   std::vector<cumempool_digest> digests_;
+  std::vector<bool> forgotten_;  // of the digests; empty: none
   std::unique_ptr<Place> place_;
   bool lent_for_writing_ = false;
 };

@@ -33,8 +33,18 @@ class Comparison {
   void pass(Device& device, std::size_t item);
   // Computes the rest of a device's digests, and waits for them.
   void complete(Device& device);
-  // Waits for all that was begun on a device.
+  // Digests slices of an item once more, behind what `copies` has been given so far, in groups of
+  // items; flush() begins with the last one. No effect where the item has no digests.
+  void recheck(Device& device, const Item& item, std::vector<std::size_t> slices,
+               backup::CopyQueue& copies);
+  void flush(Device& device, backup::CopyQueue& copies);
+  // Waits for that, and has the image forget the digests of slices that are others now: what was
+  // copied may be neither. Returns their bytes.
+  std::uint64_t verify(Device& device, std::size_t item, backup::Image& image);
+
+  // Waits for all that was begun on a device before the copies, or behind them.
   void finish(Device& device);
+  void finish_rechecks(Device& device);
 
  private:
   // Slices of an item, on the board.
@@ -50,9 +60,21 @@ class Comparison {
     std::size_t added = 0;    // slices on the board
     std::size_t started = 0;  // of them
     std::vector<Launch> launches;
+    bool failed = false;  // nothing more is launched
+  };
+
+  // Digests behind the copies, on a board of their own.
+  struct Recheck {
+    std::size_t first;
+    std::vector<std::size_t> slices;  // of the image
+  };
+  struct Rechecks {
+    Progress progress;
+    std::map<std::size_t, Recheck> items;
   };
 
   void advance(Device& device, std::size_t end);
+  static const Launch* launch_of(const Progress& progress, std::size_t end);
   void give_up(Device& device, Error& error);
 
   Allocator& allocator_;
@@ -60,6 +82,7 @@ class Comparison {
   Report& report_;
   std::map<int, std::map<std::size_t, Place>> places_;  // by device and item
   std::map<int, Progress> progress_;                    // of devices with digests under way
+  std::map<int, Rechecks> rechecks_;                    // the same
 };
 
 }  // namespace cumempool::pool

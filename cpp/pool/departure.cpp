@@ -3,12 +3,22 @@
 
 #include <algorithm>
 #include <exception>
+#include <numeric>
 #include <string>
 #include <utility>
 
 #include "pool/places.hpp"
 
 namespace cumempool::pool {
+
+namespace {
+
+// Threads take part in its copies.
+bool is_staged(cumempool_backup_tier tier) {
+  return tier == CUMEMPOOL_BACKUP_PAGEABLE || tier == CUMEMPOOL_BACKUP_FILE;
+}
+
+}  // namespace
 
 void refuse_to_sleep(Allocator& allocator, const char* operation, const Record& record,
                      Pinned pinned) {
@@ -215,7 +225,7 @@ void Departure::start_copies() {
       culprit = index;
       copy(lane, index, culprit);
     });
-    lanes_.each([&](Lane& lane) { lane.finish_staged(culprit); });
+    lanes_.each([&](Lane& lane) { finish_copies(lane, culprit); });
     orders_.clear();
     keep_digests();
   } catch (Error& error) {
@@ -233,6 +243,12 @@ void Departure::copy(Lane& lane, std::size_t index, std::size_t& culprit) {
     digests = comparison_.wait(*lane.device, index);
   }
   try {
+    if (digests == nullptr) {
+      sleeper.copied.resize(sleeper.image->slices().size());
+      std::iota(sleeper.copied.begin(), sleeper.copied.end(), std::size_t{0});
+    } else {
+      sleeper.copied = sleeper.image->changed(digests);
+    }
     lane.copy(index, *sleeper.record, sleeper.choice.tier, [&] {
       std::uint64_t copied = sleeper.image->bytes();
       if (digests == nullptr) {
@@ -242,10 +258,39 @@ void Departure::copy(Lane& lane, std::size_t index, std::size_t& culprit) {
       }
       sleeper.clean_bytes = sleeper.image->bytes() - copied;
     });
+    if (!is_staged(sleeper.choice.tier)) recheck(lane, index);
   } catch (const Error&) {
     culprit = lane.transfer.staged.failed_label().value_or(index);
     throw;
   }
+}
+
+// Digests what was copied of an allocation once more, behind its copies.
+void Departure::recheck(Lane& lane, std::size_t index) {
+  Sleeper& sleeper = sleepers_[index];
+  comparison_.recheck(*lane.device, {index, sleeper.record->address, sleeper.image.get()},
+                      std::move(sleeper.copied), lane.transfer.queue);
+}
+
+// What threads write out is copied when they have ended.
+void Departure::finish_copies(Lane& lane, std::size_t& culprit) {
+  lane.finish_staged(culprit);
+  for (const std::size_t index : lane.items) {
+    if (is_staged(sleepers_[index].choice.tier)) recheck(lane, index);
+  }
+  comparison_.flush(*lane.device, lane.transfer.queue);
+}
+
+// A digest is that of the bytes that were copied, or it is forgotten.
+void Departure::verify(Lane& lane, std::size_t index) {
+  const Record& record = *sleepers_[index].record;
+  const std::uint64_t bytes = comparison_.verify(*lane.device, index, *sleepers_[index].image);
+  if (bytes == 0) return;
+  report_.problems.push_back(
+      format_bytes(bytes) + " of tag '" + record.tag->name + "' on device " +
+      std::to_string(record.device) +
+      " changed while they were copied, and the next sleep copies them again: something writes to "
+      "memory that goes to sleep");
 }
 
 void Departure::keep_digests() {
@@ -326,6 +371,7 @@ bool Departure::release_next(int device, bool with_discarded) {
     try {
       const driver::ContextScope scope(allocator_.driver(), device);
       index = lane->front.pop();
+      verify(*lane, index);
     } catch (Error& error) {
       annotate(error, operation_, sleepers_[index].record.get());
       throw;
@@ -354,6 +400,7 @@ void Departure::finish() {
       any = release_next(lane->device->ordinal(), false) || any;
     }
   }
+  lanes_.each([this](Lane& lane) { comparison_.finish_rechecks(*lane.device); });
 }
 
 void Departure::commit() {
@@ -395,6 +442,7 @@ void Departure::undo(Error& failure) {
     try {
       const driver::ContextScope scope(allocator_.driver(), lane->device->ordinal());
       comparison_.finish(*lane->device);
+      comparison_.finish_rechecks(*lane->device);
     } catch (Error& error) {
       lane->stuck = true;
       failure.secondary.push_back(error.account());

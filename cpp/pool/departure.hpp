@@ -69,6 +69,7 @@ class Departure {
     BackupChoice choice;
     bool fresh = true;  // the image is new; else it was retained since the last sleep
     std::uint64_t clean_bytes = 0;
+    std::vector<std::size_t> copied;  // slices of the image whose digests are to be checked
     Stage stage = Stage::kAwake;
   };
 
@@ -81,7 +82,10 @@ class Departure {
   void limit_pinned();
   void make_room(std::map<backup::HostArena*, std::size_t>& needed);
   void copy(Lane& lane, std::size_t index, std::size_t& culprit);
+  void recheck(Lane& lane, std::size_t index);
+  void finish_copies(Lane& lane, std::size_t& culprit);
   void keep_digests();
+  void verify(Lane& lane, std::size_t index);
   void detach(Sleeper& sleeper);
   void release(Sleeper& sleeper);
   void give_back(Record& record, cumempool_report_row& row);

@@ -32,18 +32,22 @@ backup::Transfer Device::transfer(Direction direction) {
   return {lane->queue, lane->staged};
 }
 
-Device::Digests& Device::digests() {
-  if (digests_ == nullptr) {
+Device::Digests& Device::made(std::unique_ptr<Digests>& digests) {
+  if (digests == nullptr) {
     auto made = std::make_unique<Digests>(driver_, ordinal_);
     const std::lock_guard lock(mutex_);
-    digests_ = std::move(made);
+    digests = std::move(made);
   }
-  return *digests_;
+  return *digests;
 }
 
-backup::CopyQueue& Device::digest_queue() { return digests().queue; }
+backup::CopyQueue& Device::digest_queue() { return made(digests_).queue; }
 
-backup::DigestBoard& Device::digest_board() { return digests().board; }
+backup::DigestBoard& Device::digest_board() { return made(digests_).board; }
+
+backup::CopyQueue& Device::recheck_queue() { return made(rechecks_).queue; }
+
+backup::DigestBoard& Device::recheck_board() { return made(rechecks_).board; }
 
 void Device::settle() {
   if (settled_) return;
@@ -52,14 +56,19 @@ void Device::settle() {
     lane->staged.abandon();
     lane->queue.drain();
   }
-  if (digests_ != nullptr) digests_->queue.drain();
+  for (Digests* digests : {digests_.get(), rechecks_.get()}) {
+    if (digests != nullptr) digests->queue.drain();
+  }
   settled_ = true;
 }
 
 std::uint64_t Device::release_buffers() noexcept {
   std::uint64_t bytes = 0;
   for (Lane* lane : {out_.get(), in_.get()}) bytes += lane == nullptr ? 0 : lane->staged.release();
-  return digests_ == nullptr ? bytes : bytes + digests_->board.release();
+  for (Digests* digests : {digests_.get(), rechecks_.get()}) {
+    bytes += digests == nullptr ? 0 : digests->board.release();
+  }
+  return bytes;
 }
 
 std::uint64_t Device::staging_bytes() const {
@@ -68,11 +77,14 @@ std::uint64_t Device::staging_bytes() const {
   for (const Lane* lane : {out_.get(), in_.get()}) {
     bytes += lane == nullptr ? 0 : lane->staged.bytes();
   }
-  return digests_ == nullptr ? bytes : bytes + digests_->board.bytes();
+  for (const Digests* digests : {digests_.get(), rechecks_.get()}) {
+    bytes += digests == nullptr ? 0 : digests->board.bytes();
+  }
+  return bytes;
 }
 
 void Device::drop_streams() {
-  if (out_ == nullptr && in_ == nullptr && digests_ == nullptr) return;
+  if (out_ == nullptr && in_ == nullptr && digests_ == nullptr && rechecks_ == nullptr) return;
   const driver::ContextScope scope(driver_, ordinal_);
   release_buffers();
   if (staging_bytes() != 0) {
@@ -80,6 +92,7 @@ void Device::drop_streams() {
   }
   const std::lock_guard lock(mutex_);
   digests_.reset();
+  rechecks_.reset();
   in_.reset();
   out_.reset();
 }

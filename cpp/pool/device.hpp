@@ -39,6 +39,9 @@ class Device {
   backup::Transfer transfer(Direction direction);
   backup::CopyQueue& digest_queue();
   backup::DigestBoard& digest_board();
+  // The same for digests behind the copies.
+  backup::CopyQueue& recheck_queue();
+  backup::DigestBoard& recheck_board();
 
   // A transition failed: what it has enqueued may still run.
   void unsettle() noexcept { settled_ = false; }
@@ -65,7 +68,7 @@ class Device {
     backup::DigestBoard board;
   };
 
-  Digests& digests();
+  Digests& made(std::unique_ptr<Digests>& digests);
 
   driver::Driver driver_;
   int ordinal_;
@@ -76,6 +79,7 @@ class Device {
   std::unique_ptr<Lane> out_;
   std::unique_ptr<Lane> in_;
   std::unique_ptr<Digests> digests_;
+  std::unique_ptr<Digests> rechecks_;
   bool settled_ = true;  // for the transition under way
 };
 

@@ -1,4 +1,5 @@
 // Backups that are kept while awake: what the next sleep copies, and when they are given up.
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -84,6 +85,59 @@ TEST_F(RetainedBackup, OneChangedByteCopiesOneSlice) {
     EXPECT_EQ(sleep().row("weights").clean_bytes, kBytes - slice) << "changed back";
     expect_whole();
   }
+}
+
+// Something writes between the digest and the copy. The backup holds what was copied, and the next
+// sleep must not take that for what the digest is of.
+TEST_F(RetainedBackup, R2_ADigestIsThatOfTheBytesThatWereCopied) {
+  const TemporaryDirectory directory;
+  for (const auto& policy :
+       {backup_in(CUMEMPOOL_BACKUP_PINNED), backup_in(CUMEMPOOL_BACKUP_PAGEABLE),
+        backup_in(CUMEMPOOL_BACKUP_FILE, directory.path().c_str())}) {
+    SCOPED_TRACE(policy.tier);
+    must(pool.set_backup("weights", policy));
+    retain();
+    write_pattern(address + kSlice, kSlice, 5);
+    std::atomic<bool> written{false};
+    faults_.observe([&](const char* entry) {
+      if (std::string(entry) != "copy_to_host" || written.exchange(true)) return;
+      write_pattern(address + kSlice, kSlice, 9);
+    });
+    const Outcome torn = sleep();
+    faults_.observe(nullptr);
+    ASSERT_TRUE(written);
+    ASSERT_EQ(torn.problems.size(), 1U);
+    EXPECT_NE(torn.problems[0].find("1.00 MiB of tag 'weights' on device 0 changed"),
+              std::string::npos)
+        << torn.problems[0];
+    must(pool.wake().status);
+    EXPECT_TRUE(holds_pattern(address + kSlice, kSlice, 9));
+    write_pattern(address + kSlice, kSlice, 5);
+    const Outcome next = sleep();
+    EXPECT_EQ(next.row("weights").clean_bytes, kBytes - kSlice);
+    EXPECT_TRUE(next.problems.empty());
+    must(pool.wake().status);
+    EXPECT_TRUE(holds_pattern(address + kSlice, kSlice, 5)) << "what was put to sleep";
+    EXPECT_EQ(sleep().row("weights").clean_bytes, kBytes) << "and now it is known";
+    must(pool.wake().status);
+    write_pattern(address, kBytes, 1);
+  }
+}
+
+TEST_F(RetainedBackup, ADigestBehindTheCopyThatFailsCostsACopyAndNothingElse) {
+  retain();
+  write_pattern(address, kSlice, 2);
+  faults_.reset_counts();
+  faults_.fail_nth("digest", 2, kNotSupported);
+  const Outcome torn = pool.sleep("weights", kOffload);
+  EXPECT_EQ(torn.status, CUMEMPOOL_OK);
+  ASSERT_EQ(torn.problems.size(), 1U);
+  EXPECT_NE(torn.problems[0].find("behind their copies"), std::string::npos) << torn.problems[0];
+  must(pool.wake().status);
+  EXPECT_TRUE(holds_pattern(address, kSlice, 2));
+  EXPECT_EQ(sleep().row("weights").clean_bytes, 0U) << "all of it is copied";
+  must(pool.wake().status);
+  EXPECT_EQ(sleep().row("weights").clean_bytes, kBytes);
 }
 
 TEST_F(RetainedBackup, AllocationsAreJudgedOneByOne) {
