@@ -342,9 +342,13 @@ py::dict totals_fields(const cumempool_totals& totals) {
   return fields;
 }
 
-// The connection to the owner of shared memory: while it is open, the owner keeps that memory
-// awake. The memory that came over it shares this object, and the last of it ends the connection,
-// for processes forked meanwhile as well; what such a process drops itself ends nothing.
+// What an importer says when nothing of the memory is mapped any more: RELEASED of wire.py.
+constexpr char kReleased = 'r';
+
+// The connection to the owner of shared memory: until it says that the memory was released, the
+// owner keeps that awake. The memory that came over it shares this object, and the last of it says
+// so, and ends the connection, for processes forked meanwhile as well; what such a process drops
+// itself ends nothing. The owner has it in its socket before the destructor returns.
 class Connection {
  public:
   // Takes a copy of the descriptor.
@@ -356,7 +360,10 @@ class Connection {
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
   ~Connection() {
-    if (getpid() == process_) shutdown(number_, SHUT_RDWR);
+    if (getpid() == process_) {
+      static_cast<void>(send(number_, &kReleased, 1, MSG_DONTWAIT | MSG_NOSIGNAL));
+      shutdown(number_, SHUT_RDWR);
+    }
     close(number_);
   }
 

@@ -38,7 +38,7 @@ from cumempool.kv_transfer import KVTransferConfig
 from cumempool.paths import get_cmake_dir, get_include, get_library
 from cumempool.probe import Availability, DeviceProbe, TorchProbe, is_available, probe
 from cumempool.report import TagReport, TransitionReport
-from cumempool.sharing import SharedLayout, SharedMemory, SharedRange, open_shared
+from cumempool.sharing import Export, SharedLayout, SharedMemory, SharedRange, open_shared
 from cumempool.stats import AllocationInfo, Stats, TagStats
 from cumempool.waking import WakeHandle
 
@@ -57,6 +57,7 @@ __all__ = [
     "DeviceProbe",
     "DistributedTransitionError",
     "DriverError",
+    "Export",
     "ForkedError",
     "HookRegistration",
     "InUseError",

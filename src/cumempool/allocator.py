@@ -43,7 +43,7 @@ from cumempool.progress import OnProgress, ProgressRegistration, ProgressWatch
 from cumempool.publishing import Publisher, publish
 from cumempool.report import TransitionReport
 from cumempool.scope import MemoryPoolScope, NullScope, open_tags
-from cumempool.sharing import SharedMemory, install_reducers
+from cumempool.sharing import Export, SharedMemory, install_reducers
 from cumempool.sizes import check_margin
 from cumempool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
 from cumempool.stats import AllocationInfo, Stats, allocations_of, stats_of
@@ -746,7 +746,8 @@ class CuMemAllocator:
         """A descriptor by which other processes of the same user can open memory: `open_shared`.
 
         It can be pickled, and says nothing to other users. It holds nothing: the memory has to
-        live until it is opened, and is stale once it has slept. While others have it open, the tag
+        live until it is opened, and is stale once it has slept. (What is sent through
+        `torch.multiprocessing` is kept until it was received.) While others have it open, the tag
         cannot sleep. A process that opens it gets the whole of each allocation; a tensor inside a
         pool scope shares its allocation with others.
 
@@ -771,9 +772,19 @@ class CuMemAllocator:
         """
         return self._exports.share(what, writable, fabric)
 
+    def exports(self) -> list[Export]:
+        """What other processes keep awake: what they have open, and messages not received yet.
+
+        The oldest first. A message that nobody will receive, since its queue or its receiver is
+        gone, keeps its memory until `revoke`, ``close(force=True)``, or the end of the process.
+        FABRIC handles that descriptors carry are not in it.
+        """
+        return self._exports.list()
+
     def revoke(self, tag: str) -> int:
         """Withdraws what was shared of a tag, so that it can sleep.
 
+        Messages that were sent and not received yet are lost; the memory that they kept is freed.
         Importers keep what they have mapped, and the device keeps that memory for them until they
         close it; from the next wake on, it is another one than the owner's. FABRIC handles that
         descriptors carry cannot be taken back: they open the memory as long as there is any.
@@ -831,12 +842,13 @@ class CuMemAllocator:
                 else's memory. Memory of ``backing="cuda_malloc"`` stays until it is deleted.
 
         Raises:
-            InUseError: Without `force`: tensors or CUDA graphs live, scopes are open or backups are
-                being read; nothing was changed.
+            InUseError: Without `force`: tensors or CUDA graphs live, scopes are open, backups are
+                being read, or messages that were sent were not received; nothing was changed.
             DriverError: The driver did not take something back.
         """
         if not isinstance(force, bool):
             raise InvalidTypeError(f"force is a bool, not {force!r}")
+        self._exports.settle_close(force)
         empty_cache(self.config.driver)
         if force:
             self._graph_pools.abandon()

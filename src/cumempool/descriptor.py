@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "SharedLayout", "SharedMemory", "SharedRange", "layout_of"]
 
 #: Of the format of `SharedMemory`.
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ class SharedMemory:
         writable: Whether importers may ask for write access.
         ranges: The allocations.
         layout: The tensor that was shared, inside the only range; None where a tag was.
+        message: Number of the message that keeps the memory until it is received; 0: none does.
     """
 
     version: int
@@ -90,6 +91,18 @@ class SharedMemory:
     writable: bool
     ranges: tuple[SharedRange, ...]
     layout: SharedLayout | None
+    message: int = 0
+
+    def _request(self, writable: bool) -> dict[str, object]:
+        """What an importer asks for; all of it but `writable` is what the secret signs."""
+        return {
+            "tag": self.tag,
+            "granted": self.writable,
+            "message": self.message,
+            "ranges": [part._key() for part in self.ranges],
+            "writable": writable,
+            "secret": self.secret,
+        }
 
     def __repr__(self) -> str:
         """Without the secret."""

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from cumempool.descriptor import SharedMemory, SharedRange, layout_of
 from cumempool.devices import Devices
-from cumempool.endpoint import Endpoint
-from cumempool.errors import InvalidArgumentError, InvalidTypeError
+from cumempool.endpoint import Endpoint, Export
+from cumempool.errors import InUseError, InvalidArgumentError, InvalidTypeError
 from cumempool.locks import fork_safe_lock
 from cumempool.stats import AllocationInfo, allocations_of
 from cumempool.tags import Tags
@@ -57,9 +59,34 @@ class Exports:
         else:
             infos = [AllocationInfo(**self._core.find(memory_of(what)))]
             layout = layout_of(what, infos[0].address)
+        ranges = self._ranges(infos)
+        endpoint = self._open_endpoint()
+        return endpoint.describe(self._driver, infos[0].tag, ranges, layout, writable, fabric)
+
+    def send(self, tensor: torch.Tensor, kept: object) -> SharedMemory:
+        """Shares a tensor with who receives a message; `kept` is kept until he has released it.
+
+        Raises:
+            CumempoolError: As `CuMemAllocator.share`; then nothing is kept.
+        """
+        found = AllocationInfo(**self._core.find(memory_of(tensor)))
+        layout = layout_of(tensor, found.address)
+        endpoint = self._open_endpoint()
+        with contextlib.ExitStack() as failed:
+            number = endpoint.keep(found.tag, found.bytes, kept)
+            failed.callback(endpoint.forget, number)
+            # Once more: it may have slept before it was kept awake.
+            ranges = self._ranges([AllocationInfo(**self._core.find(found.address))])
+            memory = endpoint.describe(
+                self._driver, found.tag, ranges, layout, writable=True, message=number
+            )
+            failed.pop_all()
+        return memory
+
+    def _ranges(self, infos: list[AllocationInfo]) -> list[SharedRange]:
         for info in infos:
             os.close(self._core.export_fd(info.address)[0])  # which says what is in the way
-        ranges = [
+        return [
             SharedRange(
                 i.address,
                 i.bytes,
@@ -69,8 +96,6 @@ class Exports:
             )
             for i in infos
         ]
-        endpoint = self._open_endpoint()
-        return endpoint.describe(self._driver, infos[0].tag, ranges, layout, writable, fabric)
 
     def revoke(self, tag: str) -> int:
         """See `CuMemAllocator.revoke`."""
@@ -78,6 +103,35 @@ class Exports:
         with self._lock:
             endpoint = self._endpoint
         return 0 if endpoint is None else endpoint.revoke(tag)
+
+    def list(self) -> list[Export]:
+        """See `CuMemAllocator.exports`."""
+        return [] if self._endpoint is None else self._endpoint.exports()
+
+    def settle(self, tags: Collection[str]) -> None:
+        """Takes note of all that others have released of tags, before these are to sleep."""
+        if self._endpoint is not None:
+            self._endpoint.settle(tags)
+
+    def settle_close(self, force: bool) -> None:
+        """Lets go what messages keep, before a close. Importers keep what they have mapped.
+
+        Raises:
+            InUseError: Without `force`: some were not received.
+        """
+        if self._endpoint is None:
+            return
+        waiting = [one for one in self._endpoint.exports() if not one.received]
+        if waiting and not force:
+            tags = sorted({one.tag for one in waiting})
+            raise InUseError(
+                f"{len(waiting)} messages of {', '.join(map(repr, tags))} were sent and not "
+                f"received yet: {sum(one.bytes for one in waiting)} bytes",
+                operation="close",
+                tag=tags[0],
+                advice="have them received; revoke() withdraws them, and close(force=True)",
+            )
+        self._endpoint.forget_all()
 
     def close(self) -> None:
         """Ends all that was opened. Closing twice is no error."""

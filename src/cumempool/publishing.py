@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from cumempool.errors import CumempoolError, InvalidArgumentError
 from cumempool.unfailing import report_failure
+from cumempool.wire import home
 
 __all__ = ["Published", "Publisher", "directory", "publish", "published", "request_snapshot"]
 
@@ -112,6 +113,7 @@ class Publisher:
         self._interval = _INTERVAL if interval is None else interval
         self._process = os.getpid()
         self._start = _start_of(self._process)
+        self._home = home()
         # Several allocators of a process each have a file.
         self._stem = directory() / f"{self._process}-{id(self):x}"
         self._stop = threading.Event()
@@ -127,7 +129,8 @@ class Publisher:
         return self._stem.with_name(self._stem.name + suffix)
 
     def _publish(self) -> None:
-        record = {"process": self._process, "start": self._start, "name": self._name}
+        whose = {"process": self._process, "start": self._start, "home": self._home}
+        record = {**whose, "name": self._name}
         _write(self._file(_SUFFIX), {**record, "time": time.time(), "stats": self._stats()})
         wanted = self._file(_WANTED)
         if wanted.exists():
@@ -175,12 +178,17 @@ class Published:
 
 
 def published() -> list[Published]:
-    """What this user's live processes publish, by process. Files of dead ones are removed."""
-    found = []
+    """What this user's live processes publish, by process. Files of dead ones are removed.
+
+    Processes of other PID namespaces may share the folder: nobody knows here whether they live.
+    """
+    found, here = [], home()
     for file in sorted(directory().glob(f"*{_SUFFIX}")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             record = json.loads(file.read_text())
             process = int(record["process"])
+            if record["home"] != here:
+                continue
             if _start_of(process) != record["start"]:
                 _remove(file, os.getpid())
                 continue

@@ -9,14 +9,16 @@ import array
 import contextlib
 import logging
 import os
+import random
 import socket
 import time
+import types
 import weakref
-from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from cumempool.descriptor import VERSION, SharedLayout, SharedMemory, SharedRange, layout_of
-from cumempool.endpoint import Endpoint
+from cumempool.endpoint import Endpoint, Export
 from cumempool.errors import (
     CumempoolError,
     DriverError,
@@ -26,7 +28,18 @@ from cumempool.errors import (
     UnsupportedError,
 )
 from cumempool.locks import fork_safe_lock
-from cumempool.wire import MOST_FDS, PATIENCE, Wire, close_all, home, peer_of, relay_name
+from cumempool.wire import (
+    MOST_FDS,
+    OPENED,
+    PATIENCE,
+    BusyError,
+    Wire,
+    close_all,
+    home,
+    is_of_this_user,
+    peer_of,
+    relay_name,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +49,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Endpoint",
+    "Export",
     "SharedLayout",
     "SharedMemory",
     "SharedRange",
     "install_reducers",
     "layout_of",
     "open_shared",
+    "rebuild_storage",
+    "rebuild_tensor",
 ]
 
 _logger = logging.getLogger("cumempool")
@@ -55,10 +71,10 @@ def open_shared(
 ) -> torch.Tensor | list[torch.Tensor]:
     """Tensors on the physical memory of another process, or of this one.
 
-    The owner's tag cannot sleep while they live. The memory outlives its owner. Memory that has
-    FABRIC handles is imported by them, and by file descriptors where that fails. A descriptor that
-    carries such handles also opens where its owner cannot be reached, on another host of the NVLink
-    domain; then the owner does not know of it.
+    The owner's tag cannot sleep while they live. The memory outlives its owner. What a descriptor
+    carries FABRIC handles for is imported by them, and by file descriptors where that fails. It
+    also opens where its owner cannot be reached, on another host of the NVLink domain; then the
+    owner does not know of it. In inference mode, too, the tensors are ordinary ones.
 
     Args:
         memory: What `CuMemAllocator.share` returned, as it arrived here.
@@ -71,8 +87,8 @@ def open_shared(
         The tensor that was shared, or one of bytes per allocation of the tag that was.
 
     Raises:
-        SharingError: The owner is gone, has withdrawn it, or has slept since (a stale generation);
-            or the layout is not one of that memory.
+        SharingError: The owner is gone, has withdrawn it, or has slept since (a stale generation),
+            or answers others for too long; or the layout is not one of that memory.
         InvalidArgumentError: A descriptor of another version, or a device that does not exist.
         InvalidTypeError: It is no descriptor.
         UnsupportedError: The device cannot reach the memory, or the driver cannot map it like this.
@@ -87,6 +103,8 @@ def open_shared(
             f"the descriptor is of version {memory.version}, this is {VERSION}: both processes "
             "need the same version of cumempool"
         )
+    import torch
+
     from cumempool import _torch
 
     _check_layout(memory)
@@ -97,20 +115,43 @@ def open_shared(
         for name in {part.device for part in memory.ranges}
     }
     devices = [local[part.device] for part in memory.ranges]
+    capsules = _patiently(memory, lambda: _open(memory, driver, devices, writable))
+    with torch.inference_mode(False):
+        tensors = [_torch.from_capsule(capsule) for capsule in capsules]
+        if memory.layout is not None:
+            tensors = [_in_layout(tensors[0], memory.layout)]
+        if not writable:
+            tensors = [_torch.ReadOnlyTensor(tensor) for tensor in tensors]
+    return tensors if memory.layout is None else tensors[0]
+
+
+_T = TypeVar("_T")
+
+
+def _patiently(memory: SharedMemory, attempt: Callable[[], _T]) -> _T:
+    """Tries again for as long as the owner answers too many others."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return attempt()
+        except BusyError as error:
+            if time.monotonic() > deadline:
+                raise SharingError(
+                    f"process {memory.owner}, which owns the memory, is busy: {error}",
+                    tag=memory.tag,
+                    advice="open it again later, or in fewer processes at a time",
+                ) from None
+        time.sleep(random.uniform(0.01, 0.05))
+
+
+def _open(
+    memory: SharedMemory, driver: _core.Driver, devices: Sequence[int], writable: bool
+) -> list[object]:
     connection = _connect(memory)
     if connection is None:
-        capsules = _map_carried(memory, driver, devices, writable)
-    else:
-        with connection, _talking(memory):
-            wire = Wire(connection)
-            _ask(wire, memory, writable)
-            capsules = _map_leased(memory, driver, devices, writable, wire)
-    tensors = [_torch.from_capsule(capsule) for capsule in capsules]
-    if memory.layout is not None:
-        tensors = [_in_layout(tensors[0], memory.layout)]
-    if not writable:
-        tensors = [_torch.ReadOnlyTensor(tensor) for tensor in tensors]
-    return tensors if memory.layout is None else tensors[0]
+        return _map_carried(memory, driver, devices, writable)
+    with connection, _talking(memory):
+        return _map_leased(memory, driver, devices, writable, Wire(connection))
 
 
 def _map_leased(
@@ -120,20 +161,25 @@ def _map_leased(
     writable: bool,
     wire: Wire,
 ) -> list[object]:
-    """Capsules of memory whose owner has been asked for it; they keep the lease."""
+    """Capsules of memory whose owner is asked for it; they keep the lease."""
     from cumempool import _core
 
+    # Before anything can be mapped: whatever happens, its end tells the owner that nothing is.
     lease = _core.Connection(wire.connection.fileno())
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer says why
+        wire.send(memory._request(writable))
     capsules = []
     with contextlib.closing(_handles(wire, len(memory.ranges))) as handles:
-        for part, ordinal, (fd, fabric) in zip(memory.ranges, devices, handles, strict=True):
+        for part, ordinal, fd in zip(memory.ranges, devices, handles, strict=True):
             place = (driver, ordinal, part.bytes, writable, lease)
             try:
-                capsule = None if fabric is None else _map(fabric, *place)
+                capsule = _map(part.fabric, *place) if part.fabric else None
             except (UnsupportedError, DriverError) as error:
                 _logger.debug("memory is opened by its file descriptor: %s", error)
                 capsule = None
             capsules.append(_map(fd, *place) if capsule is None else capsule)
+    with contextlib.suppress(OSError):  # gone by now, or it has revoked it: this is open
+        wire.connection.sendall(OPENED)
     return capsules
 
 
@@ -306,7 +352,7 @@ def _talking(memory: SharedMemory) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, TypeError) as error:
-        if isinstance(error, CumempoolError):
+        if isinstance(error, (CumempoolError, BusyError)):
             raise
         raise SharingError(
             f"process {memory.owner}, which owns the memory, does not answer "
@@ -330,6 +376,9 @@ def _connect(memory: SharedMemory) -> socket.socket | None:
     try:
         connection.settimeout(PATIENCE)
         connection.connect("\0" + memory.endpoint)
+    except BlockingIOError:
+        connection.close()
+        raise BusyError("too many others wait for an answer") from None
     except (OSError, ValueError, TypeError) as error:
         connection.close()
         try:
@@ -343,7 +392,7 @@ def _connect(memory: SharedMemory) -> socket.socket | None:
                 tag=memory.tag,
                 advice="share it again from a process that lives",
             ) from None
-    if peer_of(connection)[1] != os.geteuid():
+    if not is_of_this_user(*peer_of(connection)):
         connection.close()
         raise SharingError("the endpoint belongs to another user", tag=memory.tag)
     return connection
@@ -383,7 +432,7 @@ def _relay_of(memory: SharedMemory) -> socket.socket:
     process = _core.pidfd_open(memory.owner)
     try:
         # Who answers to the number still lives when the copy is made, so it is the same process.
-        if os.stat(f"/proc/{memory.owner}").st_uid != os.geteuid():
+        if not is_of_this_user(memory.owner, os.stat(f"/proc/{memory.owner}").st_uid):
             raise PermissionError("the process belongs to another user")
         number = _core.pidfd_getfd(process, memory.relay)
     finally:
@@ -399,33 +448,15 @@ def _relay_of(memory: SharedMemory) -> socket.socket:
     return relay
 
 
-def _ask(wire: Wire, memory: SharedMemory, writable: bool) -> None:
-    wire.send(
-        {
-            "tag": memory.tag,
-            "granted": memory.writable,
-            "writable": writable,
-            "ranges": [part._key() for part in memory.ranges],
-            "secret": memory.secret,
-            "fabric": True,
-        }
-    )
-
-
-def _handles(wire: Wire, count: int) -> Generator[tuple[int, bytes | None], None, None]:
-    """Descriptors and FABRIC handles as they come; each is closed when the next is asked for."""
+def _handles(wire: Wire, count: int) -> Generator[int, None, None]:
+    """Descriptors as they come; each is closed when the next is asked for."""
     while count:
         fds = wire.receive_fds(min(count, MOST_FDS))
         count -= len(fds)
         try:
-            fabric = [
-                None if text is None else bytes.fromhex(text) for text in wire.receive()["fabric"]
-            ]
-            for handle in fabric[: len(fds)]:
-                yield fds[0], handle
+            while fds:
+                yield fds[0]
                 os.close(fds.pop(0))
-            if fds:
-                raise ValueError("fewer FABRIC handles than descriptors")
         finally:
             close_all(fds)
 
@@ -440,34 +471,97 @@ _installed = False
 def install_reducers(allocator: CuMemAllocator) -> None:
     """Has torch.multiprocessing send tensors of an allocator as what they are: shared memory.
 
-    As with torch's own CUDA tensors, the sender keeps a tensor until the receiver has it.
+    Both torch's functions themselves and `ForkingPickler` ask here first, so that it holds whoever
+    has imported those functions before, calls them, or registers reducers of his own.
     """
     global _installed
     with _senders_lock:
         _senders.add(allocator)
     if _installed:
         return
+    # Outside of the lock: an import may run anything. It registers torch's own first.
+    from torch.multiprocessing import reductions
+
+    with _senders_lock:
+        if not _installed:
+            _ask_first(reductions.reduce_tensor, _first_reduce_tensor)
+            _ask_first(reductions.reduce_storage, _first_reduce_storage)
+            _ask_pickler_first()
+            _installed = True
+
+
+#: What torch's functions did before.
+_torchs_own: Final[dict[str, Callable[[Any], Any]]] = {}
+
+
+def _ask_first(function: Any, instead: Any) -> None:
+    """Replaces the code of a function, and with it all that is bound to the function anywhere."""
+    own = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    _torchs_own[function.__name__] = own
+    function.__code__ = instead.__code__
+
+
+# The code of these two runs as that of torch's functions, among the globals of torch's module.
+def _first_reduce_tensor(tensor: Any) -> Any:
+    from cumempool import sharing
+
+    reduced = sharing._reduce(tensor)
+    return sharing._torchs_own["reduce_tensor"](tensor) if reduced is None else reduced
+
+
+def _first_reduce_storage(storage: Any) -> Any:
+    from cumempool import sharing
+
+    reduced = sharing._reduce(storage)
+    return sharing._torchs_own["reduce_storage"](storage) if reduced is None else reduced
+
+
+def _ask_pickler_first() -> None:
+    """Has every `ForkingPickler` ask here before it looks for a reducer that was registered."""
     from multiprocessing.reduction import ForkingPickler
 
+    pickler: Any = ForkingPickler
+    before = getattr(pickler, "reducer_override", None)
+
+    def reducer_override(self: Any, what: Any) -> Any:
+        reduced = _reduce(what)
+        if reduced is not None:
+            return reduced
+        return NotImplemented if before is None else before(self, what)
+
+    pickler.reducer_override = reducer_override
+
+
+def _reduce(what: Any) -> Any:
+    """How a tensor, parameter or storage of a pool is sent; None: it is none.
+
+    Some receivers put their own device in the place that it has among the arguments of torch's
+    `rebuild_cuda_tensor`, the seventh: `rebuild_tensor` takes it there.
+    """
     import torch
-    import torch.multiprocessing  # which registers its own first
 
-    ForkingPickler.register(torch.Tensor, _reduce)
-    ForkingPickler.register(torch.nn.Parameter, _reduce)
-    _installed = True
+    kind = type(what)
+    if kind is torch.UntypedStorage:
+        if what.device.type not in ("cpu", "cuda"):
+            return None
+        memory = _send(what, torch.empty(0, dtype=torch.uint8, device=what.device).set_(what))
+        return None if memory is None else (rebuild_storage, (memory,))
+    if kind not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    taken_apart = what.layout is not torch.strided or what.is_nested
+    if taken_apart or (what.requires_grad and not what.is_leaf):
+        return None  # torch's own does that, and refuses the other
+    memory = _send(what, what.detach())
+    if memory is None or memory.layout is None:
+        return None
+    layout, is_parameter = memory.layout, kind is torch.nn.Parameter
+    described = (is_parameter, layout.shape, layout.strides, layout.offset, None, layout.dtype)
+    return rebuild_tensor, (*described, None, memory, what.requires_grad)
 
 
-def _reduce(tensor: torch.Tensor) -> Any:
-    import torch
-    from torch.multiprocessing.reductions import reduce_tensor
-
-    memory = _share(tensor) if tensor.is_leaf or not tensor.requires_grad else None
-    if memory is None:
-        return reduce_tensor(tensor)
-    return _rebuild, (memory, isinstance(tensor, torch.nn.Parameter), tensor.requires_grad)
-
-
-def _share(tensor: torch.Tensor) -> SharedMemory | None:
+def _send(what: Any, tensor: torch.Tensor) -> SharedMemory | None:
     with _senders_lock:
         senders = list(_senders)
     for allocator in senders:
@@ -476,16 +570,54 @@ def _share(tensor: torch.Tensor) -> SharedMemory | None:
         except CumempoolError:
             continue
         try:
-            return allocator.share(tensor)
+            # The allocator goes with it: were it dropped, nobody could be answered.
+            return allocator._exports.send(tensor, (tensor, allocator))
         except UnsupportedError:
             return None
     return None
 
 
-def _rebuild(memory: SharedMemory, is_parameter: bool, requires_grad: bool) -> torch.Tensor:
+def rebuild_tensor(
+    is_parameter: bool,
+    size: Sequence[int],
+    stride: Sequence[int],
+    offset: int,
+    storage: None,
+    dtype: str,
+    device: object,
+    memory: SharedMemory,
+    requires_grad: bool,
+) -> torch.Tensor:
+    """The tensor or parameter that was sent through `torch.multiprocessing`.
+
+    The name is part of what is sent: unpicklers with a list of what they admit have to admit it.
+
+    Args:
+        is_parameter: Whether it is a parameter.
+        size: Its shape; as all up to the device for those who look at what they receive.
+        stride: In elements.
+        offset: In bytes, inside the allocation.
+        storage: None.
+        dtype: Name of the element type.
+        device: The ordinal of a device here that is to use it; anything else: that of the memory.
+        memory: What was shared.
+        requires_grad: Whether it requires a gradient.
+
+    Raises:
+        SharingError: See `open_shared`, and all others.
+    """
     import torch
 
-    tensor = cast("torch.Tensor", open_shared(memory))  # which has a layout
+    here = device if isinstance(device, int) else None
+    tensor = cast("torch.Tensor", open_shared(memory, device=here))  # which has a layout
     if is_parameter:
         return torch.nn.Parameter(tensor, requires_grad)
     return tensor.requires_grad_(requires_grad)
+
+
+def rebuild_storage(memory: SharedMemory) -> torch.UntypedStorage:
+    """The storage that was sent through `torch.multiprocessing`; see `rebuild_tensor`."""
+    from cumempool import _torch
+
+    part = cast("torch.Tensor", open_shared(memory))  # of bytes, somewhere in the allocation
+    return _torch.from_capsule(part).untyped_storage()

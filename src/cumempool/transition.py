@@ -37,6 +37,7 @@ def sleep(
 ) -> TransitionReport:
     """Sleeps as planned (`sleep_plan.py`); a discard drops backups of what sleeps already."""
     refuse_open_scopes(allocator, operation, actions)
+    allocator._exports.settle(actions)
     pairs = list(actions.items())
     with (
         allocator._observer.watch(operation) as watched,
@@ -54,6 +55,7 @@ def prepare(
     allocator: CuMemAllocator, actions: Mapping[str, int], *, background: bool
 ) -> int | Future[int]:
     """See `CuMemAllocator.prepare`."""
+    allocator._exports.settle(actions)
     pairs = list(actions.items())
     dead = _dead_ranges(allocator, pairs)
     # Hooks take pins off before a sleep.
@@ -123,6 +125,7 @@ def swap(
 ) -> TransitionReport:
     """Sleeps as planned while `tags` wake, or all others that sleep."""
     refuse_open_scopes(allocator, "swap", actions)
+    allocator._exports.settle(actions)
     driver = allocator.config.driver
     pairs = list(actions.items())
     with (

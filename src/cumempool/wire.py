@@ -6,6 +6,7 @@ Also what the kernel says of the process at the other end.
 from __future__ import annotations
 
 import array
+import functools
 import json
 import os
 import socket
@@ -18,15 +19,21 @@ from typing import Any, Final
 from cumempool.errors import SharingError
 
 __all__ = [
+    "BUSY",
     "FAILED",
     "MOST_FDS",
+    "OPENED",
     "PATIENCE",
+    "RELEASED",
+    "BusyError",
     "Wire",
     "as_stream",
     "close_all",
     "home",
+    "is_of_this_user",
     "peer_of",
     "pidfd_of_peer",
+    "receive_rights",
     "relay_name",
 ]
 
@@ -37,10 +44,20 @@ MOST_FDS: Final = 64
 _MORE: Final = b"f"  # what goes before descriptors
 #: What goes before an error that is sent instead of descriptors.
 FAILED: Final = b"e"
+#: What is sent instead of an answer where too many others are being answered.
+BUSY: Final = b"b"
+#: What an importer says when it has mapped all that it was sent, before anything uses it.
+OPENED: Final = b"o"
+#: What it says when nothing is mapped there any more (`Connection` in module.cpp).
+RELEASED: Final = b"r"
 
 _MOST_MESSAGE: Final = 2 << 20  # bytes; what the most ranges need, FABRIC handles included
 _LENGTH: Final = struct.Struct("!I")
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; the same number on all that PyTorch is built for
+
+
+class BusyError(EOFError):
+    """The owner answers too many others; it may be asked again."""
 
 
 class Wire:
@@ -48,6 +65,7 @@ class Wire:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
+        self.heard = False  # anything
         self._deadline = time.monotonic() + PATIENCE
 
     def _hurry(self) -> None:
@@ -70,6 +88,7 @@ class Wire:
             if not part:
                 raise EOFError("the other end hung up")
             data += part
+            self.heard = True
         return bytes(data)
 
     def receive(self) -> dict[str, Any]:
@@ -93,27 +112,38 @@ class Wire:
     def send_fds(self, fds: Sequence[int]) -> None:
         """Sends at most `MOST_FDS` descriptors, which stay the caller's."""
         self._hurry()
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-        self.connection.sendmsg([_MORE], [rights])
+        socket.send_fds(self.connection, [_MORE], fds)
 
     def receive_fds(self, count: int) -> list[int]:
         """As many descriptors, close-on-exec; none stays open where it raises."""
         self._hurry()
-        fds = array.array("i")
-        data, ancillary, flags, _ = self.connection.recvmsg(
-            1, socket.CMSG_LEN(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-        )
-        for level, kind, raw in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+        data, fds, flags = receive_rights(self.connection, count)
         if data == _MORE and len(fds) == count:
-            return list(fds)
+            return fds
         close_all(fds)
         if data == FAILED:
             raise SharingError(f"the owner refused: {self.receive().get('error')}")
+        if data == BUSY:
+            raise BusyError("too many others are being answered")
         if flags & socket.MSG_CTRUNC:
             raise SharingError("no room for more open files", advice="raise ulimit -n")
         raise EOFError("the other end hung up")
+
+
+def receive_rights(
+    connection: socket.socket, count: int, flags: int = 0
+) -> tuple[bytes, list[int], int]:
+    """A byte, at most that many descriptors, close-on-exec, and the flags of the message.
+
+    `socket.recv_fds` passes no flags on, so that descriptors would be inherited for a moment.
+    """
+    fds = array.array("i")
+    room, flags = socket.CMSG_LEN(count * fds.itemsize), flags | socket.MSG_CMSG_CLOEXEC
+    data, ancillary, flags, _ = connection.recvmsg(1, room, flags)
+    for level, kind, raw in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+    return data, list(fds), flags
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -127,6 +157,32 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     process, user, _ = struct.unpack("3i", raw)
     return process, user
+
+
+@functools.cache
+def _overflow_user() -> int:
+    """As whom processes appear whose user has no number in this user namespace."""
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 65534
+
+
+def is_of_this_user(process: int, user: int) -> bool:
+    """Whether a process that the kernel says is of a user runs as the user of this one.
+
+    Users of other namespaces all appear as one. Whoever runs as just that one takes only processes
+    of its own namespace for its own.
+    """
+    if user != os.geteuid():
+        return False
+    if user != _overflow_user():
+        return True
+    try:
+        theirs, ours = os.stat(f"/proc/{process}/ns/user"), os.stat("/proc/self/ns/user")
+    except OSError:
+        return False
+    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def relay_name(endpoint: str) -> str:

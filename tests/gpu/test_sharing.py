@@ -321,6 +321,90 @@ def test_torch_multiprocessing_sends_pool_tensors(allocator: cumempool.CuMemAllo
     del tensor
 
 
+def copy_and_let_go(inbox: Any, outbox: Any) -> None:
+    torch.cuda.set_device(0)
+    mine = torch.empty(16 * MIB, dtype=torch.uint8, device="cuda")
+    while (memory := inbox.get(timeout=TIMEOUT)) is not None:
+        tensor = opened(memory)
+        mine.copy_(tensor)
+        del tensor
+        outbox.put("done")
+
+
+def test_a_sleep_right_after_the_importer_has_let_go_is_not_refused(
+    allocator: cumempool.CuMemAllocator,
+) -> None:
+    posix_fds()
+    kv = allocator.empty(16 * MIB, dtype=torch.uint8, device=0, tag="kv").fill_(7)
+    torch.cuda.synchronize()
+    with Child(copy_and_let_go) as other:
+        for _ in range(200):
+            other.put(allocator.share(kv))
+            assert other.get() == "done"
+            allocator.sleep(tags="kv")
+            allocator.wake_up()
+        other.put(None)
+        other.join()
+    assert bool(kv.eq(7).all())
+    del kv
+
+
+def work_and_wait(inbox: Any, outbox: Any) -> None:
+    torch.cuda.set_device(0)
+    tensor = opened(inbox.get(timeout=TIMEOUT))
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    tensor.fill_(9)
+    outbox.put("queued")
+    inbox.get(timeout=TIMEOUT)
+
+
+def test_a_sleep_right_after_the_importer_was_killed_is_not_under_its_last_writes(
+    allocator: cumempool.CuMemAllocator,
+) -> None:
+    posix_fds()
+    kv = allocator.empty(512 * MIB, dtype=torch.uint8, device=0, tag="kv").fill_(7)
+    torch.cuda.synchronize()
+    with Child(work_and_wait) as other:
+        other.put(allocator.share(kv))
+        assert other.get() == "queued"
+        other.process.kill()  # and is not waited for
+        allocator.sleep(tags="kv")
+        allocator.wake_up()
+        found = kv.clone()
+        time.sleep(2)
+        assert torch.equal(kv, found)
+    del kv, found
+
+
+def receive_late(inbox: Any, outbox: Any) -> None:
+    torch.cuda.set_device(0)
+    for _ in range(2):
+        tensor = inbox.get(timeout=TIMEOUT)
+        outbox.put(float(tensor.sum()))
+        del tensor
+
+
+@pytest.mark.parametrize("made", ["by empty", "in a pool"])
+def test_what_the_sender_drops_is_received(allocator: cumempool.CuMemAllocator, made: str) -> None:
+    posix_fds()
+    with Child(receive_late) as other:
+        for _ in range(2):
+            if made == "by empty":
+                bucket = allocator.empty(1000, device=0, tag="kv").fill_(1)
+            else:
+                with allocator.use_memory_pool("kv"):
+                    bucket = torch.ones(1000, device="cuda")
+            torch.cuda.synchronize()
+            other.put(bucket)
+            del bucket
+            torch.cuda.empty_cache()
+            assert other.get() == 1000
+        other.join()
+    torch.cuda.empty_cache()
+    until(lambda: allocator.exports() == [])
+    assert pins(allocator) == 0
+
+
 # ---- cudaMalloc
 
 

@@ -36,9 +36,7 @@ with socket.socket(socket.AF_UNIX) as connection:
 
 
 def request_for(memory: SharedMemory) -> bytes:
-    request = {"tag": memory.tag, "granted": memory.writable, "writable": True}
-    keys = [part._key() for part in memory.ranges]
-    data = json.dumps({**request, "ranges": keys, "secret": memory.secret}).encode()
+    data = json.dumps(memory._request(True)).encode()
     return struct.pack("!I", len(data)) + data
 
 

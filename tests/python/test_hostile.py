@@ -648,13 +648,7 @@ def framed(message: object) -> bytes:
 
 
 def request_for(memory: SharedMemory) -> dict[str, Any]:
-    return {
-        "tag": memory.tag,
-        "granted": memory.writable,
-        "writable": True,
-        "ranges": [part._key() for part in memory.ranges],
-        "secret": memory.secret,
-    }
+    return dict(memory._request(True))
 
 
 def connect(memory: SharedMemory) -> socket.socket:

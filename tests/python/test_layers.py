@@ -123,7 +123,7 @@ PY_ALLOWED: dict[str, frozenset[str]] = {
     "progress": frozenset({"errors", "locks", "unfailing"}),
     "page": frozenset({"errors", "report"}),
     "events": frozenset({"errors", "locks", "report", "stats", "unfailing"}),
-    "publishing": frozenset({"errors", "unfailing"}),
+    "publishing": frozenset({"errors", "unfailing", "wire"}),
     "prometheus": frozenset({"stats"}),
     "top": frozenset({"publishing", "report"}),
     "machine": frozenset(),

@@ -156,6 +156,20 @@ def test_files_of_dead_processes_are_removed(run_python: RunPython, runtime: Pat
     assert not list(folder.iterdir())
 
 
+def test_files_of_processes_of_another_pid_namespace_are_left_alone(
+    make_allocator: MakeAllocator, runtime: Path
+) -> None:
+    alloc = make_allocator(publish=True)
+    (folder,) = runtime.iterdir()
+    (own,) = folder.glob("*.stats.json")
+    record = json.loads(own.read_text())
+    other = folder / "7-7.stats.json"
+    other.write_text(json.dumps({**record, "home": "another", "process": 7, "start": "1"}))
+    assert [one.process for one in published()] == [os.getpid()]
+    assert other.exists()
+    alloc.close()
+
+
 def test_a_program_that_ends_leaves_nothing(run_python: RunPython, runtime: Path) -> None:
     run_python(
         dedent("""

@@ -392,6 +392,112 @@ def test_a_killed_importer_ends_its_lease_though_a_child_of_it_lives(alloc: CuMe
     assert torch.equal(kv, random_bytes(MIB))
 
 
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The thread of the owner looks at no lease until the event is set."""
+    seeing = threading.Event()
+    attend = Endpoint._attend
+
+    def look_away(self: Endpoint, number: int) -> None:
+        if seeing.is_set():
+            attend(self, number)
+        else:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Endpoint, "_attend", look_away)
+    yield seeing
+    seeing.set()
+
+
+def test_a_sleep_right_after_the_importer_has_let_go_is_not_refused(
+    alloc: CuMemAllocator, importer: Importer, blind: threading.Event
+) -> None:
+    kv = filled(alloc, MIB, "kv")
+    other = alloc.empty(3, tag="other")
+    transitions: list[Callable[[], object]] = [
+        lambda: alloc.sleep(tags="kv"),
+        lambda: alloc.swap(sleep="kv", wake=[]),
+        lambda: alloc.prepare(tags="kv"),
+    ]
+    for transition in transitions:
+        assert importer.open(alloc.share(kv)) == f"1 {MIB}"
+        with pytest.raises(InUseError, match=f"process {importer.process.pid}"):
+            transition()
+        assert importer.ask("close", "a") == "closed"
+        transition()
+        alloc.wake_up()
+    assert importer.open(alloc.share(other)) == "1 12"
+    importer.kill()
+    alloc.discard("other")
+    alloc.wake_up()
+    assert torch.equal(kv, random_bytes(MIB))
+
+
+def test_hundreds_of_sleeps_right_after_the_importer_has_let_go_are_not_refused(
+    alloc: CuMemAllocator, importer: Importer
+) -> None:
+    kv = filled(alloc, MIB, "kv")
+    for _ in range(200):
+        assert importer.open(alloc.share(kv)) == f"1 {MIB}"
+        assert importer.ask("close", "a") == "closed"
+        alloc.sleep(tags="kv")
+        alloc.wake_up()
+    assert torch.equal(kv, random_bytes(MIB))
+
+
+@needs_pidfd
+def test_who_hangs_up_without_a_word_has_it_open_until_the_process_is_gone(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that dies hangs up before its devices have stopped to work."""
+    kv = filled(alloc, MIB, "kv")
+    importer = Importer()
+    alloc.share(kv)
+    before = fds()
+    importer.open(alloc.share(kv))
+    assert importer.ask("hang-up") == "hung up"
+    serving = alloc._exports._endpoint
+    assert isinstance(serving, Endpoint)
+    until(lambda: [lease.heard for lease in serving._leases.values()] == [False])
+    with monkeypatch.context() as impatient:
+        impatient.setattr(endpoint, "_DYING", 0.05)
+        with pytest.raises(InUseError, match=f"process {importer.process.pid}"):
+            alloc.sleep(tags="kv")
+    assert pins(alloc) == 1
+    threading.Timer(0.2, importer.process.kill).start()
+    alloc.sleep(tags="kv")  # which waits for the end
+    alloc.wake_up()
+    assert torch.equal(kv, random_bytes(MIB))
+    importer.kill()
+    until(lambda: fds() == before)
+    importer.end()
+
+
+def test_a_killed_receiver_frees_the_message_that_it_has_received(alloc: CuMemAllocator) -> None:
+    from multiprocessing.reduction import ForkingPickler
+
+    receiver = Importer()
+    message = bytes(ForkingPickler.dumps(alloc.empty(8, tag="kv"))).hex()
+    assert receiver.ask("receive", "a", message) == "received"
+    assert len(alloc.snapshot()) == 1
+    receiver.kill()
+    receiver.end()
+    until(lambda: alloc.snapshot() == [])
+    assert pins(alloc) == 0
+
+
+def test_what_is_opened_in_inference_mode_is_an_ordinary_tensor(alloc: CuMemAllocator) -> None:
+    kv = alloc.empty(3, tag="kv").fill_(2)
+    with torch.inference_mode():
+        opened = open_shared(alloc.share(kv))
+    assert isinstance(opened, torch.Tensor)
+    assert not opened.is_inference()
+    weight = torch.ones(3, requires_grad=True)
+    (weight * opened).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.eq(2).all()
+
+
 OWNER = """
 import pickle, sys
 from cumempool import CuMemAllocator
@@ -614,7 +720,7 @@ def test_a_request_that_comes_when_the_allocator_is_closed_is_refused(
         del kv
         alloc.close()
         late = Wire(connection)
-        sharing._ask(late, memory, True)
+        late.send(memory._request(True))
         with pytest.raises(SharingError, match="the allocator is closed"):
             late.receive_fds(1)
 
@@ -726,8 +832,8 @@ def test_a_foreign_layout_is_refused(alloc: CuMemAllocator) -> None:
     longer = dataclasses.replace(memory.ranges[0], bytes=2 * memory.ranges[0].bytes)
     with pytest.raises(SharingError):
         open_shared(dataclasses.replace(memory, ranges=(longer,)))
-    with pytest.raises(InvalidArgumentError, match="version 2"):
-        open_shared(dataclasses.replace(memory, version=2))
+    with pytest.raises(InvalidArgumentError, match="version 3"):
+        open_shared(dataclasses.replace(memory, version=3))
     with pytest.raises(InvalidTypeError):
         open_shared("kv")  # type: ignore[arg-type]
 
@@ -755,7 +861,7 @@ def test_an_endpoint_of_another_user_is_not_told_the_secret(
     memory = alloc.share(kv)
     before = fds()
     monkeypatch.setattr(sharing, "peer_of", lambda connection: (1, os.geteuid() + 1))
-    monkeypatch.setattr(sharing, "_ask", lambda *_: pytest.fail("was asked"))
+    monkeypatch.setattr(sharing, "_map_leased", lambda *_: pytest.fail("was asked"))
     with pytest.raises(SharingError, match="belongs to another user"):
         open_shared(memory)
     until(lambda: fds() == before)
@@ -767,10 +873,7 @@ Answer = Callable[[Wire, list[int]], object]
 ANSWERS: dict[str, Answer] = {
     "nothing": lambda owner, fds: None,
     "few descriptors": lambda owner, fds: owner.send_fds(fds[:1]),
-    "no handles": lambda owner, fds: owner.send_fds(fds),
-    "few handles": lambda owner, fds: (owner.send_fds(fds), owner.send({"fabric": [None]})),
-    "no list": lambda owner, fds: (owner.send_fds(fds), owner.send({"fabric": 3})),
-    "no number": lambda owner, fds: (owner.send_fds(fds), owner.send({"fabric": ["zz", None]})),
+    "a message": lambda owner, fds: owner.send({"fds": 2}),
 }
 
 
@@ -807,13 +910,7 @@ def test_an_owner_that_answers_garbage_leaves_nothing_behind(
 
 
 def garbage(memory: SharedMemory) -> dict[str, bytes]:
-    request = {
-        "tag": memory.tag,
-        "granted": True,
-        "writable": True,
-        "ranges": [part._key() for part in memory.ranges],
-        "secret": memory.secret,
-    }
+    request = memory._request(True)
 
     def framed(message: Any) -> bytes:
         data = message if isinstance(message, bytes) else json.dumps(message).encode()
@@ -884,6 +981,63 @@ def test_slow_clients_are_few_and_do_not_last(
         stranger.close()
     del opened
     until(lambda: fds() == before)
+
+
+def test_silent_connections_lock_no_importer_out(alloc: CuMemAllocator, importer: Importer) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    with contextlib.ExitStack() as silent:
+        for _ in range(endpoint._MOST_REQUESTS):
+            stranger = silent.enter_context(socket.socket(socket.AF_UNIX))
+            stranger.connect("\0" + memory.endpoint)
+        serving = alloc._exports._endpoint
+        assert isinstance(serving, Endpoint)
+        until(lambda: len(serving._asking) == endpoint._MOST_REQUESTS)
+        begin = time.monotonic()
+        with ThreadPoolExecutor(4) as threads:
+            opened = list(threads.map(open_shared, [memory] * 8))
+        assert importer.open(memory) == "1 12"
+        assert time.monotonic() - begin < wire.PATIENCE / 2, "the silent ones were waited for"
+        assert len(opened) == 8
+
+
+def test_an_importer_that_is_put_off_for_too_long_is_told_that_the_owner_is_busy(
+    alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = alloc.empty(3, tag="kv")
+    memory = alloc.share(kv)
+    serving = alloc._exports._endpoint
+    assert isinstance(serving, Endpoint)
+    for _ in range(endpoint._MOST_REQUESTS):
+        assert serving._room.acquire(blocking=False)
+    monkeypatch.setattr(sharing, "PATIENCE", 0.2)
+    with pytest.raises(SharingError, match=f"process {os.getpid()}.* is busy") as told:
+        open_shared(memory)
+    assert "open it again later" in str(told.value.advice)
+    for _ in range(endpoint._MOST_REQUESTS):
+        serving._room.release()
+    opened = open_shared(memory)
+    assert isinstance(opened, torch.Tensor)
+
+
+def test_who_runs_as_the_user_of_all_strangers_takes_none_of_them_for_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Users of other user namespaces all appear as one."""
+    user = os.geteuid()
+    with subprocess.Popen(
+        ["unshare", "-U", "sh", "-c", "echo; read _"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        if not other.stdout.readline():
+            pytest.skip("no user namespace can be made here")
+        for process in (os.getpid(), other.pid):
+            assert wire.is_of_this_user(process, user)
+            assert not wire.is_of_this_user(process, user + 1)
+        monkeypatch.setattr(wire, "_overflow_user", lambda: user)
+        assert wire.is_of_this_user(os.getpid(), user)
+        assert not wire.is_of_this_user(other.pid, user)
+        assert not wire.is_of_this_user(0, user)  # of a PID namespace that is not seen from here
 
 
 # ---- past namespaces
@@ -1132,23 +1286,43 @@ def test_memory_with_fabric_handles_comes_by_them(
     kv = [fabric.empty(3, tag="kv").fill_(number) for number in range(70)]
     assert fabric.stats().tags["kv"].handle_types == ("posix_fd", "fabric")
     before = fds()
-    memory = fabric.share("kv")
+    memory = fabric.share("kv", fabric=True)
     opened = open_shared(memory)
     assert [int(tensor.view(torch.float32)[0]) for tensor in opened] == list(range(70))
     assert imported == [bytes] * 70
-    assert importer.open(fabric.share(kv[7])) == "1 12"
+    assert importer.open(fabric.share(kv[7], fabric=True)) == "1 12"
     assert importer.ask("read", "a") == "7.0"
-    assert pins(fabric) == 2
+    assert pins(fabric) == 3  # and for the handles
     with pytest.raises(InUseError, match="which has it open"):
         fabric.sleep(tags="kv")
     importer.ask("close", "a")
     del opened
-    until(lambda: pins(fabric) == 0)
+    until(lambda: pins(fabric) == 1)
     until(lambda: fds() <= before + 4)  # the endpoint
+    fabric.revoke("kv")
     fabric.sleep(tags="kv")
     fabric.wake_up()
-    with pytest.raises(SharingError, match="share it again"):
+    with pytest.raises(SharingError, match="no longer"):
         open_shared(memory)
+
+
+def test_no_fabric_handle_leaves_its_owner_that_it_did_not_give_out(
+    fabric: CuMemAllocator, imported: list[type]
+) -> None:
+    kv = fabric.empty(3, tag="kv").fill_(4)
+    memory = fabric.share(kv)
+    request = {**memory._request(True), "fabric": True}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect("\0" + memory.endpoint)
+        stranger = Wire(connection)
+        stranger.send(request)
+        close_all(stranger.receive_fds(1))
+        connection.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+    opened = open_shared(memory)
+    assert isinstance(opened, torch.Tensor)
+    assert imported == [int]
 
 
 def test_where_a_fabric_handle_does_not_open_the_descriptor_does(
@@ -1164,10 +1338,11 @@ def test_where_a_fabric_handle_does_not_open_the_descriptor_does(
 
     monkeypatch.setattr(_core, "open_shared", refuse_fabric)
     kv = fabric.empty(3, tag="kv").fill_(4)
-    opened = open_shared(fabric.share(kv))
+    opened = open_shared(fabric.share(kv, fabric=True))
     assert isinstance(opened, torch.Tensor)
     assert opened.eq(4).all()
     assert tried == [bytes, int]
+    fabric.revoke("kv")
 
 
 @pytest.mark.parametrize("what", ["a tensor", "the tag"])
