@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "abi/boundary.hpp"
+#include "backup/host_room.hpp"
 #include "cumempool/cumempool.h"
 #include "driver/builtin.hpp"
 #include "pool/allocator.hpp"
@@ -167,6 +168,18 @@ cumempool_status cumempool_probe_device(const cumempool_driver* driver, int devi
     table.init();
     cumempool::vmm::probe_device(table, device, filled);
     *probe = filled;
+  });
+}
+
+cumempool_status cumempool_host_room(cumempool_host_memory* memory) {
+  return guarded("host_room", [&] {
+    require(memory != nullptr, "memory is NULL");
+    require(memory->size == sizeof *memory, "host memory: size is not that of this version");
+    const cumempool::backup::HostRoom room = cumempool::backup::host_room();
+    memory->free_bytes = room.bytes;
+    memory->limit_bytes = room.limit;
+    const std::size_t most = sizeof memory->source - 1;
+    memory->source[room.source.copy(memory->source, most)] = '\0';
   });
 }
 

@@ -4,7 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <system_error>
+#include <exception>
 #include <utility>
 
 namespace cumempool::backup {
@@ -22,14 +22,14 @@ void touch(const PageRange& range) {
 
 }  // namespace
 
-FirstTouch::FirstTouch(std::vector<PageRange> ranges, unsigned threads)
-    : ranges_(std::move(ranges)), touched_(ranges_.size()) {
+FirstTouch::FirstTouch(std::vector<PageRange> ranges, unsigned threads, std::function<bool()> room)
+    : ranges_(std::move(ranges)), room_(std::move(room)), touched_(ranges_.size()) {
   const std::size_t count = std::min<std::size_t>(threads, ranges_.size());
   threads_.reserve(count);
   try {
     while (threads_.size() < count) threads_.emplace_back([this] { work(); });
-  } catch (const std::system_error&) {
-    // No more threads are to be had: those that there are do it, or wait() itself.
+  } catch (const std::exception&) {
+    // No more threads, or no memory for them: those that there are do it, or wait() itself.
   }
 }
 
@@ -38,14 +38,29 @@ FirstTouch::~FirstTouch() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void FirstTouch::work() {
+void FirstTouch::work() noexcept {
   while (!stop_ && touch_next()) {
   }
 }
 
-bool FirstTouch::touch_next() {
+bool FirstTouch::has_room() noexcept {
+  if (!room_) return true;
+  const std::lock_guard lock(room_mutex_);
+  return room_();
+}
+
+bool FirstTouch::touch_next() noexcept {
   const std::size_t index = next_++;
   if (index >= ranges_.size()) return false;
+  if (!has_room()) {
+    {
+      const std::lock_guard lock(mutex_);
+      full_ = true;
+    }
+    stop_ = true;
+    done_.notify_all();
+    return false;
+  }
   touch(ranges_[index]);
   {
     const std::lock_guard lock(mutex_);
@@ -55,13 +70,14 @@ bool FirstTouch::touch_next() {
   return true;
 }
 
-void FirstTouch::wait(std::size_t index) {
+bool FirstTouch::wait(std::size_t index) {
   if (threads_.empty()) {
     while (next_ <= index && touch_next()) {
     }
   }
   std::unique_lock lock(mutex_);
-  done_.wait(lock, [&] { return touched_[index]; });
+  done_.wait(lock, [&] { return touched_[index] || full_; });
+  return touched_[index];
 }
 
 unsigned FirstTouch::default_threads() noexcept {

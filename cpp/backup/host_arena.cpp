@@ -3,11 +3,13 @@
 #include "backup/host_arena.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <string>
 #include <utility>
 
 #include "backup/host_pages.hpp"
+#include "backup/host_room.hpp"
 
 namespace cumempool::backup {
 namespace {
@@ -17,8 +19,8 @@ namespace {
 constexpr std::size_t kBlockBytes = std::size_t{64} << 20;
 constexpr std::size_t kTouchBytes = std::size_t{32} << 20;  // of a block, by one thread
 constexpr std::size_t kPage = std::size_t{4} << 10;
-// Addresses cost nothing, and an arena keeps those it has begun with.
-constexpr std::size_t kAddressBytes = std::size_t{1} << 40;
+// While memory is touched, room is asked for once in so long: time for some hundred MiB.
+constexpr std::chrono::milliseconds kAskAgain{5};
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
@@ -30,17 +32,25 @@ std::size_t block_bytes_for(std::size_t expected) {
   return std::min(kBlockBytes, round_up(expected, kPage));
 }
 
-Error over_limit(const HostBudget& budget, std::uint64_t bytes) {
-  Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
-              "the backup needs " + format_bytes(bytes) + " more of pinned host memory, " +
-                  format_bytes(budget.claimed()) + " are held and the limit is " +
-                  format_bytes(budget.limit()));
-  error.bytes = bytes;
-  error.advice =
-      "raise host_backup_limit, set host_backup_overflow, or discard tags instead of backing them "
-      "up";
-  return error;
-}
+// For FirstTouch: whether what is left is still more than what has to stay.
+class RoomWatch {
+ public:
+  bool operator()() noexcept {
+    const auto now = std::chrono::steady_clock::now();
+    if (!has_room_ || now < next_) return has_room_;
+    next_ = now + kAskAgain;
+    try {
+      has_room_ = host_room().for_backups() != 0;
+    } catch (const std::exception&) {
+      return true;  // no memory to find it out with: what was asked for before has to do
+    }
+    return has_room_;
+  }
+
+ private:
+  bool has_room_ = true;
+  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + kAskAgain;
+};
 
 void not_pinned(Error& error) {
   error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
@@ -50,8 +60,13 @@ void not_pinned(Error& error) {
 
 }  // namespace
 
-HostArena::HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget)
-    : driver_(driver), residence_(residence), numa_node_(numa_node), budget_(budget) {}
+HostArena::HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget,
+                     std::size_t address_bytes)
+    : driver_(driver),
+      residence_(residence),
+      numa_node_(numa_node),
+      address_bytes_(address_bytes),
+      budget_(budget) {}
 
 HostArena::~HostArena() {
   cancel_order();
@@ -109,7 +124,8 @@ void HostArena::start_touching(Order& order) const {
     }
     order.ranges_until.push_back(ranges.size());
   }
-  order.touch = std::make_unique<FirstTouch>(std::move(ranges), FirstTouch::default_threads());
+  order.touch =
+      std::make_unique<FirstTouch>(std::move(ranges), FirstTouch::default_threads(), RoomWatch());
 }
 
 void HostArena::deliver(int device) {
@@ -117,10 +133,13 @@ void HostArena::deliver(int device) {
 }
 
 void HostArena::deliver_next(int device) {
-  const std::size_t next = order_->delivered++;
+  const std::size_t next = order_->delivered;
   const std::size_t slot = order_->slots[next];
   const std::size_t first = next == 0 ? 0 : order_->ranges_until[next - 1];
-  for (std::size_t i = first; i < order_->ranges_until[next]; ++i) order_->touch->wait(i);
+  for (std::size_t i = first; i < order_->ranges_until[next]; ++i) {
+    if (!order_->touch->wait(i)) throw host_room().refusal(blocks_.at(slot).bytes);
+  }
+  ++order_->delivered;
   if (order_->delivered == order_->slots.size()) order_.reset();
   add_block(device, slot);
 }
@@ -137,12 +156,40 @@ void HostArena::cancel_order() noexcept {
 // ---- blocks -------------------------------------------------------------------------------------
 
 void HostArena::refuse(std::size_t needed) const {
-  if (round_up(needed, kPage) > budget_.room()) throw over_limit(budget_, needed);
+  const std::size_t bytes = round_up(needed, kPage);
+  if (bytes > budget_.room()) throw budget_.refusal(needed);
+  const HostRoom room = host_room();
+  if (bytes > room.for_backups()) throw room.refusal(bytes);
 }
 
 std::size_t HostArena::free_bytes() const {
   const std::lock_guard lock(mutex_);
   return free_.total();
+}
+
+std::size_t HostArena::missing(std::size_t bytes) const {
+  return round_up(bytes - std::min(bytes, free_bytes()), kPage);
+}
+
+Error HostArena::no_addresses() const {
+  const std::size_t got = slot_count_ * kBlockBytes;
+  Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "all " + format_bytes(got) +
+                                                " of addresses for backups near one NUMA node are "
+                                                "in use");
+  error.advice = got < address_bytes_
+                     ? "raise the limit on virtual memory (ulimit -v)"
+                     : "wake other tags and call release_host_memory(), or keep backups of some "
+                       "tags in files or on another device";
+  return error;
+}
+
+std::uint64_t HostArena::address_room() {
+  try {
+    reserve_addresses();
+  } catch (const Error&) {
+    return 0;
+  }
+  return (slot_count_ - blocks_.size()) * std::uint64_t{kBlockBytes};
 }
 
 std::size_t HostArena::slot_after_last() const {
@@ -152,14 +199,14 @@ std::size_t HostArena::slot_after_last() const {
 // Bytes for the next block of `needed` more.
 std::size_t HostArena::claim_room(std::size_t needed) {
   const std::size_t bytes = block_bytes_for(needed);
-  if (!budget_.claim(bytes)) throw over_limit(budget_, needed);
+  if (!budget_.claim(bytes)) throw budget_.refusal(needed);
   return bytes;
 }
 
 void HostArena::reserve_addresses() {
   if (base_ != nullptr) return;
   std::size_t got = 0;
-  base_ = reserve_pages(kAddressBytes, kBlockBytes, got);
+  base_ = reserve_pages(address_bytes_, kBlockBytes, got);
   slot_count_ = got / kBlockBytes;
 }
 
@@ -172,9 +219,7 @@ std::size_t HostArena::map_block(std::size_t needed, std::size_t from_slot) {
     for (slot = 0; slot < slot_count_ && blocks_.count(slot) != 0;) ++slot;
   }
   if (slot == slot_count_) {
-    Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "the addresses reserved for backups are used up");
-    error.advice = "raise the limit on virtual memory (ulimit -v)";
-    throw error;
+    throw no_addresses();
   }
   const std::size_t bytes = claim_room(needed);
   try {
@@ -373,6 +418,7 @@ HostSpan HostArena::acquire(int device, std::size_t bytes) {
     if (order_ != nullptr) {
       deliver_next(device);
     } else {
+      refuse(block_bytes_for(bytes));
       add_block(device, map_block(bytes, slot_after_last()));
     }
   }
@@ -381,6 +427,7 @@ HostSpan HostArena::acquire(int device, std::size_t bytes) {
 HostSpan HostArena::acquire_whole(int device, std::size_t bytes) {
   const HostSpan span = take_free(bytes, true);
   if (span.bytes != 0) return span;
+  refuse(bytes);
   // New blocks side by side, behind all others: all but the last fill their slot.
   std::size_t slot = slot_after_last();
   for (std::size_t done = 0; done < bytes; done += kBlockBytes) {
@@ -403,24 +450,26 @@ void HostArena::release(const HostSpan& span) noexcept {
   used_bytes_ -= span.bytes;
 }
 
-// Takes the blocks that hold nothing out of the free room.
-std::vector<std::size_t> HostArena::take_empty_blocks() {
+// Takes blocks that hold nothing out of the free room, `most` bytes of them.
+std::vector<std::size_t> HostArena::take_empty_blocks(std::uint64_t most) {
   const std::lock_guard lock(mutex_);
   std::vector<std::size_t> empty;
   empty.reserve(blocks_.size());
   for (auto& [slot, block] : blocks_) {
     const std::size_t offset = slot * kBlockBytes;
-    if (!block.delivered || !free_.contains(offset, block.bytes)) continue;
+    if (!block.delivered || block.bytes > most) continue;
+    if (!free_.contains(offset, block.bytes)) continue;
     free_.take_exact(offset, block.bytes);
     block.delivered = false;
+    most -= block.bytes;
     empty.push_back(slot);
   }
   return empty;
 }
 
-std::uint64_t HostArena::trim(int device) {
+std::uint64_t HostArena::trim(int device, std::uint64_t most) {
   std::uint64_t released = 0;
-  for (const std::size_t slot : take_empty_blocks()) {
+  for (const std::size_t slot : take_empty_blocks(most)) {
     Block& block = blocks_.find(slot)->second;
     if (block.registration != kNone && !split(device, block.registration)) {
       const std::lock_guard lock(mutex_);  // what the driver would not take back stays in use

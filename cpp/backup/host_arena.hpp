@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -28,17 +29,32 @@ enum class Residence { kPinned, kPageable };
 // Thread-safe. The driver and the kernel are called outside its lock.
 class HostArena {
  public:
+  // Addresses of an arena: eight devices of twice today's size, should all of them be of one node.
+  static constexpr std::size_t kAddressBytes = std::size_t{1} << 42;
+
   // Memory is taken from `numa_node` where there is room; -1 = wherever it is.
-  HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget);
+  HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget,
+            std::size_t address_bytes = kAddressBytes);
   // Leaves memory that could not be unregistered mapped: the driver may still write to it.
   ~HostArena();
   HostArena(const HostArena&) = delete;
   HostArena& operator=(const HostArena&) = delete;
 
+  Residence residence() const noexcept { return residence_; }
+
+  // Free room, and what `bytes` would take beyond it, rounded as blocks are.
+  std::size_t free_bytes() const;
+  std::size_t missing(std::size_t bytes) const;
+  // Bytes that it has addresses for beside the blocks that it holds. For the transition under way.
+  std::uint64_t address_room();
+  // Why a block has no address: CUMEMPOOL_OUT_OF_HOST_MEMORY.
+  Error no_addresses() const;
+
   // Orders the blocks that `bytes` more than what is free will need, and starts to fault them in.
   // Orders are for one thread at a time, and end with cancel_order(). Throws Error
-  // (CUMEMPOOL_OUT_OF_HOST_MEMORY), with nothing ordered: what will not fit is refused here, before
-  // any of it is pinned.
+  // (CUMEMPOOL_OUT_OF_HOST_MEMORY), with nothing ordered: what will not fit, into the budget or
+  // into the memory that the kernel leaves to the process, is refused here, before any of it is
+  // touched.
   void order(std::size_t bytes);
   // Adds all that is still on order as free room. Inside a ContextScope of `device`. Throws Error
   // (CUMEMPOOL_OUT_OF_HOST_MEMORY); what was added until then stays.
@@ -65,8 +81,9 @@ class HostArena {
   // Inside a ContextScope of `device`. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).
   void pin_lost(int device);
 
-  // Gives back the blocks that hold nothing; returns their bytes. Inside a ContextScope.
-  std::uint64_t trim(int device);
+  // Gives back the blocks that hold nothing, or `most` bytes of them; returns their bytes. Inside a
+  // ContextScope.
+  std::uint64_t trim(int device, std::uint64_t most = std::numeric_limits<std::uint64_t>::max());
 
   std::uint64_t held_bytes() const;
   std::uint64_t used_bytes() const;
@@ -92,7 +109,6 @@ class HostArena {
   };
 
   std::byte* address_of(std::size_t slot) const noexcept;
-  std::size_t free_bytes() const;
   HostSpan take_free(std::size_t bytes, bool whole);
   void reserve_addresses();
   std::size_t claim_room(std::size_t needed);
@@ -110,11 +126,12 @@ class HostArena {
   bool split(int device, std::size_t registration) noexcept;
   void refuse(std::size_t needed) const;
   std::size_t slot_after_last() const;
-  std::vector<std::size_t> take_empty_blocks();
+  std::vector<std::size_t> take_empty_blocks(std::uint64_t most);
 
   driver::Driver driver_;
   const Residence residence_;
   const int numa_node_;
+  const std::size_t address_bytes_;
   HostBudget& budget_;
   std::byte* base_ = nullptr;  // of the reserved addresses
   std::size_t slot_count_ = 0;

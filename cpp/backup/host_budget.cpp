@@ -33,4 +33,15 @@ void HostBudget::unclaim(std::size_t bytes) noexcept {
   claimed_ -= bytes;
 }
 
+Error HostBudget::refusal(std::uint64_t bytes) const {
+  Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
+              "the backup needs " + format_bytes(bytes) + " more of pinned host memory, " +
+                  format_bytes(claimed()) + " are held and the limit is " + format_bytes(limit()));
+  error.bytes = bytes;
+  error.advice =
+      "raise host_backup_limit, set host_backup_overflow, or discard tags instead of backing them "
+      "up";
+  return error;
+}
+
 }  // namespace cumempool::backup

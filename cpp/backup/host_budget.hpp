@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <mutex>
 
+#include "driver/error.hpp"
+
 namespace cumempool::backup {
 
 // Thread-safe.
@@ -21,6 +23,9 @@ class HostBudget {
   // False, and no effect, where there is not so much room.
   bool claim(std::size_t bytes);
   void unclaim(std::size_t bytes) noexcept;
+
+  // Why there is no room for so many more: CUMEMPOOL_OUT_OF_HOST_MEMORY.
+  Error refusal(std::uint64_t bytes) const;
 
  private:
   std::uint64_t room_locked() const;

@@ -7,13 +7,10 @@
 #include <utility>
 
 #include "backup/host_pages.hpp"
+#include "backup/host_room.hpp"
 
 namespace cumempool::backup {
 namespace {
-
-// More than there are threads: a disk answers out of order, and what came early waits with its
-// buffer for its turn in the queue.
-constexpr std::size_t kBuffers = 16;
 
 // What a sink or source threw, for the calling thread; from inside a catch block.
 Error failure_of(const std::exception& caught) {
@@ -32,13 +29,11 @@ Error failure_of(const std::exception& caught) {
 // Pinned memory in one registration, with an event per buffer.
 class StagedCopies::Buffers {
  public:
-  static constexpr std::size_t kBytes = kBuffers * kBufferBytes;
-
   Buffers(driver::Driver driver, int device) : Buffers(driver, device, nullptr) {
-    commit_pages(data_, kBytes, driver_.device_attribute(device, CUMEMPOOL_ATTRIBUTE_HOST_NUMA));
+    commit_pages(data_, kAllBytes, driver_.device_attribute(device, CUMEMPOOL_ATTRIBUTE_HOST_NUMA));
     while (events_.size() < kBuffers) events_.push_back(driver_.event_create(device_));
     try {
-      driver_.host_register(device_, data_, kBytes);
+      driver_.host_register(device_, data_, kAllBytes);
     } catch (Error& error) {
       error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
       error.problem = "host memory to copy a backup through could not be pinned";
@@ -74,7 +69,7 @@ class StagedCopies::Buffers {
  private:
   // With this one done, the destructor undoes what the rest of the other does.
   Buffers(driver::Driver driver, int device, std::nullptr_t)
-      : driver_(driver), device_(device), data_(reserve_pages(kBytes, kBytes, reserved_)) {
+      : driver_(driver), device_(device), data_(reserve_pages(kAllBytes, kAllBytes, reserved_)) {
     events_.reserve(kBuffers);
   }
 
@@ -186,8 +181,10 @@ void StagedCopies::start() {
   if (buffers_ == nullptr) {
     filled_.resize(kBuffers);
     free_.reserve(kBuffers);
+    const HostRoom room = host_room();
+    if (kAllBytes > room.for_backups()) throw room.refusal(kAllBytes);
     buffers_ = std::make_unique<Buffers>(driver_, queue_.device());
-    bytes_ = Buffers::kBytes;
+    bytes_ = kAllBytes;
     free_all();
   }
   if (!threads_.empty()) return;

@@ -31,6 +31,11 @@ class StagedCopies {
   // Bytes of a buffer; a multiple of kSliceBytes, aligned for direct I/O.
   static constexpr std::size_t kBufferBytes = std::size_t{8} << 20;
 
+  // More buffers than there are threads: a disk answers out of order, and what came early waits
+  // with its buffer for its turn in the queue.
+  static constexpr std::size_t kBuffers = 16;
+  static constexpr std::size_t kAllBytes = kBuffers * kBufferBytes;
+
   // Enough for 8 to wait for a disk, which is then busy, while others check what came. They wait
   // more than they compute, so that the number of cores does not matter.
   static constexpr unsigned kThreads = 12;

@@ -2,7 +2,6 @@
 #include "backup/stores.hpp"
 
 #include <iterator>
-#include <vector>
 
 namespace cumempool::backup {
 
@@ -55,19 +54,25 @@ std::uint64_t Stores::file_bytes() const {
   return total;
 }
 
+std::vector<HostArena*> Stores::arenas() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<HostArena*> all;
+  all.reserve(arenas_.size());
+  for (const auto& entry : arenas_) {
+    if (entry.second != nullptr) all.push_back(entry.second.get());
+  }
+  return all;
+}
+
 std::uint64_t Stores::trim(int device) {
-  std::vector<HostArena*> arenas;
   {
     const std::lock_guard lock(mutex_);
-    for (const auto& entry : arenas_) {
-      if (entry.second != nullptr) arenas.push_back(entry.second.get());
-    }
     for (auto file = files_.begin(); file != files_.end();) {
       file = file->second->held_bytes() == 0 ? files_.erase(file) : std::next(file);
     }
   }
   std::uint64_t bytes = 0;
-  for (HostArena* arena : arenas) bytes += arena->trim(device);
+  for (HostArena* arena : arenas()) bytes += arena->trim(device);
   return bytes;
 }
 

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "backup/backup_file.hpp"
 #include "backup/host_arena.hpp"
@@ -34,6 +35,8 @@ class Stores {
   PeerMemory& peers() noexcept { return peers_; }
   const PeerMemory& peers() const noexcept { return peers_; }
 
+  // The arenas made so far.
+  std::vector<HostArena*> arenas() const;
   const HostBudget& pinned_budget() const noexcept { return pinned_; }
   std::uint64_t pinned_bytes() const;
   std::uint64_t pinned_used_bytes() const;

@@ -298,11 +298,12 @@ std::uint64_t Allocator::trim_stores() {
 
 bool Allocator::drop_retained(std::uint64_t bytes) {
   std::vector<std::shared_ptr<backup::Image>> dropped;  // outside of the records' lock
-  std::uint64_t room = stores_.pinned_bytes() - stores_.pinned_used_bytes();
+  std::uint64_t freed = 0;
   records_.for_each([&](Record& record) {
-    if (record.asleep || record.claimed || record.image == nullptr || room >= bytes) return;
-    if (record.image->tier() != CUMEMPOOL_BACKUP_PINNED) return;
-    room += record.image->bytes();
+    if (record.asleep || record.claimed || record.image == nullptr || freed >= bytes) return;
+    const cumempool_backup_tier tier = record.image->tier();
+    if (tier != CUMEMPOOL_BACKUP_PINNED && tier != CUMEMPOOL_BACKUP_PAGEABLE) return;
+    freed += record.image->bytes();
     dropped.push_back(std::move(record.image));
   });
   return !dropped.empty();

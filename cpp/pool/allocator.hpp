@@ -79,8 +79,9 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // Gives back host memory that holds no contents of sleeping memory; returns its bytes.
   std::uint64_t release_host_memory();
 
-  // Drops retained backups of memory that is awake, until `bytes` of pinned memory are free or none
-  // is left; returns whether any went. For the transition under way, which keeps those it claimed.
+  // Drops retained backups of memory that is awake, until `bytes` of host memory came free with
+  // them or none is left; returns whether any went. For the transition under way, which keeps those
+  // it claimed.
   bool drop_retained(std::uint64_t bytes);
 
   // An image that copies of `device` may still be using: it stays until that could be waited for

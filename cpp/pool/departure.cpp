@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "pool/host_plan.hpp"
 #include "pool/places.hpp"
 
 namespace cumempool::pool {
@@ -115,7 +116,7 @@ void Departure::choose_images() {
     std::shared_ptr<backup::Image> dropped;
     allocator_.records().update([&] { dropped.swap(sleeper.record->image); });
   }
-  limit_pinned();
+  plan_room();
   for (Sleeper& sleeper : sleepers_) {
     if (sleeper.live.empty() || !sleeper.fresh) continue;
     try {
@@ -127,32 +128,14 @@ void Departure::choose_images() {
   }
 }
 
-// Sends what the limit on pinned memory leaves no room for to the tier that takes the overflow.
-void Departure::limit_pinned() {
-  const backup::Stores& stores = allocator_.stores();
-  if (stores.pinned_budget().limit() == 0) return;
-  std::uint64_t needed = 0;
-  for (const Sleeper& sleeper : sleepers_) {
-    if (sleeper.fresh && sleeper.choice.tier == CUMEMPOOL_BACKUP_PINNED) {
-      needed += total_bytes(sleeper.live);
-    }
-  }
-  const auto room = [&] {
-    return stores.pinned_bytes() - stores.pinned_used_bytes() + stores.pinned_budget().room();
-  };
-  const std::uint64_t unclaimed = stores.pinned_budget().room();
-  if (needed > room()) allocator_.drop_retained(needed - std::min(needed, unclaimed));
-  if (!allocator_.overflow()) return;  // the order is refused, with all the numbers
-  std::uint64_t left = room();
+void Departure::plan_room() {
+  std::vector<HostNeed> needs;
   for (Sleeper& sleeper : sleepers_) {
-    if (!sleeper.fresh || sleeper.choice.tier != CUMEMPOOL_BACKUP_PINNED) continue;
-    const std::uint64_t bytes = total_bytes(sleeper.live);
-    if (bytes > left) {
-      sleeper.choice = *allocator_.overflow();
-    } else {
-      left -= bytes;
-    }
+    if (sleeper.live.empty() || !sleeper.fresh) continue;
+    needs.push_back(
+        {sleeper.record->tag, sleeper.record->device, total_bytes(sleeper.live), &sleeper.choice});
   }
+  plan_host_memory(allocator_, operation_, needs, Retained::kMayGo);
 }
 
 std::uint64_t Departure::bytes_on(int device) const {

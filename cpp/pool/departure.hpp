@@ -79,7 +79,7 @@ class Departure {
   bool releasable(const Record& record) const;
 
   void choose_images();
-  void limit_pinned();
+  void plan_room();
   void make_room(std::map<backup::HostArena*, std::size_t>& needed);
   void copy(Lane& lane, std::size_t index, std::size_t& culprit);
   void recheck(Lane& lane, std::size_t index);

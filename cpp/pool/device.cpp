@@ -83,6 +83,16 @@ std::uint64_t Device::staging_bytes() const {
   return bytes;
 }
 
+std::uint64_t Device::staging_missing() const {
+  const std::lock_guard lock(mutex_);
+  std::uint64_t bytes = 0;
+  for (const Lane* lane : {out_.get(), in_.get()}) {
+    const bool there = lane != nullptr && lane->staged.bytes() != 0;
+    bytes += there ? 0 : backup::StagedCopies::kAllBytes;
+  }
+  return bytes;
+}
+
 void Device::drop_streams() {
   if (out_ == nullptr && in_ == nullptr && digests_ == nullptr && rechecks_ == nullptr) return;
   const driver::ContextScope scope(driver_, ordinal_);

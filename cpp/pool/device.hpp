@@ -53,6 +53,9 @@ class Device {
   std::uint64_t release_buffers() noexcept;
   // Pinned bytes of the buffers; from any thread.
   std::uint64_t staging_bytes() const;
+  // What the buffers will take that copies out of the device and back go through, and that are not
+  // there yet.
+  std::uint64_t staging_missing() const;
   // Destroys the private streams. Throws Error; then they are still there.
   void drop_streams();
 

@@ -7,12 +7,14 @@
 
 #include "pool/dead_ranges.hpp"
 #include "pool/departure.hpp"
+#include "pool/host_plan.hpp"
 #include "pool/places.hpp"
 
 namespace cumempool::pool {
 namespace {
 
 struct Need {
+  const Tag* tag;
   int device;
   BackupChoice choice;
   std::size_t bytes;
@@ -31,25 +33,18 @@ std::vector<Need> needs(Allocator& allocator, const SleepRequest& request,
     const auto live = dead.live_extents(record);
     const BackupChoice choice = allocator.tags().backup(*record.tag);
     if (reusable(allocator, record, choice, live)) return;  // has its room
-    all.push_back({record.device, choice, total_bytes(live)});
+    all.push_back({record.tag, record.device, choice, total_bytes(live)});
   });
   return all;
 }
 
-// Sends what the limit leaves no room for where the sleep will send it.
-void limit_pinned(Allocator& allocator, std::vector<Need>& all) {
-  const backup::Stores& stores = allocator.stores();
-  if (!allocator.overflow() || stores.pinned_budget().limit() == 0) return;
-  std::uint64_t left =
-      stores.pinned_bytes() - stores.pinned_used_bytes() + stores.pinned_budget().room();
-  for (Need& need : all) {
-    if (need.choice.tier != CUMEMPOOL_BACKUP_PINNED) continue;
-    if (need.bytes > left) {
-      need.choice = *allocator.overflow();
-    } else {
-      left -= need.bytes;
-    }
-  }
+// Sends what there is no room for where the sleep will send it. What is retained stays: the sleep
+// may need no more than that.
+void plan_room(Allocator& allocator, std::vector<Need>& all) {
+  std::vector<HostNeed> needs;
+  needs.reserve(all.size());
+  for (Need& need : all) needs.push_back({need.tag, need.device, need.bytes, &need.choice});
+  plan_host_memory(allocator, "prepare", needs, Retained::kStay);
 }
 
 // Streams, buffers and code of a device. What it cannot do is the sleep's business.
@@ -80,7 +75,7 @@ std::uint64_t prepare(Allocator& allocator, const SleepRequest& request,
   try {
     std::map<int, bool> warm;
     std::vector<Need> all = needs(allocator, request, yielding);
-    limit_pinned(allocator, all);
+    plan_room(allocator, all);
     for (const Need& need : all) {
       if (!warm[need.device]) warm_up(allocator, need.device);
       warm[need.device] = true;

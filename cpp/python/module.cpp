@@ -168,6 +168,15 @@ DriverPointer open_host(int devices, std::uint64_t bytes_per_device, std::uint64
   return driver;
 }
 
+// Bytes, the limit and its file.
+std::tuple<std::uint64_t, std::uint64_t, std::string> host_room() {
+  cumempool_host_memory memory{};
+  memory.size = sizeof memory;
+  call([&] { return cumempool_host_room(&memory); });
+  const bool known = memory.free_bytes != std::numeric_limits<std::uint64_t>::max();
+  return {known ? memory.free_bytes : 0, memory.limit_bytes, memory.source};
+}
+
 py::dict probe_device(const Driver& driver, int device) {
   cumempool_device_probe probe{};
   probe.size = sizeof probe;
@@ -857,6 +866,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("version", &cumempool_version);
   module.def("slot_count", &cumempool_slot_count);
   module.def("open_cuda", &open_cuda);
+  module.def("host_room", &host_room);
   module.def("open_host", &open_host, py::arg("devices"), py::arg("bytes_per_device"),
              py::arg("granularity"), py::arg("rdma"), py::arg("fabric"));
   module.def(

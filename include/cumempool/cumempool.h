@@ -85,6 +85,19 @@ typedef struct cumempool_device_probe {
 CUMEMPOOL_API cumempool_status cumempool_probe_device(const cumempool_driver *driver, int device,
                                                       cumempool_device_probe *probe);
 
+/* What the kernel leaves this process of host memory, page cache included; see
+ * cumempool_host_room. */
+typedef struct cumempool_host_memory {
+  uint32_t size; /* sizeof(cumempool_host_memory), set by the caller */
+  uint32_t reserved;
+  uint64_t free_bytes;  /* under the limit that leaves the least; UINT64_MAX = not known */
+  uint64_t limit_bytes; /* of that one */
+  char source[512];     /* its file: /proc/meminfo, or that of a control group */
+} cumempool_host_memory;
+
+/* Looks at the machine, and at every control group from the process's own up to the root. */
+CUMEMPOOL_API cumempool_status cumempool_host_room(cumempool_host_memory *memory);
+
 /* ---- allocators --------------------------------------------------------------------------- */
 
 typedef struct cumempool_allocator cumempool_allocator;

@@ -404,8 +404,9 @@ class CuMemConfig:
         driver: ``"cuda"`` or ``"host"``. Where it is not given, ``CUMEMPOOL_DRIVER`` decides, else
             it is ``"cuda"``.
         host_backup_limit: The most pinned host memory held for backups, in bytes; None = no limit.
-        host_backup_overflow: What takes the backups that this limit leaves no room for: pageable
-            memory or a file; their texts are taken as well. None = such a sleep is refused.
+        host_backup_overflow: What takes the backups that this limit, or the system, leaves no
+            host memory for: pageable memory or a file; their texts are taken as well. None = such
+            a sleep is refused.
         retain_backups: Keep backups while their memory is awake, and copy only what has changed
             since the last sleep.
         nvtx: Mark transitions as NVTX ranges, for profilers.

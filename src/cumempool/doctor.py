@@ -288,10 +288,10 @@ def _expandable(environ: Mapping[str, str]) -> Check:
 
 
 def _host_memory(found: Availability) -> Check:
-    available = machine.host_memory()
+    available, limit, source = machine.host_room()
     # Seldom is more than half of a device worth a backup: KV caches are discarded.
     needed = max((device.total_bytes // 2 for device in found.devices), default=0)
-    value = f"{format_bytes(available)} available"
+    value = f"{format_bytes(available)} of {format_bytes(limit)} available ({source or 'unknown'})"
     if found.driver == "host" or available >= needed:
         return Check("host memory", "PASS", value)
     return Check(

@@ -141,10 +141,10 @@ class OutOfMemoryError(CumempoolError, RuntimeError):
 
 
 class OutOfHostMemoryError(CumempoolError, MemoryError):
-    """No host memory for a backup, or more than ``CuMemConfig.host_backup_limit`` would be needed.
+    """No host memory for a backup: over ``CuMemConfig.host_backup_limit``, or one of the system.
 
-    Nothing went to sleep. Raise that limit or the system's limit on locked memory (``ulimit -l``),
-    or discard tags that can be computed again.
+    Nothing went to sleep; the message names the limit. Raise it, or discard tags that can be
+    computed again.
     """
 
 

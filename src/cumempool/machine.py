@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
     "address_space_limit",
     "file_limit",
     "host_memory",
+    "host_room",
     "imex_channels",
     "map_limit",
     "peer_memory_module",
@@ -25,28 +25,24 @@ def _read(path: str) -> str:
         return ""
 
 
-def _cgroup_limits() -> Iterator[int]:
-    """Bytes of memory that control groups leave to this process, for both versions of them."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        most, now = _read(limit), _read(used)
-        if most.isdigit() and now.isdigit():
-            yield max(int(most) - int(now), 0)
+def host_room() -> tuple[int, int, str]:
+    """What the kernel leaves this process of host memory, as a sleep measures it.
+
+    Returns:
+        The bytes that it can still take, page cache included; 0 where that cannot be found out. The
+        limit that leaves so little: what the machine has, or that of a control group, from the
+        process's own up to the root. The file that says so. 0, 0, "" without the extension module.
+    """
+    try:
+        from cumempool import _core
+    except ImportError:  # what `doctor` is there to say
+        return 0, 0, ""
+    return _core.host_room()
 
 
 def host_memory() -> int:
     """Bytes of host memory that this process can still take; 0 where that cannot be found out."""
-    available = 0
-    for line in _read("/proc/meminfo").splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            available = int(rest.split()[0]) * 1024
-    return min([available, *_cgroup_limits()])
+    return host_room()[0]
 
 
 def transparent_huge_pages() -> str:

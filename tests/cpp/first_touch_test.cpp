@@ -54,6 +54,18 @@ TEST_F(FirstTouchTest, WithoutThreadsOnlyWhatIsWaitedForIsTouched) {
   EXPECT_EQ(resident_pages(3), 0U);
 }
 
+TEST_F(FirstTouchTest, StopsWhereThereIsNoRoomAndSaysSo) {
+  for (const unsigned threads : {0U, 1U, 4U}) {
+    madvise(memory_, kRange * kRanges, MADV_DONTNEED);
+    int asked = 0;
+    FirstTouch touch(ranges_, threads, [&asked] { return ++asked <= 3; });
+    EXPECT_FALSE(touch.wait(kRanges - 1));
+    std::size_t touched = 0;
+    for (std::size_t i = 0; i < kRanges; ++i) touched += resident_pages(i) != 0 ? 1U : 0U;
+    EXPECT_LE(touched, 3U) << threads << " threads";
+  }
+}
+
 TEST_F(FirstTouchTest, EndsEarlyWhenNobodyWaits) {
   for (int i = 0; i < 50; ++i) {
     const FirstTouch touch(ranges_, 4);

@@ -108,6 +108,35 @@ TEST(HostPages, ANodeIsAWishThatTheSystemMayRefuse) {
   }
 }
 
+// ---- addresses ---------------------------------------------------------------------------------
+
+TEST_F(HostArenaTest, EightLargeDevicesHaveTheirAddressesInOneArena) {
+  EXPECT_GE(HostArena::kAddressBytes, std::size_t{8} * 288'000'000'000U);
+}
+
+TEST_F(HostArenaTest, WhereAllAddressesAreInUseTheAdviceIsNoLimit) {
+  HostArena small(Driver(faults.table()), Residence::kPageable, -1, budget, 2 * kBlock);
+  EXPECT_EQ(small.address_room(), 2 * kBlock);
+  small.order(kPage);
+  small.deliver(0);
+  EXPECT_EQ(small.address_room(), kBlock);
+  const Error error = error_of([&] { small.order(kPage + kBlock + kPage); });
+  EXPECT_EQ(error.status, CUMEMPOOL_OUT_OF_HOST_MEMORY);
+  EXPECT_NE(error.message().find("release_host_memory()"), std::string::npos) << error.message();
+  EXPECT_EQ(error.message().find("ulimit"), std::string::npos) << error.message();
+  EXPECT_EQ(small.held_bytes(), kPage) << "nothing is ordered";
+  small.trim(0);
+}
+
+TEST_F(HostArenaTest, OnlySoManyBytesOfEmptyBlocksAreGivenBack) {
+  arena.order(2 * kBlock + kPage);
+  arena.deliver(0);
+  EXPECT_EQ(arena.trim(0, kBlock - 1), kPage);
+  EXPECT_EQ(arena.trim(0, kBlock), kBlock);
+  EXPECT_EQ(arena.held_bytes(), kBlock);
+  EXPECT_EQ(arena.missing(kBlock + 1), kPage);
+}
+
 // ---- blocks and spans --------------------------------------------------------------------------
 
 TEST_F(HostArenaTest, BlocksLieSideBySideAndACopyMayUseOneAtATime) {

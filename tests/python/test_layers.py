@@ -139,6 +139,7 @@ PY_LAZY: dict[str, frozenset[str]] = {
     "config": frozenset({"_core", "probe", "allocator", "kv_transfer"}),
     "kv_transfer": frozenset({"_torch"}),
     "sharing": frozenset({"_core", "_torch", "probe"}),
+    "machine": frozenset({"_core"}),
     "wire": frozenset({"_core"}),
     "probe": frozenset({"_core", "_torch"}),
     "scope": frozenset({"_core", "_torch"}),

@@ -1,0 +1,241 @@
+// How much more host memory the process may take before the kernel ends it.
+#include "backup/host_room.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace cumempool::backup {
+namespace {
+
+// ---- files --------------------------------------------------------------------------------------
+
+std::string read_file(const std::string& path) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) return {};
+  std::array<char, 4096> buffer{};
+  std::string text;
+  try {
+    for (ssize_t got = 0; (got = read(file, buffer.data(), buffer.size())) > 0;) {
+      text.append(buffer.data(), static_cast<std::size_t>(got));
+    }
+  } catch (const std::exception&) {
+    close(file);
+    throw;
+  }
+  close(file);
+  return text;
+}
+
+std::vector<std::string_view> split(std::string_view text, char separator) {
+  std::vector<std::string_view> parts;
+  while (!text.empty()) {
+    const std::size_t end = std::min(text.find(separator), text.size());
+    if (end != 0) parts.push_back(text.substr(0, end));
+    text.remove_prefix(std::min(end + 1, text.size()));
+  }
+  return parts;
+}
+
+// A number at the start of the text; none for "max" and for what is not there.
+std::optional<std::uint64_t> number_in(const std::string& text) {
+  if (text.empty() || text.front() < '0' || text.front() > '9') return std::nullopt;
+  return std::strtoull(text.c_str(), nullptr, 10);
+}
+
+// The value of a line "name value" or "name: value kB"; none where there is no such line.
+std::optional<std::uint64_t> value_of(const std::string& text, std::string_view name) {
+  for (const std::string_view line : split(text, '\n')) {
+    if (line.substr(0, name.size()) != name) continue;
+    const std::string_view rest = line.substr(name.size());
+    const std::size_t begin = rest.find_first_not_of(": ");
+    if (begin == 0 || begin == std::string_view::npos) continue;  // a longer name
+    return number_in(std::string(rest.substr(begin)));
+  }
+  return std::nullopt;
+}
+
+// ---- control groups -----------------------------------------------------------------------------
+
+// What the two versions call the same things. Names of memory.stat: of the group and all below.
+struct Version {
+  const char* limit;
+  const char* usage;
+  std::array<const char*, 3> reclaimable;
+};
+constexpr Version kFirst{"memory.limit_in_bytes",
+                         "memory.usage_in_bytes",
+                         {"total_active_file", "total_inactive_file", nullptr}};
+constexpr Version kSecond{
+    "memory.max", "memory.current", {"active_file", "inactive_file", "slab_reclaimable"}};
+
+// The first version writes "no limit" as the largest number of pages.
+constexpr std::uint64_t kNoLimit = std::uint64_t{1} << 62;
+
+struct Mount {
+  bool second = false;
+  std::string root;   // the group that is at its top
+  std::string point;  // where it is
+};
+
+// As mountinfo writes paths: a space is \040.
+std::string unescape(std::string_view text) {
+  std::string plain;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '\\' && i + 3 < text.size()) {
+      plain += static_cast<char>(std::stoi(std::string(text.substr(i + 1, 3)), nullptr, 8));
+      i += 3;
+    } else {
+      plain += text[i];
+    }
+  }
+  return plain;
+}
+
+bool lists(std::string_view commas, std::string_view word) {
+  const auto words = split(commas, ',');
+  return std::find(words.begin(), words.end(), word) != words.end();
+}
+
+// Mounts that have the controller of memory, or may have.
+std::vector<Mount> mounts_in(const std::string& mountinfo) {
+  std::vector<Mount> mounts;
+  for (const std::string_view line : split(mountinfo, '\n')) {
+    const std::size_t dash = line.find(" - ");
+    if (dash == std::string_view::npos) continue;
+    const auto before = split(line.substr(0, dash), ' ');
+    const auto after = split(line.substr(dash + 3), ' ');
+    if (before.size() < 5 || after.empty()) continue;
+    const bool second = after[0] == "cgroup2";
+    const bool first = after[0] == "cgroup" && lists(after.back(), "memory");
+    if (first || second) mounts.push_back({second, unescape(before[3]), unescape(before[4])});
+  }
+  return mounts;
+}
+
+// The group of the process in one version's tree; none where it is in none.
+std::optional<std::string> group_in(const std::string& groups, bool second) {
+  for (const std::string_view line : split(groups, '\n')) {
+    const std::size_t first_colon = line.find(':');
+    const std::size_t last_colon = line.find(':', first_colon + 1);
+    if (first_colon == std::string_view::npos || last_colon == std::string_view::npos) continue;
+    const std::string_view controllers = line.substr(first_colon + 1, last_colon - first_colon - 1);
+    if (second ? controllers.empty() : lists(controllers, "memory")) {
+      return std::string(line.substr(last_colon + 1));
+    }
+  }
+  return std::nullopt;
+}
+
+// The group's path below a mount: what is above the mount's top cannot be seen from here. A process
+// that was moved to a group outside of what is mounted is measured against the top.
+std::string below(const Mount& mount, const std::string& group) {
+  const std::string top = mount.root == "/" ? "" : mount.root;
+  const bool inside = group.compare(0, top.size(), top) == 0 &&
+                      (group.size() == top.size() || group[top.size()] == '/' || top.empty()) &&
+                      group.find("/..") == std::string::npos;
+  std::string path = inside ? group.substr(top.size()) : "";
+  while (!path.empty() && path.back() == '/') path.pop_back();
+  return path;
+}
+
+void keep_least(HostRoom& least, HostRoom&& one) {
+  if (one.bytes < least.bytes) least = std::move(one);
+}
+
+// What one group leaves, where it has a limit.
+void look_at(const std::string& root, const std::string& folder, const Version& version,
+             HostRoom& least) {
+  const std::string source = folder + "/" + version.limit;
+  const auto limit = number_in(read_file(root + source));
+  if (!limit || *limit >= kNoLimit) return;
+  const auto usage = number_in(read_file(root + folder + "/" + version.usage));
+  if (!usage) return;
+  std::uint64_t used = *usage;
+  const std::string statistics = read_file(root + folder + "/memory.stat");
+  for (const char* const name : version.reclaimable) {
+    if (name != nullptr) used -= std::min(used, value_of(statistics, name).value_or(0));
+  }
+  keep_least(least, {*limit - std::min(*limit, used), *limit, source});
+}
+
+void look_at_groups(const std::string& root, HostRoom& least) {
+  const std::string groups = read_file(root + "/proc/self/cgroup");
+  for (const Mount& mount : mounts_in(read_file(root + "/proc/self/mountinfo"))) {
+    const auto group = group_in(groups, mount.second);
+    if (!group) continue;
+    const Version& version = mount.second ? kSecond : kFirst;
+    std::string path = below(mount, *group);
+    while (true) {
+      look_at(root, mount.point + path, version, least);
+      if (path.empty()) break;
+      path.resize(path.rfind('/'));
+    }
+  }
+}
+
+void look_at_machine(const std::string& root, HostRoom& least) {
+  const std::string text = read_file(root + "/proc/meminfo");
+  const auto available = value_of(text, "MemAvailable");
+  if (!available) return;
+  keep_least(least,
+             {*available * 1024, value_of(text, "MemTotal").value_or(0) * 1024, "/proc/meminfo"});
+}
+
+std::mutex root_mutex;
+
+std::string& chosen_root() {
+  static auto& root = *new std::string;  // never destroyed, as what may still ask
+  return root;
+}
+
+}  // namespace
+
+std::uint64_t HostRoom::for_backups() const noexcept {
+  if (bytes == kUnknown) return bytes;
+  const std::uint64_t kept = limit / 64;
+  return (bytes - std::min(bytes, kept)) / 64 * 63;
+}
+
+Error HostRoom::refusal(std::uint64_t needed) const {
+  Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "the backup needs " + format_bytes(needed) +
+                                                " more of host memory, and " + format_bytes(bytes) +
+                                                " are left of the " + format_bytes(limit) + " of " +
+                                                source + ", some of which have to stay free");
+  error.bytes = needed;
+  error.advice =
+      "raise that limit or free host memory, set host_backup_overflow to a file, or discard tags "
+      "instead of backing them up";
+  return error;
+}
+
+HostRoom host_room(const std::string& root) {
+  HostRoom least;
+  look_at_machine(root, least);
+  look_at_groups(root, least);
+  return least;
+}
+
+HostRoom host_room() {
+  std::string root;
+  {
+    const std::lock_guard lock(root_mutex);
+    root = chosen_root();
+  }
+  return host_room(root);
+}
+
+void set_host_root(const std::string& root) {
+  const std::lock_guard lock(root_mutex);
+  chosen_root() = root;
+}
+
+}  // namespace cumempool::backup

@@ -1,0 +1,35 @@
+// How much more host memory the process may take before the kernel ends it: what the machine has
+// left, and what each control group from its own up to the root leaves of that.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "driver/error.hpp"
+
+namespace cumempool::backup {
+
+struct HostRoom {
+  static constexpr std::uint64_t kUnknown = std::numeric_limits<std::uint64_t>::max();
+
+  std::uint64_t bytes = kUnknown;  // under the limit that leaves the least
+  std::uint64_t limit = 0;         // of that one
+  std::string source;              // its file; "" where none could be read
+
+  // Bytes that a backup may take of it: some stay for page tables, for what the driver notes of
+  // pinned memory, and for what other threads and processes take meanwhile.
+  std::uint64_t for_backups() const noexcept;
+  // Why there is no room for so many more: CUMEMPOOL_OUT_OF_HOST_MEMORY.
+  Error refusal(std::uint64_t needed) const;
+};
+
+// Of the calling process. Page cache counts as room, for the kernel drops it first; swap does not,
+// since pinned memory cannot go there. Reads some ten files: not for every call.
+HostRoom host_room();
+// The same with all files below another root, for tests.
+HostRoom host_room(const std::string& root);
+// What host_room() reads below from now on; "" is the system's own. For tests.
+void set_host_root(const std::string& root);
+
+}  // namespace cumempool::backup
