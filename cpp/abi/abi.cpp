@@ -1,5 +1,6 @@
 // The C interface of cumempool.h: argument checks, conversions, nothing else.
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <set>
@@ -73,12 +74,21 @@ pool::Allocator& core(cumempool_allocator* allocator) {
   return *allocator->core;
 }
 
-cumempool_report* make_report(const cumempool_allocator& allocator, pool::Report&& report) {
+// Made before its transition: then nothing that fails makes a failure of its success.
+std::unique_ptr<cumempool_report> empty_report(std::shared_ptr<pool::Allocator> core) {
   auto made = std::make_unique<cumempool_report>();
-  made->core = allocator.core;
+  made->core = std::move(core);
+  return made;
+}
+
+cumempool_report* fill(std::unique_ptr<cumempool_report> made, pool::Report&& report) noexcept {
   made->report = std::move(report);
-  for (const std::string& problem : made->report.problems) {
-    made->problems.push_back(problem.c_str());
+  try {
+    for (const std::string& problem : made->report.problems) {
+      made->problems.push_back(problem.c_str());
+    }
+  } catch (const std::exception&) {
+    // No memory for the list of the problems that there is memory for: the first ones have to do.
   }
   return made.release();
 }
@@ -110,6 +120,7 @@ pool::WakeRequest convert(pool::Allocator& allocator, const char* const* tags, s
 }  // namespace
 
 struct cumempool_waking {
+  std::unique_ptr<cumempool_report> report;  // to be filled at its end
   std::shared_ptr<pool::Allocator> core;
   std::unique_ptr<pool::Waking> waking;
 };
@@ -349,7 +360,8 @@ cumempool_status cumempool_sleep(cumempool_allocator* allocator,
     require(request != nullptr && report != nullptr, "an argument is NULL");
     pool::Allocator& sleeping = core(allocator);
     sleeping.check_open("sleep");
-    *report = make_report(*allocator, pool::sleep(sleeping, convert(sleeping, *request)));
+    auto made = empty_report(allocator->core);
+    *report = fill(std::move(made), pool::sleep(sleeping, convert(sleeping, *request)));
   });
 }
 
@@ -378,7 +390,8 @@ cumempool_status cumempool_wake(cumempool_allocator* allocator, const char* cons
     waking.check_open("wake");
     pool::WakeRequest request = convert(waking, tags, tag_count);
     request.streams = items(streams, stream_count, "streams is NULL");
-    *report = make_report(*allocator, pool::wake(waking, request));
+    auto made = empty_report(allocator->core);
+    *report = fill(std::move(made), pool::wake(waking, request));
   });
 }
 
@@ -395,7 +408,8 @@ cumempool_status cumempool_swap(cumempool_allocator* allocator,
     for (const pool::Tag* tag : wake.tags) {
       require(sleep.actions.count(tag) == 0, "a tag is to sleep and to wake");
     }
-    *report = make_report(*allocator, pool::swap(swapping, sleep, wake));
+    auto made = empty_report(allocator->core);
+    *report = fill(std::move(made), pool::swap(swapping, sleep, wake));
   });
 }
 
@@ -417,6 +431,7 @@ cumempool_status cumempool_wake_begin(cumempool_allocator* allocator, const char
       request.first.insert(record.get());
     }
     auto made = std::make_unique<cumempool_waking>();
+    made->report = empty_report(allocator->core);
     made->core = allocator->core;
     made->waking = std::make_unique<pool::Waking>(allocator->core, std::move(request));
     *waking = made.release();
@@ -439,7 +454,7 @@ cumempool_status cumempool_waking_finish(cumempool_waking* waking, cumempool_rep
   return guarded("wake", [&] {
     require(waking != nullptr && report != nullptr, "an argument is NULL");
     std::optional<pool::Report> ended = waking->waking->finish();
-    *report = ended ? make_report({waking->core}, std::move(*ended)) : nullptr;
+    *report = ended ? fill(std::move(waking->report), std::move(*ended)) : nullptr;
   });
 }
 

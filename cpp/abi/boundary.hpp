@@ -20,20 +20,22 @@ inline Error forked_error() {
 
 template <typename Body>
 cumempool_status guarded(const char* operation, Body&& body) noexcept {
-  const auto fail = [operation](Error error) {
-    if (error.operation.empty()) error.operation = operation;
-    return set_last_error(error);
-  };
+  // What fails here must not need memory that there may not be.
   try {
-    if (driver::in_forked_child()) return fail(forked_error());
-    std::forward<Body>(body)();
-    return CUMEMPOOL_OK;
-  } catch (const Error& error) {
-    return fail(error);
-  } catch (const std::bad_alloc&) {
-    return fail(Error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "out of host memory"));
-  } catch (const std::exception& error) {
-    return fail(Error(CUMEMPOOL_INTERNAL, std::string("unexpected failure: ") + error.what()));
+    try {
+      if (driver::in_forked_child()) throw forked_error();
+      std::forward<Body>(body)();
+      return CUMEMPOOL_OK;
+    } catch (const Error& error) {
+      return set_last_error(operation, error);
+    } catch (const std::bad_alloc&) {
+      return set_last_error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "out of host memory");
+    } catch (const std::exception& error) {
+      const std::string problem = std::string("unexpected failure: ") + error.what();
+      return set_last_error(operation, Error(CUMEMPOOL_INTERNAL, problem));
+    }
+  } catch (const std::exception&) {
+    return set_last_error(CUMEMPOOL_INTERNAL, "unexpected failure, and no memory to say which");
   }
 }
 

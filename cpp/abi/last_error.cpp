@@ -1,8 +1,10 @@
 // The calling thread's last failure, as cumempool_last_error() shows it.
 #include "abi/last_error.hpp"
 
+#include <cstddef>
 #include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace cumempool::abi {
@@ -19,8 +21,13 @@ struct LastError {
 
   void refresh() {
     message = error.status == CUMEMPOOL_OK ? "" : error.message();
-    secondary.clear();
-    for (const std::string& text : error.secondary) secondary.push_back(text.c_str());
+    secondary.resize(error.secondary.size());
+    point();
+  }
+
+  // Takes no memory.
+  void point() noexcept {
+    for (std::size_t i = 0; i < secondary.size(); ++i) secondary[i] = error.secondary[i].c_str();
     view = {error.status,
             message.c_str(),
             error.operation.c_str(),
@@ -45,15 +52,29 @@ LastError& slot() {
 
 }  // namespace
 
-cumempool_status set_last_error(const Error& error) noexcept {
+cumempool_status set_last_error(const char* operation, const Error& error) noexcept {
   try {
-    slot().error = error;
-    slot().refresh();
+    LastError made;
+    made.error = error;
+    if (made.error.operation.empty()) made.error.operation = operation;
+    made.refresh();
+    LastError& last = slot();
+    last = std::move(made);
+    last.point();  // texts may have moved
+    return error.status;
   } catch (const std::exception&) {
-    // No memory for the text; the status still reaches the caller.
-    slot().view.status = error.status;
+    return set_last_error(error.status, "no host memory was left to say what failed");
   }
-  return error.status;
+}
+
+cumempool_status set_last_error(cumempool_status status, const char* text) noexcept {
+  cumempool_error& view = slot().view;
+  view = {};
+  view.status = status;
+  view.message = text;
+  view.device = -1;
+  view.operation = view.tag = view.driver_call = view.result_name = view.advice = "";
+  return status;
 }
 
 const cumempool_error* last_error() noexcept { return &slot().view; }

@@ -459,7 +459,11 @@ std::vector<std::size_t> HostArena::take_empty_blocks(std::uint64_t most) {
     const std::size_t offset = slot * kBlockBytes;
     if (!block.delivered || block.bytes > most) continue;
     if (!free_.contains(offset, block.bytes)) continue;
-    free_.take_exact(offset, block.bytes);
+    try {
+      free_.take_exact(offset, block.bytes);
+    } catch (const std::exception&) {
+      break;  // no memory to note more: what was taken so far goes, and makes some
+    }
     block.delivered = false;
     most -= block.bytes;
     empty.push_back(slot);

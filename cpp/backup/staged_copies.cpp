@@ -2,8 +2,8 @@
 // buffers from the queue to the threads and back. The threads alone touch bytes.
 #include "backup/staged_copies.hpp"
 
+#include <exception>
 #include <new>
-#include <system_error>
 #include <utility>
 
 #include "backup/host_pages.hpp"
@@ -147,7 +147,7 @@ void StagedCopies::abandon() {
   copies_.clear();
   arrivals_.clear();
   const std::lock_guard lock(mutex_);
-  failure_.reset();
+  failure_ = nullptr;
   failed_label_.reset();
   if (buffers_ != nullptr) free_all();
   failed_ = false;
@@ -191,8 +191,9 @@ void StagedCopies::start() {
   threads_.reserve(thread_count_);
   try {
     while (threads_.size() < thread_count_) threads_.emplace_back([this] { work(); });
-  } catch (const std::system_error&) {
-    // No more threads are to be had: those that there are do it, or wait_for_threads() itself.
+  } catch (const std::exception&) {
+    // No more threads, or no memory for them: those that there are do it, or wait_for_threads()
+    // itself.
   }
 }
 
@@ -278,7 +279,7 @@ void StagedCopies::give(Job job) {
 template <typename Condition>
 void StagedCopies::wait_for_threads(const Condition& reached) {
   std::unique_lock lock(mutex_);
-  const auto over = [&] { return failure_.has_value() || reached(); };
+  const auto over = [&] { return failure_ != nullptr || reached(); };
   while (threads_.empty() && !over()) run_next_job(lock);
   job_done_.wait(lock, over);
   throw_failure();
@@ -286,7 +287,14 @@ void StagedCopies::wait_for_threads(const Condition& reached) {
 
 // Needs the lock.
 void StagedCopies::throw_failure() const {
-  if (failure_.has_value()) throw Error(*failure_);
+  if (failure_ == nullptr) return;
+  try {
+    std::rethrow_exception(failure_);
+  } catch (const Error& error) {
+    throw Error(error);
+  } catch (const std::exception& error) {
+    throw failure_of(error);
+  }
 }
 
 void StagedCopies::stop_threads() noexcept {
@@ -315,20 +323,18 @@ void StagedCopies::run_next_job(std::unique_lock<std::mutex>& lock) {
   Job job = std::move(jobs_.front());
   jobs_.pop_front();
   ++running_;
-  const bool skipped = failure_.has_value();
+  const bool skipped = failure_ != nullptr;
   lock.unlock();
-  std::optional<Error> failure;
+  std::exception_ptr failure;  // told by the calling thread: this one has nobody to fail to
   try {
     if (!skipped) job.work(buffers_->data(job.buffer), job.bytes);
-  } catch (Error& error) {
-    failure.emplace(std::move(error));
-  } catch (const std::exception& error) {
-    failure.emplace(failure_of(error));
+  } catch (const std::exception&) {
+    failure = std::current_exception();
   }
   job.work = nullptr;  // what it captured may go as soon as the job is done
   lock.lock();
   --running_;
-  if (failure.has_value() && !failure_.has_value()) {
+  if (failure != nullptr && failure_ == nullptr) {
     failure_ = std::move(failure);
     failed_label_ = job.label;
   }

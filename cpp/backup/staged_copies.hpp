@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -150,7 +151,7 @@ class StagedCopies {
   std::size_t running_ = 0;
   std::vector<std::size_t> free_;  // has room for all buffers
   std::vector<bool> filled_;
-  std::optional<Error> failure_;  // the first one; jobs are skipped from then on
+  std::exception_ptr failure_;  // the first one; jobs are skipped from then on
   std::optional<std::size_t> failed_label_;
   bool stopping_ = false;
 };

@@ -66,6 +66,15 @@ static_assert(offsetof(cumempool_driver, init) + entry_count * sizeof(&FaultDriv
                   sizeof(cumempool_driver),
               "CUMEMPOOL_DRIVER_ENTRIES does not list every entry of cumempool_driver");
 
+thread_local int calls_under_way = 0;
+
+struct Inside {
+  Inside() { ++calls_under_way; }
+  ~Inside() { --calls_under_way; }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+};
+
 template <std::size_t Entry, auto Member>
 struct Decorated;
 
@@ -74,6 +83,7 @@ template <std::size_t Entry, typename... Args,
 struct Decorated<Entry, Member> {
   static cumempool_result call(void* self, Args... args) {
     auto& faults = *static_cast<FaultDriver*>(self);
+    const Inside inside;
     if (const auto result = faults.before(Entry)) return result;
     return (faults.inner().*Member)(faults.inner().self, args...);
   }
@@ -89,6 +99,8 @@ std::size_t index_of(std::string_view entry) {
 }
 
 }  // namespace
+
+bool FaultDriver::inside_call() noexcept { return calls_under_way != 0; }
 
 const std::vector<const char*>& FaultDriver::entries() {
   static const std::vector<const char*> names{

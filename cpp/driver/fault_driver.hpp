@@ -60,6 +60,9 @@ class FaultDriver {
   std::uint64_t failures() const;  // calls that were failed
   void reset_counts();
 
+  // Whether the calling thread is inside a call of any such driver.
+  static bool inside_call() noexcept;
+
   static const std::vector<const char*>& entries();  // all names, in the order of the table
 
   // For the table only: counts a call, and decides its fate.

@@ -15,6 +15,7 @@ namespace cumempool::pool {
 namespace {
 
 constexpr std::size_t kLargest = std::size_t{1} << 62;
+constexpr std::size_t kMostProblems = 64;  // of a close, told one by one
 
 std::optional<BackupChoice> overflow_of(const cumempool_allocator_options& options) {
   if (options.overflow.tier == CUMEMPOOL_BACKUP_UNSET) return std::nullopt;
@@ -38,6 +39,26 @@ void annotate(Error& error, const char* operation, const Record* record) {
   if (record == nullptr) return;
   if (error.tag.empty()) error.tag = record->tag->name;
   if (error.device < 0) error.device = record->device;
+}
+
+std::string told(const std::exception& caught, const char* operation,
+                 const Record* record) noexcept {
+  try {
+    const auto* known = dynamic_cast<const Error*>(&caught);
+    Error error = known != nullptr ? *known : Error(CUMEMPOOL_OUT_OF_HOST_MEMORY, caught.what());
+    annotate(error, operation, record);
+    return error.message();
+  } catch (const std::exception&) {
+    return "out of memory";  // short enough to need none
+  }
+}
+
+void add_secondary(Error& failure, std::string&& text, const char* before) noexcept {
+  try {
+    failure.secondary.push_back(before + text);
+  } catch (const std::exception&) {
+    return;  // there is no memory to say it: the states of the allocations do
+  }
 }
 
 Allocator::Allocator(driver::Driver driver, const cumempool_allocator_options& options)
@@ -222,7 +243,12 @@ bool Allocator::publish(const RecordPointer& record, const MemoryChoice& made_of
     bury(record);  // kept, should the driver not take back what it gave
     throw;
   }
-  Registry::instance().add(record);
+  try {
+    Registry::instance().add(record);
+  } catch (const std::exception&) {  // no memory to find it by: it could never be freed
+    if (records_.retire(record)) bury(record);
+    throw;
+  }
   return true;
 }
 
@@ -394,16 +420,19 @@ std::vector<std::string> Allocator::give_everything_back() {
   const auto attempt = [&](const Record* record, const auto& step) {
     try {
       step();
-    } catch (Error& error) {
-      annotate(error, "close", record);
-      problems.push_back(error.account());
+    } catch (const std::exception& caught) {
+      // Where even that has no room, the next close finds what is left.
+      if (problems.size() < problems.capacity()) problems.push_back(told(caught, "close", record));
     }
   };
+  problems.reserve(kMostProblems);
   const auto all = records_.claim([](const Record&) { return true; });
   for (const RecordPointer& record : all) attempt(record.get(), [&] { vacate(*record); });
   unclaim(all);
   attempt(nullptr, [&] { trim_stores(); });
-  for (const auto& device : devices_.used()) attempt(nullptr, [&] { device->drop_streams(); });
+  attempt(nullptr, [&] {
+    for (const auto& device : devices_.used()) attempt(nullptr, [&] { device->drop_streams(); });
+  });
   return problems;
 }
 

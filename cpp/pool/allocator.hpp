@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -155,5 +156,11 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
 // Adds what an error from below does not know: the operation, and the tag and device of a record.
 void annotate(Error& error, const char* operation, const Record* record);
+
+// For where nothing may fail any more: what a caught exception says, annotated like that; at the
+// least that there was no memory for more. And its place among the failures after the first.
+std::string told(const std::exception& caught, const char* operation,
+                 const Record* record) noexcept;
+void add_secondary(Error& failure, std::string&& text, const char* before = "") noexcept;
 
 }  // namespace cumempool::pool

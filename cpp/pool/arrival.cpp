@@ -2,6 +2,8 @@
 #include "pool/arrival.hpp"
 
 #include <algorithm>
+#include <exception>
+#include <set>
 #include <utility>
 
 namespace cumempool::pool {
@@ -18,6 +20,7 @@ Arrival::Arrival(Allocator& allocator, const char* operation, Report& report, Qu
 void Arrival::plan(std::vector<RecordPointer> claimed) {
   records_ = std::move(claimed);
   held_before_.resize(records_.size());
+  dropped_.resize(records_.size());  // commit() takes no memory
   attached_.reserve(records_.size());
   for (std::size_t i = 0; i < records_.size(); ++i) {
     const Record& record = *records_[i];
@@ -26,6 +29,7 @@ void Arrival::plan(std::vector<RecordPointer> claimed) {
     held_before_[i] = record.memory.holds_physical();
     lanes_.add(record, i);
   }
+  busy_.reserve(lanes_.all().size());
 }
 
 std::vector<int> Arrival::devices() {
@@ -156,8 +160,7 @@ void Arrival::finish() {
 }
 
 void Arrival::commit() {
-  std::vector<std::shared_ptr<backup::Image>> dropped(records_.size());  // outside of the lock
-  auto drop = dropped.begin();
+  auto drop = dropped_.begin();
   allocator_.records().update([&] {
     for (const RecordPointer& record : records_) {
       record->asleep = false;
@@ -193,8 +196,8 @@ void Arrival::fence_all() {
       const driver::ContextScope scope(allocator_.driver(), device);
       lane->device->settle();
       allocator_.driver().fence(users_of(device));
-    } catch (const Error&) {
-      busy_.insert(device);
+    } catch (const std::exception&) {
+      busy_.push_back(device);  // has room for every lane
     }
   }
 }
@@ -206,7 +209,7 @@ void Arrival::undo(Error& failure) {
   for (std::size_t n = attached_.size(); n-- > 0;) {
     Record& record = *records_[attached_[n]];
     try {
-      if (busy_.count(record.device) == 0) {
+      if (std::count(busy_.begin(), busy_.end(), record.device) == 0) {
         record.memory.unmap();
         if (!held_before_[attached_[n]]) {
           driver::check(allocator_.driver().table(), "release", record.memory.release_physical(),
@@ -215,9 +218,8 @@ void Arrival::undo(Error& failure) {
       } else if (record.image != nullptr) {
         allocator_.strand(record.image, record.device);
       }
-    } catch (Error& error) {
-      annotate(error, operation_, &record);
-      failure.secondary.push_back(error.account());
+    } catch (const std::exception& caught) {
+      add_secondary(failure, told(caught, operation_, &record));
     }
     allocator_.records().update([&] { record.unreleased = record.memory.holds_physical(); });
   }

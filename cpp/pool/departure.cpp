@@ -90,8 +90,13 @@ void Departure::plan(const std::vector<RecordPointer>& claimed) {
     if (!discards(*record)) sleeper.live = dead_.live_extents(*record);
     sleepers_.push_back(std::move(sleeper));
   }
-  // Made now, so that commit() needs no memory for them.
-  for (const RecordPointer& record : claimed) report_.row(*record);
+  // Made now: past the point of no return, and on the way back, nothing may need memory.
+  for (const RecordPointer& record : claimed) {
+    report_.row(*record);
+    released_.emplace(record->device, 0);
+  }
+  report_.problems.reserve(report_.problems.size() + 2 * claimed.size());
+  dropped_.reserve(forgotten_.size());
   choose_images();
   for (std::size_t i = 0; i < sleepers_.size(); ++i) {
     if (sleepers_[i].image == nullptr) {
@@ -301,16 +306,15 @@ void Departure::detach(Sleeper& sleeper) {
 }
 
 // Memory that the driver will not take back stays with its allocation.
-void Departure::give_back(Record& record, cumempool_report_row& row) {
+void Departure::give_back(Record& record, cumempool_report_row& row) noexcept {
   try {
     record.memory.unmap();  // no effect, unless a failed wake has left it mapped
     driver::check(allocator_.driver().table(), "release", record.memory.release_physical(),
                   record.device, record.bytes);
     row.freed_bytes += record.bytes;
-    released_[record.device] += record.bytes;
-  } catch (Error& error) {
-    annotate(error, operation_, &record);
-    report_.problems.push_back(error.message());
+    released_.find(record.device)->second += record.bytes;
+  } catch (const std::exception& caught) {
+    report_.problem(told(caught, operation_, &record));
   }
 }
 
@@ -386,9 +390,7 @@ void Departure::finish() {
   lanes_.each([this](Lane& lane) { comparison_.finish_rechecks(*lane.device); });
 }
 
-void Departure::commit() {
-  std::vector<std::shared_ptr<backup::Image>> dropped;  // outside of the lock: files, peers
-  dropped.reserve(forgotten_.size());
+void Departure::commit() noexcept {
   allocator_.records().update([&] {
     for (Sleeper& sleeper : sleepers_) {
       Record& record = *sleeper.record;
@@ -402,9 +404,10 @@ void Departure::commit() {
       cumempool_report_row& row = report_.row(*record);
       row.allocations += 1;
       row.discarded_bytes += record->image->bytes();
-      dropped.push_back(std::move(record->image));
+      dropped_.push_back(std::move(record->image));
     }
   });
+  dropped_.clear();  // outside of the lock: files, peers
   for (const std::size_t i : discarded_) {
     if (sleepers_[i].stage != Stage::kReleased) release(sleepers_[i]);
   }
@@ -418,7 +421,7 @@ void Departure::commit() {
 
 // ---- the way back -------------------------------------------------------------------------------
 
-void Departure::undo(Error& failure) {
+void Departure::undo(Error& failure) noexcept {
   lanes_.settle(&failure);
   orders_.clear();
   for (const auto& lane : lanes_.all()) {
@@ -426,9 +429,9 @@ void Departure::undo(Error& failure) {
       const driver::ContextScope scope(allocator_.driver(), lane->device->ordinal());
       comparison_.finish(*lane->device);
       comparison_.finish_rechecks(*lane->device);
-    } catch (Error& error) {
+    } catch (const std::exception& caught) {
       lane->stuck = true;
-      failure.secondary.push_back(error.account());
+      add_secondary(failure, told(caught, operation_, nullptr));
     }
   }
   for (std::size_t i = sleepers_.size(); i-- > 0;) {
@@ -437,7 +440,7 @@ void Departure::undo(Error& failure) {
   forget_overwritten();
 }
 
-void Departure::reattach(Sleeper& sleeper, Error& failure) {
+void Departure::reattach(Sleeper& sleeper, Error& failure) noexcept {
   Record& record = *sleeper.record;
   const bool had_contents = record.memory.holds_physical();
   try {
@@ -452,17 +455,15 @@ void Departure::reattach(Sleeper& sleeper, Error& failure) {
     transfer.staged.finish();
     transfer.queue.drain();
     allocator_.records().update([&] { record.generation += 1; });
-  } catch (Error& error) {
-    keep_asleep(sleeper, failure, error);
+  } catch (const std::exception& caught) {
+    keep_asleep(sleeper, failure, told(caught, operation_, &record));
   }
 }
 
 // Nothing is lost: the image has the contents, or the handle that is still held.
-void Departure::keep_asleep(Sleeper& sleeper, Error& failure, const Error& why) {
+void Departure::keep_asleep(Sleeper& sleeper, Error& failure, std::string&& why) noexcept {
   Record& record = *sleeper.record;
-  Error error = why;
-  annotate(error, operation_, &record);
-  failure.secondary.push_back("stays asleep: " + error.account());
+  add_secondary(failure, std::move(why), "stays asleep: ");
   const bool intact = sleeper.stage == Stage::kDetached;
   Lane* lane = lanes_.find(record.device);
   if (lane != nullptr) lane->device->unsettle();
@@ -473,9 +474,9 @@ void Departure::keep_asleep(Sleeper& sleeper, Error& failure, const Error& why) 
       allocator_.driver().fence(record.memory.access());  // copies into it may still run
       record.memory.unmap();
       record.memory.release_physical();
-    } catch (const Error&) {
+    } catch (const std::exception&) {
       // It stays held, is counted as unreleased, and the next wake copies into it again.
-      failure.secondary.push_back("its device memory could not be given back");
+      add_secondary(failure, {}, "its device memory could not be given back");
       if (sleeper.image != nullptr) allocator_.strand(sleeper.image, sleeper.record->device);
     }
   }
@@ -490,7 +491,7 @@ void Departure::keep_asleep(Sleeper& sleeper, Error& failure, const Error& why) 
 
 // Retained images that were being overwritten say nothing any more. Those that copies may still be
 // writing to must stay where they are (R5).
-void Departure::forget_overwritten() {
+void Departure::forget_overwritten() noexcept {
   for (Sleeper& sleeper : sleepers_) {
     Lane* lane = lanes_.find(sleeper.record->device);
     if (sleeper.image == nullptr || lane == nullptr) continue;

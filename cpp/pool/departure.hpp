@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "pool/comparison.hpp"
@@ -52,11 +53,11 @@ class Departure {
   void finish();
   // Past the point of no return: changes the states, and gives back what is left. What the driver
   // will not take back stays with its allocation, is reported, and is used by the next wake.
-  void commit();
+  void commit() noexcept;
 
   // Everything as it was. Contents that were discarded and given back already cannot return: those
   // allocations sleep, and `failure` says so.
-  void undo(Error& failure);
+  void undo(Error& failure) noexcept;
 
  private:
   enum class Stage { kAwake, kDetached, kReleased };
@@ -88,12 +89,12 @@ class Departure {
   void verify(Lane& lane, std::size_t index);
   void detach(Sleeper& sleeper);
   void release(Sleeper& sleeper);
-  void give_back(Record& record, cumempool_report_row& row);
+  void give_back(Record& record, cumempool_report_row& row) noexcept;
   void release_left_over(Record& record);
   void account(const Sleeper& sleeper);
-  void reattach(Sleeper& sleeper, Error& failure);
-  void keep_asleep(Sleeper& sleeper, Error& failure, const Error& why);
-  void forget_overwritten();
+  void reattach(Sleeper& sleeper, Error& failure) noexcept;
+  void keep_asleep(Sleeper& sleeper, Error& failure, std::string&& why) noexcept;
+  void forget_overwritten() noexcept;
 
   Allocator& allocator_;
   const char* operation_;
@@ -101,10 +102,11 @@ class Departure {
   const DeadRanges dead_;
   Report& report_;
   std::vector<Sleeper> sleepers_;
-  std::vector<std::size_t> discarded_;     // of sleepers_
-  std::vector<RecordPointer> forgotten_;   // asleep already; their backups go
-  std::vector<RecordPointer> unreleased_;  // asleep already; their memory goes
-  std::map<int, std::uint64_t> released_;  // by device
+  std::vector<std::size_t> discarded_;                   // of sleepers_
+  std::vector<RecordPointer> forgotten_;                 // asleep already; their backups go
+  std::vector<RecordPointer> unreleased_;                // asleep already; their memory goes
+  std::map<int, std::uint64_t> released_;                // by device
+  std::vector<std::shared_ptr<backup::Image>> dropped_;  // has room for those of forgotten_
   std::vector<std::unique_ptr<backup::ArenaOrder>> orders_;
   Lanes lanes_;  // of what is copied
   Comparison comparison_;

@@ -1,6 +1,7 @@
 // One device's share of a transition.
 #include "pool/lane.hpp"
 
+#include <exception>
 #include <utility>
 
 namespace cumempool::pool {
@@ -70,15 +71,15 @@ void Lanes::each(const std::function<void(Lane&)>& step) {
   }
 }
 
-void Lanes::settle(Error* failure) {
+void Lanes::settle(Error* failure) noexcept {
   for (const auto& lane : lanes_) {
     lane->device->unsettle();
     try {
       const driver::ContextScope scope(allocator_.driver(), lane->device->ordinal());
       lane->device->settle();
-    } catch (Error& error) {
+    } catch (const std::exception& caught) {
       lane->stuck = true;
-      if (failure != nullptr) failure->secondary.push_back(error.account());
+      if (failure != nullptr) add_secondary(*failure, told(caught, "", nullptr));
     }
   }
 }

@@ -51,7 +51,7 @@ class Lanes {
 
   // After a failure: waits for everything that was enqueued, so that both sides of the copies may
   // go. Lanes that cannot be waited for are stuck; why is added to `failure`, where there is one.
-  void settle(Error* failure);
+  void settle(Error* failure) noexcept;
 
  private:
   Allocator& allocator_;

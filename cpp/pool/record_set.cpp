@@ -37,11 +37,6 @@ void RecordSet::for_each(const std::function<void(Record&)>& visit) {
   for (const RecordPointer& record : records_) visit(*record);
 }
 
-void RecordSet::update(const std::function<void()>& change) {
-  const std::lock_guard lock(mutex_);
-  change();
-}
-
 std::uint64_t RecordSet::update_unless(const std::function<bool(const Record&)>& hinders,
                                        const std::function<void()>& change) {
   const std::lock_guard lock(mutex_);

@@ -44,8 +44,12 @@ class RecordSet {
   // Runs `visit` on every record, in order of allocation, under the lock: no driver calls in there.
   void for_each(const std::function<void(Record&)>& visit);
 
-  // Runs `change` under the lock.
-  void update(const std::function<void()>& change);
+  // Runs `change` under the lock. Takes no memory: transitions end by it.
+  template <typename Change>
+  void update(const Change& change) {
+    const std::lock_guard lock(mutex_);
+    change();
+  }
 
   // The same, unless `hinders` picks any record; returns how many bytes of records it picks.
   std::uint64_t update_unless(const std::function<bool(const Record&)>& hinders,

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <chrono>
+#include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cumempool/cumempool.h"
@@ -14,6 +16,15 @@ struct Report {
   double seconds = 0;
   std::vector<cumempool_report_row> rows;  // `tag` points into the allocator's tags
   std::vector<std::string> problems;
+
+  // Adds a problem; for those that there is room reserved for, without memory.
+  void problem(std::string&& text) noexcept {
+    try {
+      problems.push_back(std::move(text));
+    } catch (const std::exception&) {
+      return;  // the numbers of the rows tell of it all the same
+    }
+  }
 
   // The row of a record's tag and device, made at first use.
   cumempool_report_row& row(const Record& record);

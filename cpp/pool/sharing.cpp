@@ -1,6 +1,8 @@
 // Hands the physical memory of an allocation to other processes.
 #include "pool/sharing.hpp"
 
+#include <exception>
+
 #include "pool/registry.hpp"
 #include "pool/snapshot.hpp"
 
@@ -48,7 +50,10 @@ cumempool_allocation_info export_memory(Allocator& allocator, cumempool_address 
                   table.export_handle(table.self, record->memory.handle(), handle_type, exported),
                   record->device, record->bytes);
   } catch (Error& error) {
+    allocator.unclaim(claimed);
     annotate(error, "export", record.get());
+    throw;
+  } catch (const std::exception&) {  // no memory to say what failed
     allocator.unclaim(claimed);
     throw;
   }

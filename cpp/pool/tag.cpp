@@ -138,8 +138,9 @@ BackupChoice TagTable::backup(const Tag& tag) const {
 }
 
 void TagTable::set_backup(Tag& tag, const BackupChoice& choice) {
+  BackupChoice copy = choice;  // all of it or nothing
   const std::lock_guard lock(mutex_);
-  tag.backup = choice;
+  tag.backup = std::move(copy);
 }
 
 MemoryChoice TagTable::memory(const Tag& tag) const {

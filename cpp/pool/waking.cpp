@@ -40,15 +40,12 @@ Waking::~Waking() {
 }
 
 void Waking::run() {
-  std::optional<Error> failure;
+  std::exception_ptr failure;  // told by those who ask: this thread has nobody to fail to
   std::optional<Report> report;
   try {
     report = wake(*allocator_, request_);
-  } catch (const Error& error) {
-    failure = error;
-  } catch (const std::exception& error) {
-    failure.emplace(CUMEMPOOL_OUT_OF_HOST_MEMORY, error.what());
-    failure->operation = "wake";
+  } catch (const std::exception&) {
+    failure = std::current_exception();
   }
   std::unique_lock lock(mutex_);
   failure_ = std::move(failure);
@@ -109,7 +106,20 @@ void Waking::destroy_events() noexcept {
 
 void Waking::throw_failure() const {
   const std::lock_guard lock(mutex_);
-  if (failure_) throw Error(*failure_);
+  throw_failure_locked();
+}
+
+void Waking::throw_failure_locked() const {
+  if (failure_ == nullptr) return;
+  try {
+    std::rethrow_exception(failure_);
+  } catch (const Error& error) {
+    throw Error(error);  // each asker has one of its own
+  } catch (const std::exception& error) {
+    Error other(CUMEMPOOL_OUT_OF_HOST_MEMORY, error.what());
+    other.operation = "wake";
+    throw other;
+  }
 }
 
 namespace {
@@ -155,7 +165,7 @@ void Waking::wait(cumempool_address address, const cumempool_device_stream& stre
   const auto found = ready_.find(record.get());
   if (found != ready_.end()) {
     changed_.wait(lock, [&] { return (found->second.queued && !withdrawn_) || ended_; });
-    if (failure_) throw Error(*failure_);
+    throw_failure_locked();
   }
   if (found == ready_.end() || ended_) {  // then its contents are visible to every stream
     lock.unlock();

@@ -4,6 +4,7 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -50,6 +51,7 @@ class Waking {
   void wait_for_event(const cumempool_device_stream& stream, cumempool_event event);
   void destroy_events() noexcept;
   void throw_failure() const;
+  void throw_failure_locked() const;
 
   const std::shared_ptr<Allocator> allocator_;
   WakeRequest request_;
@@ -64,7 +66,7 @@ class Waking {
   std::vector<std::shared_ptr<Device>> devices_;  // of the events
   // Contexts of other devices whose streams wait, until the end.
   std::map<int, std::unique_ptr<driver::RetainedContext>> contexts_;
-  std::optional<Error> failure_;
+  std::exception_ptr failure_;
   std::optional<Report> report_;
   std::thread thread_;
 };

@@ -1,6 +1,7 @@
 // One address range with its memory: the state machine that every transition drives.
 #include "vmm/allocation.hpp"
 
+#include <exception>
 #include <utility>
 
 namespace cumempool::vmm {
@@ -33,7 +34,7 @@ void Allocation::map() {
     if (!had_physical) physical_.emplace(driver_, *ledger_, properties_, bytes());
     if (!had_mapping) mapping_.emplace(driver_, *ledger_, *range_, *physical_);
     mapping_->give_access(access_);
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     // Only what this call made is undone; what cannot be undone stays held and is used next time.
     if (!had_mapping) release_mapping();
     if (!had_physical && !mapping_) release_physical();

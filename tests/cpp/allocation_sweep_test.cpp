@@ -1,0 +1,262 @@
+// Fails every allocation of host memory that an operation makes, or a sample where a world takes
+// long: alone, and with every later one, in the calling thread and in all threads. The process
+// lives, an operation is all or nothing (R4), what it says is what it did, nothing is lost, and a
+// retry succeeds (R13).
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <array>
+#include <functional>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "allocation_failure.hpp"
+#include "host_root.hpp"
+#include "sweep_world.hpp"
+#include "temporary_directory.hpp"
+
+namespace cumempool::tests {
+namespace {
+
+constexpr std::array<cumempool_tag_action, 3> kMixed{
+    {{"weights", kOffload}, {"kv", kDiscard}, {"zero", kDiscard}}};
+
+// An operation whose own code takes no memory but in the library.
+struct Operation {
+  std::string name;
+  std::function<void(World&)> prepare;
+  cumempool_status (*act)(World&);
+  bool retains = false;
+  std::uint64_t stride = 1;  // of the allocations that fail
+};
+
+std::ostream& operator<<(std::ostream& out, const Operation& operation) {
+  return out << operation.name;
+}
+
+// ---- calls that take no memory of their own -----------------------------------------------------
+
+cumempool_sleep_request mixed_request(const World& world, bool drop_backups = false) {
+  cumempool_sleep_request request{};
+  request.size = sizeof request;
+  request.tags = kMixed.data();
+  request.tag_count = kMixed.size();
+  request.dead = world.dead.data();
+  request.dead_count = world.dead.size();
+  request.drop_backups = drop_backups ? 1 : 0;
+  return request;
+}
+
+cumempool_status sleep(World& world) {
+  const cumempool_sleep_request request = mixed_request(world);
+  cumempool_report* report = nullptr;
+  const cumempool_status status = cumempool_sleep(world.pool.get(), &request, &report);
+  cumempool_report_destroy(report);
+  return status;
+}
+
+cumempool_status discard(World& world) {
+  const cumempool_sleep_request request = mixed_request(world, true);
+  cumempool_report* report = nullptr;
+  const cumempool_status status = cumempool_sleep(world.pool.get(), &request, &report);
+  cumempool_report_destroy(report);
+  return status;
+}
+
+cumempool_status wake(World& world) {
+  cumempool_report* report = nullptr;
+  const cumempool_status status = cumempool_wake(world.pool.get(), nullptr, 0, nullptr, 0, &report);
+  cumempool_report_destroy(report);
+  return status;
+}
+
+cumempool_status wake_in_a_thread(World& world) {
+  cumempool_waking* waking = nullptr;
+  cumempool_status status =
+      cumempool_wake_begin(world.pool.get(), nullptr, 0, nullptr, 0, nullptr, 0, &waking);
+  if (status != CUMEMPOOL_OK) return status;
+  cumempool_report* report = nullptr;
+  status = cumempool_waking_finish(waking, &report);
+  cumempool_report_destroy(report);
+  cumempool_waking_destroy(waking);
+  return status;
+}
+
+cumempool_status allocate(World& world) {
+  cumempool_address address = 0;
+  return cumempool_malloc(world.pool.get(), "zero", world.second, world.page, &address);
+}
+
+cumempool_status free_first(World& world) {
+  // Once is all: a retry frees another one.
+  const auto status = cumempool_free(world.blocks[0].address);
+  return status == CUMEMPOOL_NOT_OWNED ? CUMEMPOOL_OK : status;
+}
+
+cumempool_status make_ready(World& world) {
+  const cumempool_sleep_request request = mixed_request(world);
+  std::uint64_t pinned = 0;
+  return cumempool_prepare(world.pool.get(), &request, nullptr, 0, &pinned);
+}
+
+cumempool_status look(World& world) {
+  cumempool_snapshot* snapshot = nullptr;
+  const cumempool_status status = cumempool_take_snapshot(world.pool.get(), 1, &snapshot);
+  cumempool_snapshot_destroy(snapshot);
+  return status;
+}
+
+cumempool_status view(World& world) {
+  cumempool_backup_view lent{};
+  const cumempool_status status =
+      cumempool_view_backup(world.pool.get(), world.blocks[4].address, world.page, 0, &lent);
+  cumempool_end_backup_view(lent.lease);
+  return status;
+}
+
+cumempool_status bind_slot(World& world) {
+  std::uint32_t slot = 0;
+  const cumempool_status status = cumempool_bind_slot(world.pool.get(), "weights", &slot);
+  return status == CUMEMPOOL_OK ? cumempool_unbind_slot(slot) : status;
+}
+
+cumempool_status choose_a_file(World& world) {
+  const cumempool_backup_policy policy =
+      backup_in(CUMEMPOOL_BACKUP_FILE, "/a/directory/of/more/than/a/few/characters");
+  return cumempool_set_backup(world.pool.get(), "kv", &policy);
+}
+
+// ---- states -------------------------------------------------------------------------------------
+
+std::vector<Operation> operations() {
+  static const TemporaryDirectory directory;
+  const auto awake = [](World& world) { world.add_blocks(); };
+  const auto asleep = [](World& world) {
+    world.add_blocks();
+    must(world.pool.sleep(world.mixed()).status);
+  };
+  const auto changed = [](World& world) {
+    world.add_blocks();
+    must(world.pool.sleep(world.mixed()).status);
+    must(world.pool.wake().status);
+    world.blocks[4].seed += 50;
+    world.write_patterns();
+  };
+  std::vector<Operation> all{
+      {"FirstMalloc", [](World&) {}, allocate},
+      {"Malloc", awake, allocate},
+      {"FreeAwake", awake, free_first},
+      {"FreeAsleep", asleep, free_first},
+      {"Sleep", awake, sleep},
+      {"SleepAgain", changed, sleep},
+      {"SleepRetaining", awake, sleep, true},
+      {"SleepDirty", changed, sleep, true},
+      {"Discard", asleep, discard},
+      {"Wake", asleep, wake},
+      {"WakeRetaining", asleep, wake, true},
+      {"AsynchronousWake", asleep, wake_in_a_thread},
+      {"Prepare", awake, make_ready},
+      {"Snapshot", asleep, look},
+      {"ReadBackup", asleep, view},
+      {"BindSlot", awake, bind_slot},
+      {"SetBackup", awake, choose_a_file},
+  };
+  for (const auto& [name, policy] : std::vector<std::pair<std::string, cumempool_backup_policy>>{
+           {"Pageable", backup_in(CUMEMPOOL_BACKUP_PAGEABLE)},
+           {"File", backup_in(CUMEMPOOL_BACKUP_FILE, directory.path().c_str())},
+           {"Peer", backup_in(CUMEMPOOL_BACKUP_PEER, nullptr, HostSite().devices() - 1)}}) {
+    const auto chosen = [policy = policy](World& world) {
+      world.add_blocks();
+      world.set_tier(policy);
+    };
+    const auto slept = [chosen](World& world) {
+      chosen(world);
+      must(world.pool.sleep(world.mixed()).status);
+    };
+    // Each world of a tier with buffers pins 256 MiB of them: a sample.
+    const std::uint64_t stride = policy.tier == CUMEMPOOL_BACKUP_PEER ? 1 : 7;
+    all.push_back({"Sleep" + name, chosen, sleep, false, stride});
+    all.push_back({"Wake" + name, slept, wake, false, stride});
+  }
+  return all;
+}
+
+// ---- the sweep ----------------------------------------------------------------------------------
+
+class AllocationSweep : public ::testing::TestWithParam<Operation> {
+ protected:
+  using Where = AllocationFailure::Where;
+
+  // False where the operation takes less memory than that.
+  bool try_at(std::uint64_t nth, Lack lack, Where where) {
+    const Operation& operation = GetParam();
+    World world(site_, operation.retains);
+    operation.prepare(world);
+    const State before = world.state();
+    cumempool_status status = CUMEMPOOL_OK;
+    bool reached = false;
+    {
+      const AllocationFailure failure(nth, lack, where);
+      status = operation.act(world);
+      reached = AllocationFailure::reached();
+    }
+    const std::size_t secondary =
+        status == CUMEMPOOL_OK ? 0 : cumempool_last_error()->secondary_count;
+    EXPECT_TRUE(reached || status == CUMEMPOOL_OK) << cumempool_last_error()->message;
+    world.expect_exact(false);
+    if (status == CUMEMPOOL_OK) {
+      EXPECT_TRUE(same(world.state(), after_, true)) << ::testing::PrintToString(world.state());
+    } else if (!same(world.state(), before, true)) {
+      // What cannot be taken back without memory sleeps, with its backup.
+      EXPECT_TRUE(lack == Lack::kForGood || secondary != 0)
+          << ::testing::PrintToString(world.state());
+    }
+    world.expect_contents(false);
+    EXPECT_EQ(operation.act(world), CUMEMPOOL_OK) << cumempool_last_error()->message;
+    EXPECT_EQ(world.pool.wake().status, CUMEMPOOL_OK) << cumempool_last_error()->message;
+    world.expect_contents(false);
+    world.expect_exact();
+    return reached;
+  }
+
+  void sweep(Lack lack, Where where) {
+    for (std::uint64_t nth = 1; !HasFailure(); nth += GetParam().stride) {
+      SCOPED_TRACE("allocation " + std::to_string(nth) +
+                   (lack == Lack::kForGood ? " and all later ones" : "") +
+                   (where == Where::kEverywhere ? ", in all threads" : ""));
+      if (!try_at(nth, lack, where)) return;
+      ++tried_;
+      passed_ += HasFailure() ? 0U : 1U;
+    }
+  }
+
+  void find_out_what_it_does() {
+    World world(site_, GetParam().retains);
+    GetParam().prepare(world);
+    must(GetParam().act(world));
+    after_ = world.state();
+  }
+
+  const SmallHost host_{std::uint64_t{1} << 40};  // few files, which every sleep reads
+  HostSite site_;
+  State after_;
+  std::uint64_t tried_ = 0;
+  std::uint64_t passed_ = 0;
+};
+
+TEST_P(AllocationSweep, R4_R13_EveryFailedAllocationLeavesAllOrNothing) {
+  find_out_what_it_does();
+  for (const Lack lack : {Lack::kOnce, Lack::kForGood}) {
+    sweep(lack, Where::kThisThread);
+    sweep(lack, Where::kEverywhere);
+  }
+  std::cout << GetParam() << ": " << tried_ << " allocations tried, " << passed_ << " passed\n";
+  EXPECT_EQ(passed_, tried_);
+}
+
+INSTANTIATE_TEST_SUITE_P(Operations, AllocationSweep, ::testing::ValuesIn(operations()),
+                         [](const auto& tested) { return tested.param.name; });
+
+}  // namespace
+}  // namespace cumempool::tests
