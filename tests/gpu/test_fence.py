@@ -54,7 +54,7 @@ USLEEP = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p)
 
 def queue_fill(cuda: Cuda, stream: Handle, address: int, value: int, count: int) -> None:
     cuda.cuLaunchHostFunc(stream, USLEEP, Handle(SLEEP_US))
-    cuda.cuMemsetD8Async_v2(ctypes.c_uint64(address), value, ctypes.c_size_t(count), stream)
+    cuda.cuMemsetD8Async(ctypes.c_uint64(address), value, ctypes.c_size_t(count), stream)
 
 
 def queue_copy(cuda: Cuda, stream: Handle, to: int, source: int, count: int) -> None:
