@@ -16,8 +16,10 @@ std::atomic<bool> for_good{false};
 std::atomic<bool> failed{false};
 std::atomic<std::int64_t> left{0};
 thread_local bool chosen = false;
+thread_local std::uint64_t counted = 0;
 
 bool must_fail() noexcept {
+  ++counted;
   if (!armed || (!chosen && !everywhere) || driver::FaultDriver::inside_call()) return false;
   const std::int64_t now = left.fetch_sub(1);
   if (now > 1 || (now < 1 && !for_good)) return false;
@@ -40,6 +42,8 @@ AllocationFailure::~AllocationFailure() {
   armed = false;
   chosen = false;
 }
+
+std::uint64_t allocations() noexcept { return counted; }
 
 bool AllocationFailure::reached() noexcept { return failed; }
 

@@ -5,6 +5,9 @@
 
 namespace cumempool::tests {
 
+// Calls of operator new by this thread so far.
+std::uint64_t allocations() noexcept;
+
 enum class Lack { kOnce, kForGood };
 
 // While it lives, the n-th call of operator new (1 = the next one) throws std::bad_alloc, alone or

@@ -4,41 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
+#include <cstdint>
 #include <optional>
 #include <random>
 #include <vector>
 
-namespace {
-thread_local std::size_t allocations = 0;  // by operator new, of this thread
-}  // namespace
-
-// Sanitizers bring their own, and tell apart who allocates how: there, nothing is counted, and the
-// plain build is what checks that giving back needs no memory.
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#endif
-
-#ifndef SANITIZED
-// For the whole program, which is why they do nothing else than count. Inlined next to a call
-// of `new` that is not, g++ would take them for a mismatch.
-#define NOT_INLINED __attribute__((noinline))
-NOT_INLINED void* operator new(std::size_t bytes) {
-  ++allocations;
-  if (void* memory = std::malloc(bytes == 0 ? 1 : bytes)) return memory;
-  throw std::bad_alloc();
-}
-NOT_INLINED void operator delete(void* memory) noexcept { std::free(memory); }
-NOT_INLINED void operator delete(void* memory, std::size_t /*bytes*/) noexcept {
-  std::free(memory);
-}
-#endif
+#include "allocation_failure.hpp"
 
 namespace cumempool::tests {
 namespace {
@@ -100,11 +71,11 @@ TEST(IntervalSetTest, GivingBackNeighboursTogetherTakesNoMemory) {
   IntervalSet set;
   set.add(0, 100);
   for (std::size_t i = 0; i < 10; ++i) EXPECT_EQ(set.take_first_fit(10), i * 10);
-  const std::size_t before = allocations;
+  const std::uint64_t before = allocations();
   set.give_back(20, 30);
   set.give_back(0, 10);
   set.give_back(80, 20);
-  EXPECT_EQ(allocations, before);
+  EXPECT_EQ(allocations(), before);
   EXPECT_TRUE(set.contains(20, 30));
   EXPECT_EQ(set.total(), 60U);
 }
@@ -114,9 +85,9 @@ TEST(IntervalSetTest, APartNeedsAReservedNodeAndNoMemory) {
   set.add(0, 100);
   ASSERT_EQ(set.take_first_fit(100), 0U);
   set.reserve_nodes(4);
-  const std::size_t before = allocations;
+  const std::uint64_t before = allocations();
   for (const std::size_t part : {40U, 80U, 0U, 60U, 20U}) set.give_back(part, 20);  // in any order
-  EXPECT_EQ(allocations, before);
+  EXPECT_EQ(allocations(), before);
   EXPECT_TRUE(set.contains(0, 100));
 }
 
@@ -209,9 +180,9 @@ class RandomOperations {
       set_.add(offset, bytes);
     } else {
       set_.reserve_nodes(2);
-      const std::size_t before = allocations;
+      const std::uint64_t before = allocations();
       set_.give_back(offset, bytes);
-      EXPECT_EQ(allocations, before);
+      EXPECT_EQ(allocations(), before);
     }
     model_.set(offset, bytes, true);
   }
@@ -245,9 +216,9 @@ TEST(IntervalSetTest, EveryTakeKeepsTheMemoryThatGivingBackNeeds) {
       taken.push_back(at ? IntervalSet::Interval{*at, bytes} : set.take_last(bytes));
     }
     std::shuffle(taken.begin(), taken.end(), random);
-    const std::size_t before = allocations;
+    const std::uint64_t before = allocations();
     for (const auto& interval : taken) set.give_back(interval.offset, interval.bytes);
-    EXPECT_EQ(allocations, before);
+    EXPECT_EQ(allocations(), before);
     EXPECT_TRUE(set.contains(0, cells));
   }
 }
