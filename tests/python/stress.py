@@ -428,6 +428,7 @@ class Stress:
         self.handled: Counter[str] = Counter()
         self.end = time.monotonic() + seconds
         self._chance = chance
+        self._handling = False
         self._anchor = self.alloc.empty(1, tag="anchor")
         self.workers = [Worker(self, number, f"{seed}/{number}") for number in range(threads + 1)]
 
@@ -460,7 +461,10 @@ class Stress:
         return total
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """A signal handler that calls the library."""
+        """A signal handler that calls the library, and is not interrupted by the next signal."""
+        if self._handling:
+            return
+        self._handling = True
         calls: list[Callable[[], object]] = [
             self.alloc.stats,
             CuMemAllocator.get_instance,
@@ -476,6 +480,8 @@ class Stress:
             self.handled[f"signal {index}: {type(error).__name__}"] += 1
         except BaseException:  # noqa: BLE001 -- whatever it is, it is told
             self.failures.append(f"signal handler: {traceback.format_exc()}")
+        finally:
+            self._handling = False
 
     def _watch(self) -> None:
         """Ends the process where a call takes too long."""
