@@ -104,6 +104,7 @@ pool::SleepRequest convert(pool::Allocator& allocator, const cumempool_sleep_req
   }
   converted.drop_backups = request.drop_backups != 0;
   converted.dead = items(request.dead, request.dead_count, "dead is NULL");
+  converted.dead_as_of = request.dead_as_of;
   converted.streams = items(request.streams, request.stream_count, "streams is NULL");
   return converted;
 }
@@ -334,13 +335,27 @@ cumempool_status cumempool_free(cumempool_address address) {
 
 uint32_t cumempool_slot_count(void) { return pool::kSlotCount; }
 
-cumempool_status cumempool_bind_slot(cumempool_allocator* allocator, const char* tag,
-                                     uint32_t* slot) {
+namespace {
+
+cumempool_status bind(cumempool_allocator* allocator, const char* tag, pool::SlotTable::Use use,
+                      uint32_t* slot) {
   return guarded("bind_slot", [&] {
     require(slot != nullptr, "slot is NULL");
-    const pool::Tag& known = core(allocator).tags().find(text(tag, "tag is NULL"));
-    *slot = pool::SlotTable::instance().bind(allocator->core, known);
+    pool::Tag& known = core(allocator).tags().find(text(tag, "tag is NULL"));
+    *slot = pool::SlotTable::instance().bind(allocator->core, known, use);
   });
+}
+
+}  // namespace
+
+cumempool_status cumempool_bind_slot(cumempool_allocator* allocator, const char* tag,
+                                     uint32_t* slot) {
+  return bind(allocator, tag, pool::SlotTable::Use::kScope, slot);
+}
+
+cumempool_status cumempool_bind_lasting_slot(cumempool_allocator* allocator, const char* tag,
+                                             uint32_t* slot) {
+  return bind(allocator, tag, pool::SlotTable::Use::kLasting, slot);
 }
 
 cumempool_status cumempool_preserve_slot(uint32_t slot) {
@@ -352,6 +367,13 @@ cumempool_status cumempool_unbind_slot(uint32_t slot) {
 }
 
 // ---- transitions -------------------------------------------------------------------------------
+
+cumempool_status cumempool_moment(cumempool_allocator* allocator, uint64_t* moment) {
+  return guarded("moment", [&] {
+    require(moment != nullptr, "moment is NULL");
+    *moment = core(allocator).records().moment();
+  });
+}
 
 cumempool_status cumempool_sleep(cumempool_allocator* allocator,
                                  const cumempool_sleep_request* request,

@@ -7,7 +7,7 @@
 
 namespace cumempool::pool {
 
-DeadRanges::DeadRanges(std::vector<cumempool_extent> ranges) {
+DeadRanges::DeadRanges(std::vector<cumempool_extent> ranges, std::uint64_t as_of) : as_of_(as_of) {
   constexpr cumempool_address kLast = std::numeric_limits<cumempool_address>::max();
   std::sort(ranges.begin(), ranges.end(),
             [](const auto& left, const auto& right) { return left.address < right.address; });
@@ -21,10 +21,18 @@ DeadRanges::DeadRanges(std::vector<cumempool_extent> ranges) {
   }
 }
 
+void DeadRanges::look_at(const Tag& tag) {
+  if (as_of_ == 0 || (tag.scopes == 0 && tag.scopes_changed < as_of_)) return;
+  handed_out_.insert(&tag);
+}
+
 // As torch rounds its blocks; digests and direct I/O need less.
 constexpr cumempool_address kUnit = 512;
 
 std::vector<backup::Extent> DeadRanges::live_extents(const Record& record) const {
+  if (as_of_ != 0 && (record.sequence >= as_of_ || handed_out_.count(record.tag) != 0)) {
+    return {{0, record.bytes}};
+  }
   std::vector<backup::Extent> live;
   const cumempool_address end = record.address + record.bytes;
   cumempool_address at = record.address;

@@ -44,12 +44,26 @@ Departure::Departure(Allocator& allocator, const char* operation, const SleepReq
     : allocator_(allocator),
       operation_(operation),
       request_(request),
-      dead_(request.dead),
+      dead_(request.dead, request.dead_as_of),
       report_(report),
       lanes_(allocator, Direction::kOut, report),
       comparison_(allocator, operation, report) {}
 
 // ---- what is to be done -------------------------------------------------------------------------
+
+void Departure::admit() {
+  for (const auto& action : request_.actions) {
+    const Tag& tag = *action.first;
+    dead_.look_at(tag);
+    if (tag.scopes == 0) continue;
+    Error error(CUMEMPOOL_IN_USE,
+                "a scope of the tag is open, and would hand out memory that sleeps");
+    error.operation = operation_;
+    error.tag = tag.name;
+    error.advice = "leave the scope first";
+    throw error;
+  }
+}
 
 bool Departure::wants(const Record& record) const {
   const auto action = request_.actions.find(record.tag);

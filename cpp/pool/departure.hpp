@@ -31,6 +31,9 @@ class Departure {
   Departure(Allocator& allocator, const char* operation, const SleepRequest& request,
             Report& report);
 
+  // Before records are claimed, under their lock: throws Error (CUMEMPOOL_IN_USE) where a scope of
+  // one of the tags is open. One that begins later is given nothing of what was claimed.
+  void admit();
   // Whether the request concerns a record.
   bool wants(const Record& record) const;
   // Takes on what was claimed, finds out what has to be copied, and where it will go. Throws Error,
@@ -99,7 +102,7 @@ class Departure {
   Allocator& allocator_;
   const char* operation_;
   const SleepRequest& request_;
-  const DeadRanges dead_;
+  DeadRanges dead_;
   Report& report_;
   std::vector<Sleeper> sleepers_;
   std::vector<std::size_t> discarded_;                   // of sleepers_

@@ -22,8 +22,11 @@ struct Need {
 
 std::vector<Need> needs(Allocator& allocator, const SleepRequest& request,
                         const std::set<const Tag*>& yielding) {
-  const DeadRanges dead(request.dead);
+  DeadRanges dead(request.dead, request.dead_as_of);
   std::vector<Need> all;
+  allocator.records().update([&] {
+    for (const auto& action : request.actions) dead.look_at(*action.first);
+  });
   allocator.records().for_each([&](const Record& record) {
     const auto action = request.actions.find(record.tag);
     if (action == request.actions.end() || record.asleep || record.freed) return;

@@ -1,4 +1,5 @@
-// The live records of one allocator, and the claims of the transition under way on them.
+// The live records of one allocator, the scopes that hand out more of them, and the claims of the
+// transition under way on them.
 #include "pool/record_set.hpp"
 
 #include "driver/error.hpp"
@@ -22,14 +23,33 @@ bool RecordSet::retire(const RecordPointer& record) {
   return true;
 }
 
-std::vector<RecordPointer> RecordSet::claim(const std::function<bool(const Record&)>& wanted) {
+std::vector<RecordPointer> RecordSet::claim(const std::function<bool(const Record&)>& wanted,
+                                            const std::function<void()>& admit) {
   const std::lock_guard lock(mutex_);
+  if (admit) admit();
   std::vector<RecordPointer> claimed;
   for (const RecordPointer& record : records_) {
     if (wanted(*record)) claimed.push_back(record);
   }
   for (const RecordPointer& record : claimed) record->claimed = true;
   return claimed;
+}
+
+void RecordSet::begin_scope(Tag& tag) noexcept {
+  const std::lock_guard lock(mutex_);
+  tag.scopes += 1;
+  tag.scopes_changed = next_sequence_++;
+}
+
+void RecordSet::end_scope(Tag& tag) noexcept {
+  const std::lock_guard lock(mutex_);
+  tag.scopes -= 1;
+  tag.scopes_changed = next_sequence_++;
+}
+
+std::uint64_t RecordSet::moment() const noexcept {
+  const std::lock_guard lock(mutex_);
+  return next_sequence_;
 }
 
 void RecordSet::for_each(const std::function<void(Record&)>& visit) {

@@ -1,4 +1,5 @@
-// The live records of one allocator, and the claims of the transition under way on them.
+// The live records of one allocator, the scopes that hand out more of them, and the claims of the
+// transition under way on them.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +27,18 @@ class RecordSet {
   // answer is false.
   bool retire(const RecordPointer& record);
 
-  // Claims the records that `wanted` picks, in order of allocation.
-  std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted);
+  // Claims the records that `wanted` picks, in order of allocation. `admit` comes first, under the
+  // same lock; where it throws, nothing is claimed.
+  std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted,
+                                   const std::function<void()>& admit = nullptr);
+
+  // A slot begins, or ceases, to hand out memory of a tag. What it hands out later than a claim is
+  // not claimed.
+  void begin_scope(Tag& tag) noexcept;
+  void end_scope(Tag& tag) noexcept;
+
+  // Grows with every allocation, and with every scope that begins or ends.
+  std::uint64_t moment() const noexcept;
 
   // Ends the claims. Hands those freed meanwhile, taken out, to `tear_down`.
   template <typename TearDown>
@@ -59,9 +70,9 @@ class RecordSet {
   bool seal(bool only_if_empty);
 
  private:
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::list<RecordPointer> records_;  // in order of allocation
-  std::uint64_t next_sequence_ = 1;
+  std::uint64_t next_sequence_ = 1;   // the moment
   bool sealed_ = false;
 };
 

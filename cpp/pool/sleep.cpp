@@ -16,7 +16,8 @@ Report sleep(Allocator& allocator, const SleepRequest& request) {
   const Clock::time_point start = Clock::now();
   transition.refuse_captures(request.streams);
   departure.plan(
-      transition.claim([&](const Record& candidate) { return departure.wants(candidate); }));
+      transition.claim([&](const Record& candidate) { return departure.wants(candidate); },
+                       [&] { departure.admit(); }));
   departure.fence();
   undo_on_failure(departure, [&] {
     departure.start_copies();

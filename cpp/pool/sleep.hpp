@@ -1,6 +1,7 @@
 // Puts tags to sleep: contents to the host or discarded, physical memory back to the device.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <vector>
 
@@ -14,6 +15,7 @@ struct SleepRequest {
   std::map<const Tag*, cumempool_on_sleep> actions;  // OFFLOAD or DISCARD
   bool drop_backups = false;
   std::vector<cumempool_extent> dead;
+  std::uint64_t dead_as_of = 0;  // the moment before that list was made; 0 = it holds
   std::vector<cumempool_device_stream> streams;
 };
 

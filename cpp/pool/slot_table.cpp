@@ -21,7 +21,7 @@ SlotTable& SlotTable::instance() {
   return table;
 }
 
-std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, const Tag& tag) {
+std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, Tag& tag, Use use) {
   allocator->check_open("bind_slot");
   for (std::uint32_t number = 0; number < kSlotCount; ++number) {
     Slot& slot = slots_.at(number);
@@ -29,7 +29,9 @@ std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, const
     if (slot.allocator != nullptr) continue;
     slot.allocator = allocator;
     slot.tag = &tag;
+    slot.use = use;
     slot.preserves = false;
+    if (use == Use::kScope) allocator->records().begin_scope(tag);
     allocator->counters().bound_slots += 1;
     return number;
   }
@@ -59,6 +61,7 @@ void SlotTable::unbind(std::uint32_t number) {
     Slot& slot = slots_.at(number);
     const std::lock_guard lock(slot.mutex);
     allocator = std::exchange(slot.allocator, nullptr);
+    if (allocator != nullptr && slot.use == Use::kScope) allocator->records().end_scope(*slot.tag);
     slot.tag = nullptr;
   }
   if (allocator == nullptr) throw not_bound(number);

@@ -18,8 +18,10 @@ class SlotTable {
  public:
   static SlotTable& instance();
 
-  // Throws Error (CUMEMPOOL_OUT_OF_SLOTS, CUMEMPOOL_CLOSED).
-  std::uint32_t bind(const std::shared_ptr<Allocator>& allocator, const Tag& tag);
+  // A scope's slot keeps its tag from sleeping, since torch hands out parts of what came through
+  // it; a lasting one does not. Throws Error (CUMEMPOOL_OUT_OF_SLOTS, CUMEMPOOL_CLOSED).
+  enum class Use { kScope, kLasting };
+  std::uint32_t bind(const std::shared_ptr<Allocator>& allocator, Tag& tag, Use use);
   // What is allocated through the slot until it is unbound keeps its contents where its tag is
   // discarded. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a slot that is not bound.
   void preserve(std::uint32_t slot);
@@ -35,7 +37,8 @@ class SlotTable {
   struct Slot {
     std::mutex mutex;
     std::shared_ptr<Allocator> allocator;
-    const Tag* tag = nullptr;
+    Tag* tag = nullptr;
+    Use use = Use::kScope;
     bool preserves = false;
   };
 

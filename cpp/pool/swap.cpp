@@ -74,7 +74,8 @@ class Swap {
  private:
   void plan() {
     const auto leaving =
-        transition_.claim([this](const Record& record) { return departure_.wants(record); });
+        transition_.claim([this](const Record& record) { return departure_.wants(record); },
+                          [this] { departure_.admit(); });
     const auto coming = transition_.claim([this](const Record& record) {
       return !record.claimed && wakes(wake_, record) && sleep_.actions.count(record.tag) == 0;
     });

@@ -56,6 +56,9 @@ struct Tag {
   BackupChoice backup;                        // the same
   MemoryChoice memory;                        // the same
   std::map<std::uint64_t, std::string> pins;  // the same: who forbids that the memory goes
+  // Guarded by the lock of the RecordSet.
+  std::uint64_t scopes = 0;          // that are open: while there is one, the tag cannot sleep
+  std::uint64_t scopes_changed = 0;  // the moment when one last began or ended
 };
 
 // The tags of one allocator. Thread-safe; a tag lives as long as the table, at the same address.

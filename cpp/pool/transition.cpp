@@ -39,8 +39,9 @@ void Transition::refuse_captures(const std::vector<cumempool_device_stream>& str
   }
 }
 
-std::vector<RecordPointer> Transition::claim(const std::function<bool(const Record&)>& wanted) {
-  std::vector<RecordPointer> claimed = allocator_.records().claim(wanted);
+std::vector<RecordPointer> Transition::claim(const std::function<bool(const Record&)>& wanted,
+                                             const std::function<void()>& admit) {
+  std::vector<RecordPointer> claimed = allocator_.records().claim(wanted, admit);
   try {
     claimed_.insert(claimed_.end(), claimed.begin(), claimed.end());
   } catch (const std::exception&) {  // out of host memory: then nobody would end the claims

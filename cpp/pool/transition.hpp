@@ -23,8 +23,9 @@ class Transition {
   // Throws Error (CUMEMPOOL_CAPTURING) if one of the caller's streams is being captured.
   void refuse_captures(const std::vector<cumempool_device_stream>& streams) const;
 
-  // Claims what `wanted` picks, in order of allocation.
-  std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted);
+  // See RecordSet::claim.
+  std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted,
+                                   const std::function<void()>& admit = nullptr);
 
   // Tells that the transition succeeded; without it, it counts as failed.
   void commit() noexcept { committed_ = true; }

@@ -507,7 +507,8 @@ using Pair = std::pair<std::uint64_t, std::uint64_t>;
 class SleepRequest {
  public:
   SleepRequest(const std::vector<std::pair<std::string, int>>& tags, bool drop_backups,
-               const std::vector<Pair>& dead, std::vector<cumempool_device_stream> streams)
+               const std::vector<Pair>& dead, std::uint64_t as_of,
+               std::vector<cumempool_device_stream> streams)
       : streams_(std::move(streams)) {
     actions_.reserve(tags.size());
     for (const auto& [tag, action] : tags) {
@@ -521,6 +522,7 @@ class SleepRequest {
     request_.tag_count = actions_.size();
     request_.dead = extents_.data();
     request_.dead_count = extents_.size();
+    request_.dead_as_of = as_of;
     request_.streams = streams_.data();
     request_.stream_count = streams_.size();
   }
@@ -740,11 +742,18 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     return make_capsule(std::move(lease), view.data, {cumempool::python::kDlCpu, 0}, bytes);
   }
 
-  std::uint32_t bind_slot(const std::string& tag) {
+  std::uint32_t bind_slot(const std::string& tag, bool lasting) {
     const char* name = tag_text(tag);
+    const auto bind = lasting ? &cumempool_bind_lasting_slot : &cumempool_bind_slot;
     std::uint32_t slot = 0;
-    call([&] { return cumempool_bind_slot(allocator_, name, &slot); });
+    call([&] { return bind(allocator_, name, &slot); });
     return slot;
+  }
+
+  std::uint64_t moment() {
+    std::uint64_t moment = 0;
+    call([&] { return cumempool_moment(allocator_, &moment); });
+    return moment;
   }
 
   void preserve(std::uint64_t address) {
@@ -763,16 +772,18 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   }
 
   py::dict sleep(const std::vector<std::pair<std::string, int>>& tags, bool drop_backups,
-                 const std::vector<Pair>& dead, const std::vector<Stream>& streams) {
-    const SleepRequest request(tags, drop_backups, dead, device_streams(streams));
+                 const std::vector<Pair>& dead, const std::vector<Stream>& streams,
+                 std::uint64_t as_of) {
+    const SleepRequest request(tags, drop_backups, dead, as_of, device_streams(streams));
     cumempool_report* report = nullptr;
     call([&] { return cumempool_sleep(allocator_, request.get(), &report); });
     return take_report(report);
   }
 
   std::uint64_t prepare(const std::vector<std::pair<std::string, int>>& tags,
-                        const std::vector<Pair>& dead, const std::vector<std::string>& yielding) {
-    const SleepRequest request(tags, false, dead, {});
+                        const std::vector<Pair>& dead, const std::vector<std::string>& yielding,
+                        std::uint64_t as_of) {
+    const SleepRequest request(tags, false, dead, as_of, {});
     std::vector<const char*> names;
     names.reserve(yielding.size());
     for (const std::string& tag : yielding) names.push_back(tag_text(tag));
@@ -797,8 +808,8 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
   py::dict swap(const std::vector<std::pair<std::string, int>>& sleep,
                 const std::vector<Pair>& dead, const std::optional<std::vector<std::string>>& wake,
-                const std::vector<Stream>& streams) {
-    const SleepRequest leaving(sleep, false, dead, device_streams(streams));
+                const std::vector<Stream>& streams, std::uint64_t as_of) {
+    const SleepRequest leaving(sleep, false, dead, as_of, device_streams(streams));
     const WakeTags coming(wake);
     cumempool_swap_request request{};
     request.size = sizeof request;
@@ -920,16 +931,18 @@ PYBIND11_MODULE(_core, module) {
       .def("malloc", &Allocator::malloc, py::arg("tag"), py::arg("device"), py::arg("bytes"))
       .def("malloc_capsule", &Allocator::malloc_capsule, py::arg("tag"), py::arg("device"),
            py::arg("bytes"), py::arg("preserved") = false)
-      .def("bind_slot", &Allocator::bind_slot, py::arg("tag"))
+      .def("bind_slot", &Allocator::bind_slot, py::arg("tag"), py::arg("lasting") = false)
+      .def("moment", &Allocator::moment)
       .def("preserve", &Allocator::preserve, py::arg("address"))
       .def("set_memory_margin", &Allocator::set_memory_margin, py::arg("bytes"))
       .def("progress", &Allocator::progress)
       .def("sleep", &Allocator::sleep, py::arg("tags"), py::arg("drop_backups"), py::arg("dead"),
-           py::arg("streams"))
-      .def("prepare", &Allocator::prepare, py::arg("tags"), py::arg("dead"), py::arg("yielding"))
+           py::arg("streams"), py::arg("as_of") = 0)
+      .def("prepare", &Allocator::prepare, py::arg("tags"), py::arg("dead"), py::arg("yielding"),
+           py::arg("as_of") = 0)
       .def("wake", &Allocator::wake, py::arg("tags"), py::arg("streams"))
       .def("swap", &Allocator::swap, py::arg("sleep"), py::arg("dead"), py::arg("wake"),
-           py::arg("streams"))
+           py::arg("streams"), py::arg("as_of") = 0)
       .def("wake_begin", &Allocator::wake_begin, py::arg("tags"), py::arg("first"),
            py::arg("streams"))
       .def("view_backup", &Allocator::view_backup, py::arg("address"), py::arg("bytes"),

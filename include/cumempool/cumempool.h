@@ -237,9 +237,16 @@ CUMEMPOOL_API cumempool_status cumempool_free(cumempool_address address);
 /* How many pairs cumempool_malloc_<n> / cumempool_free_<n> there are. */
 CUMEMPOOL_API uint32_t cumempool_slot_count(void);
 
-/* Routes a slot that is not bound to (allocator, tag). The tag must be declared. */
+/* Routes a slot that is not bound to (allocator, tag). The tag must be declared, and is kept from
+ * going to sleep until the slot is unbound (CUMEMPOOL_IN_USE): what the slot gave may be handed out
+ * again in parts by a caching allocator above it. */
 CUMEMPOOL_API cumempool_status cumempool_bind_slot(cumempool_allocator *allocator, const char *tag,
                                                    uint32_t *slot);
+
+/* The same for a slot that stays bound while its tag sleeps, as those of pools that CUDA graphs are
+ * captured into: the program sees to it that no part of what sleeps is used. */
+CUMEMPOOL_API cumempool_status cumempool_bind_lasting_slot(cumempool_allocator *allocator,
+                                                           const char *tag, uint32_t *slot);
 
 /* What is allocated through a bound slot is preserved until the slot is unbound, as by
  * cumempool_malloc_preserved(). */
@@ -271,7 +278,13 @@ typedef struct cumempool_sleep_request {
   size_t dead_count;
   const cumempool_device_stream *streams; /* the caller's current streams: refused if capturing */
   size_t stream_count;
+  uint64_t dead_as_of; /* cumempool_moment() from before the list was made: what may have been handed
+                          out since is backed up although it is in the list; 0 = the list holds */
 } cumempool_sleep_request;
+
+/* Writes the number of the present moment, which grows as slots are bound and memory is allocated.
+ */
+CUMEMPOOL_API cumempool_status cumempool_moment(cumempool_allocator *allocator, uint64_t *moment);
 
 /* One tag on one device. */
 typedef struct cumempool_report_row {

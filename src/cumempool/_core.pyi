@@ -76,7 +76,8 @@ class Allocator(metaclass=_Pybind11Type):
         bytes: int,  # noqa: A002
         preserved: bool = False,
     ) -> object: ...
-    def bind_slot(self, tag: str) -> int: ...
+    def bind_slot(self, tag: str, lasting: bool = False) -> int: ...
+    def moment(self) -> int: ...
     def preserve(self, address: int) -> None: ...
     def set_memory_margin(self, bytes: int) -> None: ...  # noqa: A002
     def progress(self) -> tuple[int, int]: ...
@@ -86,12 +87,14 @@ class Allocator(metaclass=_Pybind11Type):
         drop_backups: bool,
         dead: Sequence[tuple[int, int]],
         streams: Sequence[tuple[int, int]],
+        as_of: int = 0,
     ) -> dict[str, Any]: ...
     def prepare(
         self,
         tags: Sequence[tuple[str, int]],
         dead: Sequence[tuple[int, int]],
         yielding: Sequence[str],
+        as_of: int = 0,
     ) -> int: ...
     def wake(
         self, tags: Sequence[str] | None, streams: Sequence[tuple[int, int]]
@@ -102,6 +105,7 @@ class Allocator(metaclass=_Pybind11Type):
         dead: Sequence[tuple[int, int]],
         wake: Sequence[str] | None,
         streams: Sequence[tuple[int, int]],
+        as_of: int = 0,
     ) -> dict[str, Any]: ...
     def wake_begin(
         self,

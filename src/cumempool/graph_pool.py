@@ -74,7 +74,7 @@ class GraphPools:
                 advice="leave expandable_segments out of PYTORCH_CUDA_ALLOC_CONF",
             )
         _torch.warm_capture_stream(device)
-        slot = self._core.bind_slot(tag)
+        slot = self._core.bind_slot(tag, lasting=True)
         try:
             return slot, _torch.PrivatePool(slot, device)
         except BaseException:

@@ -46,7 +46,9 @@ def open_tags(allocator: CuMemAllocator, tags: Iterable[str]) -> list[str]:
 
 
 def refuse_open_scopes(allocator: CuMemAllocator, operation: str, tags: Iterable[str]) -> None:
-    """Refuses to put tags to sleep of which a scope is open.
+    """Refuses to put tags to sleep of which a scope is open, before hooks have done anything.
+
+    A scope that is entered later is seen by the core, which refuses as well.
 
     Raises:
         InUseError: There is one.

@@ -1,7 +1,7 @@
 """The transitions of an allocator: what goes around the core's part of a sleep, wake or swap.
 
 Each has its turn (`Transitions`), calls the hooks of its tags, becomes an event, and ends in a
-report. Open scopes refuse a sleep before anything else.
+report. A scope that is open refuses a sleep before hooks are called, and in the core.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def sleep(
         allocator._transitions.turn(operation),
         _departing(allocator, actions),
     ):
-        dead = _dead_ranges(allocator, pairs)
+        dead, as_of = _dead_ranges(allocator, pairs)
         streams = current_streams(allocator.config.driver)
-        raw = allocator._core.sleep(pairs, drop_backups, dead, streams)
+        raw = allocator._core.sleep(pairs, drop_backups, dead, streams, as_of)
         report = watched.report = _report(operation, raw, overrides)
     return report
 
@@ -57,18 +57,18 @@ def prepare(
     """See `CuMemAllocator.prepare`."""
     allocator._exports.settle(actions)
     pairs = list(actions.items())
-    dead = _dead_ranges(allocator, pairs)
+    dead, as_of = _dead_ranges(allocator, pairs)
     # Hooks take pins off before a sleep.
     yielding = sorted(allocator._hooks.yielding().intersection(actions))
     if not background:
-        return allocator._core.prepare(pairs, dead, yielding)
+        return allocator._core.prepare(pairs, dead, yielding, as_of)
     future: Future[int] = Future()
 
     def run() -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
-            prepared = allocator._core.prepare(pairs, dead, yielding)
+            prepared = allocator._core.prepare(pairs, dead, yielding, as_of)
         except BaseException as error:  # noqa: BLE001 -- whoever waits is told, whatever it is
             future.set_exception(error)
         else:
@@ -135,12 +135,14 @@ def swap(
     ):
         streams = current_streams(driver)
         asleep = _asleep(allocator, tags)
-        # Ranges that are dead are looked up at each try: emptying the cache changes them.
+
+        def attempt() -> dict[str, Any]:
+            # At each try: emptying the cache changes what is dead.
+            dead, as_of = _dead_ranges(allocator, pairs)
+            return allocator._core.swap(pairs, dead, tags, streams, as_of)
+
         raw, problems = allocator._transitions.arriving(
-            lambda: with_room(
-                driver,
-                lambda: allocator._core.swap(pairs, _dead_ranges(allocator, pairs), tags, streams),
-            ),
+            lambda: with_room(driver, attempt),
             lambda: allocator._hooks.owed(_awake(allocator, asleep)),
         )
         report = watched.report = _report("swap", raw, overrides, problems)
@@ -184,16 +186,21 @@ def _awake(
 
 def _dead_ranges(
     allocator: CuMemAllocator, actions: Iterable[tuple[str, int]]
-) -> list[tuple[int, int]]:
-    """Ranges that need no backup, where there is anything to back up."""
+) -> tuple[list[tuple[int, int]], int]:
+    """Ranges that need no backup, where there is anything to back up, and the moment before.
+
+    By that moment the core knows what a scope may have handed out of them since.
+    """
     if allocator.config.driver != "cuda":
-        return []
+        return [], 0
     from cumempool import _torch
 
     allocator._graph_pools.reap()
     _torch.return_unused()
+    as_of = allocator._core.moment()
     kept = allocator._has_preserved or any(action == OFFLOAD for _, action in actions)
-    return _torch.dead_ranges(allocator._graph_pools.replayed()) if kept else []
+    live = allocator._graph_pools.replayed() if kept else ()
+    return (_torch.dead_ranges(live) if kept else []), as_of
 
 
 def _report(

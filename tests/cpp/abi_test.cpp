@@ -120,6 +120,9 @@ TEST_F(Abi, NullArgumentsAreInvalid) {
   EXPECT_EQ(cumempool_bind_slot(nullptr, "kv", &slot), kInvalid);
   EXPECT_EQ(cumempool_bind_slot(pool.get(), nullptr, &slot), kInvalid);
   EXPECT_EQ(cumempool_bind_slot(pool.get(), "kv", nullptr), kInvalid);
+  EXPECT_EQ(cumempool_bind_lasting_slot(pool.get(), "kv", nullptr), kInvalid);
+  EXPECT_EQ(cumempool_moment(nullptr, nullptr), kInvalid);
+  EXPECT_EQ(cumempool_moment(pool.get(), nullptr), kInvalid);
   EXPECT_EQ(cumempool_sleep(nullptr, &request, &report), kInvalid);
   EXPECT_EQ(cumempool_sleep(pool.get(), nullptr, &report), kInvalid);
   EXPECT_EQ(cumempool_sleep(pool.get(), &request, nullptr), kInvalid);

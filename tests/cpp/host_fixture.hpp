@@ -214,6 +214,7 @@ struct SleepCall {
   std::vector<cumempool_extent> dead{};
   std::vector<cumempool_device_stream> streams{};
   bool drop_backups = false;
+  std::uint64_t dead_as_of = 0;
 };
 
 inline cumempool_backup_policy backup_in(cumempool_backup_tier tier,
@@ -369,6 +370,7 @@ class Pool {
     request.tag_count = call.tags.size();
     request.dead = call.dead.data();
     request.dead_count = call.dead.size();
+    request.dead_as_of = call.dead_as_of;
     request.streams = call.streams.data();
     request.stream_count = call.streams.size();
     return request;
@@ -385,6 +387,11 @@ class Pool {
     cumempool_report* report = nullptr;
     const cumempool_status status = cumempool_sleep(allocator_, &request, &report);
     return {status, report};
+  }
+  std::uint64_t moment() const {
+    std::uint64_t moment = 0;
+    must(cumempool_moment(allocator_, &moment));
+    return moment;
   }
   Outcome sleep(const char* tag, cumempool_on_sleep action) const {
     return sleep(SleepCall{{{tag, action}}});

@@ -303,6 +303,50 @@ TEST_F(DeadRanges, R9_ThatEndPastTheLastAddressReachThere) {
   EXPECT_TRUE(holds(0, kBytes));
 }
 
+TEST_F(DeadRanges, AreCopiedWhereAScopeMayHaveHandedThemOutSinceTheListWasMade) {
+  const std::vector<cumempool_extent> dead{{address, kGranule}};
+  const auto backed_up = [&](std::uint64_t as_of) {
+    const Outcome slept = pool.sleep({{{"weights", kOffload}}, dead, {}, false, as_of});
+    EXPECT_EQ(slept.status, CUMEMPOOL_OK);
+    EXPECT_EQ(pool.wake().status, CUMEMPOOL_OK);
+    return slept.row("weights").backed_up_bytes;
+  };
+  const std::uint64_t before = pool.moment();
+  EXPECT_EQ(backed_up(before), kBytes - kGranule);
+  std::uint32_t slot = 0;
+  must(cumempool_bind_slot(pool.get(), "weights", &slot));
+  const std::uint64_t inside = pool.moment();
+  must(cumempool_unbind_slot(slot));
+  const std::uint64_t after = pool.moment();
+  EXPECT_EQ(backed_up(before), kBytes) << "the scope began and ended since";
+  EXPECT_EQ(backed_up(inside), kBytes) << "the scope was open, and ended since";
+  EXPECT_EQ(backed_up(after), kBytes - kGranule);
+  pool.declare("other");
+  must(cumempool_bind_slot(pool.get(), "other", &slot));
+  EXPECT_EQ(backed_up(after), kBytes - kGranule) << "a scope of another tag";
+  must(cumempool_unbind_slot(slot));
+}
+
+TEST_F(DeadRanges, AreCopiedOfAnAllocationThatIsYoungerThanTheList) {
+  const std::uint64_t before = pool.moment();
+  const auto young = pool.malloc("weights", kGranule);  // at an address that may be a dead one's
+  write_pattern(young, kGranule, 7);
+  const SleepCall call{{{"weights", kOffload}}, {{young, kGranule}}, {}, false, before};
+  EXPECT_EQ(pool.sleep(call).row("weights").backed_up_bytes, kBytes + kGranule);
+  EXPECT_EQ(pool.wake().status, CUMEMPOOL_OK);
+  EXPECT_TRUE(holds_pattern(young, kGranule, 7));
+}
+
+TEST_F(DeadRanges, CountAsLiveForPrepareWhileAScopeMayHandThemOut) {
+  std::uint32_t slot = 0;
+  must(cumempool_bind_slot(pool.get(), "weights", &slot));
+  const SleepCall call{{{"weights", kOffload}}, {{address, kBytes}}, {}, false, pool.moment()};
+  std::uint64_t pinned = 0;
+  EXPECT_EQ(pool.prepare(call, pinned), CUMEMPOOL_OK);
+  EXPECT_GE(pinned, kBytes);
+  must(cumempool_unbind_slot(slot));
+}
+
 TEST_F(DeadRanges, R9_MayCrossTheBordersOfAllocations) {
   const auto second = pool.malloc("weights", kBytes);
   write_pattern(second, kBytes, 2);

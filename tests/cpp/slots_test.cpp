@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <set>
 #include <thread>
 
@@ -43,9 +45,10 @@ cumempool_address address_of(const void* pointer) {
 
 class BoundSlot {
  public:
-  BoundSlot(const Pool& pool, const char* tag) {
+  BoundSlot(const Pool& pool, const char* tag,
+            decltype(&cumempool_bind_slot) bind = &cumempool_bind_slot) {
     pool.declare(tag);
-    must(cumempool_bind_slot(pool.get(), tag, &slot_));
+    must(bind(pool.get(), tag, &slot_));
   }
   ~BoundSlot() { unbind(); }
   BoundSlot(const BoundSlot&) = delete;
@@ -186,7 +189,7 @@ TEST_F(Slots, R10_FreeGoesOnWorkingAfterUnbind) {
 }
 
 TEST_F(Slots, R6_FreeGoesOnWorkingWhileAsleepAndFromAnyThread) {
-  const BoundSlot slot(pool, "weights");
+  const BoundSlot slot(pool, "weights", &cumempool_bind_lasting_slot);
   void* const memory = slot.malloc(kGranule);
   must(pool.sleep("weights", kOffload).status);
   std::thread([&] { slot.free(memory); }).join();
@@ -225,6 +228,74 @@ TEST_F(Slots, ABoundSlotKeepsTheAllocatorFromClosing) {
   slot.unbind();
   EXPECT_EQ(pool.close(), CUMEMPOOL_OK);
 }
+
+// ---- and sleep ---------------------------------------------------------------------------------
+
+TEST_F(Slots, ATagCannotSleepWhileASlotOfItIsBound) {
+  const auto other = pool.malloc("other", kGranule);
+  BoundSlot slot(pool, "kv");
+  void* const memory = slot.malloc(1);
+  const SleepCall both{{{"other", kOffload}, {"kv", kDiscard}}};
+  for (const Outcome& refused : {pool.sleep(both), pool.sleep("kv", kOffload), pool.swap(both)}) {
+    EXPECT_EQ(refused.status, CUMEMPOOL_IN_USE);
+  }
+  EXPECT_STREQ(cumempool_last_error()->operation, "swap");
+  EXPECT_STREQ(cumempool_last_error()->tag, "kv");
+  EXPECT_STRNE(cumempool_last_error()->advice, "");
+  EXPECT_EQ(pool.find(address_of(memory)).state, CUMEMPOOL_AWAKE);
+  EXPECT_EQ(pool.find(other).state, CUMEMPOOL_AWAKE) << "all or nothing";
+  EXPECT_EQ(pool.sleep("other", kOffload).status, CUMEMPOOL_OK);
+  slot.unbind();
+  EXPECT_EQ(pool.sleep("kv", kOffload).status, CUMEMPOOL_OK);
+  const BoundSlot later(pool, "kv");  // of what sleeps it is given nothing
+  void* const more = later.malloc(1);
+  EXPECT_EQ(pool.find(address_of(more)).state, CUMEMPOOL_AWAKE);
+  EXPECT_EQ(pool.wake().status, CUMEMPOOL_OK);
+  later.free(memory);
+  later.free(more);
+}
+
+TEST_F(Slots, ALastingSlotLetsItsTagSleep) {
+  const BoundSlot slot(pool, "graphs", &cumempool_bind_lasting_slot);
+  void* const memory = slot.malloc(1);
+  write_pattern(address_of(memory), kGranule, 3);
+  EXPECT_EQ(pool.sleep("graphs", kOffload).status, CUMEMPOOL_OK);
+  EXPECT_EQ(pool.wake().status, CUMEMPOOL_OK);
+  EXPECT_TRUE(holds_pattern(address_of(memory), kGranule, 3));
+  slot.free(memory);
+}
+
+// What a scope is given never sleeps before it ends, whichever thread comes first.
+TEST_F(Slots, WhatAScopeIsGivenStaysAwakeWhileOthersPutItsTagToSleep) {
+  pool.declare("kv");
+  std::atomic<bool> stop{false};
+  std::atomic<int> slept{0};
+  std::thread sleeper([&] {
+    while (!stop) {
+      const cumempool_status status = pool.sleep("kv", kOffload).status;
+      if (status == CUMEMPOOL_OK) ++slept;
+      EXPECT_TRUE(status == CUMEMPOOL_OK || status == CUMEMPOOL_IN_USE);
+      EXPECT_EQ(pool.wake().status, CUMEMPOOL_OK);
+    }
+  });
+  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
+  for (std::uint32_t seed = 0; std::chrono::steady_clock::now() < end || slept == 0; ++seed) {
+    void* left = nullptr;  // dies when its scope has ended
+    {
+      const BoundSlot slot(pool, "kv");
+      left = slot.malloc(kGranule);
+      EXPECT_EQ(pool.find(address_of(left)).state, CUMEMPOOL_AWAKE);
+      write_pattern(address_of(left), kGranule, seed);
+      EXPECT_TRUE(holds_pattern(address_of(left), kGranule, seed));
+    }
+    std::this_thread::yield();
+    kFrees.front()(left, 0, 0, nullptr);
+  }
+  stop = true;
+  sleeper.join();
+}
+
+// ---- failures ----------------------------------------------------------------------------------
 
 TEST_F(Slots, R1_AFailureOfAnyDriverCallReturnsNull) {
   driver::FaultDriver faults(host.table());

@@ -85,6 +85,7 @@ class Program {
     std::size_t allocator;
     std::size_t tag;
     bool preserves;
+    bool lasting;  // its tag may sleep
   };
 
   // ---- calls and their judgement (program.cpp)

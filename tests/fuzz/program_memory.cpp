@@ -119,7 +119,8 @@ void Program::run_malloc(const Operation& operation) {
   if (address != 0) add_block(address, tag, device, bytes).preserved = preserved;
 }
 
-// Binds a slot, or unbinds it. a: the tag; b: bit 0 = what it gives is preserved.
+// Binds a slot, or unbinds it. a: the tag; b: bit 0 = what it gives is preserved, bit 1 = its tag
+// may sleep.
 void Program::run_slot(const Operation& operation) {
   if (slot_) {
     judge(call([&] { return cumempool_unbind_slot(slot_->number); }), {});
@@ -128,13 +129,14 @@ void Program::run_slot(const Operation& operation) {
   }
   const std::size_t tag = operation.a % kTags;
   const Tag& wanted = model_.tags.at(tag);
+  const bool lasting = (operation.b & 2U) != 0;
+  const auto bind = lasting ? &cumempool_bind_lasting_slot : &cumempool_bind_slot;
   std::uint32_t number = 0;
-  const Result result =
-      call([&] { return cumempool_bind_slot(allocator_, wanted.name.c_str(), &number); });
+  const Result result = call([&] { return bind(allocator_, wanted.name.c_str(), &number); });
   judge(result, Expectation::of(wanted.declared ? CUMEMPOOL_OK : CUMEMPOOL_UNKNOWN_TAG));
   if (!result.ok()) return;
   MUST_HOLD(number < kSlotMallocs.size(), "slots that were unbound are not used again");
-  slot_ = Slot{number, model_.allocator, tag, (operation.b & 1U) != 0};
+  slot_ = Slot{number, model_.allocator, tag, (operation.b & 1U) != 0, lasting};
   if (slot_->preserves) judge(call([&] { return cumempool_preserve_slot(number); }), {});
 }
 

@@ -130,6 +130,10 @@ Expectation Program::expect_sleep(const SleepSpec& spec) const {
     if (warm_) expected.success = false;
   }
   expect_willing(expected, spec, true);
+  const bool open = slot_ && !slot_->lasting && slot_->allocator == model_.allocator;
+  for (const SleepSpec::Action& action : spec.actions) {
+    if (open && action.tag == slot_->tag) expected.or_else(CUMEMPOOL_IN_USE).success = false;
+  }
   return expected;
 }
 

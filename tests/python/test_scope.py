@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -442,3 +443,76 @@ def test_switched_off_no_driver_is_opened(monkeypatch: pytest.MonkeyPatch) -> No
     with allocator.use_memory_pool("weights"):
         assert allocator.get_current_usage() == 0
     allocator.close()
+
+
+# ---- scopes and transitions
+
+
+def test_no_sleep_reaches_into_a_scope_that_was_entered_while_it_waited_for_its_turn(
+    alloc: CuMemAllocator,
+) -> None:
+    held = [alloc.empty(1024, tag="weights"), alloc.empty(1024, tag="kv")]
+    in_hook, go_on = threading.Event(), threading.Event()
+
+    def hook(*_: object) -> None:
+        in_hook.set()
+        assert go_on.wait(60)
+
+    registration = alloc.register_hooks("weights", before_unmap=hook)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(alloc.sleep, tags="weights")
+        assert in_hook.wait(60)
+        second = pool.submit(alloc.sleep, tags="kv")  # finds no scope, and waits for its turn
+        waiting = [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+        while not any(_is_waiting(thread) for thread in waiting):
+            time.sleep(0.005)
+        with alloc.use_memory_pool("kv"):
+            inside = alloc.empty(1024)
+            go_on.set()
+            first.result(60)
+            with pytest.raises(InUseError, match="scope") as caught:
+                second.result(60)
+            assert (caught.value.operation, caught.value.tag) == ("sleep", "kv")
+            assert alloc.allocation_of(inside).state == "awake"
+            inside.fill_(1)
+    assert alloc.allocation_of(held[0]).state != "awake"
+    registration.remove()
+    alloc.sleep(tags="kv")
+    alloc.wake_up()
+    assert inside[0].item() == 1
+
+
+def _is_waiting(thread: threading.Thread) -> bool:
+    """Whether a thread waits in `Transitions` for its turn."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    if frame is None:
+        return False
+    code = frame.f_code
+    return code.co_name == "__enter__" and code.co_filename.endswith("guard.py")
+
+
+@pytest.mark.parametrize("operation", ["sleep", "discard", "swap"])
+def test_a_scope_that_a_hook_leaves_open_refuses_what_called_the_hook(
+    alloc: CuMemAllocator, operation: str
+) -> None:
+    tensor = alloc.empty(1024, tag="kv").fill_(3)
+    told: list[str] = []
+    scopes = ExitStack()
+
+    def enter(*_: object) -> None:
+        scopes.enter_context(alloc.use_memory_pool("kv"))
+
+    with alloc.register_hooks(
+        "kv", before_unmap=enter, after_map=lambda *_: told.append("there again")
+    ):
+        act: dict[str, Callable[[], object]] = {
+            "sleep": lambda: alloc.sleep(tags="kv"),
+            "discard": lambda: alloc.discard("kv"),
+            "swap": lambda: alloc.swap(sleep="kv", wake=()),
+        }
+        with pytest.raises(InUseError, match="scope"):
+            act[operation]()
+    assert told == ["there again"]
+    assert tensor[0].item() == 3
+    scopes.close()
+    alloc.sleep(tags="kv")

@@ -354,6 +354,30 @@ def test_cublas_makes_its_workspace_for_captures_before_and_in_ordinary_memory(
     assert products == [(stream, 3), (stream, 4)]
 
 
+@pytest.mark.parametrize("operation", ["sleep", "swap"])
+def test_what_a_scope_took_after_the_unused_ranges_were_read_is_backed_up(
+    cuda: SimulatedCuda, alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    with alloc.use_memory_pool("a"):
+        address = cuda.allocate(2 * GRANULE, USED, FREE)
+    read = _torch.dead_ranges
+
+    def read_and_lose_time(*live: Any) -> list[tuple[int, int]]:
+        ranges = read(*live)
+        with alloc.use_memory_pool("a"):  # torch would hand the unused block out in here
+            pass
+        return ranges
+
+    monkeypatch.setattr(_torch, "dead_ranges", read_and_lose_time)
+    act = {"sleep": lambda: alloc.sleep(tags="a"), "swap": lambda: alloc.swap(sleep="a", wake=())}
+    assert act[operation]().bytes_backed_up == 2 * GRANULE
+    alloc.wake_up()
+    monkeypatch.setattr(_torch, "dead_ranges", read)
+    assert act[operation]().bytes_backed_up == GRANULE
+    alloc.wake_up()
+    assert alloc.snapshot()[0].address == address
+
+
 @pytest.fixture
 def graphs(
     cuda: SimulatedCuda, alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch

@@ -110,9 +110,10 @@ def test_frees_come_from_any_slot_and_any_thread(alloc: CuMemAllocator) -> None:
 
 def test_memory_is_freed_while_asleep(bound: tuple[CuMemAllocator, Slot, int]) -> None:
     """R6."""
-    alloc, slot, _ = bound
+    alloc, slot, number = bound
     kept, freed = slot.malloc(GRANULE), slot.malloc(GRANULE)
     ctypes.memset(kept, 0x5A, GRANULE)
+    _core.unbind_slot(number)
     alloc.sleep(tags="t")
     slot.free(freed)
     assert alloc.stats().host_used_bytes == GRANULE
