@@ -362,6 +362,13 @@ cumempool_status cumempool_preserve_slot(uint32_t slot) {
   return guarded("preserve_slot", [&] { pool::SlotTable::instance().preserve(slot); });
 }
 
+cumempool_status cumempool_slot_mallocs(uint32_t slot, uint64_t* count) {
+  return guarded("slot_mallocs", [&] {
+    require(count != nullptr, "count is NULL");
+    *count = pool::SlotTable::instance().mallocs(slot);
+  });
+}
+
 cumempool_status cumempool_unbind_slot(uint32_t slot) {
   return guarded("unbind_slot", [&] { pool::SlotTable::instance().unbind(slot); });
 }

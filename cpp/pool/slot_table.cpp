@@ -31,6 +31,7 @@ std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, Tag& 
     slot.tag = &tag;
     slot.use = use;
     slot.preserves = false;
+    slot.mallocs = 0;
     if (use == Use::kScope) allocator->records().begin_scope(tag);
     allocator->counters().bound_slots += 1;
     return number;
@@ -51,6 +52,15 @@ void SlotTable::preserve(std::uint32_t number) {
       slot.preserves = true;
       return;
     }
+  }
+  throw not_bound(number);
+}
+
+std::uint64_t SlotTable::mallocs(std::uint32_t number) {
+  if (number < kSlotCount) {
+    Slot& slot = slots_.at(number);
+    const std::lock_guard lock(slot.mutex);
+    if (slot.allocator != nullptr) return slot.mallocs;
   }
   throw not_bound(number);
 }
@@ -78,6 +88,7 @@ void* SlotTable::malloc(std::uint32_t number, std::size_t bytes, int device) noe
     allocator = slot.allocator;
     tag = slot.tag;
     preserves = slot.preserves;
+    slot.mallocs += 1;
   }
   if (allocator == nullptr) return nullptr;
   try {

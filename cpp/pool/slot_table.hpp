@@ -25,6 +25,8 @@ class SlotTable {
   // What is allocated through the slot until it is unbound keeps its contents where its tag is
   // discarded. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a slot that is not bound.
   void preserve(std::uint32_t slot);
+  // How many times the slot was asked for memory since it was bound. Throws the same.
+  std::uint64_t mallocs(std::uint32_t slot);
   // Throws the same.
   void unbind(std::uint32_t slot);
 
@@ -40,6 +42,7 @@ class SlotTable {
     Tag* tag = nullptr;
     Use use = Use::kScope;
     bool preserves = false;
+    std::uint64_t mallocs = 0;  // since it was bound
   };
 
   std::array<Slot, kSlotCount> slots_;

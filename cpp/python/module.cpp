@@ -885,6 +885,14 @@ PYBIND11_MODULE(_core, module) {
       "free", [](std::uint64_t address) { call([&] { return cumempool_free(address); }); },
       py::arg("address"));
   module.def(
+      "slot_mallocs",
+      [](std::uint32_t slot) {
+        std::uint64_t count = 0;
+        call([&] { return cumempool_slot_mallocs(slot, &count); });
+        return count;
+      },
+      py::arg("slot"));
+  module.def(
       "preserve_slot",
       [](std::uint32_t slot) { call([&] { return cumempool_preserve_slot(slot); }); },
       py::arg("slot"));

@@ -252,6 +252,9 @@ CUMEMPOOL_API cumempool_status cumempool_bind_lasting_slot(cumempool_allocator *
  * cumempool_malloc_preserved(). */
 CUMEMPOOL_API cumempool_status cumempool_preserve_slot(uint32_t slot);
 
+/* Writes how many times cumempool_malloc_<slot> was called since the slot was bound. */
+CUMEMPOOL_API cumempool_status cumempool_slot_mallocs(uint32_t slot, uint64_t *count);
+
 /* Ends the routing: cumempool_malloc_<slot> returns NULL until it is bound again;
  * cumempool_free_<slot> goes on working for what was allocated. */
 CUMEMPOOL_API cumempool_status cumempool_unbind_slot(uint32_t slot);
@@ -278,8 +281,9 @@ typedef struct cumempool_sleep_request {
   size_t dead_count;
   const cumempool_device_stream *streams; /* the caller's current streams: refused if capturing */
   size_t stream_count;
-  uint64_t dead_as_of; /* cumempool_moment() from before the list was made: what may have been handed
-                          out since is backed up although it is in the list; 0 = the list holds */
+  uint64_t
+      dead_as_of; /* cumempool_moment() from before the list was made: what may have been handed
+                     out since is backed up although it is in the list; 0 = the list holds */
 } cumempool_sleep_request;
 
 /* Writes the number of the present moment, which grows as slots are bound and memory is allocated.

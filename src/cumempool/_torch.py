@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import inspect
 import logging
+import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from cumempool.errors import InvalidArgumentError
+from cumempool.errors import InvalidArgumentError, UnavailableError, UnsupportedError
 from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
@@ -119,7 +122,7 @@ def warm_capture_stream(device: int) -> None:
     graph, and graphs of other tags that are captured later would use it while that tag sleeps.
     Does nothing where it would not end up in ordinary memory, or the stream is on another device.
     """
-    if is_capturing() or +_open_routes:
+    if is_capturing() or _open_pools or not has_native_allocator():
         return
     with torch.cuda.device(device):
         if torch.cuda.graph.default_capture_stream is None:
@@ -146,9 +149,17 @@ def nvtx_range(name: str) -> contextlib.AbstractContextManager[object]:
     return mark
 
 
+def has_native_allocator() -> bool:
+    """Whether torch's own caching allocator serves CUDA, and no pluggable one or cudaMallocAsync.
+
+    Only that one has pools, and can be asked what it holds.
+    """
+    return str(torch.cuda.get_allocator_backend()) == "native"
+
+
 def cached_bytes() -> int:
     """Bytes of all devices that torch holds and no tensor uses."""
-    if not is_initialized():
+    if not is_initialized() or not has_native_allocator():
         return 0
     return sum(
         torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -156,18 +167,70 @@ def cached_bytes() -> int:
     )
 
 
-def dead_ranges(live: Collection[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+def memory_limit(device: int) -> float:
+    """The part of a device that torch was told to use at most, which 1.0 is all of."""
+    ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in every torch
+    return 1.0 if ask is None else float(ask(device))
+
+
+PoolId = tuple[int, int]
+Segment = dict[str, Any]
+
+
+@functools.lru_cache(maxsize=2)
+def _parameters_of(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _segments(pool: PoolId | None = None) -> list[Segment]:
+    """What torch holds, of one pool or of all; without its history, where this torch can."""
+    ask: Callable[..., list[Segment]] = torch.cuda.memory_snapshot
+    takes = _parameters_of(ask)
+    options: dict[str, Any] = {"include_traces": False} if "include_traces" in takes else {}
+    if pool is None:
+        return ask(**options)
+    if "mempool_id" in takes:
+        options["mempool_id"] = pool
+    return [segment for segment in ask(**options) if _pool_of(segment) == pool]
+
+
+def _field(of: Mapping[str, Any], name: str) -> Any:
+    """A field of what torch says of itself, or an error that names it."""
+    try:
+        return of[name]
+    except KeyError:
+        raise UnsupportedError(
+            f"torch {torch.__version__} does not say {name!r} of its memory, which cumempool has "
+            "to know; use a version of torch that cumempool was tried with",
+            advice="use a version of torch that cumempool was tried with",
+        ) from None
+
+
+def _pool_of(segment: Segment) -> PoolId:
+    first, second = _field(segment, "segment_pool_id")
+    return int(first), int(second)
+
+
+def _in_use(segment: Segment) -> bool:
+    return any(block["state"] != "inactive" for block in segment["blocks"])
+
+
+def dead_ranges(
+    live: Collection[PoolId] = (), segments: Sequence[Segment] | None = None
+) -> list[tuple[int, int]]:
     """(address, bytes) of the blocks that torch has cached as free in segments of custom pools.
 
-    Pools in `live` are left out: graphs use blocks of theirs that torch has as free.
+    Args:
+        live: Pools that are left out: graphs use blocks of theirs that torch has as free.
+        segments: What torch holds. None asks it.
     """
-    if not is_initialized():
-        return []
+    if segments is None:
+        segments = _segments() if is_initialized() and has_native_allocator() else []
     without = {(0, 0), *live}
     return [
         (block["address"], block["size"])
-        for segment in torch.cuda.memory_snapshot()
-        if tuple(segment.get("segment_pool_id", (0, 1))) not in without
+        for segment in segments
+        if _pool_of(segment) not in without
         for block in segment["blocks"]
         if block["state"] == "inactive"
     ]
@@ -355,57 +418,101 @@ def _pluggable_allocator(slot: int) -> Any:
         return _pluggable[slot].allocator()
 
 
+def _refuse_other_allocators() -> None:
+    """Raises where torch has no pools, by an error that says why."""
+    if not has_native_allocator():
+        backend = torch.cuda.get_allocator_backend()
+        advice = (
+            "leave the allocator of torch as it is (no change_current_allocator(), no "
+            "backend:cudaMallocAsync in PYTORCH_CUDA_ALLOC_CONF), or allocate by empty()"
+        )
+        raise UnavailableError(
+            f"torch allocates by its {backend!r} backend, which has no memory pools, so that "
+            f"nothing can be sent to a pool of cumempool; {advice}",
+            operation="use_memory_pool",
+            advice=advice,
+        )
+
+
 class PrivatePool:
     """A pool of torch's own on one device, whose segments come from a slot, until `release`.
 
-    torch's context manager and the destructor of its ``MemPool`` are not used. The destructor
-    empties the pool's cache, which torch asserts must not happen while any pool scope or graph
-    capture is under way on the device, in any thread: a nested scope would abort the process. Here
-    a pool is released by count, which is always allowed; torch frees it with the next emptying of
-    its cache, and `return_unused` asks for that when something is there to be freed.
+    torch's context manager is not used, and the destructor of its ``MemPool`` must not be the one
+    that gives up the last count of a pool: it empties the pool's cache then, which torch asserts
+    must not happen while any pool scope or graph capture is under way on the device, in any thread,
+    so that a nested scope would abort the process. Here the last count is given up by hand, which
+    is always allowed; torch frees the pool with the next emptying of its cache, and `return_unused`
+    asks for that when something is there to be freed.
 
     Attributes:
+        slot: The slot.
         device: The device ordinal.
         id: What torch knows it by.
     """
 
     def __init__(self, slot: int, device: int) -> None:
+        _refuse_other_allocators()
         with torch.cuda.device(device):
             pool = torch.cuda.MemPool(_pluggable_allocator(slot))
-        # The object goes on holding its count of the pool until `release` takes that count itself;
-        # its destructor must never run, not even when the interpreter ends.
+        # Kept by a count that nobody gives up but `drop`: the destructor must not run by itself,
+        # not even when the interpreter ends.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
-        self._pool = pool
+        self._pool: Any = pool
+        self._released = False
+        self.slot: Final = slot
         self.device: Final = device
-        self.id: Final = (int(pool.id[0]), int(pool.id[1]))
+        self.id: Final[PoolId] = (int(pool.id[0]), int(pool.id[1]))
 
     def users(self) -> int:
         """How many counts torch has of it: graphs, routes, and this object until `release`."""
         try:
             return int(self._pool.use_count())
-        except RuntimeError as error:
+        except RuntimeError:
             # torch forgets a pool that nobody counts when it frees its last segment, and asserts
             # that it is asked of pools it knows.
-            if "graph_pools.end()" not in str(error):
+            if not self._released:
                 raise
             return 0
 
     def segments(self) -> list[tuple[int, bool]]:
         """The address of each of its segments, and whether something in it is in use."""
-        return [
-            (segment["address"], any(block["state"] != "inactive" for block in segment["blocks"]))
-            for segment in torch.cuda.memory_snapshot()
-            if tuple(segment.get("segment_pool_id", (0, 0))) == self.id
-        ]
+        return [(segment["address"], _in_use(segment)) for segment in _segments(self.id)]
+
+    def cached_bytes(self) -> int:
+        """Bytes in its segments that nothing uses."""
+        return sum(bytes_ for _, bytes_ in dead_ranges((), _segments(self.id)))
 
     def release(self) -> None:
-        """Gives up the count of this object. What is unused goes once no graph counts it either."""
+        """Gives up the count of this object. What is unused goes once no graph counts it either.
+
+        torch's object stays for good, since its destructor would give up a count as well.
+        """
+        self._released = True
         _C._cuda_releasePool(self.device, self.id)
+
+    def drop(self) -> None:
+        """The same for a pool that a route counts as well, and torch's object is destroyed.
+
+        With a count left, its destructor finds nothing to empty and asserts nothing. torch before
+        2.11 asserts that it is the only one that counts.
+        """
+        if _version() < _DESTROYS_COUNTED_POOLS or sys.getrefcount(self._pool) > _OUR_REFERENCES:
+            self.release()
+            return
+        pool, self._pool = self._pool, None
+        self._released = True
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(pool))
 
     def forget(self) -> None:
         """Has `return_unused` see to its segments, now that nobody counts it."""
         with _pools_lock:
-            _released_pools.add(self.id)
+            _fresh_pools[self.id] = self.device
+
+
+#: From this version on, a ``MemPool`` may be destroyed while others count its pool (read in 2.11).
+_DESTROYS_COUNTED_POOLS: Final = (2, 11)
+#: To the object of a pool: its attribute, the count that was taken for good, and the question.
+_OUR_REFERENCES: Final = 3
 
 
 class PoolRoute:
@@ -423,9 +530,13 @@ class PoolRoute:
         self._expandable = ExpandableSegmentsOff()
 
     def begin(self) -> None:
-        """Makes a pool per device and starts the routing. On failure nothing is routed."""
-        self._expandable.begin()
+        """Takes a pool per device and starts the routing. On failure nothing is routed.
+
+        Raises:
+            UnavailableError: torch allocates by something that has no pools.
+        """
         try:
+            self._expandable.begin()
             for device in self._devices:
                 self._begin_device(device)
         except BaseException:
@@ -433,79 +544,204 @@ class PoolRoute:
             raise
 
     def _begin_device(self, device: int) -> None:
-        pool = PrivatePool(self._slot, device)
         begin = _C._cuda_beginAllocateToPool
         if not self._all_threads:  # which older torch does not tell apart
             begin = getattr(_C, "_cuda_beginAllocateCurrentThreadToPool", begin)
-        try:
-            begin(device, pool.id)
-        except BaseException:
-            pool.release()
-            raise
         with _pools_lock:
-            _open_routes[device] += 1
-        self._pools.append(pool)
+            pool = _idle_pools.pop((self._slot, device), None) or PrivatePool(self._slot, device)
+            # Before it begins: an interrupt may strike right after.
+            self._pools.append(pool)
+            _open_pools.add(pool.id)
+        begin(device, pool.id)
 
-    def end(self) -> None:
+    def cached_bytes(self) -> int:
+        """Bytes in segments of its pools that nothing uses."""
+        return sum(pool.cached_bytes() for pool in self._pools)
+
+    def end(self, was_used: Callable[[], bool] = lambda: True) -> None:
         """Ends the routing and gives up the pools; what is unused in them goes back to the slot.
 
         Every device is seen to, whatever torch says of one of them.
+
+        Args:
+            was_used: Whether the slot was asked for memory. If not, its pools are empty, and are
+                kept for the next route of the slot.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(return_unused)
             stack.callback(self._expandable.end)
             while self._pools:
-                stack.callback(_end_device, self._pools.pop(0))
+                stack.callback(_end_device, self._pools.pop(0), was_used)
 
 
-def _end_device(pool: PrivatePool) -> None:
+def _end_device(pool: PrivatePool, was_used: Callable[[], bool]) -> None:
     with _pools_lock:
-        _open_routes[pool.device] -= 1
-    pool.forget()
-    _C._cuda_endAllocateToPool(pool.device, pool.id)
-    _C._cuda_releasePool(pool.device, pool.id)  # the count that beginning took
-    pool.release()
+        _open_pools.discard(pool.id)
+    if pool.users() < 2:  # it has not begun
+        pool.release()
+        return
+    try:
+        _C._cuda_endAllocateToPool(pool.device, pool.id)
+    except BaseException:
+        pool.forget()
+        raise
+    if was_used():
+        pool.forget()
+        pool.drop()
+        _C._cuda_releasePool(pool.device, pool.id)  # the count that beginning took
+    else:
+        _C._cuda_releasePool(pool.device, pool.id)
+        with _pools_lock:
+            _idle_pools[pool.slot, pool.device] = pool
 
 
 _pools_lock = fork_safe_lock()
-# Scopes that are open, by device.
-_open_routes: Counter[int] = Counter()
-# Pools whose scope has ended and that torch may still hold segments of.
-_released_pools: set[tuple[int, int]] = set()
+# Pools that are routed to.
+_open_pools: set[PoolId] = set()
+# Pools that nothing was ever allocated in, one per slot and device at most.
+_idle_pools: dict[tuple[int, int], PrivatePool] = {}
+# Pools whose scope has ended and that torch may hold unused segments of, with their device.
+_fresh_pools: dict[PoolId, int] = {}
 
 
-def return_unused() -> None:
+class _HeldPools:
+    """Released pools in which something was in use when they were last looked at.
+
+    Attributes:
+        devices: The device of each.
+        segments: How many segments they had.
+        looked_at: How many pools there were when all were last looked at.
+        releasable: The least that `_releasable_bytes` was since.
+    """
+
+    def __init__(self) -> None:
+        self.devices: dict[PoolId, int] = {}
+        self.segments = 0
+        self.looked_at = 0
+        self.releasable = 0
+        self._sizes: dict[PoolId, int] = {}
+
+    def put(self, pool: PoolId, device: int, segments: int) -> None:
+        """Adds a pool, or takes out one without segments."""
+        self.segments += segments - self._sizes.pop(pool, 0)
+        self.devices.pop(pool, None)
+        if segments:
+            self._sizes[pool] = segments
+            self.devices[pool] = device
+
+    def are_worth_a_look(self) -> bool:
+        """Whether so much has become unused somewhere, or so many pools have come, that it pays."""
+        now = _releasable_bytes()
+        self.releasable = min(self.releasable, now)
+        grown = now - self.releasable
+        many = len(self.devices) > 2 * self.looked_at + _ASKED_EACH
+        return many or grown >= max(1, self.segments * _WORTH_A_LOOK)
+
+    def were_looked_at(self, all_of_them: bool) -> None:
+        """Notes what can be released now that pools were looked at, and the unused was freed."""
+        if not self.devices:
+            self.looked_at = 0
+            return
+        now = _releasable_bytes()
+        self.releasable = now if all_of_them else min(self.releasable, now)
+        if all_of_them:
+            self.looked_at = len(self.devices)
+
+
+_held = _HeldPools()
+
+#: Bytes per held segment, of at least 2 MiB each, that have to become unused before all are looked
+#: at, which takes some microseconds per segment.
+_WORTH_A_LOOK: Final = 64 << 10
+#: Pools up to which torch is asked of each, and not of all that it holds.
+_ASKED_EACH: Final = 4
+
+
+def return_unused(*, thorough: bool = False) -> None:
     """Has torch free the unused segments of pools whose scopes have ended, if there are any.
 
     While a scope of ours is open on any device it waits, because torch frees nothing then; the end
-    of that scope comes here again.
+    of that scope comes here again. What cost this has does not depend on what torch holds, but for
+    pools whose scopes have just ended, and where enough has become unused to be worth it.
+
+    Args:
+        thorough: Looks at all pools, whether it is worth it or not.
     """
     with _pools_lock:
-        if not _released_pools or +_open_routes:
+        if _open_pools or not (_fresh_pools or _held.devices):
             return
-        unused = _forget_empty_pools()
-    if not unused:
-        return
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        # torch before 2.9 refuses while somebody's capture or pool scope is under way. The segments
-        # stay cached, as after any other empty_cache() that came too early.
-        _logger.debug("torch refused to empty its cache; unused segments stay for now")
+        every = not _held.devices or thorough or _held.are_worth_a_look()
+        pools = {**_held.devices, **_fresh_pools} if every else dict(_fresh_pools)
+        if not pools:
+            return
+        if len(pools) <= _ASKED_EACH:
+            segments = [segment for pool in pools for segment in _segments(pool)]
+        else:
+            segments = _segments()
+        unused = _look_at(pools, segments)
+    _return(unused, every)
 
 
-def _forget_empty_pools() -> bool:
-    """Drops released pools that torch holds nothing of; whether any holds an unused segment."""
-    held: set[tuple[int, int]] = set()
-    unused = False
-    for segment in torch.cuda.memory_snapshot():
-        first, second = segment.get("segment_pool_id", (0, 0))
-        if (first, second) not in _released_pools:
+def settled_dead_ranges(live: Collection[PoolId]) -> list[tuple[int, int]]:
+    """`return_unused` of all, and `dead_ranges`, by asking torch once.
+
+    Ranges of what is freed by it may be among them.
+    """
+    if not is_initialized() or not has_native_allocator():
+        return []
+    with _pools_lock:  # pools before segments: of one that ends meanwhile there may be more
+        pools = {} if _open_pools else {**_held.devices, **_fresh_pools}
+        segments = _segments()
+        unused = _look_at(pools, segments)
+    if pools:
+        _return(unused, every=True)
+    return dead_ranges(live, segments)
+
+
+def _look_at(pools: Mapping[PoolId, int], segments: Sequence[Segment]) -> dict[PoolId, int]:
+    """Notes which of the pools have segments in use; returns those with unused ones."""
+    used: Counter[PoolId] = Counter()
+    unused: dict[PoolId, int] = {}
+    for segment in segments:
+        pool = _pool_of(segment)
+        if pool not in pools:
             continue
-        held.add((first, second))
-        unused = unused or all(block["state"] == "inactive" for block in segment["blocks"])
-    _released_pools.intersection_update(held)
+        if _in_use(segment):
+            used[pool] += 1
+        else:
+            unused[pool] = pools[pool]
+    for pool, device in pools.items():
+        _fresh_pools.pop(pool, None)
+        _held.put(pool, device, used[pool])
     return unused
+
+
+def _return(unused: Mapping[PoolId, int], every: bool) -> None:
+    """Has torch free what pools have unused. `every`: all released pools were looked at."""
+    if unused:
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            # torch before 2.9 refuses while somebody's capture or pool scope is under way. The
+            # segments stay cached, as after any other empty_cache() that came too early.
+            _logger.debug("torch refused to empty its cache; unused segments stay for now")
+            with _pools_lock:
+                _fresh_pools.update(unused)
+    with _pools_lock:
+        _held.were_looked_at(every)
+
+
+def _releasable_bytes() -> int:
+    """Bytes of segments of any pool that nothing uses, of the devices of pools that are held."""
+    total = 0
+    for device in set(_held.devices.values()):
+        stats = torch.cuda.memory_stats_as_nested_dict(device)
+        reserved, active, split = (
+            int(_field(stats, name)["all"]["current"])
+            for name in ("reserved_bytes", "active_bytes", "inactive_split_bytes")
+        )
+        total += reserved - active - split
+    return total
 
 
 # ---- expandable segments -------------------------------------------------------------------------
@@ -533,9 +769,19 @@ def replace_setting(text: str, name: str, value: str) -> str:
     return ",".join([*kept, f"{name}:{value}"])
 
 
+#: No pool has this id, so that torch has no segments to list of it.
+_NO_POOL: Final[PoolId] = (0, 1 << 62)
+
+
 def live_settings() -> dict[str, Any]:
     """The settings of torch's caching allocator that hold now, by name."""
-    settings: dict[str, Any] = torch.cuda.memory._snapshot().get("allocator_settings", {})
+    if not has_native_allocator():
+        return {}
+    if "include_traces" in _parameters_of(torch.cuda.memory_snapshot):
+        said = _C._cuda_memorySnapshot((*_NO_POOL, False))  # neither segments nor history
+    else:
+        said = torch.cuda.memory._snapshot()
+    settings: dict[str, Any] = _field(said, "allocator_settings")
     return settings
 
 
@@ -565,26 +811,31 @@ class ExpandableSegmentsOff:
     _before: str | None = None
     _ours = ""
 
+    def __init__(self) -> None:
+        self._counts = False
+
     def begin(self) -> None:
         """Switches expandable segments off if they are on and would bypass the pool."""
         if _version() >= _HONOURS_CUSTOM_POOLS:
             return
         cls = ExpandableSegmentsOff
         with cls._lock:
-            cls._open += 1
             settings = live_settings()
-            if not settings.get("expandable_segments", False):
-                return
-            cls._before = str(settings.get("PYTORCH_CUDA_ALLOC_CONF", ""))
-            cls._ours = replace_setting(cls._before, "expandable_segments", "False")
-            _apply_settings(cls._ours)
+            if settings.get("expandable_segments", False):
+                before = str(settings.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+                ours = replace_setting(before, "expandable_segments", "False")
+                _apply_settings(ours)
+                cls._before, cls._ours = before, ours
+            cls._open += 1
+            self._counts = True
 
     def end(self) -> None:
-        """Puts the setting back when the last open scope ends."""
+        """Puts the setting back when the last open scope ends. Without a `begin`, nothing."""
         cls = ExpandableSegmentsOff
         with cls._lock:
-            if cls._open == 0:
+            if not self._counts:
                 return
+            self._counts = False
             cls._open -= 1
             if cls._open or cls._before is None:
                 return

@@ -241,7 +241,7 @@ def _probe_torch(driver: _core.Driver | None) -> TorchProbe:
 def _try(route: Callable[[], bool], version: str, build: str) -> TorchProbe:
     try:
         routed = route()
-    except (CumempoolError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 -- what fails in a torch of any version is the answer
         return TorchProbe(version, build, False, f"{type(error).__name__}: {error}")
     reason = "" if routed else "a tensor made inside the pool was allocated elsewhere"
     return TorchProbe(version, build, routed, reason)

@@ -107,7 +107,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         self._allocator = allocator
         self.devices = devices
         self._thread = 0
-        self._slot: int | None = None
+        self._slots: list[int] = []  # none or one
         self._route: _torch.PoolRoute | None = None
         self._used = False
         self._mallocs = 0  # of the allocator, when the scope was entered
@@ -116,14 +116,18 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         if self._used:
             raise InvalidArgumentError("a scope is entered once; call use_memory_pool() again")
         self.devices = self._reached()
-        with _entering:
-            self._refuse_overlap()
-            self._slot = self._begin()
-            self._used = True
-            self._thread = threading.get_ident()
-            _open.append(self)
         if self._driver_name == "host":
             self._mallocs = self._mallocs_now()
+        try:
+            with _entering:
+                self._refuse_overlap()
+                self._begin()
+                self._thread = threading.get_ident()
+                _open.append(self)
+                self._used = True
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def _reached(self) -> Sequence[int]:
@@ -164,24 +168,37 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
     def _driver_name(self) -> str:
         return self._allocator.config.driver
 
-    def _begin(self) -> int:
+    def _begin(self) -> None:
         from cumempool import _core
 
-        slot = self._allocator._core.bind_slot(self.tag)
-        try:
-            if self.preserves:
-                _core.preserve_slot(slot)
-            if self._driver_name == "cuda":
-                from cumempool import _torch
+        # By one call into C, in which no interrupt strikes: a slot that is bound is always known.
+        self._slots.extend(map(self._allocator._core.bind_slot, (self.tag,)))
+        (slot,) = self._slots
+        if self.preserves:
+            _core.preserve_slot(slot)
+        if self._driver_name == "cuda":
+            from cumempool import _torch
 
-                install_reducers(self._allocator)
-                route = _torch.PoolRoute(slot, self.devices or (), all_threads=self.all_threads)
-                route.begin()
-                self._route = route
-        except BaseException:
-            _core.unbind_slot(slot)
-            raise
-        return slot
+            install_reducers(self._allocator)
+            route = _torch.PoolRoute(slot, self.devices or (), all_threads=self.all_threads)
+            self._route = route  # before it begins: an interrupt may strike right after
+            route.begin()
+
+    def _end(self) -> None:
+        """Ends whatever has begun."""
+        from cumempool import _core
+
+        try:
+            if self._route is not None:
+                (slot,) = self._slots
+                self._route.end(lambda: _core.slot_mallocs(slot) > 0)
+        finally:
+            self._route = None
+            with _entering:
+                if self in _open:
+                    _open.remove(self)
+            while self._slots:
+                _core.unbind_slot(self._slots.pop())
 
     def __exit__(
         self,
@@ -189,45 +206,67 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        from cumempool import _core
-
-        slot, self._slot = self._slot, None
-        if slot is None:  # not entered, or left already
+        if not self._slots:  # not entered, or left already
             return
+        notes: list[str] = []
         try:
-            if self._route is not None:
-                self._route.end()
+            if type(error).__name__ == "OutOfMemoryError":
+                notes = self._notes()
         finally:
-            _core.unbind_slot(slot)
-            with _entering:
-                _open.remove(self)
-        if error is not None:
-            self._explain(error)
-        elif self._driver_name == "host" and self._mallocs == self._mallocs_now():
+            self._end()
+        if error is not None and type(error).__name__ == "OutOfMemoryError":
+            self._allocator._observer.note_failure("malloc", error)
+            if hasattr(error, "add_note"):  # Python 3.11
+                for note in notes:
+                    error.add_note(f"cumempool: {note}")
+        elif error is None and self._driver_name == "host" and self._mallocs == self._mallocs_now():
             _warn_unrouted(self.tag)
 
     def _mallocs_now(self) -> int:
         return int(self._allocator._core.snapshot(False)["totals"]["malloc_calls"])
 
-    def _explain(self, error: BaseException) -> None:
-        """Adds what the driver said to torch's out-of-memory error, which knows nothing of it."""
-        if type(error).__name__ != "OutOfMemoryError":
-            return
-        self._allocator._observer.note_failure("malloc", error)
-        if not hasattr(error, "add_note"):  # Python 3.11
-            return
+    def _notes(self) -> list[str]:
+        """What torch's out-of-memory error does not know, and what helps."""
+        notes = []
         reason = self._allocator.stats().last_malloc_failure
-        if not reason:
-            return
-        error.add_note(f"cumempool: {reason}")
+        if reason:
+            notes.append(reason)
+        if self._route is None:
+            return notes
         from cumempool import _torch
 
         cached = _torch.cached_bytes()
-        if cached:
-            error.add_note(
-                f"cumempool: torch has {format_bytes(cached)} cached outside the pool, which it "
-                "does not free while a pool scope is open; torch.cuda.empty_cache() before it does"
+        inside = self._route.cached_bytes()
+        if reason and cached > inside:
+            notes.append(
+                f"torch has {format_bytes(cached - inside)} cached outside the pool, which it does "
+                "not free while a pool scope is open; torch.cuda.empty_cache() before it does"
             )
+        if inside:
+            notes.append(
+                f"{format_bytes(inside)} are free in segments of the scope's pool, which torch "
+                "neither gives back while the scope is open nor uses for what is larger; where "
+                "tensors are replaced by larger ones, make them outside of the scope and adopt() "
+                "them afterwards, or leave the scope in between"
+            )
+        for device in self.devices or ():
+            notes.extend(self._limit(device, _torch.memory_limit(device)))
+        return notes
+
+    def _limit(self, device: int, fraction: float) -> list[str]:
+        """What to say of torch's own limit on a device."""
+        asleep = sum(
+            info.bytes
+            for info in self._allocator.snapshot()
+            if info.device == device and info.state != "awake"
+        )
+        if fraction >= 1 or not asleep:
+            return []
+        return [
+            f"torch was told to use {fraction:.0%} of device {device} at most "
+            f"(set_per_process_memory_fraction), and counts pools that sleep as in use, "
+            f"{format_bytes(asleep)}; allow it as much more while they do"
+        ]
 
 
 class NullScope(MemoryPoolScope):

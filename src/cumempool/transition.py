@@ -196,11 +196,11 @@ def _dead_ranges(
     from cumempool import _torch
 
     allocator._graph_pools.reap()
-    _torch.return_unused()
     as_of = allocator._core.moment()
-    kept = allocator._has_preserved or any(action == OFFLOAD for _, action in actions)
-    live = allocator._graph_pools.replayed() if kept else ()
-    return (_torch.dead_ranges(live) if kept else []), as_of
+    if allocator._has_preserved or any(action == OFFLOAD for _, action in actions):
+        return _torch.settled_dead_ranges(allocator._graph_pools.replayed()), as_of
+    _torch.return_unused(thorough=True)
+    return [], as_of
 
 
 def _report(

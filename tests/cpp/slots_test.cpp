@@ -229,6 +229,27 @@ TEST_F(Slots, ABoundSlotKeepsTheAllocatorFromClosing) {
   EXPECT_EQ(pool.close(), CUMEMPOOL_OK);
 }
 
+TEST_F(Slots, CountWhatTheyWereAskedForSinceTheyWereBound) {
+  std::uint64_t count = 99;
+  std::uint32_t number = 0;
+  {
+    const BoundSlot slot(pool, "kv");
+    number = slot.number();
+    EXPECT_EQ(cumempool_slot_mallocs(number, &count), CUMEMPOOL_OK);
+    EXPECT_EQ(count, 0U);
+    slot.free(slot.malloc(1));
+    EXPECT_EQ(slot.malloc(ssize_t{1} << 62), nullptr);
+    EXPECT_EQ(cumempool_slot_mallocs(number, &count), CUMEMPOOL_OK);
+    EXPECT_EQ(count, 2U);
+  }
+  EXPECT_EQ(cumempool_slot_mallocs(number, &count), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(cumempool_slot_mallocs(UINT32_MAX, &count), CUMEMPOOL_INVALID_ARGUMENT);
+  const BoundSlot again(pool, "kv");
+  EXPECT_EQ(cumempool_slot_mallocs(again.number(), &count), CUMEMPOOL_OK);
+  EXPECT_EQ(count, 0U);
+  EXPECT_EQ(cumempool_slot_mallocs(again.number(), nullptr), CUMEMPOOL_INVALID_ARGUMENT);
+}
+
 // ---- and sleep ---------------------------------------------------------------------------------
 
 TEST_F(Slots, ATagCannotSleepWhileASlotOfItIsBound) {

@@ -223,7 +223,7 @@ class ByTorch(Registrar):
             for segment in torch.cuda.memory_snapshot()
             if segment["address"] <= tensor.data_ptr() < segment["address"] + segment["total_size"]
         }
-        # The scope made the pool; its object stays for good.
+        # The scope made the pool; its object stays, as long as somebody else has it.
         self.pool = next(
             each
             for each in gc.get_objects()
@@ -245,7 +245,7 @@ def sleep_registered(allocator: cumempool.CuMemAllocator, backend: Any, rank: in
     """All-reduces before and after each of four sleeps; what the hooks did."""
     with allocator.use_memory_pool("kv"):
         pooled = torch.zeros(64 * MIB, dtype=torch.float32, device="cuda")
-    registrar = WAYS[way](backend, pooled)
+        registrar = WAYS[way](backend, pooled)
     registrar.register(allocator.registrable_ranges("kv"))
     with allocator.register_hooks(
         "kv", before_unmap=registrar.before_unmap, after_map=registrar.after_map

@@ -102,11 +102,11 @@ class SimulatedCuda(FakeTorch):
             "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
             "memory_reserved": lambda device: self.cached_outside if device == 0 else 0,
             "memory_allocated": lambda device: 0,
+            "get_per_process_memory_fraction": lambda device: 1.0,
             "get_device_properties": lambda device: SimpleNamespace(uuid=UUIDS[device]),
             "can_device_access_peer": lambda device, peer: device != peer,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": self.segments})
         monkeypatch.setattr(
             torch._C, "_cuda_hasPrimaryContext", self.contexts.__contains__, raising=False
         )

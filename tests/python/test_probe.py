@@ -373,3 +373,16 @@ def test_a_route_that_fails_leaves_no_slot_bound(monkeypatch: pytest.MonkeyPatch
     for _ in range(70):  # more often than there are slots
         with pytest.raises(RuntimeError, match="refused"):
             probe_module._route_once(driver)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError, ValueError, KeyError, AssertionError, UnavailableError]
+)
+def test_whatever_a_torch_raises_is_a_no_with_the_reason(error: type[Exception]) -> None:
+    def route() -> bool:
+        raise error("MemPool takes something else")
+
+    found = probe_module._try(route, "9.9", "cuda")
+    assert found.routes is False
+    assert found.reason.startswith(f"{error.__name__}: ")
+    assert "MemPool takes something else" in found.reason

@@ -10,11 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import GRANULE, MIB, assert_nothing_is_held, random_bytes
+from interrupting import InterruptAt
 from simulated_cuda import UUIDS, SimulatedCuda
+from test_torch_route import FakePool
 
 from cumempool import (
     CuMemAllocator,
@@ -24,6 +27,7 @@ from cumempool import (
     NotInPoolError,
     OutOfMemoryError,
     OutOfSlotsError,
+    UnavailableError,
     UnknownTagError,
     UnsupportedError,
     _core,
@@ -31,6 +35,7 @@ from cumempool import (
     open_shared,
     sharing,
 )
+from cumempool.scope import current_scope
 
 USED, FREE = "active_allocated", "inactive"
 
@@ -48,12 +53,28 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
         allocator.close()
         assert_nothing_is_held(allocator.stats())
     assert cuda.destroyed == []
-    assert set(cuda.counts.values()) <= {0}, "a pool keeps a count, or was released twice"
+    counts = {count for pool, count in cuda.counts.items() if pool not in cuda.idle()}
+    assert counts <= {0}, "a pool keeps a count, or was released twice"
 
 
 @pytest.fixture
 def alloc(cuda: SimulatedCuda) -> CuMemAllocator:
     return cuda.make_allocator()
+
+
+def slots_left_for_the_core(alloc: CuMemAllocator) -> int:
+    """How many slots are not bound at this moment."""
+    alloc._core.declare_tag("many", 0, 0)
+    bound: list[int] = []
+    try:
+        while len(bound) < _core.slot_count():
+            bound.append(alloc._core.bind_slot("many"))
+    except OutOfSlotsError:
+        pass
+    finally:
+        for slot in bound:
+            _core.unbind_slot(slot)
+    return len(bound)
 
 
 def slots_left(alloc: CuMemAllocator) -> int:
@@ -223,6 +244,91 @@ def test_out_of_memory_in_a_scope_says_what_torch_has_cached_outside(
     assert len(caught.value.__notes__) == 1
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before 3.11")
+def test_out_of_memory_in_a_scope_says_what_is_free_inside_and_what_helps(
+    cuda: SimulatedCuda, alloc: CuMemAllocator
+) -> None:
+    def replace() -> None:
+        cuda.allocate(20 * MIB, *[FREE] * (20 * MIB // GRANULE))
+        cuda.allocate(60 * MIB)
+
+    with pytest.raises(torch.OutOfMemoryError) as caught, alloc.use_memory_pool("a"):
+        replace()
+    _, inside = caught.value.__notes__
+    assert "20.00 MiB are free in segments of the scope's pool" in inside
+    assert "adopt()" in inside
+    assert alloc.snapshot() == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before 3.11")
+def test_out_of_memory_by_the_limit_of_torch_says_what_it_counts_of_what_sleeps(
+    cuda: SimulatedCuda, alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
+    with alloc.use_memory_pool("a"):
+        cuda.allocate(20 * MIB)
+    for asleep in (False, True):
+        with pytest.raises(torch.OutOfMemoryError) as caught, alloc.use_memory_pool("b"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        notes = getattr(caught.value, "__notes__", [])
+        assert len(notes) == asleep
+        if asleep:
+            assert "50% of device 0" in notes[0]
+            assert "20.00 MiB" in notes[0]
+        alloc.sleep(tags="a")
+
+
+@pytest.mark.parametrize("backend", ["pluggable", "cudaMallocAsync"])
+def test_with_another_allocator_scopes_are_refused_by_name_and_exact_tensors_work(
+    cuda: SimulatedCuda, alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    cuda.backend = backend
+    unsupported = Mock(side_effect=RuntimeError("does not support it"))
+    for name in ("memory_snapshot", "memory_stats_as_nested_dict", "memory_reserved", "MemPool"):
+        monkeypatch.setattr(torch.cuda, name, unsupported)
+    with pytest.raises(UnavailableError, match=backend), alloc.use_memory_pool("a"):
+        pytest.fail("entered")
+    with pytest.raises(UnavailableError, match=backend):
+        alloc.graph_pool("a")
+    assert slots_left_for_the_core(alloc) == _core.slot_count()
+    tensor = alloc.empty(GRANULE, dtype=torch.uint8, tag="a").fill_(7)
+    assert alloc.sleep(tags="a").bytes_backed_up == GRANULE
+    alloc.wake_up()
+    assert tensor.eq(7).all()
+    alloc.discard("a")
+    alloc.wake_up()
+    alloc.release_graph_pool("a")
+    unsupported.assert_not_called()
+
+
+def test_a_sleep_asks_torch_once_and_not_for_its_history(
+    cuda: SimulatedCuda, alloc: CuMemAllocator
+) -> None:
+    with alloc.use_memory_pool("a"):
+        cuda.allocate(2 * GRANULE, USED, FREE)
+    cuda.snapshots.clear()
+    assert alloc.sleep(tags="a").bytes_backed_up == GRANULE
+    assert cuda.snapshots == [None]
+
+
+def test_scopes_in_a_loop_leave_nothing_behind(cuda: SimulatedCuda, alloc: CuMemAllocator) -> None:
+    def pools() -> int:
+        return sum(type(each) is FakePool for each in gc.get_objects())
+
+    before = pools()
+    for _ in range(200):
+        with alloc.use_memory_pool("empty"):
+            pass
+        with alloc.use_memory_pool("used"):
+            cuda.allocate(GRANULE)
+        cuda.drop_tensors()
+    assert len(cuda.made) <= 202
+    assert len(cuda.idle()) <= 2
+    assert len(cuda.segments) <= 1
+    assert pools() <= before + 2
+    assert all(count == 0 for pool, count in cuda.counts.items() if pool not in cuda.idle())
+
+
 # ---- devices
 
 
@@ -360,19 +466,19 @@ def test_what_a_scope_took_after_the_unused_ranges_were_read_is_backed_up(
 ) -> None:
     with alloc.use_memory_pool("a"):
         address = cuda.allocate(2 * GRANULE, USED, FREE)
-    read = _torch.dead_ranges
+    read = _torch.settled_dead_ranges
 
-    def read_and_lose_time(*live: Any) -> list[tuple[int, int]]:
-        ranges = read(*live)
+    def read_and_lose_time(live: Any) -> list[tuple[int, int]]:
+        ranges = read(live)
         with alloc.use_memory_pool("a"):  # torch would hand the unused block out in here
             pass
         return ranges
 
-    monkeypatch.setattr(_torch, "dead_ranges", read_and_lose_time)
+    monkeypatch.setattr(_torch, "settled_dead_ranges", read_and_lose_time)
     act = {"sleep": lambda: alloc.sleep(tags="a"), "swap": lambda: alloc.swap(sleep="a", wake=())}
     assert act[operation]().bytes_backed_up == 2 * GRANULE
     alloc.wake_up()
-    monkeypatch.setattr(_torch, "dead_ranges", read)
+    monkeypatch.setattr(_torch, "settled_dead_ranges", read)
     assert act[operation]().bytes_backed_up == GRANULE
     alloc.wake_up()
     assert alloc.snapshot()[0].address == address
@@ -572,3 +678,25 @@ def test_a_gpu_that_is_not_visible_here_has_to_be_named(
     opened = open_shared(memory, device=0)
     assert isinstance(opened, torch.Tensor)
     assert opened.tolist() == [3.0] * 8
+
+
+def test_an_interrupt_at_any_moment_of_an_entry_leaves_no_scope_open(
+    cuda: SimulatedCuda, alloc: CuMemAllocator
+) -> None:
+    def strikes_in(file: str) -> bool:
+        return file.endswith(("/scope.py", "/_torch.py"))
+
+    moment, done = 0, False
+    while not done:
+        moment += 1
+        scope = alloc.use_memory_pool("a", devices=[0])
+        interrupt = InterruptAt(moment, strikes_in)
+        done = interrupt.run(scope.__enter__)
+        if done:
+            scope.__exit__(None, None, None)
+        assert not cuda.routes, interrupt.where
+        assert current_scope(alloc) is None, interrupt.where
+        assert slots_left_for_the_core(alloc) == _core.slot_count(), interrupt.where
+    assert moment > 20
+    for pool in cuda.counts.keys() - cuda.idle():
+        cuda.counts[pool] = 0  # a pool of torch that was being made when it struck

@@ -164,8 +164,8 @@ def test_a_tag_that_was_never_declared_gets_no_slot(alloc: CuMemAllocator) -> No
 def test_memory_is_freed_after_the_allocator_was_closed_by_force() -> None:
     allocator = CuMemAllocator(CuMemConfig(driver="host", host_driver_bytes=8 * GRANULE))
     with allocator.use_memory_pool("t") as scope:
-        assert scope._slot is not None
-        slot = Slot(scope._slot)
+        (number,) = scope._slots
+        slot = Slot(number)
         address = slot.malloc(1)
         allocator.close(force=True)
         assert slot.malloc(1) == 0
@@ -177,11 +177,10 @@ def test_memory_is_freed_after_the_allocator_was_closed_by_force() -> None:
 
 def test_the_pool_scope_binds_a_slot_and_gives_it_back(alloc: CuMemAllocator) -> None:
     with alloc.use_memory_pool("w") as scope:
-        assert scope._slot is not None
-        number = scope._slot
+        (number,) = scope._slots
         address = Slot(number).malloc(1)
         assert alloc.snapshot()[0].tag == "w"
     assert Slot(number).malloc(1) == 0
     Slot(number).free(address)
     with alloc.use_memory_pool("x") as scope:
-        assert scope._slot == number
+        assert scope._slots == [number]

@@ -11,25 +11,31 @@ from typing import Any
 
 import pytest
 import torch
+from interrupting import InterruptAt
 
-from cumempool import _torch
+from cumempool import UnavailableError, UnsupportedError, _torch
 from cumempool._torch import ExpandableSegmentsOff, PoolRoute, replace_setting
 
 
 class FakePool:
-    """A `torch.cuda.MemPool`: its destructor must not run (it aborts inside another scope)."""
+    """A `torch.cuda.MemPool`, whose destructor gives up a count.
+
+    It must not be the last one: then it empties the cache of the pool, and aborts inside another
+    scope.
+    """
 
     def __init__(
         self,
+        device: int,
         pool_id: tuple[int, int],
-        destroyed: list[tuple[int, int]],
+        destroy: Callable[[int, tuple[int, int]], None],
         counts: Counter[tuple[int, int]],
         forgotten: set[tuple[int, int]],
     ) -> None:
         self.id = pool_id
         self.counts = counts
         self.forgotten = forgotten
-        weakref.finalize(self, destroyed.append, pool_id).atexit = False
+        weakref.finalize(self, destroy, device, pool_id).atexit = False
 
     def use_count(self) -> int:
         if self.id in self.forgotten:
@@ -52,6 +58,9 @@ class FakeTorch:
         self.forgotten: set[tuple[int, int]] = set()  # pools that the cache was emptied of
         self.segments: list[dict[str, Any]] = []
         self.device = 0
+        self.backend = "native"
+        self.snapshots: list[tuple[int, int] | None] = []  # what was asked of
+        self.listed = 0  # segments, by all of them
         names = ["_cuda_beginAllocateToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"]
         if per_thread:
             names.append("_cuda_beginAllocateCurrentThreadToPool")
@@ -61,11 +70,15 @@ class FakeTorch:
             monkeypatch.setattr(torch._C, name, self.call(name), raising=False)
         monkeypatch.setattr(torch.cuda, "device", self.on_device)
         monkeypatch.setattr(torch.cuda, "MemPool", self.make_pool)
-        monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: self.segments)
+        monkeypatch.setattr(torch.cuda, "memory_snapshot", self.snapshot)
+        monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", self.stats)
+        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: self.backend)
         monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
         monkeypatch.setattr(_torch, "_pluggable_allocator", lambda slot: slot)
-        monkeypatch.setattr(_torch, "_open_routes", Counter())
-        monkeypatch.setattr(_torch, "_released_pools", set())
+        monkeypatch.setattr(_torch, "_open_pools", set())
+        monkeypatch.setattr(_torch, "_idle_pools", {})
+        monkeypatch.setattr(_torch, "_fresh_pools", {})
+        monkeypatch.setattr(_torch, "_held", _torch._HeldPools())
 
     def call(self, name: str) -> Callable[[int, tuple[int, int]], None]:
         name = name.removeprefix("_cuda_")
@@ -87,9 +100,45 @@ class FakeTorch:
 
     def make_pool(self, slot: object) -> FakePool:
         self.made.append((self.device, slot))
-        pool = FakePool((0, len(self.made)), self.destroyed, self.counts, self.forgotten)
+        pool_id = (0, len(self.made))
+        pool = FakePool(self.device, pool_id, self.destroy, self.counts, self.forgotten)
         self.counts[pool.id] += 1
         return pool
+
+    def destroy(self, device: int, pool_id: tuple[int, int]) -> None:
+        """What the destructor of a pool does."""
+        if self.counts[pool_id] < 2:
+            self.destroyed.append(pool_id)
+        self.counts[pool_id] -= 1
+        self.events.append(f"releasePool {device} {pool_id}")
+
+    def snapshot(
+        self, mempool_id: tuple[int, int] | None = None, include_traces: bool = True
+    ) -> list[dict[str, Any]]:
+        assert not include_traces, "the history is asked for, which may be long"
+        self.snapshots.append(mempool_id)
+        segments = [
+            segment for segment in self.segments if mempool_id in (None, segment["segment_pool_id"])
+        ]
+        self.listed += len(segments)
+        return segments
+
+    def stats(self, device: int) -> dict[str, Any]:
+        """Of all devices together; a block without a size has 2 MiB."""
+        sums: Counter[str] = Counter()
+        for segment in self.segments:
+            used = any(block["state"] != "inactive" for block in segment["blocks"])
+            for block in segment["blocks"]:
+                size = block.get("size", 2 << 20)
+                sums["reserved_bytes"] += size
+                sums["active_bytes"] += size * (block["state"] != "inactive")
+                sums["inactive_split_bytes"] += size * (used and block["state"] == "inactive")
+        names = ("reserved_bytes", "active_bytes", "inactive_split_bytes")
+        return {name: {"all": {"current": sums[name]}} for name in names}
+
+    def idle(self) -> set[tuple[int, int]]:
+        """Pools that are kept for the next scope of their slot, with one count."""
+        return {pool.id for pool in _torch._idle_pools.values()}
 
     def empty_cache(self) -> None:
         self.events.append("empty_cache")
@@ -126,7 +175,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
     gc.collect()
     assert fake.destroyed == []
     if not fake.failing:
-        assert set(fake.counts.values()) <= {0}, "a pool keeps a count, or was released twice"
+        counts = {count for pool, count in fake.counts.items() if pool not in fake.idle()}
+        assert counts <= {0}, "a pool keeps a count, or was released twice"
 
 
 # ---- routes
@@ -173,7 +223,7 @@ def test_a_device_that_fails_to_begin_unroutes_the_others(fake: FakeTorch) -> No
     release = "releasePool 1 (0, 2)"  # the count of its MemPool object
     assert fake.events == [f"{BEGIN} 0 (0, 1)", release, *ended(0, 1)]
     assert fake.counts == {(0, 1): 0, (0, 2): 0}
-    assert not +_torch._open_routes
+    assert not _torch._open_pools
 
 
 def test_the_pool_is_given_up_even_while_a_traceback_of_the_scope_lives(fake: FakeTorch) -> None:
@@ -257,6 +307,188 @@ def test_segments_whose_tensors_die_later_are_found_at_the_next_end(fake: FakeTo
     second.begin()
     second.end()
     assert fake.segments == []
+
+
+def use(fake: FakeTorch, slot: int, *states: str) -> tuple[int, int]:
+    """One scope in which a segment is made; the id of its pool."""
+    route = PoolRoute(slot, [0])
+    route.begin()
+    fake.hold(len(fake.made), *states)
+    route.end()
+    return 0, len(fake.made)
+
+
+def skip(slot: int) -> None:
+    """One scope in which nothing is allocated."""
+    route = PoolRoute(slot, [0])
+    route.begin()
+    route.end(lambda: False)
+
+
+def test_a_scope_that_allocates_nothing_asks_torch_for_nothing(fake: FakeTorch) -> None:
+    skip(1)
+    assert fake.snapshots == []
+    assert "empty_cache" not in fake.events
+
+
+def test_the_pool_of_a_scope_that_allocated_nothing_serves_the_next_of_its_slot(
+    fake: FakeTorch,
+) -> None:
+    for _ in range(1000):
+        skip(1)
+    skip(2)
+    assert fake.made == [(0, 1), (0, 2)]
+    assert fake.counts == {(0, 1): 1, (0, 2): 1}
+    assert use(fake, 1, "active_allocated") == (0, 2), "a new pool would be the third"
+    fake.segments[0]["segment_pool_id"] = (0, 1)
+    assert fake.counts[0, 1] == 0
+    skip(1)
+    assert fake.made == [(0, 1), (0, 2), (0, 1)], "a pool that has memory serves nobody else"
+
+
+def fake_pools() -> int:
+    return sum(type(each) is FakePool for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("emptied_by", ["the scope", "somebody else", "the next scopes"])
+def test_pools_of_scopes_do_not_pile_up(fake: FakeTorch, emptied_by: str) -> None:
+    before = fake_pools()
+    for _ in range(500):
+        use(fake, 1, "inactive" if emptied_by == "the scope" else "active_allocated")
+        for segment in fake.segments:
+            segment["blocks"][0]["state"] = "inactive"  # its tensor dies when the scope has ended
+        if emptied_by == "somebody else":
+            fake.empty_cache()
+        assert len(fake.segments) < 10
+    assert fake_pools() <= before + 1
+    assert len(_torch._held.devices) + len(_torch._fresh_pools) <= 10
+    assert fake.destroyed == []
+
+
+@pytest.mark.parametrize("version", [(2, 10), (2, 11)])
+def test_the_object_of_a_pool_stays_where_its_end_would_abort_or_somebody_has_it(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(_torch, "_version", lambda: version)
+    monkeypatch.setattr(_torch, "live_settings", dict)
+    route = PoolRoute(1, [0])
+    route.begin()
+    theirs = route._pools[0]._pool if version == (2, 11) else None
+    before = fake_pools()
+    route.end()
+    assert fake.counts[0, 1] == 0
+    del theirs
+    gc.collect()
+    assert fake_pools() == before
+    assert fake.destroyed == []
+
+
+def test_what_a_scope_costs_does_not_grow_with_the_segments_that_torch_holds(
+    fake: FakeTorch,
+) -> None:
+    route = PoolRoute(1, [0])
+    route.begin()
+    for _ in range(10_000):
+        fake.hold(1, "active_allocated")
+        fake.hold(0, "active_allocated")  # of the program
+    route.end()
+    for _ in range(100):
+        skip(2)
+        before = fake.listed
+        use(fake, 2, "inactive")
+        assert fake.listed - before <= 1
+        fake.hold(0, "inactive")  # what the program itself has cached changes nothing
+    for segment in fake.segments:
+        if segment["segment_pool_id"] == (0, 1):
+            segment["blocks"][0]["state"] = "inactive"
+    skip(2)
+    assert not any(segment["segment_pool_id"] == (0, 1) for segment in fake.segments)
+
+
+def test_of_many_segments_a_thirty_second_may_wait_until_it_is_looked_for(fake: FakeTorch) -> None:
+    route = PoolRoute(1, [0])
+    route.begin()
+    for _ in range(64):
+        fake.hold(1, "active_allocated")
+    route.end()
+    for number in range(3):
+        fake.segments[number]["blocks"][0]["state"] = "inactive"
+        skip(2)
+        assert fake.events.count("empty_cache") == (number >= 1)
+    assert len(fake.segments) == 62
+    _torch.return_unused(thorough=True)  # as a sleep does
+    assert len(fake.segments) == 61
+
+
+def test_an_older_torch_is_asked_by_what_it_takes(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: fake.segments)
+    fake.hold(9, "inactive")
+    use(fake, 1, "inactive")
+    assert fake.segments == []
+    assert use(fake, 1, "active_allocated") == (0, 2)
+    assert list(_torch._held.devices) == [(0, 2)]
+
+
+def test_a_torch_that_names_its_fields_otherwise_is_an_error_by_name(fake: FakeTorch) -> None:
+    fake.segments.append({"pool": (0, 1), "blocks": []})
+    with pytest.raises(UnsupportedError, match="'segment_pool_id'"):
+        _torch.dead_ranges(segments=fake.segments)
+    fake.segments.clear()
+    with pytest.raises(UnsupportedError, match="'allocator_settings'"):
+        _torch._field({}, "allocator_settings")
+
+
+@pytest.mark.parametrize("backend", ["pluggable", "cudaMallocAsync"])
+def test_a_torch_with_another_allocator_is_an_error_that_says_so(
+    fake: FakeTorch, backend: str
+) -> None:
+    fake.backend = backend
+    with pytest.raises(UnavailableError, match=backend) as caught:
+        PoolRoute(1, [0]).begin()
+    assert "empty()" in caught.value.advice
+    assert (fake.made, fake.events) == ([], [])
+    assert not _torch._open_pools
+    assert _torch.live_settings() == {}
+
+
+# ---- interrupts
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_an_interrupt_at_any_moment_leaves_nothing_routed(fake: FakeTorch, used: bool) -> None:
+    skip(1)
+
+    def scope() -> None:
+        route = PoolRoute(1, [0, 1])
+        try:
+            route.begin()
+        except BaseException:
+            assert not route._pools
+            raise
+        try:
+            fake.events.append("body")
+        finally:
+            route.end(lambda: used)
+
+    moment, done = 0, False
+    while not done:
+        moment += 1
+        fake.events.clear()
+        # The moment at which a pool of torch has been made, and nobody has it yet, is left out, and
+        # so are those after the body, which have nobody who would go on.
+        interrupt = InterruptAt(moment, lambda file: file.endswith("_torch.py"))
+        done = interrupt.run(scope)
+        begun = sum(event.startswith(BEGIN) for event in fake.events)
+        ended = sum(event.startswith("endAllocate") for event in fake.events)
+        if "body" in fake.events:
+            break
+        assert begun == ended, interrupt.where
+        assert not _torch._open_pools, interrupt.where
+    assert moment > 20
+    fake.failing.add("what was struck keeps counts")
+    fake.destroyed.clear()
 
 
 def test_a_torch_that_refuses_to_empty_its_cache_is_no_error(
@@ -432,6 +664,26 @@ def test_a_route_switches_them_off_before_the_first_pool_and_back_after_the_last
     assert settings.text == USER
 
 
+def test_settings_that_cannot_be_read_leave_no_scope_counted(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = FakeSettings(monkeypatch, USER, (2, 9))
+
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("no settings")
+
+    monkeypatch.setattr(_torch, "live_settings", fail)
+    with pytest.raises(RuntimeError, match="no settings"):
+        PoolRoute(1, [0]).begin()
+    assert ExpandableSegmentsOff._open == 0
+    monkeypatch.setattr(_torch, "live_settings", settings.read)
+    route = PoolRoute(1, [0])
+    route.begin()
+    assert settings.text == OURS
+    route.end()
+    assert settings.text == USER
+
+
 def test_a_route_that_fails_to_begin_puts_them_back(
     fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,7 +742,8 @@ def test_dead_ranges_are_the_free_blocks_of_custom_pools(monkeypatch: pytest.Mon
         {"segment_pool_id": (0, 0), "blocks": blocks},
         {"segment_pool_id": (0, 3), "blocks": blocks},
     ]
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)  # as of an older torch
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(_torch, "is_initialized", lambda: False)
     assert _torch.dead_ranges() == []
     monkeypatch.setattr(_torch, "is_initialized", lambda: True)
