@@ -42,6 +42,7 @@ class Pool {
     options.size = sizeof options;
     options.retain_backups = 1;
     require(cumempool_allocator_create(driver_, &options, &allocator_));
+    require(cumempool_set_free_wait(allocator_, CUMEMPOOL_FREE_WAITS));  // all in this thread
     require(
         cumempool_declare_tag(allocator_, kTag, CUMEMPOOL_ON_SLEEP_UNSET, CUMEMPOOL_ON_WAKE_UNSET));
     uint32_t slot = 1;

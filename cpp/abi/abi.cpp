@@ -1,4 +1,5 @@
 // The C interface of cumempool.h: argument checks, conversions, nothing else.
+#include <algorithm>
 #include <cstddef>
 #include <exception>
 #include <memory>
@@ -328,6 +329,15 @@ cumempool_status cumempool_free(cumempool_address address) {
     }
     const std::shared_ptr<pool::Allocator> owner = record->owner;  // outlives its last record
     owner->free(record);
+  });
+}
+
+cumempool_status cumempool_set_free_wait(cumempool_allocator* allocator, uint64_t nanoseconds) {
+  return guarded("set_free_wait", [&] {
+    using Duration = pool::Reaper::Duration;
+    const auto forever = static_cast<std::uint64_t>(pool::Reaper::kForever.count());
+    core(allocator).set_free_wait(
+        Duration(static_cast<Duration::rep>(std::min(nanoseconds, forever))));
   });
 }
 

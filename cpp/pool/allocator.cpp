@@ -63,6 +63,7 @@ void add_secondary(Error& failure, std::string&& text, const char* before) noexc
 
 Allocator::Allocator(driver::Driver driver, const cumempool_allocator_options& options)
     : driver_(driver),
+      reaper_(std::make_shared<Reaper>(driver)),
       retains_backups_(options.retain_backups != 0),
       overflow_(overflow_of(options)),
       digest_seed_(random_seed()),
@@ -120,16 +121,17 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
   counters_.malloc_calls += 1;
   try {
     check_open("malloc");
-    bury_leftovers();  // what the driver did not take back may be what is missing now
     const std::shared_ptr<Device> on = devices_.at(device);
     const std::size_t rounded = round_up(*on, bytes);
-    refuse_below_margin(*on, rounded);
-    for (;;) {
-      const MemoryChoice choice = tags_.memory(tag);
-      const auto record = std::make_shared<Record>(shared_from_this(), tag, device, bytes,
-                                                   make_memory(choice, *on, rounded), preserved);
-      if (publish(record, choice)) return record->address;
-    }
+    return with_freed_memory([&] {
+      refuse_below_margin(*on, rounded);
+      for (;;) {
+        const MemoryChoice choice = tags_.memory(tag);
+        const auto record = std::make_shared<Record>(shared_from_this(), tag, device, bytes,
+                                                     make_memory(choice, *on, rounded), preserved);
+        if (publish(record, choice)) return record->address;
+      }
+    });
   } catch (Error& error) {
     annotate(error, "malloc", nullptr);
     error.tag = tag.name;
@@ -236,17 +238,17 @@ bool Allocator::publish(const RecordPointer& record, const MemoryChoice& made_of
   try {
     record->memory.map();
     if (!records_.add(record, std::cref(still))) {
-      bury(record);
+      reaper_->take(record);
       return false;
     }
   } catch (const std::exception&) {
-    bury(record);  // kept, should the driver not take back what it gave
+    reaper_->take(record);  // kept, should the driver not take back what it gave
     throw;
   }
   try {
     Registry::instance().add(record);
   } catch (const std::exception&) {  // no memory to find it by: it could never be freed
-    if (records_.retire(record)) bury(record);
+    if (records_.retire(record)) reaper_->take(record);
     throw;
   }
   return true;
@@ -271,38 +273,14 @@ void Allocator::free(const RecordPointer& record) noexcept {
   counters_.free_calls += 1;
   // Held across the teardown, which needs the context: another thread may be closing.
   const std::shared_ptr<Device> device = devices_.find(record->device);
-  if (records_.retire(record)) bury(record);
-}
-
-void Allocator::bury(const RecordPointer& record) noexcept {
-  bury_leftovers();
-  if (!tear_down(*record)) graveyard_.put(record);
-}
-
-void Allocator::bury_leftovers() noexcept {
-  RecordList records = graveyard_.take_all();
-  while (RecordPointer record = records.pop()) {
-    if (!tear_down(*record)) graveyard_.put(std::move(record));
-  }
+  if (records_.retire(record)) reaper_->take(record);
 }
 
 void Allocator::unclaim(const std::vector<RecordPointer>& claimed) noexcept {
   RecordList freed;
   records_.unclaim(claimed, [&](const RecordPointer& record) { freed.push(record); });
-  bury_leftovers();
-  while (RecordPointer record = freed.pop()) bury(record);
-}
-
-bool Allocator::tear_down(Record& record) noexcept {
-  if (record.memory.mapped()) {
-    try {
-      driver_.fence(record.memory.access());
-    } catch (const std::exception&) {
-      return false;  // work may still be in flight (R5): tried again later
-    }
-  }
-  record.image.reset();
-  return record.memory.teardown() == CUMEMPOOL_RESULT_SUCCESS;
+  reaper_->retry();
+  while (const RecordPointer record = freed.pop()) reaper_->take(record);
 }
 
 std::uint64_t Allocator::trim_stores() {
@@ -394,15 +372,15 @@ std::uint64_t Allocator::release_host_memory() {
 
 void Allocator::close(bool force) {
   const Turnstile::Turn turn(turnstile_, "close");
-  bury_leftovers();
   if (!closed_) {
     if (!force) refuse_close_in_use();
     records_.seal(false);
     closed_ = true;
   }
+  reaper_->seal();
   // From here on a repeated close goes on where this one fails.
   const std::vector<std::string> problems = give_everything_back();
-  if (problems.empty() && pending_free_bytes() == 0 && holds_nothing()) {
+  if (problems.empty() && !reaper_->holds_refused() && holds_nothing()) {
     if (!ordinary_lives()) devices_.close();
     return;
   }

@@ -17,7 +17,7 @@
 #include "cumempool/cumempool.h"
 #include "driver/driver.hpp"
 #include "pool/device.hpp"
-#include "pool/graveyard.hpp"
+#include "pool/reaper.hpp"
 #include "pool/record_set.hpp"
 #include "pool/tag.hpp"
 #include "pool/turnstile.hpp"
@@ -67,9 +67,25 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // for a peer that does not exist, CUMEMPOOL_UNSUPPORTED for one that reaches no other device.
   void set_memory(Tag& tag, const MemoryChoice& choice);
 
-  // What the registry found at an address that the program frees. Never fails: what the driver does
-  // not take back now is kept and tried again.
+  // What the registry found at an address that the program frees. Never fails, and waits for a
+  // busy device for a moment only; see Reaper.
   void free(const RecordPointer& record) noexcept;
+  void set_free_wait(Reaper::Duration wait) noexcept { reaper_->set_free_wait(wait); }
+
+  // Runs `take`, and where the device has no room for it once more, after memory has come back that
+  // the program has freed already.
+  template <typename Take>
+  auto with_freed_memory(const Take& take) {
+    if (pending_free_bytes() != 0) {
+      try {
+        return take();
+      } catch (const Error& error) {
+        if (error.status != CUMEMPOOL_OUT_OF_MEMORY) throw;
+      }
+      reaper_->drain();
+    }
+    return take();
+  }
 
   // See cumempool_allocator_close.
   void close(bool force);
@@ -94,7 +110,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
   // Ends the claims of a transition, and tears down what was freed meanwhile.
   void unclaim(const std::vector<RecordPointer>& claimed) noexcept;
-  std::uint64_t pending_free_bytes() const noexcept { return graveyard_.bytes(); }
+  std::uint64_t pending_free_bytes() const noexcept { return reaper_->bytes(); }
 
   void note_malloc_failure(const std::string& why) noexcept;
   std::string last_malloc_failure() const;
@@ -121,9 +137,6 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   vmm::Allocation make_memory(const MemoryChoice& choice, const Device& on, std::size_t bytes);
   void check_peers(const MemoryChoice& choice) const;
   std::vector<int> users_of(const MemoryChoice& choice, int device) const;
-  void bury(const RecordPointer& record) noexcept;
-  void bury_leftovers() noexcept;
-  bool tear_down(Record& record) noexcept;
   void refuse_close_in_use();
   bool publish(const RecordPointer& record, const MemoryChoice& made_of);
   std::vector<std::string> give_everything_back();
@@ -134,6 +147,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   bool ordinary_lives();
 
   driver::Driver driver_;
+  const std::shared_ptr<Reaper> reaper_;
   const bool retains_backups_;
   const std::optional<BackupChoice> overflow_;
   const std::uint64_t digest_seed_;
@@ -148,7 +162,6 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   std::atomic<bool> closed_{false};
   std::atomic<std::uint64_t> memory_margin_{0};
 
-  Graveyard graveyard_;
   mutable std::mutex aside_mutex_;           // guards the two below
   std::shared_ptr<backup::Image> stranded_;  // the first of a list
   std::string last_malloc_failure_;

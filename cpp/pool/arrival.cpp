@@ -97,7 +97,7 @@ void Arrival::bring(Lane& lane, std::size_t index) {
 void Arrival::attach(std::size_t index) {
   attached_.push_back(index);
   try {
-    records_[index]->memory.map();
+    allocator_.with_freed_memory([&] { records_[index]->memory.map(); });
   } catch (Error& error) {
     explain(error, index);
     throw;

@@ -50,7 +50,10 @@ struct Record {
   bool freed = false;         // by the program; while it is claimed, its teardown waits for that
 
   std::list<std::shared_ptr<Record>>::iterator place;  // in the set
-  std::shared_ptr<Record> next;  // of the list that it is in once it was taken out of the set
+  // Once it was taken out of the set, for the Reaper: the next of the list that it is in, and
+  // whether its memory was given back, or refused.
+  std::shared_ptr<Record> next;
+  bool reaped = false;
 };
 
 }  // namespace cumempool::pool

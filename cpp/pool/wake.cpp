@@ -29,14 +29,14 @@ bool wakes(const WakeRequest& request, const Record& record) {
 
 void refuse_without_room(Allocator& allocator, const char* operation, Arrival& arrival,
                          const std::function<std::uint64_t(int)>& more) {
-  for (const int device : arrival.devices()) {
+  const auto refuse = [&](int device) {
     std::uint64_t free = 0;
     std::uint64_t total = 0;
     const driver::ContextScope scope(allocator.driver(), device);
     allocator.driver().memory_info(device, free, total);
     const std::uint64_t needed = arrival.bytes_on(device);
     const std::uint64_t room = free + more(device);
-    if (needed <= room) continue;
+    if (needed <= room) return;
     Error error(CUMEMPOOL_OUT_OF_MEMORY, "the wake needs " + format_bytes(needed) +
                                              " on the device, which has room for " +
                                              format_bytes(room));
@@ -49,6 +49,9 @@ void refuse_without_room(Allocator& allocator, const char* operation, Arrival& a
         "free device memory (torch.cuda.empty_cache(), other tags, other processes) and try again; "
         "nothing has changed";
     throw error;
+  };
+  for (const int device : arrival.devices()) {
+    allocator.with_freed_memory([&] { refuse(device); });
   }
 }
 

@@ -633,6 +633,8 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     options.overflow.size = sizeof options.overflow;
     if (overflow) options.overflow = backup_policy(*overflow);
     call([&] { return cumempool_allocator_create(driver_->table, &options, &allocator_); });
+    // Work of a host driver is done by who waits for it, so that waiting is never in vain.
+    if (driver_->memory == cumempool::python::kDlCpu) set_free_wait(CUMEMPOOL_FREE_WAITS);
   }
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
@@ -758,6 +760,10 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
   void preserve(std::uint64_t address) {
     call([&] { return cumempool_preserve(allocator_, address); });
+  }
+
+  void set_free_wait(std::uint64_t nanoseconds) {
+    call([&] { return cumempool_set_free_wait(allocator_, nanoseconds); });
   }
 
   void set_memory_margin(std::uint64_t bytes) {
@@ -942,6 +948,7 @@ PYBIND11_MODULE(_core, module) {
       .def("bind_slot", &Allocator::bind_slot, py::arg("tag"), py::arg("lasting") = false)
       .def("moment", &Allocator::moment)
       .def("preserve", &Allocator::preserve, py::arg("address"))
+      .def("set_free_wait", &Allocator::set_free_wait, py::arg("nanoseconds"))
       .def("set_memory_margin", &Allocator::set_memory_margin, py::arg("bytes"))
       .def("progress", &Allocator::progress)
       .def("sleep", &Allocator::sleep, py::arg("tags"), py::arg("drop_backups"), py::arg("dead"),

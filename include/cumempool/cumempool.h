@@ -232,6 +232,13 @@ CUMEMPOOL_API cumempool_status cumempool_progress(cumempool_allocator *allocator
  * goes when the transition ends. */
 CUMEMPOOL_API cumempool_status cumempool_free(cumempool_address address);
 
+/* How long a free waits for a device that is busy, in nanoseconds; 1 ms unless it is set. A free
+ * that has waited that long goes on, and the memory, which counts as pending_free_bytes, comes back
+ * as soon as it can. CUMEMPOOL_FREE_WAITS: a free waits until it is back. */
+#define CUMEMPOOL_FREE_WAITS UINT64_MAX
+CUMEMPOOL_API cumempool_status cumempool_set_free_wait(cumempool_allocator *allocator,
+                                                       uint64_t nanoseconds);
+
 /* ---- slots: the functions that torch.cuda.memory.CUDAPluggableAllocator loads by name ----- */
 
 /* How many pairs cumempool_malloc_<n> / cumempool_free_<n> there are. */
@@ -459,7 +466,7 @@ typedef struct cumempool_totals {
   uint64_t reserved_address_bytes; /* address space held from the driver */
   uint64_t physical_bytes;         /* memory held from the driver = created - released */
   uint64_t mapped_bytes;
-  uint64_t pending_free_bytes; /* freed by the program, held until a transition ends or a retry */
+  uint64_t pending_free_bytes; /* freed by the program, not back yet */
   uint64_t host_bytes;         /* pinned host memory held for backups */
   uint64_t host_used_bytes;    /* the part that holds backups, retained ones included */
   uint64_t pageable_bytes;     /* pageable host memory held for backups */

@@ -163,7 +163,8 @@ class Stats:
         reserved_address_bytes: Address space held from the driver.
         physical_bytes: Device memory held from the driver: created minus released.
         mapped_bytes: The part of it that is mapped.
-        pending_free_bytes: Freed by the program, held until a transition ends or a retry succeeds.
+        pending_free_bytes: Freed by the program, not given back yet: a device is busy, a transition
+            runs, or the driver has refused to take it.
         host_bytes: Pinned host memory held for backups.
         host_used_bytes: The part of it that holds backups, those kept of what is awake included.
         pageable_bytes: Pageable host memory held for backups.

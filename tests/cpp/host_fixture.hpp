@@ -310,6 +310,7 @@ class Pool {
  public:
   Pool(const cumempool_driver& table, const cumempool_allocator_options& options) {
     must(cumempool_allocator_create(&table, &options, &allocator_));
+    must(cumempool_set_free_wait(allocator_, CUMEMPOOL_FREE_WAITS));
   }
   explicit Pool(const cumempool_driver& table, std::uint64_t host_backup_limit = 0)
       : Pool(table, pool_options(host_backup_limit)) {}

@@ -465,7 +465,7 @@ TEST_F(TransitionFailure, R5_FreeDuringAWakeWaitsForWorkInFlightWhenItIsCarriedO
   EXPECT_TRUE(holds_pattern(kept, kGranule, 1));
 }
 
-TEST_F(TransitionFailure, R6_FreeThatTheDriverRefusesIsTriedAgain) {
+TEST_F(TransitionFailure, R6_FreeThatTheDriverRefusesIsTriedAgainWhenATransitionEnds) {
   for (const char* entry : {"fence", "unmap", "release", "unreserve"}) {
     const auto address = filled("weights", kGranule, 1);
     faults.fail_nth(entry, 1, 719);
@@ -473,6 +473,8 @@ TEST_F(TransitionFailure, R6_FreeThatTheDriverRefusesIsTriedAgain) {
     EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, kGranule) << entry;
     expect_exact_numbers(pool, host);
     must(cumempool_free(pool.malloc("weights", kGranule)));
+    EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, kGranule) << "not at every free";
+    must(pool.wake().status);
     EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, 0U) << entry;
     EXPECT_EQ(host.counters().reserved_bytes, 0U) << entry;
   }

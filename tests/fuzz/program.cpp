@@ -86,6 +86,8 @@ void Program::make_allocator() {
   }
   judge(call([&] { return cumempool_allocator_create(&machine_.table(), &options, &allocator_); }),
         {});
+  // The model knows no memory that comes back at some later time.
+  judge(call([&] { return cumempool_set_free_wait(allocator_, CUMEMPOOL_FREE_WAITS); }), {});
   model_.allocator += 1;
   model_.reset_tags();
   peers_used_ = false;

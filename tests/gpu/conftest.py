@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import time
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
@@ -83,6 +84,15 @@ def load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("sleep", "discard", "wake_up", "swap", "close"):
         transition = getattr(cumempool.CuMemAllocator, name)
         monkeypatch.setattr(cumempool.CuMemAllocator, name, after_queueing(transition))
+
+
+def settled(allocator: cumempool.CuMemAllocator) -> cumempool.Stats:
+    """The statistics once memory that was freed is back, which takes a moment on an idle device."""
+    end = time.monotonic() + 10
+    while (stats := allocator.stats()).pending_free_bytes and time.monotonic() < end:
+        time.sleep(0.001)
+    assert stats.pending_free_bytes == 0
+    return stats
 
 
 @pytest.fixture

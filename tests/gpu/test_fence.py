@@ -15,6 +15,8 @@ import torch
 
 import cumempool
 
+from .conftest import settled
+
 MIB = 1024**2
 NOT_READY = 600
 PER_THREAD_STREAM = 2
@@ -146,8 +148,7 @@ def test_a_free_takes_nothing_from_work_on_each_kind_of_stream(
     torch.cuda.synchronize()
     cuda.cuStreamSynchronize(stream)
     assert bool(target.eq(7).all())
-    allocator.empty(1, tag="weights")  # takes what is finished back
-    assert allocator.stats().pending_free_bytes == 0
+    assert settled(allocator).physical_bytes == 0
 
 
 def test_a_sleep_waits_for_a_graph_that_was_launched(

@@ -105,6 +105,99 @@ def test_memory_of_another_process_is_unmapped_without_the_gil(
     _core.free(address)
 
 
+def pending(allocator: _core.Allocator) -> int:
+    count = allocator.snapshot(False)["totals"]["pending_free_bytes"]
+    assert isinstance(count, int)
+    return count
+
+
+def test_a_deleter_goes_on_while_the_device_is_busy(allocator: _core.Allocator, busy: Busy) -> None:
+    allocator.set_free_wait(0)
+    held = [allocator.malloc_capsule("w", 0, BYTES)]
+    busy.begin()
+    held.clear()
+    assert pending(allocator) == BYTES
+    busy.end()
+    allocator.close(force=False)
+    assert pending(allocator) == 0
+
+
+def test_an_allocator_that_is_dropped_waits_without_the_gil(
+    driver: _core.Driver, busy: Busy
+) -> None:
+    held = [_core.Allocator(driver, 0, True, None)]
+    held[0].declare_tag("w", 0, 0)
+    held[0].set_free_wait(0)
+    address = held[0].malloc("w", 0, BYTES)
+
+    def free_and_drop() -> None:
+        _core.free(address)
+        held.clear()
+
+    ends_with_the_help_of_a_python_thread(busy, free_and_drop)
+
+
+@pytest.mark.parametrize(("function", "argument"), [("usleep", 300_000), ("sleep", 60)])
+def test_a_process_ends_silently_while_freed_memory_waits_for_its_device(
+    run_python: RunPython, function: str, argument: int
+) -> None:
+    began = time.monotonic()
+    done = run_python(
+        f"""
+import ctypes
+from cumempool import _core
+driver = _core.open_host(
+    devices=1, bytes_per_device=1 << 24, granularity=1 << 16, rdma=False, fabric=False
+)
+allocator = _core.Allocator(driver, 0, True, None)
+allocator.declare_tag("w", 0, 0)
+allocator.set_free_wait(0)
+kept = allocator.malloc_capsule("w", 0, 1 << 16)  # so that nothing closes the allocator
+address = allocator.malloc("w", 0, 1 << 16)
+function = getattr(ctypes.CDLL(None), "{function}")
+driver.launch(0, ctypes.cast(function, ctypes.c_void_p).value, {argument})
+_core.free(address)
+"""
+    )
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert time.monotonic() - began < 30
+
+
+def test_a_child_forked_while_freed_memory_waits_ends_and_the_parent_goes_on(
+    run_python: RunPython,
+) -> None:
+    done = run_python(
+        """
+import ctypes, os, warnings
+from cumempool import _core, errors
+libc = ctypes.CDLL(None)
+driver = _core.open_host(
+    devices=1, bytes_per_device=1 << 24, granularity=1 << 16, rdma=False, fabric=False
+)
+allocator = _core.Allocator(driver, 0, True, None)
+allocator.declare_tag("w", 0, 0)
+allocator.set_free_wait(0)
+address = allocator.malloc("w", 0, 1 << 16)
+other = allocator.malloc("w", 0, 1 << 16)
+driver.launch(0, ctypes.cast(libc.usleep, ctypes.c_void_p).value, 300_000)
+_core.free(address)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Python warns of forks of processes with threads
+    child = os.fork()
+if child == 0:
+    try:
+        _core.free(other)
+    except errors.ForkedError:
+        raise SystemExit(3)
+    raise SystemExit(4)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+_core.free(other)
+allocator.close(force=False)
+"""
+    )
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
 def test_a_deleter_in_a_thread_that_python_ends_is_silent(run_python: RunPython) -> None:
     """The interpreter ends while a daemon thread waits in a deleter."""
     done = run_python(

@@ -1,0 +1,282 @@
+// Gives back the memory of allocations that the program has freed, once no work can be using it.
+#include "pool/reaper.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <exception>
+#include <thread>
+
+#include "driver/fork.hpp"
+
+namespace cumempool::pool {
+namespace {
+
+// Batches of all reapers' threads, of which none is under way once exit handlers have run: the
+// driver ends after them.
+class Exit {
+ public:
+  static Exit& instance() {
+    static auto& exit = *new Exit;
+    return exit;
+  }
+
+  // False where the process ends: no batch may begin any more.
+  bool begin() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (ends_) return false;
+    ++under_way_;
+    return true;
+  }
+  void end() noexcept {
+    const std::lock_guard lock(mutex_);
+    --under_way_;
+    ended_.notify_all();
+  }
+  bool ends() noexcept {
+    const std::lock_guard lock(mutex_);
+    return ends_;
+  }
+
+ private:
+  Exit() {
+    // Later than libcuda's own handlers, and so called before them.
+    std::atexit([] {
+      if (!driver::in_forked_child()) instance().wait();
+    });
+  }
+  // Work that never ends must not keep the process from ending.
+  void wait() noexcept {
+    std::unique_lock lock(mutex_);
+    ends_ = true;
+    ended_.wait_for(lock, std::chrono::seconds(1), [this] { return under_way_ == 0; });
+  }
+
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  int under_way_ = 0;
+  bool ends_ = false;
+};
+
+// How long threads look out for each other before they sleep: a row of frees does not start a
+// thread each, and a free of an idle device is not woken up.
+constexpr std::chrono::microseconds kLookout{250};
+
+}  // namespace
+
+// One call of the driver that may wait for a device.
+class Reaper::Step {
+ public:
+  explicit Step(Reaper& reaper) : reaper_(reaper) {
+    const Lock lock(reaper_.mutex_);
+    reaper_.in_step_ = true;
+    reaper_.step_ += 1;
+    reaper_.step_began_ = Clock::now();
+    reaper_.changed_.notify_all();
+  }
+  ~Step() {
+    const Lock lock(reaper_.mutex_);
+    reaper_.in_step_ = false;
+  }
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+ private:
+  Reaper& reaper_;
+};
+
+// The fences of one batch: each device is waited for once. A device whose context is broken keeps
+// the memory that it may use, and no other.
+class Reaper::Fences {
+ public:
+  explicit Fences(Reaper& reaper) : reaper_(reaper) {}
+
+  // Whether no work that was submitted before can be using the record's memory.
+  bool cover(const Record& record) noexcept {
+    bool idle = true;
+    for (const int device : record.memory.access()) {
+      idle = is_idle(device) && idle;
+    }
+    return idle;
+  }
+
+ private:
+  enum class State : char { kUnknown, kIdle, kRefused };
+
+  bool is_idle(int device) noexcept {
+    const auto index = static_cast<std::size_t>(device);
+    if (index >= state_.size()) return fence(device);
+    State& state = state_.at(index);
+    if (state == State::kUnknown) state = fence(device) ? State::kIdle : State::kRefused;
+    return state == State::kIdle;
+  }
+  bool fence(int device) noexcept {
+    const Step step(reaper_);
+    const auto& table = reaper_.driver_.table();
+    return table.fence(table.self, &device, 1) == CUMEMPOOL_RESULT_SUCCESS;
+  }
+
+  Reaper& reaper_;
+  std::array<State, 64> state_{};
+};
+
+// ---- what frees, transitions and close call -----------------------------------------------------
+
+void Reaper::take(const RecordPointer& record) noexcept {
+  bytes_ += record->bytes;
+  record->image.reset();
+  if (!record->memory.mapped()) {  // nothing can be using it
+    finish(record, record->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS);
+    return;
+  }
+  Lock lock(mutex_);
+  record->reaped = false;
+  waiting_.push(record);
+  taken_ += 1;
+  wait_for([&] { return record->reaped; }, lock);
+}
+
+void Reaper::retry() noexcept {
+  Lock lock(mutex_);
+  if (refused_.empty()) return;
+  const std::uint64_t last = take_refused(lock);
+  wait_for([&] { return batches_ >= last; }, lock);
+}
+
+void Reaper::drain() noexcept {
+  Lock lock(mutex_);
+  const std::uint64_t last = take_refused(lock);
+  work_until([&] { return batches_ >= last; }, lock);
+}
+
+// Lets what was refused wait again; returns the number of batches after which nothing waits any
+// more that does so now.
+std::uint64_t Reaper::take_refused(const Lock& /*lock*/) noexcept {
+  while (RecordPointer record = refused_.pop()) {
+    record->reaped = false;
+    waiting_.push(std::move(record));
+  }
+  return batches_ + (working_ ? 1 : 0) + (waiting_.empty() ? 0 : 1);
+}
+
+void Reaper::seal() noexcept {
+  {
+    const Lock lock(mutex_);
+    sealed_ = true;
+  }
+  drain();
+}
+
+// Waits until `done`, unless a call of the driver turns out to wait for a busy device.
+template <typename Done>
+void Reaper::wait_for(const Done& done, Lock& lock) noexcept {
+  const Duration wait = free_wait_;
+  if (!sealed_ && wait != kForever) {
+    if (start(lock)) look_out(finished_, lock);
+    while (!done() && start(lock)) {
+      if (!in_step_) {
+        changed_.wait(lock);  // the thread is about to begin one
+        continue;
+      }
+      const std::uint64_t step = step_;
+      const auto enough = step_began_ + std::min<Duration>(wait, std::chrono::hours(1));
+      const bool late = changed_.wait_until(lock, enough) == std::cv_status::timeout;
+      if (late && in_step_ && step_ == step) return;
+    }
+  }
+  work_until(done, lock);
+}
+
+// ---- the work -----------------------------------------------------------------------------------
+
+// Works off what waits until `done`, in turns with other threads that do the same.
+template <typename Done>
+void Reaper::work_until(const Done& done, Lock& lock) noexcept {
+  while (!done()) {
+    if (working_) {
+      changed_.wait(lock);
+    } else {
+      work_off(lock);
+    }
+  }
+}
+
+// One batch.
+void Reaper::work_off(Lock& lock) noexcept {
+  RecordList batch;
+  batch.swap(waiting_);
+  working_ = true;
+  lock.unlock();
+  Fences fences(*this);
+  while (RecordPointer record = batch.pop()) {
+    bool given_back = !record->memory.mapped() || fences.cover(*record);
+    if (given_back) {
+      const Step step(*this);
+      given_back = record->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS;
+    }
+    finish(std::move(record), given_back);
+  }
+  lock.lock();
+  working_ = false;
+  batches_ += 1;
+  changed_.notify_all();
+}
+
+void Reaper::finish(RecordPointer record, bool given_back) noexcept {
+  const std::uint64_t bytes = record->bytes;
+  const Lock lock(mutex_);
+  record->reaped = true;
+  finished_ += 1;
+  if (given_back) {
+    bytes_ -= bytes;
+  } else {
+    refused_.push(std::move(record));
+  }
+  changed_.notify_all();
+}
+
+// ---- the thread ---------------------------------------------------------------------------------
+
+// False where there can be no thread: no memory, too many threads, or the process ends.
+bool Reaper::start(const Lock& /*lock*/) noexcept {
+  if (thread_lives_) return true;
+  if (Exit::instance().ends()) return false;
+  try {
+    std::thread([self = shared_from_this()] { self->run(); }).detach();
+  } catch (const std::exception&) {
+    return false;
+  }
+  thread_lives_ = true;
+  return true;
+}
+
+void Reaper::run() noexcept {
+  Lock lock(mutex_);
+  while (!waiting_.empty() || more_soon(lock)) {
+    if (working_) {
+      changed_.wait(lock);
+      continue;
+    }
+    if (!Exit::instance().begin()) break;
+    work_off(lock);
+    Exit::instance().end();
+  }
+  thread_lives_ = false;
+  changed_.notify_all();
+}
+
+bool Reaper::more_soon(Lock& lock) noexcept {
+  look_out(taken_, lock);
+  return !waiting_.empty();
+}
+
+// Gives the lock up until the count has changed, for a moment at most.
+void Reaper::look_out(const std::atomic<std::uint64_t>& count, Lock& lock) noexcept {
+  const std::uint64_t before = count;
+  lock.unlock();
+  const auto end = Clock::now() + kLookout;
+  while (count == before && Clock::now() < end) std::this_thread::yield();
+  lock.lock();
+}
+
+}  // namespace cumempool::pool
