@@ -70,6 +70,7 @@ Allocator::Allocator(driver::Driver driver, const cumempool_allocator_options& o
       devices_(driver),
       stores_(driver, options.host_backup_limit) {
   driver_.init();
+  one_device_ = driver_.device_count() <= 1;
 }
 
 Allocator::~Allocator() {
@@ -129,7 +130,10 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
         const MemoryChoice choice = tags_.memory(tag);
         const auto record = std::make_shared<Record>(shared_from_this(), tag, device, bytes,
                                                      make_memory(choice, *on, rounded), preserved);
-        if (publish(record, choice)) return record->address;
+        const std::vector<int> in_use = devices_in_use();
+        if (!publish(record, choice, in_use)) continue;
+        if (!one_device_) follow_use_since(in_use);
+        return record->address;
       }
     });
   } catch (Error& error) {
@@ -232,11 +236,82 @@ std::vector<int> Allocator::users_of(const MemoryChoice& choice, int device) con
   return users;
 }
 
+std::vector<int> Allocator::devices_in_use() const noexcept {
+  std::vector<int> devices;
+  if (one_device_) return devices;
+  try {
+    const int count = driver_.device_count();
+    for (int device = 0; device < count; ++device) {
+      if (driver_.context_active(device)) devices.push_back(device);
+    }
+  } catch (const std::exception&) {
+    devices.clear();
+  }
+  return devices;
+}
+
+void Allocator::follow_use(Record& record, const std::vector<int>& in_use) noexcept {
+  if (one_device_ || record.memory.is_ordinary()) return;
+  try {
+    if (!tags_.follows_use(*record.tag)) return;
+    std::vector<int> peers;
+    for (const int peer : in_use) {
+      if (peer != record.device && driver_.peer_access(peer, record.device)) peers.push_back(peer);
+    }
+    record.memory.extend(peers);
+  } catch (const std::exception&) {
+    return;  // as where no peer can reach it
+  }
+}
+
+void Allocator::follow_use() noexcept {
+  if (one_device_) return;
+  const std::vector<int> in_use = devices_in_use();
+  {
+    const std::lock_guard lock(aside_mutex_);
+    if (in_use == followed_) return;
+  }
+  const Turnstile::Turn turn(turnstile_, "giving access to peers", std::try_to_lock);
+  if (turn.taken()) follow_use_inside();
+}
+
+void Allocator::follow_use_inside() noexcept {
+  if (one_device_) return;
+  std::vector<int> in_use = devices_in_use();
+  {
+    const std::lock_guard lock(aside_mutex_);
+    if (in_use == followed_) return;
+  }
+  std::vector<RecordPointer> claimed;
+  try {
+    claimed = records_.claim([](const Record& record) { return !record.asleep && !record.freed; });
+  } catch (const std::exception&) {
+    return;  // the next call tries again
+  }
+  for (const RecordPointer& record : claimed) follow_use(*record, in_use);
+  {
+    const std::lock_guard lock(aside_mutex_);
+    followed_.swap(in_use);
+  }
+  unclaim(claimed);
+}
+
+// Of a record that others could not see yet when a device came to be used.
+void Allocator::follow_use_since(const std::vector<int>& seen) noexcept {
+  if (devices_in_use() != seen) {
+    const std::lock_guard lock(aside_mutex_);
+    followed_.clear();
+  }
+  follow_use();
+}
+
 // False, with nothing held, where memory of the tag is to be made otherwise by now.
-bool Allocator::publish(const RecordPointer& record, const MemoryChoice& made_of) {
+bool Allocator::publish(const RecordPointer& record, const MemoryChoice& made_of,
+                        const std::vector<int>& in_use) {
   const auto still = [&] { return tags_.is_made_of(*record->tag, made_of); };
   try {
     record->memory.map();
+    follow_use(*record, in_use);
     if (!records_.add(record, std::cref(still))) {
       reaper_->take(record);
       return false;

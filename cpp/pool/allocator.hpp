@@ -67,6 +67,17 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // for a peer that does not exist, CUMEMPOOL_UNSUPPORTED for one that reaches no other device.
   void set_memory(Tag& tag, const MemoryChoice& choice);
 
+  // Memory of tags without a choice of peers is for the devices whose context is active: gives
+  // those that have become so since access to what is awake. Leaves it to a later call where a
+  // transition is under way; the second is for that transition.
+  void follow_use() noexcept;
+  void follow_use_inside() noexcept;
+  // The same for one record, by whoever may map it.
+  void follow_use(Record& record, const std::vector<int>& in_use) noexcept;
+  // Empty where there is one device: nobody asks then. Access for devices that are not in use would
+  // cost milliseconds for each mapping.
+  std::vector<int> devices_in_use() const noexcept;
+
   // What the registry found at an address that the program frees. Never fails, and waits for a
   // busy device for a moment only; see Reaper.
   void free(const RecordPointer& record) noexcept;
@@ -137,8 +148,10 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   vmm::Allocation make_memory(const MemoryChoice& choice, const Device& on, std::size_t bytes);
   void check_peers(const MemoryChoice& choice) const;
   std::vector<int> users_of(const MemoryChoice& choice, int device) const;
+  void follow_use_since(const std::vector<int>& seen) noexcept;
   void refuse_close_in_use();
-  bool publish(const RecordPointer& record, const MemoryChoice& made_of);
+  bool publish(const RecordPointer& record, const MemoryChoice& made_of,
+               const std::vector<int>& in_use);
   std::vector<std::string> give_everything_back();
   void vacate(Record& record);
   std::uint64_t trim_stores();
@@ -161,8 +174,10 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   Turnstile turnstile_;
   std::atomic<bool> closed_{false};
   std::atomic<std::uint64_t> memory_margin_{0};
+  bool one_device_ = true;
 
-  mutable std::mutex aside_mutex_;           // guards the two below
+  mutable std::mutex aside_mutex_;           // guards the three below
+  std::vector<int> followed_;                // the devices in use that have access
   std::shared_ptr<backup::Image> stranded_;  // the first of a list
   std::string last_malloc_failure_;
 };

@@ -98,6 +98,7 @@ void Arrival::attach(std::size_t index) {
   attached_.push_back(index);
   try {
     allocator_.with_freed_memory([&] { records_[index]->memory.map(); });
+    allocator_.follow_use(*records_[index], allocator_.devices_in_use());
   } catch (Error& error) {
     explain(error, index);
     throw;

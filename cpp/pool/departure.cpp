@@ -462,6 +462,7 @@ void Departure::reattach(Sleeper& sleeper, Error& failure) noexcept {
       throw Error(CUMEMPOOL_DRIVER_ERROR, "its contents had been discarded already");
     }
     record.memory.map();
+    allocator_.follow_use(record, allocator_.devices_in_use());
     if (had_contents) return;
     const driver::ContextScope scope(allocator_.driver(), record.device);
     backup::Transfer& transfer = lanes_.find(record.device)->transfer;

@@ -23,6 +23,7 @@ SlotTable& SlotTable::instance() {
 
 std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, Tag& tag, Use use) {
   allocator->check_open("bind_slot");
+  allocator->follow_use();
   for (std::uint32_t number = 0; number < kSlotCount; ++number) {
     Slot& slot = slots_.at(number);
     const std::lock_guard lock(slot.mutex);
@@ -76,6 +77,7 @@ void SlotTable::unbind(std::uint32_t number) {
   }
   if (allocator == nullptr) throw not_bound(number);
   allocator->counters().bound_slots -= 1;
+  allocator->follow_use();
 }
 
 void* SlotTable::malloc(std::uint32_t number, std::size_t bytes, int device) noexcept {

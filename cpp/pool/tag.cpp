@@ -87,7 +87,13 @@ MemoryChoice memory_choice(const cumempool_memory_policy& policy) {
   }
   MemoryChoice choice;
   choice.backing = policy.backing;
-  choice.all_peers = policy.all_peers != 0;
+  if (policy.all_peers > CUMEMPOOL_PEERS_NONE ||
+      (policy.all_peers == CUMEMPOOL_PEERS_NONE && policy.peer_count != 0)) {
+    throw Error(CUMEMPOOL_INVALID_ARGUMENT, "all_peers has a value outside its enum, or peers too");
+  }
+  choice.all_peers = policy.all_peers == CUMEMPOOL_PEERS_ALL;
+  choice.no_peers =
+      policy.all_peers == CUMEMPOOL_PEERS_NONE && choice.backing == CUMEMPOOL_BACKING_VMM;
   if (policy.peer_count != 0) choice.peers.assign(policy.peers, policy.peers + policy.peer_count);
   if (choice.backing == CUMEMPOOL_BACKING_CUDA_MALLOC &&
       (choice.all_peers || !choice.peers.empty())) {
@@ -146,6 +152,11 @@ void TagTable::set_backup(Tag& tag, const BackupChoice& choice) {
 MemoryChoice TagTable::memory(const Tag& tag) const {
   const std::lock_guard lock(mutex_);
   return tag.memory;
+}
+
+bool TagTable::follows_use(const Tag& tag) const {
+  const std::lock_guard lock(mutex_);
+  return tag.memory.follows_use();
 }
 
 bool TagTable::is_made_of(const Tag& tag, const MemoryChoice& choice) const {

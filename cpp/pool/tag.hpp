@@ -32,17 +32,23 @@ BackupChoice backup_choice(const cumempool_backup_policy& policy);
 struct MemoryChoice {
   cumempool_backing backing = CUMEMPOOL_BACKING_VMM;
   bool all_peers = false;  // every device that can
+  bool no_peers = false;   // none
   std::vector<int> peers;  // these devices, beside the one that the memory is on
   bool rdma = true;        // where the device grants it
+
+  // Nobody has chosen: memory goes to the devices that the process uses.
+  bool follows_use() const noexcept {
+    return backing == CUMEMPOOL_BACKING_VMM && !all_peers && !no_peers && peers.empty();
+  }
 };
 
 inline bool operator==(const MemoryChoice& left, const MemoryChoice& right) {
   return left.backing == right.backing && left.all_peers == right.all_peers &&
-         left.peers == right.peers && left.rdma == right.rdma;
+         left.no_peers == right.no_peers && left.peers == right.peers && left.rdma == right.rdma;
 }
 
-// Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a backing outside its enum, and for ordinary memory
-// with peers or without RDMA.
+// Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a backing outside its enum, for peers that are both
+// listed and not, and for ordinary memory with peers or without RDMA.
 MemoryChoice memory_choice(const cumempool_memory_policy& policy);
 
 struct TagPolicy {
@@ -75,6 +81,7 @@ class TagTable {
   BackupChoice backup(const Tag& tag) const;
   void set_backup(Tag& tag, const BackupChoice& choice);
   MemoryChoice memory(const Tag& tag) const;
+  bool follows_use(const Tag& tag) const;
   bool is_made_of(const Tag& tag, const MemoryChoice& choice) const;
   void set_memory(Tag& tag, const MemoryChoice& choice);
 

@@ -11,6 +11,7 @@ Transition::Transition(Allocator& allocator, const char* operation)
   allocator_.check_open(operation);
   allocator_.progress().done = allocator_.progress().total = 0;
   allocator_.release_leftovers();
+  allocator_.follow_use_inside();
 }
 
 Transition::~Transition() {

@@ -29,7 +29,17 @@ Turnstile::Turn::Turn(Turnstile& turnstile, const char* operation) : turnstile_(
   turnstile_.owner_ = std::this_thread::get_id();
 }
 
+Turnstile::Turn::Turn(Turnstile& turnstile, const char* operation, std::try_to_lock_t)
+    : turnstile_(turnstile) {
+  const std::lock_guard lock(turnstile_.mutex_);
+  taken_ = turnstile_.operation_ == nullptr;
+  if (!taken_) return;
+  turnstile_.operation_ = operation;
+  turnstile_.owner_ = std::this_thread::get_id();
+}
+
 Turnstile::Turn::~Turn() {
+  if (!taken_) return;
   {
     const std::lock_guard lock(turnstile_.mutex_);
     turnstile_.operation_ = nullptr;

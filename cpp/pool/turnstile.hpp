@@ -15,12 +15,17 @@ class Turnstile {
     // Waits for the transition of another thread. Throws Error (CUMEMPOOL_BUSY) where the calling
     // thread is inside one itself.
     Turn(Turnstile& turnstile, const char* operation);
+    // Does not wait, and throws nothing: see taken().
+    Turn(Turnstile& turnstile, const char* operation, std::try_to_lock_t);
     ~Turn();
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
+    bool taken() const noexcept { return taken_; }
+
    private:
     Turnstile& turnstile_;
+    bool taken_ = true;
   };
 
   // Throws Error (CUMEMPOOL_BUSY) where the calling thread is inside a transition.

@@ -670,13 +670,13 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     call([&] { return cumempool_set_backup(allocator_, name, &policy); });
   }
 
-  void set_memory(const std::string& tag, int backing, bool all_peers,
+  void set_memory(const std::string& tag, int backing, std::uint32_t all_peers,
                   const std::vector<std::int32_t>& peers, bool rdma) {
     const char* name = tag_text(tag);
     cumempool_memory_policy policy{};
     policy.size = sizeof policy;
     policy.backing = static_cast<cumempool_backing>(backing);
-    policy.all_peers = all_peers ? 1 : 0;
+    policy.all_peers = all_peers;
     policy.peer_count = static_cast<std::uint32_t>(peers.size());
     policy.peers = peers.data();
     policy.without_rdma = rdma ? 0 : 1;

@@ -1,6 +1,7 @@
 // One address range with its memory: the state machine that every transition drives.
 #include "vmm/allocation.hpp"
 
+#include <algorithm>
 #include <exception>
 #include <utility>
 
@@ -42,6 +43,23 @@ void Allocation::map() {
   }
 }
 
+void Allocation::extend(const std::vector<int>& devices) noexcept {
+  if (ordinary_ || !mapped()) return;
+  try {
+    std::vector<int> more;
+    for (const int device : devices) {
+      if (std::find(access_.begin(), access_.end(), device) == access_.end())
+        more.push_back(device);
+    }
+    if (more.empty()) return;
+    access_.reserve(access_.size() + more.size());  // who has access is waited for, without fail
+    mapping_->give_access(more);
+    access_.insert(access_.end(), more.begin(), more.end());
+  } catch (const std::exception&) {
+    return;
+  }
+}
+
 void Allocation::unmap() {
   if (ordinary_) throw Error(CUMEMPOOL_INTERNAL, "ordinary memory cannot be detached");
   driver::check(driver_.table(), "unmap", release_mapping(), properties_.device, bytes());
@@ -50,7 +68,10 @@ void Allocation::unmap() {
 cumempool_result Allocation::release_mapping() noexcept {
   if (!mapping_) return CUMEMPOOL_RESULT_SUCCESS;
   const cumempool_result result = mapping_->release();
-  if (result == CUMEMPOOL_RESULT_SUCCESS) mapping_.reset();
+  if (result == CUMEMPOOL_RESULT_SUCCESS) {
+    mapping_.reset();
+    access_.resize(chosen_);
+  }
   return result;
 }
 

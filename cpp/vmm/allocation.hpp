@@ -44,7 +44,7 @@ class Allocation {
     return ordinary_ ? ordinary_->held() : physical_ && physical_->held();
   }
   bool is_ordinary() const noexcept { return ordinary_.has_value(); }
-  // The devices that may use it.
+  // The devices that may use it; only for those who may map and unmap it.
   const std::vector<int>& access() const noexcept { return access_; }
   // What its memory is made with at each wake; of ordinary memory only the device.
   const cumempool_memory_properties& properties() const noexcept { return properties_; }
@@ -53,6 +53,10 @@ class Allocation {
 
   // Makes the range usable. Throws Error; then it is as before. No effect where it is mapped.
   void map();
+
+  // Lets more devices use the range, until it is detached. No effect for those who may already, and
+  // where it is not mapped, or refused: nobody was promised that they could.
+  void extend(const std::vector<int>& devices) noexcept;
 
   // Detaches the range from its memory, which stays held. Throws Error; then it is as before.
   void unmap();
@@ -72,6 +76,7 @@ class Allocation {
   cumempool_memory_properties properties_{};
   std::size_t bytes_;
   std::vector<int> access_;
+  std::size_t chosen_ = access_.size();  // of them; the others were let in since
   // Order matters: destroyed last to first.
   std::optional<OrdinaryMemory> ordinary_;
   std::optional<Reservation> range_;

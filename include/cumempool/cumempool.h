@@ -169,10 +169,18 @@ typedef enum cumempool_backing {
                                        other (legacy IPC), and can do neither */
 } cumempool_backing;
 
+/* Values of cumempool_memory_policy.all_peers. */
+enum {
+  CUMEMPOOL_PEERS_LISTED = 0, /* those in `peers`; where that is empty, nobody has chosen: the devices
+                                 whose primary context is active, as the process comes to use them */
+  CUMEMPOOL_PEERS_ALL = 1,    /* every device that can */
+  CUMEMPOOL_PEERS_NONE = 2    /* only the device that the memory is on */
+};
+
 typedef struct cumempool_memory_policy {
   uint32_t size;             /* sizeof(cumempool_memory_policy) */
   cumempool_backing backing; /* UNSET is VMM */
-  uint32_t all_peers;        /* 1 = every device that can gets access */
+  uint32_t all_peers;        /* CUMEMPOOL_PEERS_*: who else gets access */
   uint32_t peer_count;
   const int32_t *peers;  /* devices that get access beside the memory's own, now and at each wake */
   uint32_t without_rdma; /* 1 = not for GPUDirect RDMA, which costs libcuda a call to the kernel at

@@ -200,7 +200,9 @@ class CuMemAllocator:
                 never given one), or ``"cuda_malloc"``, which others can register that know no
                 virtual memory, and which can neither sleep nor be shared.
             peers: Devices that get access to the memory beside its own, now and at each wake:
-                their ordinals, or ``"all"`` that can. None leaves it as it was. Memory of
+                their ordinals, ``()`` for none, or ``"all"`` that can. Where nobody has chosen, it
+                is the devices that the process uses: one that it comes to use later is let in by
+                the next allocation, scope or transition. None leaves it as it was. Memory of
                 ``"cuda_malloc"`` takes none here: ``cudaDeviceEnablePeerAccess`` is for all of it.
             rdma: Whether memory of the tag is made for GPUDirect RDMA where the device grants it
                 (what holds for tags that were never told). Without, no network card, GPUDirect

@@ -83,12 +83,15 @@ def _check_choice(value: object, allowed: Mapping[str | None, int], what: str) -
     return allowed[value]
 
 
+_LISTED, _ALL, _NONE = 0, 1, 2  # CUMEMPOOL_PEERS_*
+
+
 @dataclass(frozen=True, slots=True)
 class _Memory:
     """What memory of a tag is made of, as the core takes it."""
 
     backing: int = _BACKING["vmm"]
-    all_peers: bool = False
+    all_peers: int = _LISTED
     peers: list[int] = field(default_factory=list)
     rdma: bool = True
 
@@ -136,7 +139,10 @@ class Tags:
                 choice = replace(choice, backing=number)
             if peers is not None:
                 reached = [] if peers == "all" else self._devices.check_ordinals(peers, "peers")
-                choice = replace(choice, all_peers=peers == "all", peers=reached)
+                others = _ALL if peers == "all" else _LISTED if reached else _NONE
+                if others == _NONE and choice.backing == _BACKING["cuda_malloc"]:
+                    others = _LISTED  # such memory has no choice of peers
+                choice = replace(choice, all_peers=others, peers=reached)
             if rdma is not None:
                 choice = replace(choice, rdma=rdma)
             self._core.set_memory(tag, choice.backing, choice.all_peers, choice.peers, choice.rdma)

@@ -2,6 +2,7 @@
 // beside its own, and pins, which keep memory where it is.
 #include <atomic>
 #include <chrono>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -436,10 +437,126 @@ class Peers : public MemoryPolicy {
   static constexpr std::uint8_t kMark = 0x5a;
 };
 
-TEST_F(Peers, WithoutAChoiceTheDeviceIsAlone) {
+TEST_F(Peers, WhereNoneAreChosenTheDeviceIsAlone) {
+  cumempool_memory_policy policy = memory_of(kVmm, {}, false);
+  policy.all_peers = CUMEMPOOL_PEERS_NONE;
+  pool.declare("kv");
+  must(cumempool_set_memory(pool.get(), "kv", &policy));
+  const UserStream there(host, 1);
   const cumempool_address address = filled("kv", 1);
+  must(pool.sleep("kv", kOffload).status);
+  must(pool.wake().status);
   EXPECT_TRUE(reaches(0, address));
   EXPECT_FALSE(reaches(1, address));
+}
+
+TEST_F(Peers, R8_ChoosingNoneIsAnotherChoiceThanNone) {
+  const cumempool_address address = filled("kv", 1);
+  cumempool_memory_policy policy = memory_of(kVmm, {}, false);
+  policy.all_peers = CUMEMPOOL_PEERS_NONE;
+  EXPECT_EQ(cumempool_set_memory(pool.get(), "kv", &policy), CUMEMPOOL_IN_USE);
+  must(cumempool_free(address));
+  must(cumempool_set_memory(pool.get(), "kv", &policy));
+  policy.all_peers = 3;
+  EXPECT_EQ(cumempool_set_memory(pool.get(), "kv", &policy), CUMEMPOOL_INVALID_ARGUMENT);
+  const std::vector<std::int32_t> one{1};
+  policy = memory_of(kVmm, one, false);
+  policy.all_peers = CUMEMPOOL_PEERS_NONE;
+  EXPECT_EQ(cumempool_set_memory(pool.get(), "kv", &policy), CUMEMPOOL_INVALID_ARGUMENT);
+}
+
+TEST_F(Peers, WithoutAChoiceTheDevicesInUseReachTheMemoryAlsoAfterAWake) {
+  const UserStream there(host, 1);
+  const cumempool_address address = filled("kv", 1);
+  for (const cumempool_on_sleep action : {kOffload, kDiscard, kOffload}) {
+    EXPECT_TRUE(reaches(1, address));
+    must(pool.sleep("kv", action).status);
+    must(pool.wake().status);
+  }
+  EXPECT_TRUE(reaches(1, address));
+  EXPECT_FALSE(reaches(2, address)) << "nobody used it";
+}
+
+TEST_F(Peers, WithoutAChoiceADeviceThatComesIntoUseIsLetInAtTheNextCall) {
+  const cumempool_address kv = filled("kv", 1);
+  const UserStream there(host, 1);
+  filled("other", 2);
+  EXPECT_TRUE(reaches(1, kv)) << "by an allocation";
+  const UserStream third(host, 2);
+  must(pool.sleep("other", kOffload).status);
+  EXPECT_TRUE(reaches(2, kv)) << "by a transition of another tag";
+  EXPECT_TRUE(reaches(1, kv));
+}
+
+TEST_F(Peers, WithoutAChoiceADeviceThatComesIntoUseIsLetInByAScope) {
+  const cumempool_address kv = filled("kv", 1);
+  std::uint32_t slot = 0;
+  {
+    const UserStream there(host, 1);
+    must(cumempool_bind_slot(pool.get(), "kv", &slot));
+    EXPECT_TRUE(reaches(1, kv)) << "entering one";
+  }
+  const UserStream third(host, 2);
+  must(cumempool_unbind_slot(slot));
+  EXPECT_TRUE(reaches(2, kv)) << "leaving one";
+}
+
+TEST_F(Peers, WithoutAChoiceWhatIsAllocatedByATransitionOfAnotherThreadIsLetInLater) {
+  const cumempool_address kv = filled("kv", 1);
+  const cumempool_address other = filled("other", 2);
+  std::optional<UserStream> there;
+  bool once = false;
+  faults.observe([&](const char* entry) {
+    if (std::string(entry) != "copy_to_host" || once) return;
+    once = true;
+    there.emplace(host, 1);
+    std::thread([&] { must(cumempool_free(pool.malloc("kv", kBytes))); }).join();
+  });
+  must(pool.sleep("other", kOffload).status);
+  faults.observe(nullptr);
+  ASSERT_TRUE(once);
+  must(pool.wake().status);
+  EXPECT_TRUE(reaches(1, kv));
+  EXPECT_TRUE(reaches(1, other));
+}
+
+TEST_F(Peers, WithoutAChoiceAPeerThatIsRefusedCostsNothing) {
+  const UserStream there(host, 1);
+  faults.reset_counts();
+  faults.fail_nth("set_access", 2, CUMEMPOOL_RESULT_NOT_SUPPORTED);
+  const cumempool_address kv = filled("kv", 1);
+  EXPECT_EQ(faults.failures(), 1U);
+  faults.reset_counts();
+  EXPECT_TRUE(reaches(0, kv));
+  must(pool.sleep("kv", kOffload).status);
+  must(pool.wake().status);
+  EXPECT_TRUE(reaches(1, kv)) << "the next mapping tries again";
+}
+
+TEST_F(Peers, R5_SleepWaitsForTheWorkOfDevicesThatWereLetIn) {
+  const cumempool_address address = filled("kv", 1);
+  UserStream peer(host, 1);
+  filled("other", 2);
+  peer.fill(address, kBytes, 7);
+  must(pool.sleep("kv", kOffload).status);
+  EXPECT_EQ(host.counters().queued_commands, 0U);
+  must(pool.wake().status);
+  EXPECT_TRUE(all_are(address, kBytes, 7));
+}
+
+TEST(OneDevice, NobodyIsAskedForPeers) {
+  const Host host{kDeviceGranules, 1};
+  FaultDriver faults{host.table()};
+  {
+    const Pool pool{faults.table()};
+    const cumempool_address address = pool.malloc("kv", kGranule);
+    must(pool.sleep("kv", kOffload).status);
+    must(pool.wake().status);
+    EXPECT_EQ(faults.calls("context_active"), 0U);
+    EXPECT_EQ(faults.calls("peer_access"), 0U);
+    EXPECT_EQ(faults.calls("set_access"), 2U);
+    must(cumempool_free(address));
+  }
 }
 
 TEST_F(Peers, ListedDevicesReachTheMemoryAlsoAfterAWake) {

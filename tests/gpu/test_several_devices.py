@@ -29,6 +29,48 @@ def test_several_devices_sleep_and_wake_together(allocator: cumempool.CuMemAlloc
     )
 
 
+def _copies(pool: torch.Tensor, other: torch.Tensor) -> None:
+    """All kinds of copies in both directions, each checked."""
+    wanted = torch.arange(other.numel(), device=other.device, dtype=torch.float32).view_as(other)
+    other.copy_(wanted)
+    pool.zero_()
+    pool.copy_(other)  # contiguous, in
+    assert torch.equal(pool.cpu(), wanted.cpu())
+    pool.zero_()
+    pool.t().copy_(other.t().contiguous())  # strided, in
+    assert torch.equal(pool.cpu(), wanted.cpu())
+    pool.zero_()
+    pool.copy_(other.double())  # with a cast, in
+    assert torch.equal(pool.cpu(), wanted.cpu())
+    assert torch.equal(pool.to(other.device), wanted)
+    other.zero_()
+    other.copy_(pool)
+    assert torch.equal(other, wanted)
+    other.zero_()
+    other.t().copy_(pool.t())
+    assert torch.equal(other, wanted)
+    assert torch.equal(pool.to(other.device, torch.float64), wanted.double())
+
+
+@pytest.mark.parametrize("home", [0, 1])
+def test_copies_between_devices_work_as_with_ordinary_memory(
+    allocator: cumempool.CuMemAllocator, home: int
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.xfail("there is one GPU; this needs two")
+    other = torch.empty(513, 1024, device=f"cuda:{1 - home}")
+    with torch.cuda.device(home), allocator.use_memory_pool("weights"):
+        pool = torch.empty(513, 1024, device=f"cuda:{home}")
+    _copies(pool, other)
+    allocator.sleep(tags="weights")
+    allocator.wake_up()
+    _copies(pool, other)
+    with torch.cuda.device(1 - home), allocator.use_memory_pool("weights"):
+        there = torch.empty(513, 1024, device=f"cuda:{1 - home}")
+    _copies(pool, there)
+    _copies(there, pool)
+
+
 def test_a_region_pauses_memory_of_several_devices(
     allocator: cumempool.CuMemAllocator,
 ) -> None:

@@ -131,6 +131,19 @@ def test_peers_reach_the_memory_before_and_after_a_sleep(
     assert torch.equal(kv, random_bytes(3 * MIB))
 
 
+def test_no_peers_is_a_choice_of_its_own(make_allocator: MakeAllocator) -> None:
+    alloc = make_allocator(devices=2)
+    kv = alloc.empty(3, tag="kv")
+    with pytest.raises(InUseError):
+        alloc.use_memory_pool("kv", peers=())
+    del kv
+    alloc.use_memory_pool("kv", peers=())
+    assert alloc._tags._memory["kv"] == _Memory(1, 2, [], True)
+    alloc.use_memory_pool("kv", peers=[0])
+    assert alloc._tags._memory["kv"] == _Memory(1, 0, [0], True)
+    alloc.use_memory_pool("plain", backing="cuda_malloc", peers=())
+
+
 def test_what_is_not_given_stays_as_it_was(make_allocator: MakeAllocator) -> None:
     alloc = make_allocator(devices=2)
     alloc.use_memory_pool("kv", peers=[1])
