@@ -53,6 +53,10 @@ class RoomWatch {
 };
 
 void not_pinned(Error& error) {
+  if (error.status == CUMEMPOOL_UNSUPPORTED) {
+    error.problem = "host memory for a backup cannot be pinned here";
+    return;  // the advice stands
+  }
   error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
   error.problem = "host memory for a backup could not be pinned";
   error.advice = "free host memory, or raise the limit on locked memory (ulimit -l)";

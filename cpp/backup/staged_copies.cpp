@@ -26,21 +26,21 @@ Error failure_of(const std::exception& caught) {
 
 // ---- buffers ------------------------------------------------------------------------------------
 
-// Pinned memory in one registration, with an event per buffer.
+// Host memory in one registration, with an event per buffer. Where the driver pins none, copies
+// from and to it wait for the device, and the rest is the same.
 class StagedCopies::Buffers {
  public:
   Buffers(driver::Driver driver, int device) : Buffers(driver, device, nullptr) {
     commit_pages(data_, kAllBytes, driver_.device_attribute(device, CUMEMPOOL_ATTRIBUTE_HOST_NUMA));
     while (events_.size() < kBuffers) events_.push_back(driver_.event_create(device_));
     try {
-      driver_.host_register(device_, data_, kAllBytes);
+      registered_ = driver_.pin(device_, data_, kAllBytes);
     } catch (Error& error) {
       error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
       error.problem = "host memory to copy a backup through could not be pinned";
       error.advice = "free host memory, or raise the limit on locked memory (ulimit -l)";
       throw;
     }
-    registered_ = true;
   }
 
   // Leaves memory that cannot be unregistered mapped: the driver may still write to it.

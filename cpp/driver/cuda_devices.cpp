@@ -45,6 +45,8 @@ int attribute_number(cumempool_device_attribute attribute) {
       return CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
     case CUMEMPOOL_ATTRIBUTE_HOST_NUMA:
       return 134;  // HOST_NUMA_ID
+    case CUMEMPOOL_ATTRIBUTE_FENCE:
+      break;  // nothing that CUDA knows
   }
   return -1;
 }
@@ -53,6 +55,10 @@ cumempool_result device_attribute(void* self, int device, cumempool_device_attri
                                   int* value) {
   const CudaDriver& driver = driver_of(self);
   const PrimaryContext* found = driver.find(device);
+  if (found != nullptr && attribute == CUMEMPOOL_ATTRIBUTE_FENCE) {
+    *value = found->fence.way();
+    return CUMEMPOOL_RESULT_SUCCESS;
+  }
   const int number = attribute_number(attribute);
   if (found == nullptr || number < 0) {
     return found == nullptr ? CUMEMPOOL_RESULT_INVALID_DEVICE : CUMEMPOOL_RESULT_INVALID_VALUE;
@@ -200,14 +206,16 @@ cumempool_result context_leave(void* self, const cumempool_context_token* token)
   return result_of(popped != CUDA_SUCCESS ? popped : exchanged);
 }
 
-// The context may live on for others; what was loaded into it goes.
-void unload_digest(void* self, int device, PrimaryContext& context) {
+// The context may live on for others; what was loaded into it, and is kept there, goes.
+void empty_context(void* self, int device, PrimaryContext& context) {
   cumempool_context_token token{};
   if (context_enter(self, device, &token) != CUMEMPOOL_RESULT_SUCCESS) {
     context.digest.forget();
+    context.fence.forget();
     return;
   }
   context.digest.unload(driver_of(self).cu);
+  context.fence.release(driver_of(self).cu);
   context_leave(self, &token);
 }
 
@@ -222,7 +230,7 @@ cumempool_result context_release(void* self, int device) {
     return CUMEMPOOL_RESULT_INVALID_CONTEXT;
   }
   if (found->count == 1) {
-    unload_digest(self, device, *found);
+    empty_context(self, device, *found);
     const CUresult result = driver.cu.cuDevicePrimaryCtxRelease(found->device);
     if (result != CUDA_SUCCESS) {
       return result_of(result);

@@ -12,6 +12,7 @@
 
 #include "cumempool/driver.h"
 #include "driver/cuda_digest.hpp"
+#include "driver/cuda_fence.hpp"
 #include "driver/cuda_library.hpp"
 #include "driver/exact_pairs.hpp"
 
@@ -25,6 +26,7 @@ struct PrimaryContext {
   std::atomic<CUcontext> context{nullptr};
   CUdeviceptr ahead = 0;  // what makes libcuda hold addresses ready, or 0
   CudaDigest digest;
+  CudaFence fence;
 };
 
 struct CudaDriver {

@@ -1,8 +1,5 @@
 // The entries of the `cuda` driver for ordinary device memory, host memory, streams, events, copies
 // and digests; each needs its device's context.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <mutex>
 
 #include "driver/cuda_state.hpp"
@@ -10,31 +7,6 @@
 
 namespace cumempool::driver {
 namespace {
-
-// Waits for the device of the current context: pins and unpins one page. Both wait for all work in
-// flight on every stream of the device, and in RELAXED mode neither touches a capture;
-// cuCtxSynchronize and cuCtxRecordEvent would break every capture under way, in any mode. It takes
-// no device memory, so it works on a full device.
-cumempool_result fence_current(const Symbols& cu) {
-  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  // A page of its own for each call: threads that fence different devices do not wait for each
-  // other.
-  void* page =
-      mmap(nullptr, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (page == MAP_FAILED) {
-    return CUMEMPOOL_RESULT_OPERATING_SYSTEM;
-  }
-  CUresult result = cu.cuMemHostRegister(page, page_bytes, 0);
-  if (result == CUDA_SUCCESS) {
-    result = cu.cuMemHostUnregister(page);
-    if (result != CUDA_SUCCESS) {
-      // The driver may still hold the page; giving its address away would confuse a later pinning.
-      return result_of(result);
-    }
-  }
-  munmap(page, page_bytes);
-  return result_of(result);
-}
 
 // Holds the primary context of a device that anybody in the process uses; none where nobody does.
 class ActiveContext {
@@ -69,6 +41,8 @@ class ActiveContext {
 
   CUcontext get() const noexcept { return context_; }
   CUresult result() const noexcept { return result_; }
+  // Whether the table holds it for somebody else as well.
+  bool counted() const noexcept { return counted_; }
 
  private:
   CudaDriver& driver_;
@@ -90,7 +64,9 @@ cumempool_result fence_device(CudaDriver& driver, int device) {
   result = cu.cuCtxPushCurrent(active.get());
   cumempool_result fenced = result_of(result);
   if (result == CUDA_SUCCESS) {
-    fenced = fence_current(cu);
+    PrimaryContext& found = *driver.find(device);
+    fenced = found.fence.wait(cu, found.device);
+    if (!active.counted()) found.fence.release(cu);  // the context may be gone at any time
     CUcontext popped = nullptr;
     cu.cuCtxPopCurrent(&popped);
   }

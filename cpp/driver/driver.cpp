@@ -56,7 +56,7 @@ constexpr std::array<CallName, 42> cuda_calls = {{
     {"copy_on_device", "cuMemcpyDtoDAsync"},
     {"fill", "cuMemsetD8Async"},
     {"digest", "cuLaunchKernel"},
-    // fence() pins and unpins one page; both wait.
+    // The first way that fence() tries.
     {"fence", "cuMemHostRegister"},
 }};
 
@@ -76,6 +76,10 @@ bool pins_host_memory(const char* call) {
 }
 
 cumempool_status status_of(const char* call, cumempool_result result) {
+  if ((result == CUMEMPOOL_RESULT_NOT_SUPPORTED || result == CUMEMPOOL_RESULT_NOT_PERMITTED) &&
+      pins_host_memory(call)) {
+    return CUMEMPOOL_UNSUPPORTED;
+  }
   if (result != CUMEMPOOL_RESULT_OUT_OF_MEMORY) {
     return CUMEMPOOL_DRIVER_ERROR;
   }
@@ -109,6 +113,14 @@ const char* advice_for(const char* call, cumempool_result result) {
         return "The NVIDIA driver cannot compile the digest kernel for this device: update it, or "
                "go "
                "without comparing contents.";
+      }
+      if (std::strcmp(call, "host_register") == 0) {
+        return "The driver pins no host memory here (confidential computing allows none): back up "
+               "to pageable memory (backup='pageable') or a file, or discard.";
+      }
+      if (std::strcmp(call, "fence") == 0) {
+        return "Nothing that was tried waits for the work of this device, so its memory can be "
+               "neither put to sleep nor freed: report the device, the driver and this message.";
       }
       return "The device or driver does not grant this kind of memory; cumempool probe says what "
              "it "
@@ -264,6 +276,15 @@ cumempool_address Driver::allocate(int device, std::size_t bytes) const {
 void Driver::host_register(int device, void* pointer, std::size_t bytes) const {
   check(*table_, "host_register", table_->host_register(table_->self, device, pointer, bytes),
         device, bytes);
+}
+
+bool Driver::pin(int device, void* pointer, std::size_t bytes) const {
+  const cumempool_result result = table_->host_register(table_->self, device, pointer, bytes);
+  if (result == CUMEMPOOL_RESULT_NOT_SUPPORTED || result == CUMEMPOOL_RESULT_NOT_PERMITTED) {
+    return false;
+  }
+  check(*table_, "host_register", result, device, bytes);
+  return true;
 }
 
 cumempool_stream Driver::stream_create(int device) const {

@@ -38,6 +38,8 @@ class Driver {
   cumempool_address allocate(int device, std::size_t bytes) const;
 
   void host_register(int device, void* pointer, std::size_t bytes) const;
+  // The same where copies do without as well (C9): false where the driver pins no host memory.
+  bool pin(int device, void* pointer, std::size_t bytes) const;
   cumempool_stream stream_create(int device) const;
   void stream_synchronize(int device, cumempool_stream stream) const;
   bool stream_is_capturing(int device, cumempool_stream stream) const;

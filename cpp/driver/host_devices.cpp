@@ -84,6 +84,9 @@ cumempool_result HostDevices::device_attribute(int device, cumempool_device_attr
     case CUMEMPOOL_ATTRIBUTE_HOST_NUMA:
       *value = -1;
       return CUMEMPOOL_RESULT_SUCCESS;
+    case CUMEMPOOL_ATTRIBUTE_FENCE:
+      *value = fence_way();
+      return CUMEMPOOL_RESULT_SUCCESS;
   }
   return CUMEMPOOL_RESULT_INVALID_VALUE;
 }
@@ -180,7 +183,7 @@ cumempool_result HostDevices::deallocate(int device, cumempool_address address) 
 cumempool_result HostDevices::host_register(int device, void* pointer, std::size_t bytes) {
   const std::lock_guard<std::mutex> lock(state_.mutex);
   if (const auto result = check_context(device)) return result;
-  return registrations_.add(pointer, bytes);
+  return pins_host_memory() ? registrations_.add(pointer, bytes) : CUMEMPOOL_RESULT_NOT_SUPPORTED;
 }
 
 std::optional<std::pair<int, HostMark>> HostDevices::last_use(const void* pointer,
@@ -311,7 +314,7 @@ cumempool_result HostDevices::stream_wait_event(int device, cumempool_stream str
 // ---- work -----------------------------------------------------------------------------------
 
 bool HostDevices::registered(const void* pointer, std::size_t bytes) const {
-  return pointer != nullptr && registrations_.holds(pointer, bytes);
+  return pointer != nullptr && (!pins_host_memory() || registrations_.holds(pointer, bytes));
 }
 
 bool HostDevices::good_digests(int device, const HostCommand& command) const {
@@ -413,7 +416,12 @@ cumempool_result HostDevices::fence(const int* devices, std::size_t count) {
     if (devices == nullptr && count != 0) return CUMEMPOOL_RESULT_INVALID_VALUE;
     for (std::size_t i = 0; i < count; ++i) {
       if (const auto result = check_device(devices[i])) return result;
-      if (contexts_.active(devices[i])) active.push_back(devices[i]);
+      if (!contexts_.active(devices[i])) continue;
+      if (fence_way() == CUMEMPOOL_FENCE_NONE) return CUMEMPOOL_RESULT_NOT_SUPPORTED;
+      if (fence_way() == CUMEMPOOL_FENCE_CONTEXT && work(devices[i]).any_capturing()) {
+        return CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED;
+      }
+      active.push_back(devices[i]);
     }
   }
   cumempool_result first = CUMEMPOOL_RESULT_SUCCESS;

@@ -81,6 +81,13 @@ class HostDevices {
 
  private:
   bool exists(int device) const noexcept { return device >= 0 && device < options_.device_count; }
+  int fence_way() const noexcept {
+    return options_.fence != 0 ? static_cast<int>(options_.fence)
+                               : CUMEMPOOL_FENCE_HOST_REGISTRATION;
+  }
+  bool pins_host_memory() const noexcept {
+    return fence_way() == CUMEMPOOL_FENCE_HOST_REGISTRATION;
+  }
   HostWork& work(int device) { return *works_[static_cast<std::size_t>(device)]; }
   cumempool_result check_device(int device) const;
   cumempool_result check_context(int device);

@@ -8,7 +8,8 @@
 //    one. A missing wait fails every time.
 //  - Work whose device memory was unmapped, even if mapped again since, breaks the device with 700
 //    (CUDA_ERROR_ILLEGAL_ADDRESS) when it runs; so does work that waits for a device that broke.
-//    Unregistered host memory is refused in copies and digests, and so are copies that overlap.
+//    Unregistered host memory is refused in copies and digests, unless the driver was made to pin
+//    none; so are copies that overlap.
 //  - Read-only access is enforced: work that writes all the same is refused or, where access was
 //    taken away later, breaks the device. The CPU may write what some device may write.
 //  - allocate takes whole granules of the budget, but only its bytes may be used, and by its device
@@ -147,6 +148,7 @@ std::string problem_with(const cumempool_host_driver_options& options) {
   if ((options.handle_types & ~known) != 0) {
     return "handle_types has more than CUMEMPOOL_HANDLE_POSIX_FD and CUMEMPOOL_HANDLE_FABRIC";
   }
+  if (options.fence > CUMEMPOOL_FENCE_NONE) return "fence is not a cumempool_fence_way";
   return options.rdma > 1 ? "rdma is not 0 or 1" : "";
 }
 

@@ -69,6 +69,11 @@ bool HostWork::capturing(cumempool_stream stream) const {
   return has_stream(stream) && streams_.at(stream).capturing;
 }
 
+bool HostWork::any_capturing() const {
+  return std::any_of(streams_.begin(), streams_.end(),
+                     [](const auto& stream) { return stream.second.capturing; });
+}
+
 bool HostWork::set_capturing(cumempool_stream stream, bool capturing) {
   if (!has_stream(stream)) return false;
   streams_.at(stream).capturing = capturing;

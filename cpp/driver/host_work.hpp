@@ -47,6 +47,7 @@ class HostWork {
   cumempool_result check_stream(cumempool_stream stream) const;
   bool has_stream(cumempool_stream stream) const;
   bool capturing(cumempool_stream stream) const;
+  bool any_capturing() const;
   bool set_capturing(cumempool_stream stream, bool capturing);
 
   cumempool_result submit(cumempool_stream stream, const HostCommand& command);

@@ -153,7 +153,7 @@ DriverPointer open_cuda() {
 }
 
 DriverPointer open_host(int devices, std::uint64_t bytes_per_device, std::uint64_t granularity,
-                        bool rdma, bool fabric) {
+                        bool rdma, bool fabric, std::uint32_t fence) {
   cumempool_host_driver_options options{};
   options.size = sizeof options;
   options.device_count = devices;
@@ -162,6 +162,7 @@ DriverPointer open_host(int devices, std::uint64_t bytes_per_device, std::uint64
   options.handle_types = CUMEMPOOL_HANDLE_POSIX_FD;
   if (fabric) options.handle_types |= CUMEMPOOL_HANDLE_FABRIC;
   options.rdma = rdma ? 1 : 0;
+  options.fence = fence;
   auto driver = std::make_shared<Driver>();
   call([&] { return cumempool_host_driver_create(&options, &driver->table); });
   driver->memory = cumempool::python::kDlCpu;
@@ -191,6 +192,8 @@ py::dict probe_device(const Driver& driver, int device) {
   fields["handle_types_claimed"] = probe.handle_types_claimed;
   fields["rdma"] = probe.rdma != 0;
   fields["rdma_claimed"] = probe.rdma_claimed != 0;
+  fields["fence"] = probe.fence;
+  fields["pins_host_memory"] = probe.pins_host_memory != 0;
   fields["granularity"] = probe.granularity;
   fields["free_bytes"] = probe.free_bytes;
   fields["total_bytes"] = probe.total_bytes;
@@ -886,7 +889,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("open_cuda", &open_cuda);
   module.def("host_room", &host_room);
   module.def("open_host", &open_host, py::arg("devices"), py::arg("bytes_per_device"),
-             py::arg("granularity"), py::arg("rdma"), py::arg("fabric"));
+             py::arg("granularity"), py::arg("rdma"), py::arg("fabric"), py::arg("fence") = 0);
   module.def(
       "free", [](std::uint64_t address) { call([&] { return cumempool_free(address); }); },
       py::arg("address"));

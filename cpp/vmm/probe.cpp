@@ -16,29 +16,31 @@ namespace {
 
 constexpr unsigned char kPattern = 0xA5;
 
-// One page of host memory, pinned for the copy back.
-class PinnedPage {
+// One page of host memory for the copy back, pinned where the driver pins any.
+class HostPage {
  public:
-  PinnedPage(driver::Driver driver, int device)
+  HostPage(driver::Driver driver, int device)
       : driver_(driver), device_(device), bytes_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))) {
     void* page = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (page == MAP_FAILED) throw Error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "mmap of one page failed");
     page_ = static_cast<unsigned char*>(page);
     try {
-      driver_.host_register(device_, page_, bytes_);
+      pinned_ = driver_.pin(device_, page_, bytes_);
     } catch (const Error&) {
       munmap(page_, bytes_);
       throw;
     }
   }
-  ~PinnedPage() {
+  ~HostPage() {
     const auto& table = driver_.table();
-    if (table.host_unregister(table.self, device_, page_) == CUMEMPOOL_RESULT_SUCCESS) {
+    if (!pinned_ || table.host_unregister(table.self, device_, page_) == CUMEMPOOL_RESULT_SUCCESS) {
       munmap(page_, bytes_);
     }
   }
-  PinnedPage(const PinnedPage&) = delete;
-  PinnedPage& operator=(const PinnedPage&) = delete;
+  HostPage(const HostPage&) = delete;
+  HostPage& operator=(const HostPage&) = delete;
+
+  bool pinned() const noexcept { return pinned_; }
 
   unsigned char* data() const noexcept { return page_; }
   std::size_t bytes() const noexcept { return bytes_; }
@@ -48,6 +50,7 @@ class PinnedPage {
   int device_;
   std::size_t bytes_;
   unsigned char* page_ = nullptr;
+  bool pinned_ = false;
 };
 
 // Work on the legacy default stream would break captures on the streams that wait for it (C4).
@@ -70,11 +73,12 @@ class PrivateStream {
   cumempool_stream stream_;
 };
 
-void write_and_read_back(driver::Driver driver, int device, const MemoryKind& kind) {
+// Returns whether the host memory was pinned.
+bool write_and_read_back(driver::Driver driver, int device, const MemoryKind& kind) {
   Ledger ledger;
   Allocation granule(driver, ledger, kind.properties, kind.granularity);
   granule.map();
-  const PinnedPage page(driver, device);
+  const HostPage page(driver, device);
   const PrivateStream stream(driver, device);
   const std::size_t bytes = std::min(page.bytes(), granule.bytes());
   driver.fill(device, granule.address(), kPattern, bytes, stream.get());
@@ -84,6 +88,7 @@ void write_and_read_back(driver::Driver driver, int device, const MemoryKind& ki
   if (!std::all_of(page.data(), page.data() + bytes, [](auto byte) { return byte == kPattern; })) {
     throw Error(CUMEMPOOL_DRIVER_ERROR, "memory read back does not hold what was written");
   }
+  return page.pinned();
 }
 
 void read_attributes(driver::Driver driver, int device, cumempool_device_probe& probe) {
@@ -111,7 +116,7 @@ void try_device(driver::Driver driver, int device, cumempool_device_probe& probe
   probe.handle_types = kind.properties.handle_types;
   probe.granularity = kind.granularity;
   probe.rdma = static_cast<int>(kind.properties.rdma);
-  write_and_read_back(driver, device, kind);
+  probe.pins_host_memory = write_and_read_back(driver, device, kind) ? 1 : 0;
   probe.usable = 1;
 }
 
@@ -132,6 +137,7 @@ void probe_device(driver::Driver driver, int device, cumempool_device_probe& pro
   } catch (const Error& error) {
     std::snprintf(probe.reason, sizeof probe.reason, "%s", error.message().c_str());
   }
+  probe.fence = driver.device_attribute(device, CUMEMPOOL_ATTRIBUTE_FENCE);
 }
 
 }  // namespace cumempool::vmm

@@ -48,6 +48,9 @@ typedef struct cumempool_host_driver_options {
   uint64_t granularity;      /* a power of two, at least the page size */
   uint32_t handle_types; /* what create() and export_handle() grant: bits of CUMEMPOOL_HANDLE_* */
   uint32_t rdma;         /* 1 = create() grants memory for RDMA */
+  uint32_t fence;    /* the cumempool_fence_way it has; 0 = the first. All but that one go with a
+                      * host_register() that says NOT_SUPPORTED, as in confidential computing. */
+  uint32_t reserved; /* 0 */
 } cumempool_host_driver_options;
 
 /* A new `host` driver: devices simulated in host memory, strict about the contract of driver.h.
@@ -75,6 +78,8 @@ typedef struct cumempool_device_probe {
   uint32_t handle_types_claimed; /* the same by the device's attributes */
   int32_t rdma;                  /* memory for GPUDirect RDMA could be created */
   int32_t rdma_claimed;
+  int32_t fence;            /* the cumempool_fence_way in use */
+  int32_t pins_host_memory; /* host memory could be pinned; else backups are pageable or files */
   uint64_t granularity;
   uint64_t free_bytes;
   uint64_t total_bytes;

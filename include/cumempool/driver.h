@@ -27,11 +27,14 @@
  *      event recorded behind them is synchronised, or fence() returns. The calling thread keeps
  *      both sides valid until then. Commands of one stream run in order; streams do not wait
  *      for each other unless they are told to (stream_wait_event). The host side of a copy lies
- *      in a single host_register range.
+ *      in a single host_register range; where host_register says NOT_SUPPORTED or NOT_PERMITTED,
+ *      in any host memory, and the copy may then be over before the call returns.
  *  C10 fence() returns when all work submitted to each of the devices before the call, on any
  *      stream, by any thread of the process, has finished. Captured work is not submitted work. A
  *      device whose primary context is not active has no work. A device that fails does not keep
- *      the call from waiting for the others; the result is the first failure.
+ *      the call from waiting for the others; the result is the first failure. A driver that waits
+ *      for the context (CUMEMPOOL_FENCE_CONTEXT) says STREAM_CAPTURE_UNSUPPORTED where a capture
+ *      is in the way, rather than break it.
  *  C11 unmap, release and unreserve do not wait for work in flight: the caller fences first.
  *  C12 Running out of device memory is CUMEMPOOL_RESULT_OUT_OF_MEMORY from create (on some
  *      drivers from map or set_access) and leaves the driver usable.
@@ -109,8 +112,18 @@ typedef enum cumempool_device_attribute {
   CUMEMPOOL_ATTRIBUTE_RDMA = 3,           /* says it can make memory for GPUDirect RDMA */
   CUMEMPOOL_ATTRIBUTE_COMPUTE_MAJOR = 4,
   CUMEMPOOL_ATTRIBUTE_COMPUTE_MINOR = 5,
-  CUMEMPOOL_ATTRIBUTE_HOST_NUMA = 6 /* NUMA node of the nearest host memory; -1 = not known */
+  CUMEMPOOL_ATTRIBUTE_HOST_NUMA = 6, /* NUMA node of the nearest host memory; -1 = not known */
+  CUMEMPOOL_ATTRIBUTE_FENCE = 7      /* the cumempool_fence_way in use */
 } cumempool_device_attribute;
+
+/* How fence() waits for a device: the first of these that was seen to wait there. */
+typedef enum cumempool_fence_way {
+  CUMEMPOOL_FENCE_UNTRIED = 0,           /* there was no fence() of the device so far */
+  CUMEMPOOL_FENCE_HOST_REGISTRATION = 1, /* a page of host memory is pinned and unpinned */
+  CUMEMPOOL_FENCE_ALLOCATION = 2,        /* a small block of device memory is made and freed */
+  CUMEMPOOL_FENCE_CONTEXT = 3,           /* the context is synchronised; refused while capturing */
+  CUMEMPOOL_FENCE_NONE = 4               /* none waits: fence() says NOT_SUPPORTED */
+} cumempool_fence_way;
 
 /* What create() makes; granularity() depends on it. */
 typedef struct cumempool_memory_properties {

@@ -147,9 +147,31 @@ def _device(device: DeviceProbe, driver: str) -> Iterator[Check]:
         f"{format_bytes(device.free_bytes)} free of {format_bytes(device.total_bytes)}, "
         f"granularity {format_bytes(device.granularity)}",
     )
+    yield _fence(device, name)
     yield _handles(device, name)
     if driver == "cuda":
         yield _rdma(device, name)
+
+
+def _fence(device: DeviceProbe, name: str) -> Check:
+    value = f"{device.fence}, host memory {'pinned' if device.pins_host_memory else 'not pinned'}"
+    if not device.pins_host_memory:
+        return Check(
+            f"{name}: fence",
+            "WARN",
+            value,
+            "the driver pins no host memory (confidential computing?): no pinned backups",
+            'use backup="pageable" or a file, or discard; clean sleeps copy everything',
+        )
+    if device.fence == "context synchronisation":
+        return Check(
+            f"{name}: fence",
+            "WARN",
+            value,
+            "sleeping and freeing are refused while a stream captures",
+            "put to sleep and free outside of captures",
+        )
+    return Check(f"{name}: fence", "PASS", value)
 
 
 def _handles(device: DeviceProbe, name: str) -> Check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cumempool.config import CuMemConfig, DriverName
 from cumempool.errors import CumempoolError, InvalidArgumentError, InvalidTypeError
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from cumempool import _core
 
 __all__ = ["Availability", "DeviceProbe", "TorchProbe", "is_available", "open_driver", "probe"]
+
+#: How the work of a device is waited for.
+FenceWay = Literal["", "host registration", "allocation", "context synchronisation", "none"]
+#: By the number that the core has for each.
+FENCE_WAYS: Final[tuple[FenceWay, ...]] = (
+    "",
+    "host registration",
+    "allocation",
+    "context synchronisation",
+    "none",
+)
 
 #: Granularity of the devices that the host driver simulates: that of an H200.
 HOST_GRANULARITY = 2 * 1024**2
@@ -38,6 +49,11 @@ class DeviceProbe:
         granularity: Bytes that every allocation is a multiple of.
         free_bytes: Free device memory, in bytes.
         total_bytes: Device memory, in bytes.
+        fence: How the work of the device is waited for: the first way that was seen to wait there.
+            ``"none"`` where none does: its memory cannot be put to sleep; ``""`` where none was
+            tried.
+        pins_host_memory: Host memory could be pinned. Where it cannot, as in confidential
+            computing, backups go to pageable memory or to files.
     """
 
     ordinal: int
@@ -53,6 +69,8 @@ class DeviceProbe:
     granularity: int
     free_bytes: int
     total_bytes: int
+    fence: FenceWay = ""
+    pins_host_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +229,11 @@ def _probe_device(driver: _core.Driver, ordinal: int) -> DeviceProbe:
     except CumempoolError as error:
         return DeviceProbe(ordinal, "", "", False, str(error), False, (), (), False, False, 0, 0, 0)
     capability = found.pop("compute_capability")
+    fence: FenceWay = FENCE_WAYS[found.pop("fence")]
     return DeviceProbe(
         ordinal=ordinal,
         compute_capability=f"{capability // 10}.{capability % 10}",
+        fence=fence,
         handle_types=handle_type_names(found.pop("handle_types")),
         handle_types_claimed=handle_type_names(found.pop("handle_types_claimed")),
         **found,

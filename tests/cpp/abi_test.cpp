@@ -249,6 +249,8 @@ TEST_F(Abi, R11_ProbingADeviceLeavesNothingBehind) {
   EXPECT_EQ(probe.handle_types, static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD));
   EXPECT_EQ(probe.handle_types_claimed, static_cast<std::uint32_t>(CUMEMPOOL_HANDLE_POSIX_FD));
   EXPECT_EQ(probe.rdma + probe.rdma_claimed, 0);
+  EXPECT_EQ(probe.fence, CUMEMPOOL_FENCE_HOST_REGISTRATION);
+  EXPECT_EQ(probe.pins_host_memory, 1);
   EXPECT_EQ(probe.granularity, kGranule);
   EXPECT_EQ(probe.free_bytes, kDeviceGranules * kGranule);
   EXPECT_EQ(probe.total_bytes, kDeviceGranules * kGranule);

@@ -217,6 +217,31 @@ std::string give_each_access(const cumempool_driver& table) {
   return text;
 }
 
+std::string fence_twice(const cumempool_driver& table) {
+  const int device = 0;
+  std::string text;
+  for (int i = 0; i < 2; ++i) {
+    int way = -1;
+    const auto result = table.fence(table.self, &device, 1);
+    table.device_attribute(table.self, device, CUMEMPOOL_ATTRIBUTE_FENCE, &way);
+    text += std::to_string(result) + "/" + std::to_string(way) + " ";
+  }
+  return text;
+}
+
+// A way that is refused only after it was chosen.
+std::string fence_then_refuse(const cumempool_driver& table) {
+  const std::string first = fence_twice(table);
+  setenv("FAKE_REGISTER", "801", 1);
+  return first + fence_twice(table);
+}
+
+// With more set in the environment than one variable.
+[[noreturn]] void fence_with(const char* waits, const char* variable, const char* value) {
+  setenv("FAKE_WAITS", waits, 1);
+  use_inside(variable, value, fence_twice);
+}
+
 [[noreturn]] void ask_what_older_drivers_do_not_know() {
   load_fake();
   const cumempool_driver& table = cuda_driver();
@@ -335,6 +360,42 @@ TEST(CudaOpenDeathTest, LargeRangesBeginWithAPageDirectory) {
               "0 0 0 0 \\| reserve\\(2097152,65536MiB\\) reserve\\(2097152,0MiB\\) "
               "reserve\\(534773760,0MiB\\) reserve\\(536870912,512MiB\\) "
               "reserve\\(1342177280,512MiB\\) unreserve\\(65536MiB,2097152\\) \\.");
+}
+
+TEST(CudaOpenDeathTest, C10TheFirstWayThatIsSeenToWaitIsTheFence) {
+  EXPECT_EXIT(fence_with("rfc", "FAKE_REGISTER", "0"), normally,
+              "0/1 0/1 \\| register register \\.");
+  EXPECT_EXIT(fence_with("rfc", "FAKE_REGISTER", "801"), normally,
+              "0/2 0/2 \\| register alloc\\(512\\) alloc\\(512\\) free alloc\\(512\\) free "
+              "free \\.");
+  EXPECT_EXIT(fence_with("c", "FAKE_REGISTER", "0"), normally,
+              "0/3 0/3 \\| register alloc\\(512\\) alloc\\(512\\) free synchronize synchronize "
+              "free \\.");
+  EXPECT_EXIT(fence_with("rfc", "FAKE_ATS", "1"), normally, "0/2 0/2 \\| alloc");
+}
+
+TEST(CudaOpenDeathTest, C10WhereNothingWaitsTheFenceSaysSo) {
+  EXPECT_EXIT(fence_with("", "FAKE_REGISTER", "0"), normally, "801/4 801/4 ");
+}
+
+TEST(CudaOpenDeathTest, C10AWayThatIsRefusedLaterGivesPlaceToTheNext) {
+  EXPECT_EXIT(use_inside("FAKE_WAITS", "rfc", fence_then_refuse), normally, "0/1 0/1 0/2 0/2 ");
+}
+
+TEST(CudaOpenDeathTest, C10ALostContextIsNoReasonToChooseAnotherWay) {
+  EXPECT_EXIT(fence_with("rfc", "FAKE_REGISTER", "700"), normally,
+              "700/0 700/0 \\| register register \\.");
+}
+
+[[noreturn]] void fence_while_capturing() {
+  setenv("FAKE_REGISTER", "801", 1);
+  setenv("FAKE_ALLOC", "2", 1);
+  use_inside("FAKE_CAPTURING", "906", fence_twice);
+}
+
+TEST(CudaOpenDeathTest, C10ACaptureIsNotBrokenByTheLastWay) {
+  EXPECT_EXIT(fence_while_capturing(), normally,
+              "900/0 900/0 \\| register alloc\\(512\\) register alloc\\(512\\) \\.");
 }
 
 TEST(CudaOpenDeathTest, OlderDriversKnowNeitherFabricNorNumaNode) {

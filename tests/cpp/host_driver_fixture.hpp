@@ -20,8 +20,13 @@ constexpr std::size_t kBudget = 16 * kGranule;
 constexpr cumempool_stream kLegacyStream = 0;
 
 inline cumempool_host_driver_options good_options() {
-  return {
-      sizeof(cumempool_host_driver_options), 2, kBudget, kGranule, CUMEMPOOL_HANDLE_POSIX_FD, 0};
+  cumempool_host_driver_options options{};
+  options.size = sizeof options;
+  options.device_count = 2;
+  options.bytes_per_device = kBudget;
+  options.granularity = kGranule;
+  options.handle_types = CUMEMPOOL_HANDLE_POSIX_FD;
+  return options;
 }
 
 class HostDriverTest : public ::testing::Test {

@@ -68,7 +68,8 @@ class Host {
  public:
   explicit Host(std::uint64_t granules_per_device = kDeviceGranules, std::int32_t devices = 2,
                 std::uint64_t granule = kGranule,
-                std::uint32_t handle_types = CUMEMPOOL_HANDLE_POSIX_FD, bool rdma = false) {
+                std::uint32_t handle_types = CUMEMPOOL_HANDLE_POSIX_FD, bool rdma = false,
+                cumempool_fence_way fence = CUMEMPOOL_FENCE_HOST_REGISTRATION) {
     cumempool_host_driver_options options{};
     options.size = sizeof options;
     options.device_count = devices;
@@ -76,6 +77,7 @@ class Host {
     options.granularity = granule;
     options.handle_types = handle_types;
     options.rdma = rdma ? 1 : 0;
+    options.fence = fence;
     must(cumempool_host_driver_create(&options, &table_));
   }
   ~Host() {

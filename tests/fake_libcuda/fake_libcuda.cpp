@@ -1,8 +1,12 @@
 // A library that calls itself libcuda.so.1, to test how the `cuda` driver opens and uses it:
 // FAKE_CUINIT is what cuInit returns, FAKE_MISSING names a symbol that it does not have,
 // FAKE_DEVICES counts devices, FAKE_MODULE is what cuModuleLoadDataEx returns, FAKE_FREE what the
-// first cuMemFree returns, FAKE_RESERVE what cuMemAddressReserve does. fake_calls() tells what was
-// done with modules, access, addresses and memory.
+// first cuMemFree returns, FAKE_RESERVE what cuMemAddressReserve does, FAKE_REGISTER what
+// cuMemHostRegister does, FAKE_ALLOC what cuMemAlloc does, FAKE_CAPTURING what cuStreamIsCapturing
+// does. FAKE_WAITS has a letter for each call that waits for host functions: r for
+// cuMemHostUnregister, f for cuMemFree, c for cuCtxSynchronize; all of them where it is not set.
+// FAKE_ATS has the device use the page tables of the host. fake_calls() tells what was done with
+// modules, access, addresses, memory and waits.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -40,7 +44,7 @@ int fake_device_name(char* name, int bytes, int device) {
 
 // Knows the attributes of CUDA 11.8, and says 1 to all of them.
 int fake_device_attribute(int* value, int attribute, int) {
-  *value = 1;
+  *value = attribute == 100 ? number("FAKE_ATS", 0) : 1;
   return attribute < 125 ? 0 : 1;  // CUDA_ERROR_INVALID_VALUE
 }
 
@@ -115,11 +119,60 @@ int fake_unreserve(std::uint64_t pointer, std::size_t bytes) {
 int fake_allocate(std::uint64_t* pointer, std::size_t bytes) {
   *pointer = 0x10000;
   calls() += "alloc(" + std::to_string(bytes) + ") ";
-  return bytes == 0 ? 1 : 0;
+  return bytes == 0 ? 1 : number("FAKE_ALLOC", 0);
+}
+
+// The host function that was launched and has not run yet.
+struct Launched {
+  void (*function)(void*) = nullptr;
+  void* argument = nullptr;
+};
+
+Launched& launched() {
+  static Launched pending;
+  return pending;
+}
+
+int run_launched() {
+  if (launched().function != nullptr) launched().function(launched().argument);
+  launched() = {};
+  return 0;
+}
+
+int fake_launch_host(void*, void (*function)(void*), void* argument) {
+  launched() = {function, argument};
+  return 0;
+}
+
+void wait_where_told(char letter) {
+  const char* waits = std::getenv("FAKE_WAITS");
+  if (waits == nullptr || std::strchr(waits, letter) != nullptr) run_launched();
+}
+
+int fake_register(void*, std::size_t, unsigned int) {
+  calls() += "register ";
+  return number("FAKE_REGISTER", 0);
+}
+
+int fake_unregister(void*) {
+  wait_where_told('r');
+  return 0;
+}
+
+int fake_synchronize_context() {
+  calls() += "synchronize ";
+  wait_where_told('c');
+  return 0;
+}
+
+int fake_is_capturing(void*, int* status) {
+  *status = 0;
+  return number("FAKE_CAPTURING", 0);
 }
 
 int fake_free(std::uint64_t) {
   static int frees = 0;
+  wait_where_told('f');
   calls() += "free ";
   return ++frees == 1 ? number("FAKE_FREE", 0) : 0;
 }
@@ -149,6 +202,12 @@ void* find(const char* name) {
       {"cuMemAddressFree", address_of(fake_unreserve)},
       {"cuMemSetAccess", address_of(fake_set_access)},
       {"cuMemAlloc", address_of(fake_allocate)},
+      {"cuMemHostRegister", address_of(fake_register)},
+      {"cuMemHostUnregister", address_of(fake_unregister)},
+      {"cuLaunchHostFunc", address_of(fake_launch_host)},
+      {"cuStreamSynchronize", address_of(run_launched)},
+      {"cuStreamIsCapturing", address_of(fake_is_capturing)},
+      {"cuCtxSynchronize", address_of(fake_synchronize_context)},
       {"cuMemFree", address_of(fake_free)},
       {"cuModuleLoadDataEx", address_of(fake_module_load)},
       {"cuModuleGetFunction", address_of(fake_module_function)},

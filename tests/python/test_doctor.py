@@ -36,6 +36,8 @@ H200 = DeviceProbe(
     granularity=2 * 1024**2,
     free_bytes=140 * 1024**3,
     total_bytes=141 * 1024**3,
+    fence="host registration",
+    pins_host_memory=True,
 )
 TORCH = TorchProbe("2.13.0", "cuda", True, "")
 GOOD = Availability(True, "", "", "cuda", "13.0", (H200,), TORCH)
@@ -56,7 +58,7 @@ def only(checks: Any) -> Check:
 
 def test_a_good_device_passes_with_its_figures() -> None:
     checks = list(doctor._device(H200, "cuda"))
-    assert [check.status for check in checks] == ["PASS", "PASS", "PASS"]
+    assert [check.status for check in checks] == ["PASS", "PASS", "PASS", "PASS"]
     assert "NVIDIA H200, compute capability 9.0, 140.00 GiB free of 141.00 GiB" in checks[0].value
 
 
@@ -64,6 +66,22 @@ def test_a_device_that_cannot_be_used_fails_with_the_reason() -> None:
     check = only(doctor._device(replace(H200, usable=False, reason="no room"), "cuda"))
     assert (check.status, check.reason) == ("FAIL", "no room")
     assert check.fix
+
+
+@pytest.mark.parametrize(
+    ("fence", "pinned", "status", "said"),
+    [
+        ("allocation", True, "PASS", ""),
+        ("allocation", False, "WARN", "pins no host memory"),
+        ("context synchronisation", True, "WARN", "while a stream captures"),
+    ],
+)
+def test_how_a_device_is_waited_for(fence: Any, pinned: bool, status: str, said: str) -> None:
+    check = doctor._fence(replace(H200, fence=fence, pins_host_memory=pinned), "device 0")
+    assert (check.name, check.status) == ("device 0: fence", status)
+    assert check.value.startswith(fence)
+    assert said in check.reason
+    assert bool(check.fix) == (status == "WARN")
 
 
 def test_memory_that_cannot_be_exported_is_a_warning() -> None:

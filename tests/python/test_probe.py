@@ -37,6 +37,8 @@ def test_the_host_driver_is_available_and_described() -> None:
     assert (device.ordinal, device.reason) == (0, "")
     assert device.handle_types == device.handle_types_claimed == ("posix_fd",)
     assert not device.rdma
+    assert device.fence == "host registration"
+    assert device.pins_host_memory
     assert device.granularity == GRANULE
     assert device.free_bytes == device.total_bytes == CuMemConfig().host_driver_bytes
     assert device.name
@@ -180,6 +182,7 @@ class FakeDriver:
 def device(usable: bool = True, reason: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {"name": "a GPU", "usable": usable, "reason": reason}
     found |= {"compute_capability": 90, "virtual_memory": True, "rdma": False}
+    found |= {"fence": 1, "pins_host_memory": True}
     found |= {"handle_types": 1, "handle_types_claimed": 9, "rdma_claimed": True}
     return found | {"granularity": GRANULE, "free_bytes": GRANULE, "total_bytes": 2 * GRANULE}
 
@@ -222,6 +225,35 @@ def test_a_gpu_that_works_is_described(find: FindOnGpu) -> None:
     assert not first.rdma
     assert (second.usable, second.reason) == (False, "it is full")
     assert (found.torch.build, found.torch.routes, found.torch.reason) == ("cuda", True, "")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (0, ""),
+        (1, "host registration"),
+        (2, "allocation"),
+        (3, "context synchronisation"),
+        (4, "none"),
+    ],
+)
+def test_the_way_of_the_fence_is_named(find: FindOnGpu, number: int, said: str) -> None:
+    (found,) = find(device() | {"fence": number, "pins_host_memory": False}).devices
+    assert found.fence == said
+    assert not found.pins_host_memory
+
+
+def test_a_driver_that_pins_no_host_memory_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cumempool import _core
+
+    unpinned = _core.open_host(
+        devices=1, bytes_per_device=8 * MIB, granularity=GRANULE, rdma=False, fabric=False, fence=2
+    )
+    monkeypatch.setattr(probe_module, "open_driver", lambda config: unpinned)
+    found = probe(driver="host")
+    assert found.ok
+    (device,) = found.devices
+    assert (device.fence, device.pins_host_memory) == ("allocation", False)
 
 
 def test_torch_is_not_made_to_use_cuda(find: FindOnGpu) -> None:
