@@ -9,6 +9,7 @@ What must hold, whatever happens meanwhile:
 
 - contents of kept memory are the same after a wake, at the same addresses;
 - a call raises no error but those that its interleaving explains;
+- a tag that a thread has a scope open of is awake;
 - once all is quiet, the statistics add up, and after the last close nothing is held;
 - nothing hangs, and nothing is written to stderr.
 """
@@ -165,6 +166,7 @@ class Worker(threading.Thread):
             (self.allocate, 30),
             (self.drop, 18),
             (self.check, 25),
+            (self.scope, 15),
             (self.sleep, 20),
             (self.discard, 5),
             (self.wake, 25),
@@ -241,6 +243,18 @@ class Worker(threading.Thread):
                     raise Broken(f"{entry} is at {info} now")
                 if info.state == "awake":
                     entry.check(entry.tensor)
+
+    def scope(self) -> None:
+        """What is made inside a scope stays awake until its end, whoever wants it to sleep."""
+        tag = self.tag()
+        with self.may_raise(OutOfMemoryError), self.alloc.use_memory_pool(tag):
+            tensor = self.alloc.empty(8 << 10, dtype=torch.uint8).zero_()
+            for _ in range(self.chance.randint(0, 5)):
+                if self.alloc.allocation_of(tensor).state != "awake":
+                    raise Broken(f"{tag!r} sleeps inside its scope")
+                tensor.add_(1)
+                time.sleep(self.chance.random() * 0.002)
+            self.keep(tensor, tag)
 
     def adopt(self) -> None:
         """Moves a module in."""
