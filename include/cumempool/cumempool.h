@@ -176,8 +176,8 @@ typedef enum cumempool_backing {
 
 /* Values of cumempool_memory_policy.all_peers. */
 enum {
-  CUMEMPOOL_PEERS_LISTED = 0, /* those in `peers`; where that is empty, nobody has chosen: the devices
-                                 whose primary context is active, as the process comes to use them */
+  CUMEMPOOL_PEERS_LISTED = 0, /* those in `peers`; where there are none, nobody has chosen: the
+                                 devices whose primary context is active, as they become so */
   CUMEMPOOL_PEERS_ALL = 1,    /* every device that can */
   CUMEMPOOL_PEERS_NONE = 2    /* only the device that the memory is on */
 };
@@ -385,8 +385,8 @@ CUMEMPOOL_API cumempool_status cumempool_wake_begin(cumempool_allocator *allocat
                                                     size_t first_count,
                                                     const cumempool_device_stream *streams,
                                                     size_t stream_count, cumempool_waking **waking);
-/* Makes later work of the stream wait until the allocation that holds `address` has its contents;
- * returns as soon as that is arranged. No effect where it is awake. */
+/* Makes later work of the stream, of any device in use, wait until the allocation that holds
+ * `address` has its contents; returns as soon as that is arranged. No effect where it is awake. */
 CUMEMPOOL_API cumempool_status cumempool_waking_wait(cumempool_waking *waking,
                                                      cumempool_address address,
                                                      cumempool_device_stream stream);
