@@ -173,6 +173,7 @@ void Arrival::commit() {
       if (!comparable) (drop++)->swap(record->image);
     }
   });
+  dropped_.clear();  // within the turn: who closes next counts on it
 }
 
 // ---- back ---------------------------------------------------------------------------------------

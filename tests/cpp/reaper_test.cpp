@@ -262,10 +262,15 @@ TEST_F(ReaperTest, R13_WhatTheDriverRefusesIsNotTriedAgainByEveryFree) {
 }
 
 TEST_F(ReaperTest, ADeviceThatCannotBeWaitedForKeepsItsOwnMemoryOnly) {
+  pool.declare("w");
+  cumempool_memory_policy alone = memory_of(CUMEMPOOL_BACKING_VMM, {}, false);
+  alone.all_peers = CUMEMPOOL_PEERS_NONE;
+  must(cumempool_set_memory(pool.get(), "w", &alone));
   const auto first = pool.malloc("w", kGranule, 0);
   const auto second = pool.malloc("w", 2 * kGranule, 0);
   const auto third = pool.malloc("w", 4 * kGranule, 1);
   Work work(host);
+  faults.reset_counts();
   must(cumempool_free(first));
   while (faults.calls("fence") == 0) std::this_thread::yield();
   must(cumempool_free(second));  // with the next batch
@@ -280,6 +285,7 @@ TEST_F(ReaperTest, ADeviceThatCannotBeWaitedForKeepsItsOwnMemoryOnly) {
 TEST_F(ReaperTest, R6_ManyThreadsFreeOnIdleAndBusyDevices) {
   for (const std::uint64_t how : {std::uint64_t{0}, std::uint64_t{1'000'000}, kAnHour}) {
     wait(how);
+    pool.declare("w");
     std::vector<std::thread> threads;
     threads.reserve(4);
     for (int i = 0; i < 4; ++i) {
