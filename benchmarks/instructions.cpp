@@ -45,18 +45,22 @@ class Pool {
     require(cumempool_set_free_wait(allocator_, CUMEMPOOL_FREE_WAITS));  // all in this thread
     require(
         cumempool_declare_tag(allocator_, kTag, CUMEMPOOL_ON_SLEEP_UNSET, CUMEMPOOL_ON_WAKE_UNSET));
-    uint32_t slot = 1;
-    require(cumempool_bind_slot(allocator_, kTag, &slot));
-    if (slot != 0) std::abort();
   }
   ~Pool() {
-    cumempool_unbind_slot(0);
     cumempool_allocator_close(allocator_, 1);
     cumempool_allocator_destroy(allocator_);
     cumempool_host_driver_destroy(driver_);
   }
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
+
+  // A tag whose slot is bound does not sleep.
+  void bind() {
+    uint32_t slot = 1;
+    require(cumempool_bind_slot(allocator_, kTag, &slot));
+    if (slot != 0) std::abort();
+  }
+  void unbind() { require(cumempool_unbind_slot(0)); }
 
   void malloc_all() {
     for (void*& address : addresses_) {
@@ -140,13 +144,17 @@ MEASURED measure_remap(Pool& pool) { pool.wake(); }
 int main(int argc, char** argv) {
   Pool pool(argc > 1 ? std::max(1ul, std::strtoul(argv[1], nullptr, 10)) : 256);
   // Once unmeasured, so that memory, threads and symbols are there.
+  pool.bind();
   pool.malloc_all();
+  pool.unbind();
   pool.change_all(1);
   pool.sleep(CUMEMPOOL_ON_SLEEP_OFFLOAD);
   pool.wake();
   pool.free_all();
 
+  pool.bind();
   measure_malloc(pool);
+  pool.unbind();
   pool.change_all(2);
   pool.sleep(CUMEMPOOL_ON_SLEEP_OFFLOAD);  // the first sleep of these allocations
   pool.wake();

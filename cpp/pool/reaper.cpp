@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdlib>
 #include <exception>
+#include <optional>
 #include <thread>
 
 #include "driver/fork.hpp"
@@ -211,7 +212,8 @@ void Reaper::work_off(Lock& lock) noexcept {
   while (RecordPointer record = batch.pop()) {
     bool given_back = !record->memory.mapped() || fences.cover(*record);
     if (given_back) {
-      const Step step(*this);
+      std::optional<Step> step;  // of what may wait for a device; unmapping does not (C11)
+      if (record->memory.is_ordinary()) step.emplace(*this);
       given_back = record->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS;
     }
     finish(std::move(record), given_back);
