@@ -107,9 +107,11 @@ class SimulatedCuda(FakeTorch):
             "can_device_access_peer": lambda device, peer: device != peer,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(
-            torch._C, "_cuda_hasPrimaryContext", self.contexts.__contains__, raising=False
-        )
+        for name, value in {
+            "_cuda_hasPrimaryContext": self.contexts.__contains__,
+            "_cuda_memorySnapshot": lambda asked: {"segments": [], "allocator_settings": {}},
+        }.items():
+            monkeypatch.setattr(torch._C, name, value, raising=False)
 
     def call(self, name: str) -> Any:
         noted = super().call(name)
