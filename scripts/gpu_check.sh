@@ -183,7 +183,7 @@ fi
 # test_distributed and test_nixl. NIXL copies through host memory in small pieces, each of which
 # would wait for a time slice of a GPU that others use: 0.03 GB/s instead of 0.46 were seen.
 alone=(test_compat_torch_memory_saver test_compat_vllm rlhf_loop llm_sleep_wake test_training
-  test_graph_pool test_memory test_all_threads selftest test_cost bench demo malloc_path)
+  test_graph_pool test_memory test_frees test_scopes test_all_threads selftest test_cost bench demo malloc_path)
 alone_on_all=(conformance test_several_devices test_backups test_sharing test_nccl
   test_distributed test_nixl test_nixl_sleeps)
 on_all=(failure_sweep ray_actors)

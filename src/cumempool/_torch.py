@@ -176,17 +176,57 @@ def memory_limit(device: int) -> float:
 PoolId = tuple[int, int]
 Segment = dict[str, Any]
 
+#: What torch takes for all of them.
+_ALL_POOLS: Final[PoolId] = (0, 0)
+#: No pool has this id, so that torch has no segments to list of it.
+_NO_POOL: Final[PoolId] = (0, 1 << 62)
+
 
 @functools.lru_cache(maxsize=2)
 def _parameters_of(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
+def _add_references(value: object, count: int) -> None:
+    for _ in range(count):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+@functools.cache
+def _references_taken() -> int:
+    """How many references to each item of its argument ``_cuda_memorySnapshot`` gives up too many.
+
+    One in torch 2.11, as counts of references show: a number that Python does not keep for good,
+    as the id of a pool may be, is freed by that while it is in use, and the heap is broken.
+    """
+    ask = getattr(_C, "_cuda_memorySnapshot", None)
+    if ask is None:
+        return 0
+    number = int(str(_NO_POOL[1]))  # an object that nobody else has
+    lent = 2
+    _add_references(number, lent)
+    before = sys.getrefcount(number)
+    ask((_NO_POOL[0], number, False))
+    taken = before - sys.getrefcount(number)
+    for _ in range(lent - taken):
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(number))
+    return taken
+
+
+def _lend(pool: PoolId) -> None:
+    """Gives torch the references that it is about to take of a pool's id, see above."""
+    for item in (*pool, False):
+        _add_references(item, _references_taken())
+
+
 def _segments(pool: PoolId | None = None) -> list[Segment]:
     """What torch holds, of one pool or of all; without its history, where this torch can."""
     ask: Callable[..., list[Segment]] = torch.cuda.memory_snapshot
     takes = _parameters_of(ask)
-    options: dict[str, Any] = {"include_traces": False} if "include_traces" in takes else {}
+    options: dict[str, Any] = {}
+    if "include_traces" in takes:
+        options["include_traces"] = False
+        _lend(_ALL_POOLS if pool is None else pool)
     if pool is None:
         return ask(**options)
     if "mempool_id" in takes:
@@ -769,15 +809,12 @@ def replace_setting(text: str, name: str, value: str) -> str:
     return ",".join([*kept, f"{name}:{value}"])
 
 
-#: No pool has this id, so that torch has no segments to list of it.
-_NO_POOL: Final[PoolId] = (0, 1 << 62)
-
-
 def live_settings() -> dict[str, Any]:
     """The settings of torch's caching allocator that hold now, by name."""
     if not has_native_allocator():
         return {}
     if "include_traces" in _parameters_of(torch.cuda.memory_snapshot):
+        _lend(_NO_POOL)
         said = _C._cuda_memorySnapshot((*_NO_POOL, False))  # neither segments nor history
     else:
         said = torch.cuda.memory._snapshot()

@@ -254,22 +254,31 @@ class Observer:
             OSError: The file cannot be made.
         """
         lock = fork_safe_lock()  # a transition of another thread may end while the trace does
+        waiting: deque[str] = deque()
+        writing = False
         with path.open("w", encoding="utf-8", buffering=1) as file:
 
             def write(line: dict[str, object]) -> None:
-                file.write(json.dumps(line) + "\n")
-
-            def sink(event: Event) -> None:
+                nonlocal writing
+                waiting.append(json.dumps(line) + "\n")
                 with lock:
-                    if file.closed:
+                    # A signal handler has interrupted this thread in here, which then goes on.
+                    if writing or file.closed:
                         return
+                    writing = True
                     try:
-                        write(event.to_dict())
+                        while waiting:
+                            file.write(waiting.popleft())
                     except (OSError, ValueError) as problem:
                         # Now: at the end it would try once more to write what is left.
                         with contextlib.suppress(OSError):
                             file.close()
                         raise OSError(f"the trace {path} ends here: {problem}") from problem
+                    finally:
+                        writing = False
+
+            def sink(event: Event) -> None:
+                write(event.to_dict())
 
             write({"format": "cumempool trace 1", "time": time.time(), "process": os.getpid()})
             self._sinks.append(sink)

@@ -410,13 +410,14 @@ def test_a_rank_that_loses_the_store_goes_back(three: Threads, phase: str) -> No
         group = alone if rank == 1 else three.group(rank)
         with three.allocators[rank].pin("w", "a registration") if rank == 2 else NO_PIN:
             return distributed.sleep(
-                group, offload_tags="w", allocator=three.allocators[rank], timeout=0.5
+                group, offload_tags="w", allocator=three.allocators[rank], timeout=1
             )
 
     for rank, error in enumerate(refused(three.run(one))):
         assert error.states[rank] == "unchanged"
+        # It cannot write the last two. One that gives up before the others have come has not come.
         told = "the connection is gone" in str(error)
-        assert told or (rank != 1 and phase in {"decision", "end"})  # which it cannot write
+        assert told or (rank != 1 and phase in {"here", "decision", "end"})
     assert three.asleep() == [False] * 3
     assert all(tensor.equal(random_bytes(MIB)) for tensor in tensors)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,44 @@ def test_marks_are_harmless_where_torch_has_none(make_allocator: MakeAllocator) 
     tensor = filled(alloc, GRANULE, "data")
     alloc.sleep(tags="data")
     assert operations(alloc) == [("sleep", "")]
+    del tensor
+
+
+class Interrupted(io.StringIO):
+    """A file in the middle of whose writing a signal handler puts a tag to sleep, once."""
+
+    def __init__(self, handler: Callable[[], object]) -> None:
+        super().__init__()
+        self._handler: Callable[[], object] | None = handler
+        self._writes = False
+
+    def write(self, text: str, /) -> int:
+        if self._writes:
+            raise RuntimeError("reentrant call")  # as of io.BufferedWriter
+        self._writes = True
+        if "wake_up" in text and self._handler is not None:
+            handler, self._handler = self._handler, None
+            handler()
+        self._writes = False
+        return super().write(text)
+
+    def close(self) -> None:
+        pass  # what was written is read afterwards
+
+
+def test_a_signal_handler_may_call_while_its_thread_writes_a_trace(
+    alloc: CuMemAllocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = filled(alloc, GRANULE, "weights")
+    file = Interrupted(lambda: alloc.sleep(tags="weights"))
+    alloc.sleep(tags="weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *arguments, **options: file)
+        with alloc.record(tmp_path / "trace"):
+            alloc.wake_up()
+            alloc.wake_up()
+    lines = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [line.get("operation") for line in lines[1:]] == ["wake_up", "sleep", "wake_up"]
     del tensor
 
 

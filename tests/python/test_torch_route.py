@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +17,7 @@ import torch
 from interrupting import InterruptAt
 
 from cumempool import UnavailableError, UnsupportedError, _torch
-from cumempool._torch import ExpandableSegmentsOff, PoolRoute, replace_setting
+from cumempool._torch import ExpandableSegmentsOff, PoolId, PoolRoute, replace_setting
 
 
 class FakePool:
@@ -429,6 +432,30 @@ def test_an_older_torch_is_asked_by_what_it_takes(
     assert fake.segments == []
     assert use(fake, 1, "active_allocated") == (0, 2)
     assert list(_torch._held.devices) == [(0, 2)]
+
+
+def test_torch_gives_up_no_reference_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stealing(asked: tuple[int, ...]) -> dict[str, Any]:  # as in torch 2.11
+        for item in asked:
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(item))
+        return {"segments": [], "allocator_settings": {}}
+
+    def snapshot(mempool_id: PoolId = (0, 0), include_traces: bool = True) -> Any:
+        return stealing((*mempool_id, include_traces))["segments"]
+
+    monkeypatch.setattr(torch._C, "_cuda_memorySnapshot", stealing, raising=False)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(
+        _torch, "_references_taken", functools.cache(_torch._references_taken.__wrapped__)
+    )
+    number = int("123456789012")  # which Python does not keep for good
+    numbers = (number, _torch._NO_POOL[1])
+    before = [sys.getrefcount(one) for one in numbers]
+    for _ in range(100):
+        _torch._segments((0, number))
+        _torch.live_settings()
+    assert [sys.getrefcount(one) for one in numbers] == before
 
 
 def test_a_torch_that_names_its_fields_otherwise_is_an_error_by_name(fake: FakeTorch) -> None:
