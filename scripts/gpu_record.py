@@ -20,6 +20,9 @@ NEED_TWO_DEVICES = (
     "C3_ContextEntriesFailInsideAnotherDevicesContext",
     "C9_DevicesWithAccessCopyAndWaitAcross",
     "C9_UnregisteringWaitsForTheCopiesOfAnotherDevice",
+    "C10_ADeviceThatNobodyUsesCostsTheFenceNothing",
+    "C10_FenceWaitsForEachOfTheListedDevices",
+    "DeallocateTakesNoMemoryOfAnotherDevice",
 )
 
 
