@@ -65,7 +65,7 @@ class Comparison {
 
   // Digests behind the copies, on a board of their own.
   struct Recheck {
-    std::size_t first;
+    std::size_t first = 0;
     std::vector<std::size_t> slices;  // of the image
   };
   struct Rechecks {

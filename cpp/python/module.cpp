@@ -216,7 +216,8 @@ int driver_version(const Driver& driver) {
 
 // `function` is the address of a C function, as ctypes has it.
 void launch(const Driver& driver, int device, std::uintptr_t function, std::uintptr_t argument) {
-  auto* const called = reinterpret_cast<void (*)(void*)>(function);
+  auto* const called =
+      reinterpret_cast<void (*)(void*)>(function);  // NOLINT(performance-no-int-to-ptr)
   call([&] {
     return cumempool_host_driver_launch(
         driver.table, device, called,
