@@ -7,6 +7,15 @@
 
 #include "driver/fault_driver.hpp"
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#endif
+
 namespace cumempool::tests {
 namespace {
 
@@ -18,6 +27,7 @@ std::atomic<std::int64_t> left{0};
 thread_local bool chosen = false;
 thread_local std::uint64_t counted = 0;
 
+#ifndef SANITIZED
 bool must_fail() noexcept {
   ++counted;
   if (!armed || (!chosen && !everywhere) || driver::FaultDriver::inside_call()) return false;
@@ -26,8 +36,17 @@ bool must_fail() noexcept {
   failed = true;
   return true;
 }
+#endif
 
 }  // namespace
+
+bool allocations_can_fail() noexcept {
+#ifdef SANITIZED
+  return false;
+#else
+  return true;
+#endif
+}
 
 AllocationFailure::AllocationFailure(std::uint64_t nth, Lack lack, Where where) noexcept {
   left = static_cast<std::int64_t>(nth);
@@ -49,6 +68,7 @@ bool AllocationFailure::reached() noexcept { return failed; }
 
 }  // namespace cumempool::tests
 
+#ifndef SANITIZED
 void* operator new(std::size_t bytes) {
   if (!cumempool::tests::must_fail()) {
     if (void* const memory = std::malloc(bytes == 0 ? 1 : bytes)) return memory;
@@ -57,3 +77,4 @@ void* operator new(std::size_t bytes) {
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t /*bytes*/) noexcept { std::free(memory); }
+#endif

@@ -5,6 +5,10 @@
 
 namespace cumempool::tests {
 
+// False under sanitizers, which bring an operator new of their own: nothing is counted or fails
+// then.
+bool allocations_can_fail() noexcept;
+
 // Calls of operator new by this thread so far.
 std::uint64_t allocations() noexcept;
 
