@@ -52,9 +52,11 @@ std::uint64_t RecordSet::moment() const noexcept {
   return next_sequence_;
 }
 
-void RecordSet::for_each(const std::function<void(Record&)>& visit) {
+void RecordSet::for_each(const std::function<void(Record&)>& visit,
+                         const std::function<void()>& last) {
   const std::lock_guard lock(mutex_);
   for (const RecordPointer& record : records_) visit(*record);
+  if (last) last();
 }
 
 std::uint64_t RecordSet::update_unless(const std::function<bool(const Record&)>& hinders,

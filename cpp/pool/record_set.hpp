@@ -52,8 +52,10 @@ class RecordSet {
     }
   }
 
-  // Runs `visit` on every record, in order of allocation, under the lock: no driver calls in there.
-  void for_each(const std::function<void(Record&)>& visit);
+  // Runs `visit` on every record, in order of allocation, then `last`, all under the lock: no driver
+  // calls in there. No record that was visited has been torn down when `last` runs.
+  void for_each(const std::function<void(Record&)>& visit,
+                const std::function<void()>& last = nullptr);
 
   // Runs `change` under the lock. Takes no memory: transitions end by it.
   template <typename Change>

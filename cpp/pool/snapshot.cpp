@@ -65,7 +65,7 @@ class Collector {
   }
 
   Snapshot collect() {
-    allocator_.records().for_each([this](Record& record) { visit(record); });
+    allocator_.records().for_each([this](Record& record) { visit(record); }, [this] { held(); });
     for (const Tag* tag : allocator_.tags().all()) {
       const auto first = rows_.lower_bound({tag->name, -1});
       if (first == rows_.end() || first->first.first != tag->name) row(*tag, nullptr);
@@ -114,12 +114,17 @@ class Collector {
     return stats;
   }
 
-  void total() {
+  // Under the records' lock: later, the memory of records that were counted may have gone back.
+  void held() {
     cumempool_totals& totals = snapshot_.totals;
-    Counters& counters = allocator_.counters();
     totals.reserved_address_bytes = allocator_.ledger().reserved_bytes;
     totals.physical_bytes = allocator_.ledger().physical_bytes;
     totals.mapped_bytes = allocator_.ledger().mapped_bytes;
+  }
+
+  void total() {
+    cumempool_totals& totals = snapshot_.totals;
+    Counters& counters = allocator_.counters();
     totals.pending_free_bytes += allocator_.pending_free_bytes();
     const backup::Stores& stores = allocator_.stores();
     totals.host_bytes = stores.pinned_bytes();

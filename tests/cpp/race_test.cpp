@@ -83,5 +83,26 @@ TEST_F(Race, R6_ExportsAgainstFree) {
   EXPECT_EQ(failures, 0) << "it sleeps, or is gone";
 }
 
+TEST_F(Race, R13_StatisticsAgainstFree) {
+  std::atomic<bool> stop{false};
+  std::thread program([&] {
+    std::vector<cumempool_address> live;
+    while (!stop) {
+      for (int i = 0; i < 8; ++i) live.push_back(pool.malloc("w", kGranule));
+      for (const auto address : live) must(cumempool_free(address));
+      live.clear();
+    }
+  });
+  for (int round = 0; round < 20 * kRounds; ++round) {
+    const auto picture = pool.snapshot();
+    std::uint64_t awake = 0;
+    for (const auto& row : picture.tags) awake += row.awake_bytes;
+    if (awake > picture.totals.reserved_address_bytes) ++failures;
+  }
+  stop = true;
+  program.join();
+  EXPECT_EQ(failures, 0) << "what is awake has addresses";
+}
+
 }  // namespace
 }  // namespace cumempool::tests
