@@ -1,6 +1,7 @@
 // Physical memory of another process, mapped here.
 #include "vmm/shared_mapping.hpp"
 
+#include <exception>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -45,7 +46,9 @@ void SharedParts::open(std::uint32_t handle_type, const void* exported, cumempoo
 void SharedParts::give_back() {
   const auto& table = driver.table();
   if (mapping) {
-    if (mapping->accessible()) driver.fence({device});
+    if (mapping->accessible()) {  // the one device, without a list that takes memory
+      driver::check(table, "fence", table.fence(table.self, &device, 1), device, range.bytes());
+    }
     driver::check(table, "unmap", mapping->release(), device, range.bytes());
     mapping.reset();
   }
@@ -88,7 +91,7 @@ void keep(Parts parts) noexcept {
 Parts give_back(Parts parts) noexcept {
   try {
     parts->give_back();
-  } catch (const Error&) {
+  } catch (const std::exception&) {  // or no memory to say what failed
     return parts;
   }
   return nullptr;
@@ -129,7 +132,7 @@ SharedMapping::SharedMapping(driver::Driver driver, int device, std::uint32_t ha
   parts_ = std::make_unique<SharedParts>(driver, device, bytes);
   try {
     parts_->open(handle_type, exported, access);
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     parts_ = give_back(std::move(parts_));
     if (parts_ != nullptr) keep(std::move(parts_));
     throw;

@@ -33,6 +33,7 @@ struct Operation {
   bool retains = false;
   std::uint64_t stride = 1;  // of the allocations that fail
   bool loses = false;        // all contents, as it is told to
+  bool closes = false;       // the allocator: half of a close is gone on with by the next
 };
 
 std::ostream& operator<<(std::ostream& out, const Operation& operation) {
@@ -86,6 +87,95 @@ cumempool_status wake_in_a_thread(World& world) {
   cumempool_report_destroy(report);
   cumempool_waking_destroy(waking);
   return status;
+}
+
+// A wait that is refused changes nothing of the wake.
+cumempool_status wake_and_wait(World& world) {
+  const cumempool_address first = world.blocks[4].address;
+  cumempool_waking* waking = nullptr;
+  cumempool_status status =
+      cumempool_wake_begin(world.pool.get(), nullptr, 0, &first, 1, nullptr, 0, &waking);
+  if (status != CUMEMPOOL_OK) return status;
+  const cumempool_status waited = cumempool_waking_wait(waking, first, world.stream->get());
+  cumempool_report* report = nullptr;
+  status = cumempool_waking_finish(waking, &report);
+  const bool told = (report != nullptr) == (status == CUMEMPOOL_OK) &&
+                    (waited == CUMEMPOOL_OK || waited == CUMEMPOOL_OUT_OF_HOST_MEMORY);
+  cumempool_report_destroy(report);
+  cumempool_waking_destroy(waking);
+  return told ? status : CUMEMPOOL_INTERNAL;
+}
+
+cumempool_status swap(World& world) {
+  const cumempool_sleep_request leaves = mixed_request(world);
+  const char* const comes = "next";
+  cumempool_swap_request request{};
+  request.size = sizeof request;
+  request.sleep = &leaves;
+  request.wake_tags = &comes;
+  request.wake_tag_count = 1;
+  cumempool_report* report = nullptr;
+  const cumempool_status status = cumempool_swap(world.pool.get(), &request, &report);
+  cumempool_report_destroy(report);
+  return status;
+}
+
+cumempool_status close_by_force(World& world) {
+  return cumempool_allocator_close(world.pool.get(), 1);
+}
+
+cumempool_status close_unused(World& world) {
+  return cumempool_allocator_close(world.pool.get(), 0);
+}
+
+// It has to be refused.
+cumempool_status close_in_use(World& world) {
+  const cumempool_status status = close_unused(world);
+  return status == CUMEMPOOL_IN_USE ? CUMEMPOOL_OK
+         : status == CUMEMPOOL_OK   ? CUMEMPOOL_INTERNAL
+                                    : status;
+}
+
+cumempool_status export_first(World& world, int& descriptor, std::uint64_t& bytes) {
+  cumempool_allocation_info info{};
+  const cumempool_status status = cumempool_export(world.pool.get(), world.blocks[0].address,
+                                                   CUMEMPOOL_HANDLE_POSIX_FD, &descriptor, &info);
+  bytes = info.bytes;
+  if (status != CUMEMPOOL_OK && descriptor >= 0) return CUMEMPOOL_INTERNAL;  // nobody closes it
+  return status;
+}
+
+cumempool_status export_memory(World& world) {
+  int descriptor = -1;
+  std::uint64_t bytes = 0;
+  const cumempool_status status = export_first(world, descriptor, bytes);
+  if (status == CUMEMPOOL_OK) close(descriptor);
+  return status;
+}
+
+cumempool_status share(World& world) {
+  int descriptor = -1;
+  std::uint64_t bytes = 0;
+  cumempool_status status = export_first(world, descriptor, bytes);
+  if (status != CUMEMPOOL_OK) return status;
+  cumempool_shared* shared = nullptr;
+  status = cumempool_shared_open(&world.faults.table(), 0, CUMEMPOOL_HANDLE_POSIX_FD, &descriptor,
+                                 bytes, CUMEMPOOL_ACCESS_READ_WRITE, &shared);
+  close(descriptor);
+  if (status != CUMEMPOOL_OK) return status;
+  status = cumempool_shared_close(shared);
+  cumempool_shared_destroy(shared);
+  return status;
+}
+
+// Of a tag without memory.
+cumempool_status choose_memory(World& world) {
+  const auto peer = static_cast<std::int32_t>(world.peer);
+  cumempool_memory_policy policy{};
+  policy.size = sizeof policy;
+  policy.peer_count = 1;
+  policy.peers = &peer;
+  return cumempool_set_memory(world.pool.get(), "next", &policy);
 }
 
 cumempool_status allocate(World& world) {
@@ -148,6 +238,27 @@ std::vector<Operation> operations() {
     world.blocks[4].seed += 50;
     world.write_patterns();
   };
+  const auto waited_for = [asleep](World& world) {
+    asleep(world);
+    world.stream = std::make_unique<ProgramStream>(world.machine->table(), 0);
+  };
+  const auto two_sets = [](World& world) {
+    world.add("next", 2 * world.page, 0);
+    world.add("next", world.page, world.second);
+    world.write_patterns();
+    must(world.pool.sleep("next", kOffload).status);
+    world.add_blocks();
+  };
+  const auto freed = [](World& world) {
+    world.add_blocks();
+    must(world.pool.sleep(world.mixed()).status);
+    must(world.pool.wake().status);
+    for (const Block& block : world.blocks) must(cumempool_free(block.address));
+  };
+  const auto declared = [](World& world) {
+    world.add_blocks();
+    world.pool.declare("next");
+  };
   std::vector<Operation> all{
       {"FirstMalloc", [](World&) {}, allocate},
       {"Malloc", awake, allocate},
@@ -161,6 +272,16 @@ std::vector<Operation> operations() {
       {"Wake", asleep, wake},
       {"WakeRetaining", asleep, wake, true},
       {"AsynchronousWake", asleep, wake_in_a_thread},
+      {"AsynchronousWakeAndWait", waited_for, wake_and_wait},
+      {"Swap", two_sets, swap},
+      {"SwapRetaining", two_sets, swap, true},
+      {"CloseByForceAwake", awake, close_by_force, false, 1, true, true},
+      {"CloseByForceAsleep", asleep, close_by_force, false, 1, true, true},
+      {"CloseUnused", freed, close_unused, false, 1, true, true},
+      {"CloseInUse", awake, close_in_use},
+      {"Export", awake, export_memory},
+      {"ExportOpenAndClose", awake, share},
+      {"SetMemory", declared, choose_memory},
       {"Prepare", awake, make_ready},
       {"Snapshot", asleep, look},
       {"ReadBackup", asleep, view},
@@ -212,14 +333,18 @@ class AllocationSweep : public ::testing::TestWithParam<Operation> {
     world.expect_exact(false);
     if (status == CUMEMPOOL_OK) {
       EXPECT_TRUE(same(world.state(), after_, true)) << ::testing::PrintToString(world.state());
-    } else if (!same(world.state(), before, true)) {
+    } else if (!GetParam().closes && !same(world.state(), before, true)) {
       // What cannot be taken back without memory sleeps, with its backup.
       EXPECT_TRUE(lack == Lack::kForGood || secondary != 0)
           << ::testing::PrintToString(world.state());
     }
     if (!operation.loses) world.expect_contents(false);
     EXPECT_EQ(operation.act(world), CUMEMPOOL_OK) << cumempool_last_error()->message;
-    EXPECT_EQ(world.pool.wake().status, CUMEMPOOL_OK) << cumempool_last_error()->message;
+    if (operation.closes) {
+      nothing_physical_is_left(world);
+    } else {
+      EXPECT_EQ(world.pool.wake().status, CUMEMPOOL_OK) << cumempool_last_error()->message;
+    }
     if (!operation.loses) world.expect_contents(false);
     world.expect_exact();
     return reached;
@@ -230,7 +355,10 @@ class AllocationSweep : public ::testing::TestWithParam<Operation> {
       SCOPED_TRACE("allocation " + std::to_string(nth) +
                    (lack == Lack::kForGood ? " and all later ones" : "") +
                    (where == Where::kEverywhere ? ", in all threads" : ""));
-      if (!try_at(nth, lack, where)) return;
+      const std::size_t descriptors = open_descriptors();
+      const bool reached = try_at(nth, lack, where);
+      EXPECT_EQ(open_descriptors(), descriptors);
+      if (!reached) return;
       ++tried_;
       passed_ += HasFailure() ? 0U : 1U;
     }

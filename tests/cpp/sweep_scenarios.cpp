@@ -19,13 +19,6 @@ cumempool_status allocate(World& world, int device) {
 
 void nothing_is_pinned(const World& world) { EXPECT_EQ(world.counters().registered_bytes, 0U); }
 
-void nothing_physical_is_left(const World& world) {
-  const auto counters = world.counters();
-  EXPECT_EQ(counters.charged_bytes + counters.handles + counters.mapped_bytes, 0U);
-  EXPECT_EQ(counters.registered_bytes + counters.streams + counters.events, 0U);
-  EXPECT_EQ(counters.retained_contexts, 0U);
-}
-
 void free_everything(World& world) {
   for (const Block& block : world.blocks) must(cumempool_free(block.address));
 }

@@ -213,6 +213,7 @@ class World {
   // Kept past the failures: that their end cannot enter a context has no remedy either.
   std::unique_ptr<Waking> waking;
   std::unique_ptr<Opened> opened;
+  std::unique_ptr<ProgramStream> stream;
 
  private:
   // Kept, for thousands of worlds have the same few.
@@ -242,5 +243,13 @@ class World {
     return found == expected;
   }
 };
+
+// After a close.
+inline void nothing_physical_is_left(const World& world) {
+  const auto counters = world.counters();
+  EXPECT_EQ(counters.charged_bytes + counters.handles + counters.mapped_bytes, 0U);
+  EXPECT_EQ(counters.registered_bytes + counters.streams + counters.events, 0U);
+  EXPECT_EQ(counters.retained_contexts, 0U);
+}
 
 }  // namespace cumempool::tests
