@@ -31,7 +31,7 @@ void CopyQueue::on_device(cumempool_address destination, cumempool_address sourc
 }
 
 void CopyQueue::fill_zero(cumempool_address destination, std::size_t bytes) {
-  driver_.fill(device_, destination, 0, bytes, stream_);
+  driver_.fill(device_, destination, std::uint8_t{0}, bytes, stream_);
   ++enqueued_;
 }
 

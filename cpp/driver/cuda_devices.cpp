@@ -1,25 +1,25 @@
-// The entries of the `cuda` driver for devices and their primary contexts.
+// The entries of the `cuda` driver for devices, their primary contexts, and the fence.
 #include <algorithm>
 #include <climits>
+#include <mutex>
 
 #include "driver/cuda_state.hpp"
 
 namespace cumempool::driver {
 namespace {
 
-cumempool_result init(void* self) { return result_of(driver_of(self).cu.cuInit(0)); }
+cumempool_result init(CudaDriver& driver) { return result_of(driver.cu.cuInit(0)); }
 
-cumempool_result driver_version(void* self, int* version) {
-  return result_of(driver_of(self).cu.cuDriverGetVersion(version));
+cumempool_result driver_version(CudaDriver& driver, int* version) {
+  return result_of(driver.cu.cuDriverGetVersion(version));
 }
 
-cumempool_result device_count(void* self, int* count) {
-  *count = driver_of(self).device_count;
+cumempool_result device_count(CudaDriver& driver, int* count) {
+  *count = driver.device_count;
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-cumempool_result device_name(void* self, int device, char* name, std::size_t bytes) {
-  const CudaDriver& driver = driver_of(self);
+cumempool_result device_name(CudaDriver& driver, int device, char* name, std::size_t bytes) {
   const PrimaryContext* found = driver.find(device);
   if (found == nullptr) {
     return CUMEMPOOL_RESULT_INVALID_DEVICE;
@@ -51,9 +51,8 @@ int attribute_number(cumempool_device_attribute attribute) {
   return -1;
 }
 
-cumempool_result device_attribute(void* self, int device, cumempool_device_attribute attribute,
-                                  int* value) {
-  const CudaDriver& driver = driver_of(self);
+cumempool_result device_attribute(CudaDriver& driver, int device,
+                                  cumempool_device_attribute attribute, int* value) {
   const PrimaryContext* found = driver.find(device);
   if (found != nullptr && attribute == CUMEMPOOL_ATTRIBUTE_FENCE) {
     *value = found->fence.way();
@@ -75,8 +74,7 @@ cumempool_result device_attribute(void* self, int device, cumempool_device_attri
 }
 
 // CUDA says that a device is no peer of itself.
-cumempool_result peer_access(void* self, int device, int peer, int* possible) {
-  const CudaDriver& driver = driver_of(self);
+cumempool_result peer_access(CudaDriver& driver, int device, int peer, int* possible) {
   const PrimaryContext* found = driver.find(device);
   const PrimaryContext* other = driver.find(peer);
   if (found == nullptr || other == nullptr) {
@@ -88,21 +86,20 @@ cumempool_result peer_access(void* self, int device, int peer, int* possible) {
              : result_of(driver.cu.cuDeviceCanAccessPeer(possible, found->device, other->device));
 }
 
-cumempool_result memory_info(void* self, int device, std::uint64_t* free_bytes,
+cumempool_result memory_info(CudaDriver& driver, int device, std::uint64_t* free_bytes,
                              std::uint64_t* total_bytes) {
   if (!inside(device)) {
     return CUMEMPOOL_RESULT_INVALID_CONTEXT;
   }
   std::size_t free_size = 0;
   std::size_t total_size = 0;
-  const CUresult result = driver_of(self).cu.cuMemGetInfo(&free_size, &total_size);
+  const CUresult result = driver.cu.cuMemGetInfo(&free_size, &total_size);
   *free_bytes = free_size;
   *total_bytes = total_size;
   return result_of(result);
 }
 
-cumempool_result context_active(void* self, int device, int* active) {
-  const CudaDriver& driver = driver_of(self);
+cumempool_result context_active(CudaDriver& driver, int device, int* active) {
   const PrimaryContext* found = driver.find(device);
   if (found == nullptr) {
     return CUMEMPOOL_RESULT_INVALID_DEVICE;
@@ -129,8 +126,7 @@ void give_addresses_back(const Symbols& cu, CUdeviceptr& ahead) {
 }
 
 // CUDA counts retains as well. Ours is kept to know the context, and when it is no longer ours.
-cumempool_result context_retain(void* self, int device) {
-  CudaDriver& driver = driver_of(self);
+cumempool_result context_retain(CudaDriver& driver, int device) {
   PrimaryContext* found = driver.find(device);
   if (found == nullptr) {
     return CUMEMPOOL_RESULT_INVALID_DEVICE;
@@ -164,8 +160,7 @@ CUresult make_current(const Symbols& cu, CUcontext context, bool& pushed) {
 // In RELAXED mode the calls of this table leave every capture, of this and of other threads,
 // intact; in the default mode pinning memory or making a stream would break a capture of another
 // thread.
-cumempool_result context_enter(void* self, int device, cumempool_context_token* token) {
-  const CudaDriver& driver = driver_of(self);
+cumempool_result context_enter(CudaDriver& driver, int device, cumempool_context_token* token) {
   const PrimaryContext* found = driver.find(device);
   if (found == nullptr) {
     return CUMEMPOOL_RESULT_INVALID_DEVICE;
@@ -193,8 +188,7 @@ cumempool_result context_enter(void* self, int device, cumempool_context_token* 
 }
 
 // Undoes both, even where undoing the first fails.
-cumempool_result context_leave(void* self, const cumempool_context_token* token) {
-  const CudaDriver& driver = driver_of(self);
+cumempool_result context_leave(CudaDriver& driver, const cumempool_context_token* token) {
   CUresult popped = CUDA_SUCCESS;
   if (token->context != 0) {
     CUcontext context = nullptr;
@@ -207,20 +201,19 @@ cumempool_result context_leave(void* self, const cumempool_context_token* token)
 }
 
 // The context may live on for others; what was loaded into it, and is kept there, goes.
-void empty_context(void* self, int device, PrimaryContext& context) {
+void empty_context(CudaDriver& driver, int device, PrimaryContext& context) {
   cumempool_context_token token{};
-  if (context_enter(self, device, &token) != CUMEMPOOL_RESULT_SUCCESS) {
+  if (context_enter(driver, device, &token) != CUMEMPOOL_RESULT_SUCCESS) {
     context.digest.forget();
     context.fence.forget();
     return;
   }
-  context.digest.unload(driver_of(self).cu);
-  context.fence.release(driver_of(self).cu);
-  context_leave(self, &token);
+  context.digest.unload(driver.cu);
+  context.fence.release(driver.cu);
+  context_leave(driver, &token);
 }
 
-cumempool_result context_release(void* self, int device) {
-  CudaDriver& driver = driver_of(self);
+cumempool_result context_release(CudaDriver& driver, int device) {
   PrimaryContext* found = driver.find(device);
   if (found == nullptr) {
     return CUMEMPOOL_RESULT_INVALID_DEVICE;
@@ -230,7 +223,7 @@ cumempool_result context_release(void* self, int device) {
     return CUMEMPOOL_RESULT_INVALID_CONTEXT;
   }
   if (found->count == 1) {
-    empty_context(self, device, *found);
+    empty_context(driver, device, *found);
     const CUresult result = driver.cu.cuDevicePrimaryCtxRelease(found->device);
     if (result != CUDA_SUCCESS) {
       return result_of(result);
@@ -242,21 +235,93 @@ cumempool_result context_release(void* self, int device) {
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
+// Holds the primary context of a device that anybody in the process uses; none where nobody does.
+class ActiveContext {
+ public:
+  ActiveContext(CudaDriver& driver, int device) : driver_(driver), device_(device) {
+    PrimaryContext& found = *driver.find(device);
+    {
+      const std::lock_guard<std::mutex> lock(found.mutex);
+      counted_ = found.count != 0;
+      found.count += counted_ ? 1 : 0;
+    }
+    if (counted_) {
+      context_ = found.context.load();
+      return;
+    }
+    unsigned int flags = 0;
+    int active = 0;
+    result_ = driver.cu.cuDevicePrimaryCtxGetState(found.device, &flags, &active);
+    if (result_ == CUDA_SUCCESS && active != 0) {
+      result_ = driver.cu.cuDevicePrimaryCtxRetain(&context_, found.device);
+    }
+  }
+  ~ActiveContext() {
+    if (counted_) {
+      driver_.table.context_release(&driver_, device_);
+    } else if (context_ != nullptr) {
+      driver_.cu.cuDevicePrimaryCtxRelease(driver_.find(device_)->device);
+    }
+  }
+  ActiveContext(const ActiveContext&) = delete;
+  ActiveContext& operator=(const ActiveContext&) = delete;
+
+  CUcontext get() const noexcept { return context_; }
+  CUresult result() const noexcept { return result_; }
+  // Whether the table holds it for somebody else as well.
+  bool counted() const noexcept { return counted_; }
+
+ private:
+  CudaDriver& driver_;
+  int device_;
+  bool counted_ = false;
+  CUcontext context_ = nullptr;
+  CUresult result_ = CUDA_SUCCESS;
+};
+
+}  // namespace
+
+// Its context is current meanwhile, and the thread's capture mode is the relaxed one.
+cumempool_result fence_device(CudaDriver& driver, int device) {
+  const Symbols& cu = driver.cu;
+  const ActiveContext active(driver, device);
+  if (active.get() == nullptr) return result_of(active.result());
+  CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  CUresult result = cu.cuThreadExchangeStreamCaptureMode(&mode);
+  if (result != CUDA_SUCCESS) return result_of(result);
+  result = cu.cuCtxPushCurrent(active.get());
+  cumempool_result fenced = result_of(result);
+  if (result == CUDA_SUCCESS) {
+    PrimaryContext& found = *driver.find(device);
+    fenced = found.fence.wait(cu, found.device);
+    if (!active.counted()) found.fence.release(cu);  // the context may be gone at any time
+    CUcontext popped = nullptr;
+    cu.cuCtxPopCurrent(&popped);
+  }
+  cu.cuThreadExchangeStreamCaptureMode(&mode);
+  return fenced;
+}
+
+namespace {
+
+// One device that fails keeps none of the others from being waited for.
+cumempool_result fence(CudaDriver& driver, const int* devices, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    if (driver.find(devices[i]) == nullptr) return CUMEMPOOL_RESULT_INVALID_DEVICE;
+  }
+  cumempool_result first = CUMEMPOOL_RESULT_SUCCESS;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto result = fence_device(driver, devices[i]);
+    if (first == CUMEMPOOL_RESULT_SUCCESS) first = result;
+  }
+  return first;
+}
+
 }  // namespace
 
 void fill_cuda_device_entries(cumempool_driver& table) {
-  table.init = init;
-  table.driver_version = driver_version;
-  table.device_count = device_count;
-  table.device_name = device_name;
-  table.device_attribute = device_attribute;
-  table.peer_access = peer_access;
-  table.memory_info = memory_info;
-  table.context_active = context_active;
-  table.context_retain = context_retain;
-  table.context_release = context_release;
-  table.context_enter = context_enter;
-  table.context_leave = context_leave;
+#define CUMEMPOOL_DEVICE_ENTRY(name, function, size) table.name = entry<name>;
+#include "driver/entries.inc"
 }
 
 }  // namespace cumempool::driver

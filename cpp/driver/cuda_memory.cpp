@@ -34,9 +34,8 @@ cumempool_result allocation_prop(const CudaDriver& driver,
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-cumempool_result granularity(void* self, const cumempool_memory_properties* properties,
+cumempool_result granularity(CudaDriver& driver, const cumempool_memory_properties* properties,
                              std::size_t* bytes) {
-  const CudaDriver& driver = driver_of(self);
   CUmemAllocationProp prop;
   const cumempool_result result = allocation_prop(driver, *properties, prop);
   if (result != CUMEMPOOL_RESULT_SUCCESS) {
@@ -50,22 +49,21 @@ cumempool_result granularity(void* self, const cumempool_memory_properties* prop
 // begins with one lies in the fewest, and libcuda gives access to it sooner.
 constexpr std::size_t kDirectorySpan = std::size_t{512} << 20;
 
-cumempool_result reserve(void* self, std::size_t bytes, cumempool_address* address) {
+cumempool_result reserve(CudaDriver& driver, std::size_t bytes, cumempool_address* address) {
   CUdeviceptr pointer = 0;
   const std::size_t alignment = bytes >= kDirectorySpan ? kDirectorySpan : 0;
-  const CUresult result = driver_of(self).cu.cuMemAddressReserve(&pointer, bytes, alignment, 0, 0);
+  const CUresult result = driver.cu.cuMemAddressReserve(&pointer, bytes, alignment, 0, 0);
   *address = pointer;
   return result_of(result);
 }
 
-cumempool_result unreserve(void* self, cumempool_address address, std::size_t bytes) {
-  return result_of(driver_of(self).cu.cuMemAddressFree(address, bytes));
+cumempool_result unreserve(CudaDriver& driver, cumempool_address address, std::size_t bytes) {
+  return result_of(driver.cu.cuMemAddressFree(address, bytes));
 }
 
-cumempool_result create(void* self, std::size_t bytes,
+cumempool_result create(CudaDriver& driver, std::size_t bytes,
                         const cumempool_memory_properties* properties,
                         cumempool_physical* physical) {
-  const CudaDriver& driver = driver_of(self);
   CUmemAllocationProp prop;
   const cumempool_result result = allocation_prop(driver, *properties, prop);
   if (result != CUMEMPOOL_RESULT_SUCCESS) {
@@ -77,13 +75,12 @@ cumempool_result create(void* self, std::size_t bytes,
   return result_of(created);
 }
 
-cumempool_result release(void* self, cumempool_physical physical) {
-  return result_of(driver_of(self).cu.cuMemRelease(physical));
+cumempool_result release(CudaDriver& driver, cumempool_physical physical) {
+  return result_of(driver.cu.cuMemRelease(physical));
 }
 
-cumempool_result map(void* self, cumempool_address address, std::size_t bytes,
+cumempool_result map(CudaDriver& driver, cumempool_address address, std::size_t bytes,
                      cumempool_physical physical) {
-  CudaDriver& driver = driver_of(self);
   const CUresult result = driver.cu.cuMemMap(address, bytes, 0, physical, 0);
   if (result == CUDA_SUCCESS && !driver.mapped.add(address, bytes)) {
     driver.cu.cuMemUnmap(address, bytes);
@@ -92,16 +89,14 @@ cumempool_result map(void* self, cumempool_address address, std::size_t bytes,
   return result_of(result);
 }
 
-cumempool_result unmap(void* self, cumempool_address address, std::size_t bytes) {
-  CudaDriver& driver = driver_of(self);
+cumempool_result unmap(CudaDriver& driver, cumempool_address address, std::size_t bytes) {
   return driver.mapped.remove(address, bytes, [&driver, address, bytes] {
     return result_of(driver.cu.cuMemUnmap(address, bytes));
   });
 }
 
-cumempool_result set_access(void* self, cumempool_address address, std::size_t bytes,
+cumempool_result set_access(CudaDriver& driver, cumempool_address address, std::size_t bytes,
                             const int* devices, std::size_t device_count, cumempool_access access) {
-  const CudaDriver& driver = driver_of(self);
   if (access != CUMEMPOOL_ACCESS_READ && access != CUMEMPOOL_ACCESS_READ_WRITE) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
   }
@@ -143,9 +138,9 @@ cumempool_result export_fd(const Symbols& cu, cumempool_physical physical, void*
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-cumempool_result export_handle(void* self, cumempool_physical physical, std::uint32_t handle_type,
-                               void* exported) {
-  const Symbols& cu = driver_of(self).cu;
+cumempool_result export_handle(CudaDriver& driver, cumempool_physical physical,
+                               std::uint32_t handle_type, void* exported) {
+  const Symbols& cu = driver.cu;
   if (cu.cuMemExportToShareableHandle == nullptr) {
     return CUMEMPOOL_RESULT_NOT_SUPPORTED;
   }
@@ -159,9 +154,9 @@ cumempool_result export_handle(void* self, cumempool_physical physical, std::uin
       exported, physical, static_cast<CUmemAllocationHandleType>(CUMEMPOOL_HANDLE_FABRIC), 0));
 }
 
-cumempool_result import_handle(void* self, const void* exported, std::uint32_t handle_type,
+cumempool_result import_handle(CudaDriver& driver, const void* exported, std::uint32_t handle_type,
                                cumempool_physical* physical) {
-  const Symbols& cu = driver_of(self).cu;
+  const Symbols& cu = driver.cu;
   if (cu.cuMemImportFromShareableHandle == nullptr) {
     return CUMEMPOOL_RESULT_NOT_SUPPORTED;
   }
@@ -187,16 +182,8 @@ cumempool_result import_handle(void* self, const void* exported, std::uint32_t h
 }  // namespace
 
 void fill_cuda_memory_entries(cumempool_driver& table) {
-  table.granularity = granularity;
-  table.reserve = reserve;
-  table.unreserve = unreserve;
-  table.create = create;
-  table.release = release;
-  table.map = map;
-  table.unmap = unmap;
-  table.set_access = set_access;
-  table.export_handle = export_handle;
-  table.import_handle = import_handle;
+#define CUMEMPOOL_MEMORY_ENTRY(name, function, size) table.name = entry<name>;
+#include "driver/entries.inc"
 }
 
 }  // namespace cumempool::driver

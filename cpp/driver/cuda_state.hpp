@@ -25,7 +25,7 @@ struct PrimaryContext {
   int count = 0;
   std::atomic<CUcontext> context{nullptr};
   CUdeviceptr ahead = 0;  // what makes libcuda hold addresses ready, or 0
-  CudaDigest digest;
+  CudaKernel digest{kDigestPtx, kDigestKernelName};
   CudaFence fence;
 };
 
@@ -67,7 +67,23 @@ std::uint64_t number_of(Handle handle) {
 
 inline bool inside(int device) { return device >= 0 && entered_device == device; }
 
-// The entries of the table, from the file that is named alike.
+// Waits for the work of a device that anybody in the process uses (C10).
+cumempool_result fence_device(CudaDriver& driver, int device);
+
+// Stands in the table for the function of the same name.
+template <auto Function, typename... Args>
+cumempool_result entry(void* self, Args... args) {
+  return Function(driver_of(self), args...);
+}
+
+// The same for one that is called inside context_enter of its device only (C3).
+template <auto Function, typename... Args>
+cumempool_result entry_in_context(void* self, int device, Args... args) {
+  return inside(device) ? Function(driver_of(self), device, args...)
+                        : CUMEMPOOL_RESULT_INVALID_CONTEXT;
+}
+
+// Set the entries of a family (entries.inc) to the functions of the file that is named alike.
 void fill_cuda_device_entries(cumempool_driver& table);
 void fill_cuda_memory_entries(cumempool_driver& table);
 void fill_cuda_work_entries(cumempool_driver& table);

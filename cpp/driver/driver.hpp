@@ -1,16 +1,26 @@
-// A driver table with exceptions: each call either succeeds or throws Error with the call's name
-// and result. The table itself stays reachable for the few places that must not throw.
+// Calls the entries of a driver table, and throws Error with the call's name and result where one
+// fails. The table itself stays reachable for the few places that must not throw.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cumempool/driver.h"
 #include "driver/error.hpp"
 
 namespace cumempool::driver {
+
+// Throws the Error for a failed driver call; returns for success. `call` is the entry of the table
+// ("create"); messages name the CUDA function behind it where the driver is `cuda`.
+void check(const cumempool_driver& table, const char* call, cumempool_result result,
+           int device = -1, std::uint64_t bytes = 0);
+// The same for a call that has failed.
+[[noreturn]] void fail(const cumempool_driver& table, const char* call, cumempool_result result,
+                       int device, std::uint64_t bytes);
 
 // A view; the table outlives every object of the core that holds one.
 class Driver {
@@ -20,55 +30,67 @@ class Driver {
   const cumempool_driver& table() const noexcept { return *table_; }
   const char* name() const noexcept { return table_->name; }
 
-  void init() const;
-  int device_count() const;
+  // One method per entry of the table: it takes what the entry takes after `self`, and throws Error
+  // where the entry fails. Where the last parameter is left out, it returns what the entry writes
+  // there:
+  //
+  //   const cumempool_physical handle = driver.create(bytes, &properties);
+#define CUMEMPOOL_ENTRY(entry, function, size)                    \
+  template <typename... Args>                                     \
+  auto entry(Args... args) const {                                \
+    return call<size>(#entry, &cumempool_driver::entry, args...); \
+  }
+#include "driver/entries.inc"
+
+  // The same in other words.
   std::string device_name(int device) const;
-  int device_attribute(int device, cumempool_device_attribute attribute) const;
-  bool peer_access(int device, int peer) const;
-  bool context_active(int device) const;
-  void memory_info(int device, std::uint64_t& free_bytes, std::uint64_t& total_bytes) const;
-
-  std::size_t granularity(const cumempool_memory_properties& properties) const;
-  cumempool_address reserve(std::size_t bytes) const;
-  cumempool_physical create(std::size_t bytes, const cumempool_memory_properties& properties) const;
-  void map(cumempool_address address, std::size_t bytes, cumempool_physical physical) const;
-  // Errors name the first device.
   void set_access(cumempool_address address, std::size_t bytes, const std::vector<int>& devices,
-                  cumempool_access access = CUMEMPOOL_ACCESS_READ_WRITE) const;
-  cumempool_address allocate(int device, std::size_t bytes) const;
-
-  void host_register(int device, void* pointer, std::size_t bytes) const;
-  // The same where copies do without as well (C9): false where the driver pins no host memory.
-  bool pin(int device, void* pointer, std::size_t bytes) const;
-  cumempool_stream stream_create(int device) const;
-  void stream_synchronize(int device, cumempool_stream stream) const;
-  bool stream_is_capturing(int device, cumempool_stream stream) const;
-  cumempool_event event_create(int device) const;
-  void event_record(int device, cumempool_event event, cumempool_stream stream) const;
-  void event_synchronize(int device, cumempool_event event) const;
-  bool event_query(int device, cumempool_event event) const;  // whether it is done
-  void stream_wait_event(int device, cumempool_stream stream, cumempool_event event) const;
-  void copy_to_host(int device, void* destination, cumempool_address source, std::size_t bytes,
-                    cumempool_stream stream) const;
-  void copy_to_device(int device, cumempool_address destination, const void* source,
-                      std::size_t bytes, cumempool_stream stream) const;
-  void copy_on_device(int device, cumempool_address destination, cumempool_address source,
-                      std::size_t bytes, cumempool_stream stream) const;
-  void fill(int device, cumempool_address destination, std::uint8_t byte, std::size_t bytes,
-            cumempool_stream stream) const;
-  void digest(int device, std::uint64_t seed, const cumempool_extent* extents, std::size_t count,
-              cumempool_digest* digests, cumempool_stream stream) const;
+                  cumempool_access access = CUMEMPOOL_ACCESS_READ_WRITE) const;  // names the first
   // Errors name the device where there is only one.
   void fence(const std::vector<int>& devices) const;
+  // host_register where copies do without as well (C9): false where the driver pins no host memory.
+  bool pin(int device, void* pointer, std::size_t bytes) const;
+  bool event_query(int device, cumempool_event event) const;  // whether it is done
 
  private:
+  static constexpr int NONE = -1;  // no argument of an entry is a size
+
+  template <int Size, typename... Params, typename... Args>
+  auto call(const char* entry, cumempool_result (*cumempool_driver::*member)(void*, Params...),
+            Args... args) const {
+    if constexpr (sizeof...(Args) == sizeof...(Params)) {
+      made<Size, Params...>(entry, (table_->*member)(table_->self, args...), args...);
+    } else {
+      static_assert(sizeof...(Args) + 1 == sizeof...(Params), "too few arguments, or too many");
+      std::remove_pointer_t<std::tuple_element_t<sizeof...(Args), std::tuple<Params...>>> output{};
+      call<Size>(entry, member, args..., &output);
+      return output;
+    }
+  }
+
+  template <int Size, typename... Params>
+  void made(const char* entry, cumempool_result result, Params... arguments) const {
+    if (result == CUMEMPOOL_RESULT_SUCCESS) return;
+    std::uint64_t bytes = 0;
+    if constexpr (Size != NONE) bytes = std::get<Size>(std::tie(arguments...));
+    fail(*table_, entry, result, device_among(arguments...), bytes);
+  }
+
+  // The first int of a call is its device; else it is the one of the memory's properties.
+  static int device_among() noexcept { return -1; }
+  template <typename First, typename... Rest>
+  static int device_among(const First& first, const Rest&... rest) noexcept {
+    if constexpr (std::is_same_v<First, int>) {
+      return first;
+    } else if constexpr (std::is_same_v<First, const cumempool_memory_properties*>) {
+      return first->device;
+    } else {
+      return device_among(rest...);
+    }
+  }
+
   const cumempool_driver* table_;
 };
-
-// Throws the Error for a failed driver call; returns for success. `call` is the entry of the table
-// ("create"); messages name the CUDA function behind it where the driver is `cuda`.
-void check(const cumempool_driver& table, const char* call, cumempool_result result,
-           int device = -1, std::uint64_t bytes = 0);
 
 // Holds a device's primary context for as long as it lives.
 class RetainedContext {

@@ -6,65 +6,8 @@
 #include <string>
 #include <utility>
 
-// Every entry of the table, in its order.
-#define CUMEMPOOL_DRIVER_ENTRIES(X) \
-  X(init)                           \
-  X(driver_version)                 \
-  X(device_count)                   \
-  X(device_name)                    \
-  X(device_attribute)               \
-  X(peer_access)                    \
-  X(memory_info)                    \
-  X(context_active)                 \
-  X(context_retain)                 \
-  X(context_release)                \
-  X(context_enter)                  \
-  X(context_leave)                  \
-  X(granularity)                    \
-  X(reserve)                        \
-  X(unreserve)                      \
-  X(create)                         \
-  X(release)                        \
-  X(map)                            \
-  X(unmap)                          \
-  X(set_access)                     \
-  X(export_handle)                  \
-  X(import_handle)                  \
-  X(allocate)                       \
-  X(deallocate)                     \
-  X(host_register)                  \
-  X(host_unregister)                \
-  X(stream_create)                  \
-  X(stream_destroy)                 \
-  X(stream_synchronize)             \
-  X(stream_is_capturing)            \
-  X(event_create)                   \
-  X(event_destroy)                  \
-  X(event_record)                   \
-  X(event_synchronize)              \
-  X(event_query)                    \
-  X(stream_wait_event)              \
-  X(copy_to_host)                   \
-  X(copy_to_device)                 \
-  X(copy_on_device)                 \
-  X(fill)                           \
-  X(digest)                         \
-  X(fence)
-
 namespace cumempool::driver {
 namespace {
-
-enum Index : std::size_t {
-#define CUMEMPOOL_INDEX(name) index_of_##name,
-  CUMEMPOOL_DRIVER_ENTRIES(CUMEMPOOL_INDEX)
-#undef CUMEMPOOL_INDEX
-      entry_count
-};
-
-// The entries are the last and only functions of the table: a new one must be added above.
-static_assert(offsetof(cumempool_driver, init) + entry_count * sizeof(&FaultDriver::entries) ==
-                  sizeof(cumempool_driver),
-              "CUMEMPOOL_DRIVER_ENTRIES does not list every entry of cumempool_driver");
 
 thread_local int calls_under_way = 0;
 
@@ -75,19 +18,19 @@ struct Inside {
   Inside& operator=(const Inside&) = delete;
 };
 
-template <std::size_t Entry, auto Member>
-struct Decorated;
+// Stands in the table for the entry `Member`, which has the number `Entry` in entries.inc.
+template <std::size_t Entry, auto Member, typename... Args>
+cumempool_result decorated(void* self, Args... args) {
+  auto& faults = *static_cast<FaultDriver*>(self);
+  const Inside inside;
+  if (const auto result = faults.before(Entry)) return result;
+  return (faults.inner().*Member)(faults.inner().self, args...);
+}
 
-template <std::size_t Entry, typename... Args,
-          cumempool_result (*cumempool_driver::*Member)(void*, Args...)>
-struct Decorated<Entry, Member> {
-  static cumempool_result call(void* self, Args... args) {
-    auto& faults = *static_cast<FaultDriver*>(self);
-    const Inside inside;
-    if (const auto result = faults.before(Entry)) return result;
-    return (faults.inner().*Member)(faults.inner().self, args...);
-  }
-};
+template <std::size_t Entry, auto Member, typename... Args>
+void decorate(cumempool_driver& table, cumempool_result (*cumempool_driver::*)(void*, Args...)) {
+  table.*Member = decorated<Entry, Member, Args...>;
+}
 
 std::size_t index_of(std::string_view entry) {
   const auto& names = FaultDriver::entries();
@@ -104,23 +47,23 @@ bool FaultDriver::inside_call() noexcept { return calls_under_way != 0; }
 
 const std::vector<const char*>& FaultDriver::entries() {
   static const std::vector<const char*> names{
-#define CUMEMPOOL_NAME(name) #name,
-      CUMEMPOOL_DRIVER_ENTRIES(CUMEMPOOL_NAME)
-#undef CUMEMPOOL_NAME
+#define CUMEMPOOL_ENTRY(name, function, size) #name,
+#include "driver/entries.inc"
   };
   return names;
 }
 
 FaultDriver::FaultDriver(const cumempool_driver& inner)
-    : inner_(inner), calls_(entry_count, 0), excluded_(entry_count, false) {
+    : inner_(inner), calls_(entries().size(), 0), excluded_(entries().size(), false) {
   table_.version = inner.version;
   table_.size = inner.size;
   table_.name = inner.name;
   table_.self = this;
-#define CUMEMPOOL_DECORATE(name) \
-  table_.name = Decorated<index_of_##name, &cumempool_driver::name>::call;
-  CUMEMPOOL_DRIVER_ENTRIES(CUMEMPOOL_DECORATE)
-#undef CUMEMPOOL_DECORATE
+  constexpr std::size_t first = offsetof(cumempool_driver, init);
+#define CUMEMPOOL_ENTRY(entry, function, size)                                 \
+  decorate<(offsetof(cumempool_driver, entry) - first) / sizeof(table_.entry), \
+           &cumempool_driver::entry>(table_, &cumempool_driver::entry);
+#include "driver/entries.inc"
 }
 
 void FaultDriver::fail_nth(std::string_view entry, std::uint64_t n, cumempool_result result,
@@ -160,7 +103,7 @@ std::uint64_t FaultDriver::calls(std::string_view entry) const {
 std::uint64_t FaultDriver::calls() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::uint64_t total = 0;
-  for (std::size_t entry = 0; entry < entry_count; ++entry) {
+  for (std::size_t entry = 0; entry < calls_.size(); ++entry) {
     if (!excluded_[entry]) total += calls_[entry];
   }
   return total;

@@ -61,22 +61,16 @@ cumempool_result without_exceptions(const Call& call) noexcept {
 
 HostDevices& devices_of(void* self) { return static_cast<HostDriver*>(self)->devices; }
 
-template <auto Method>
-struct Entry;
+// Stand in the table for the method of the same name.
+template <auto Method, typename... Args>
+cumempool_result on_devices(void* self, Args... args) noexcept {
+  return without_exceptions([&] { return (devices_of(self).*Method)(args...); });
+}
 
-template <typename... Args, cumempool_result (HostDevices::*Method)(Args...)>
-struct Entry<Method> {
-  static cumempool_result call(void* self, Args... args) noexcept {
-    return without_exceptions([&] { return (devices_of(self).*Method)(args...); });
-  }
-};
-
-template <typename... Args, cumempool_result (HostMemory::*Method)(Args...)>
-struct Entry<Method> {
-  static cumempool_result call(void* self, Args... args) noexcept {
-    return without_exceptions([&] { return devices_of(self).in_memory<Method>(args...); });
-  }
-};
+template <auto Method, typename... Args>
+cumempool_result in_memory(void* self, Args... args) noexcept {
+  return without_exceptions([&] { return devices_of(self).template in_memory<Method>(args...); });
+}
 
 void fill_table(HostDriver& driver) {
   cumempool_driver& table = driver.table;
@@ -84,48 +78,10 @@ void fill_table(HostDriver& driver) {
   table.size = sizeof(table);
   table.name = "host";
   table.self = &driver;
-  table.init = Entry<&HostDevices::init>::call;
-  table.driver_version = Entry<&HostDevices::driver_version>::call;
-  table.device_count = Entry<&HostDevices::device_count>::call;
-  table.device_name = Entry<&HostDevices::device_name>::call;
-  table.device_attribute = Entry<&HostDevices::device_attribute>::call;
-  table.peer_access = Entry<&HostDevices::peer_access>::call;
-  table.memory_info = Entry<&HostDevices::memory_info>::call;
-  table.context_active = Entry<&HostDevices::context_active>::call;
-  table.context_retain = Entry<&HostDevices::context_retain>::call;
-  table.context_release = Entry<&HostDevices::context_release>::call;
-  table.context_enter = Entry<&HostDevices::context_enter>::call;
-  table.context_leave = Entry<&HostDevices::context_leave>::call;
-  table.granularity = Entry<&HostMemory::granularity>::call;
-  table.reserve = Entry<&HostMemory::reserve>::call;
-  table.unreserve = Entry<&HostMemory::unreserve>::call;
-  table.create = Entry<&HostDevices::create>::call;
-  table.release = Entry<&HostMemory::release>::call;
-  table.map = Entry<&HostMemory::map>::call;
-  table.unmap = Entry<&HostMemory::unmap>::call;
-  table.set_access = Entry<&HostMemory::set_access>::call;
-  table.export_handle = Entry<&HostMemory::export_handle>::call;
-  table.import_handle = Entry<&HostMemory::import_handle>::call;
-  table.allocate = Entry<&HostDevices::allocate>::call;
-  table.deallocate = Entry<&HostDevices::deallocate>::call;
-  table.host_register = Entry<&HostDevices::host_register>::call;
-  table.host_unregister = Entry<&HostDevices::host_unregister>::call;
-  table.stream_create = Entry<&HostDevices::stream_create>::call;
-  table.stream_destroy = Entry<&HostDevices::stream_destroy>::call;
-  table.stream_synchronize = Entry<&HostDevices::stream_synchronize>::call;
-  table.stream_is_capturing = Entry<&HostDevices::stream_is_capturing>::call;
-  table.event_create = Entry<&HostDevices::event_create>::call;
-  table.event_destroy = Entry<&HostDevices::event_destroy>::call;
-  table.event_record = Entry<&HostDevices::event_record>::call;
-  table.event_synchronize = Entry<&HostDevices::event_synchronize>::call;
-  table.event_query = Entry<&HostDevices::event_query>::call;
-  table.stream_wait_event = Entry<&HostDevices::stream_wait_event>::call;
-  table.copy_to_host = Entry<&HostDevices::copy_to_host>::call;
-  table.copy_to_device = Entry<&HostDevices::copy_to_device>::call;
-  table.copy_on_device = Entry<&HostDevices::copy_on_device>::call;
-  table.fill = Entry<&HostDevices::fill>::call;
-  table.digest = Entry<&HostDevices::digest>::call;
-  table.fence = Entry<&HostDevices::fence>::call;
+#define CUMEMPOOL_ENTRY(name, function, size) table.name = on_devices<&HostDevices::name>;
+#define CUMEMPOOL_MEMORY_ENTRY(name, function, size) table.name = in_memory<&HostMemory::name>;
+#include "driver/entries.inc"
+  table.create = on_devices<&HostDevices::create>;  // refused on a device that is lost
 }
 
 HostDriver& host_driver(const cumempool_driver* driver) {
@@ -176,7 +132,8 @@ HostDriverCounters host_driver_counters(const cumempool_driver* driver) {
 
 void host_driver_launch(const cumempool_driver* driver, int device, void (*function)(void*),
                         void* argument) {
-  if (driver->fence != Entry<&HostDevices::fence>::call) {
+  constexpr decltype(driver->fence) fence = on_devices<&HostDevices::fence>;
+  if (driver->fence != fence) {
     throw Error(CUMEMPOOL_INVALID_ARGUMENT, "functions are launched on a host driver only");
   }
   check(*driver, "launch", host_driver(driver).devices.launch(device, function, argument), device);

@@ -107,7 +107,7 @@ void Allocator::refuse_below_margin(const Device& device, std::size_t bytes) con
   std::uint64_t free = 0;
   std::uint64_t total = 0;
   const driver::ContextScope scope(driver_, device.ordinal());
-  driver_.memory_info(device.ordinal(), free, total);
+  driver_.memory_info(device.ordinal(), &free, &total);
   if (free >= bytes && free - bytes >= margin) return;
   Error error(CUMEMPOOL_OUT_OF_MEMORY, "the memory margin of " + format_bytes(margin) +
                                            " would not stay free on the device");

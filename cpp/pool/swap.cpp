@@ -16,7 +16,7 @@ class Room {
     for (const int device : devices) {
       std::uint64_t total = 0;
       const driver::ContextScope scope(allocator.driver(), device);
-      allocator.driver().memory_info(device, free_[device], total);
+      allocator.driver().memory_info(device, &free_[device], &total);
     }
   }
 

@@ -33,7 +33,7 @@ void refuse_without_room(Allocator& allocator, const char* operation, Arrival& a
     std::uint64_t free = 0;
     std::uint64_t total = 0;
     const driver::ContextScope scope(allocator.driver(), device);
-    allocator.driver().memory_info(device, free, total);
+    allocator.driver().memory_info(device, &free, &total);
     const std::uint64_t needed = arrival.bytes_on(device);
     const std::uint64_t room = free + more(device);
     if (needed <= room) return;

@@ -7,7 +7,7 @@ namespace cumempool::vmm {
 
 PhysicalMemory::PhysicalMemory(driver::Driver driver, Ledger& ledger,
                                const cumempool_memory_properties& properties, std::size_t bytes)
-    : driver_(driver), ledger_(&ledger), bytes_(bytes), handle_(driver.create(bytes, properties)) {
+    : driver_(driver), ledger_(&ledger), bytes_(bytes), handle_(driver.create(bytes, &properties)) {
   ledger_->physical_bytes += bytes_;
 }
 

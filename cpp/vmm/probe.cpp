@@ -111,7 +111,7 @@ void read_attributes(driver::Driver driver, int device, cumempool_device_probe& 
 void try_device(driver::Driver driver, int device, cumempool_device_probe& probe) {
   const driver::RetainedContext retained(driver, device);
   const driver::ContextScope scope(driver, device);
-  driver.memory_info(device, probe.free_bytes, probe.total_bytes);
+  driver.memory_info(device, &probe.free_bytes, &probe.total_bytes);
   const MemoryKind kind = choose_memory_kind(driver, device);
   probe.handle_types = kind.properties.handle_types;
   probe.granularity = kind.granularity;

@@ -27,7 +27,7 @@ void try_export(driver::Driver driver, int device, cumempool_physical memory, st
 }
 
 MemoryKind try_kind(driver::Driver driver, const cumempool_memory_properties& properties) {
-  const std::size_t granularity = driver.granularity(properties);
+  const std::size_t granularity = driver.granularity(&properties);
   Ledger ledger;
   const PhysicalMemory granule(driver, ledger, properties, granularity);
   for (const std::uint32_t type : {CUMEMPOOL_HANDLE_POSIX_FD, CUMEMPOOL_HANDLE_FABRIC}) {

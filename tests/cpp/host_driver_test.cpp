@@ -654,7 +654,7 @@ TEST_F(TwoHostDevicesTest, DriverPassesWorkOnAndSaysWhetherAnEventIsDone) {
   const Event event(table_);
   EXPECT_TRUE(driver.peer_access(0, 1));
   driver.set_access(there.address(), kGranule, std::vector<int>{1, 0});
-  driver.fill(0, there.address(), 6, kGranule, kLegacyStream);
+  driver.fill(0, there.address(), std::uint8_t{6}, kGranule, kLegacyStream);
   driver.event_record(0, event.get(), kLegacyStream);
   EXPECT_FALSE(driver.event_query(0, event.get()));
   EXPECT_TRUE(driver.event_query(0, event.get()));
