@@ -20,10 +20,10 @@ least_python=95
 # The only files of cpp/ that are left out: they talk to libcuda, and do something only with a GPU.
 # The conformance suite runs them there; here a library that calls itself libcuda tests how it is
 # opened (tests/cpp/cuda_open_test.cpp). digest_kernel.cu is code for a GPU, and no host compiler's.
-left_out=(cpp/driver/cuda_devices.cpp cpp/driver/cuda_digest.cpp cpp/driver/cuda_digest.hpp
-  cpp/driver/cuda_driver.cpp cpp/driver/cuda_fence.cpp cpp/driver/cuda_fence.hpp
+left_out=(cpp/driver/cuda_devices.cpp cpp/driver/cuda_driver.cpp cpp/driver/cuda_driver.hpp
+  cpp/driver/cuda_fence.cpp cpp/driver/cuda_fence.hpp
   cpp/driver/cuda_kernel.cpp cpp/driver/cuda_kernel.hpp cpp/driver/cuda_library.cpp cpp/driver/cuda_library.hpp
-  cpp/driver/cuda_memory.cpp cpp/driver/cuda_state.hpp cpp/driver/cuda_work.cpp)
+  cpp/driver/cuda_memory.cpp cpp/driver/cuda_work.cpp)
 # Python tests that reach every function of cpp/python; the rest of the core has C++ tests.
 binding_tests=(tests/python/test_backing.py tests/python/test_backup.py
   tests/python/test_errors.py tests/python/test_probe.py tests/python/test_read_backup.py

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "abi/last_error.hpp"
-#include "driver/fork.hpp"
+#include "driver/driver.hpp"
 
 namespace cumempool::abi {
 

@@ -107,7 +107,7 @@ void FilePlace::write(const Run& run, const std::byte* data) {
   file_.write(run.first->offset, data, BackupFile::whole_blocks(run.bytes));
   for (std::size_t i = 0; i < run.count; ++i) {
     Slice& slice = run.first[i];
-    slice.digest = driver::digest(seed_, data, slice.bytes);
+    slice.digest = driver::digest_on_cpu(seed_, data, slice.bytes);
     slice.written = true;
     data += slice.bytes;
   }
@@ -118,7 +118,7 @@ void FilePlace::read(const Run& run, std::byte* data) {
   for (std::size_t i = 0; i < run.count; ++i) {
     const Slice& slice = run.first[i];
     if (!slice.written) refuse(slice, "was never written to the end");
-    if (checked_ && driver::digest(seed_, data, slice.bytes) != slice.digest) {
+    if (checked_ && driver::digest_on_cpu(seed_, data, slice.bytes) != slice.digest) {
       refuse(slice, "does not hold what was written to it");
     }
     data += slice.bytes;

@@ -3,7 +3,7 @@
 #include <climits>
 #include <mutex>
 
-#include "driver/cuda_state.hpp"
+#include "driver/cuda_driver.hpp"
 
 namespace cumempool::driver {
 namespace {

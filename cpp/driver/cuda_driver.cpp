@@ -3,7 +3,7 @@
 #include <mutex>
 
 #include "driver/builtin.hpp"
-#include "driver/cuda_state.hpp"
+#include "driver/cuda_driver.hpp"
 #include "driver/error.hpp"
 
 namespace cumempool::driver {

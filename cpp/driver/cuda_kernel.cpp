@@ -30,15 +30,16 @@ bool CudaKernel::supported(const Symbols& cu) noexcept {
          cu.cuModuleUnload != nullptr && cu.cuLaunchKernel != nullptr;
 }
 
-cumempool_result CudaKernel::load(const Symbols& cu, CUfunction& kernel) {
+cumempool_result CudaKernel::load(const Symbols& cu, const char* ptx, const char* name,
+                                  CUfunction& kernel) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (refused_) return CUMEMPOOL_RESULT_NOT_SUPPORTED;
   if (module_ == nullptr) {
     CUmodule module = nullptr;
     CUfunction function = nullptr;
-    CUresult result = cu.cuModuleLoadDataEx(&module, ptx_, 0, nullptr, nullptr);
+    CUresult result = cu.cuModuleLoadDataEx(&module, ptx, 0, nullptr, nullptr);
     if (result == CUDA_SUCCESS) {
-      result = cu.cuModuleGetFunction(&function, module, name_);
+      result = cu.cuModuleGetFunction(&function, module, name);
       if (result != CUDA_SUCCESS) cu.cuModuleUnload(module);
     }
     refused_ = refuses_code(result);

@@ -13,15 +13,12 @@ namespace cumempool::driver {
 
 class CudaKernel {
  public:
-  // Neither text is copied.
-  CudaKernel(const char* ptx, const char* name) : ptx_(ptx), name_(name) {}
-
   // Whether this libcuda has the calls that kernels need.
   static bool supported(const Symbols& cu) noexcept;
 
-  // Compiles the kernel for the context that is current, once; for a libcuda that supports kernels.
-  // Says NOT_SUPPORTED for good once libcuda could not make code for the device.
-  cumempool_result load(const Symbols& cu, CUfunction& kernel);
+  // Compiles the kernel `name` of the PTX for the context that is current, once; for a libcuda that
+  // supports kernels. Says NOT_SUPPORTED for good once libcuda could not make code for the device.
+  cumempool_result load(const Symbols& cu, const char* ptx, const char* name, CUfunction& kernel);
 
   // Gives the code back, in the context that it was loaded in; none of it runs any more.
   void unload(const Symbols& cu);
@@ -29,8 +26,6 @@ class CudaKernel {
   void forget();
 
  private:
-  const char* const ptx_;
-  const char* const name_;
   std::mutex mutex_;  // guards everything below
   CUmodule module_ = nullptr;
   CUfunction kernel_ = nullptr;

@@ -75,13 +75,15 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-enum class Need { REQUIRED, OPTIONAL };
+// The words of cuda_symbols.inc.
+constexpr bool REQUIRED = true;
+constexpr bool OPTIONAL = false;
 
 template <typename Function>
 void load(const SymbolSource& source, Function& function, const char* name,
-          const char* linkage_name, int version, Need need) {
+          const char* linkage_name, int version, bool required) {
   function = reinterpret_cast<Function>(source.find(name, linkage_name, version));
-  if (function == nullptr && need == Need::REQUIRED) {
+  if (function == nullptr && required) {
     throw unavailable(
         "libcuda.so.1 has no " + std::string(name) + ", which came with CUDA " +
             version_text(version),
@@ -92,7 +94,7 @@ void load(const SymbolSource& source, Function& function, const char* name,
 Symbols load_symbols(const SymbolSource& source) {
   Symbols cu;
 #define CUMEMPOOL_SYMBOL(symbol, version, need) \
-  load(source, cu.symbol, #symbol, CUMEMPOOL_LINKAGE_NAME(symbol), version, Need::need);
+  load(source, cu.symbol, #symbol, CUMEMPOOL_LINKAGE_NAME(symbol), version, need);
 #include "driver/cuda_symbols.inc"
 #undef CUMEMPOOL_SYMBOL
   return cu;

@@ -7,7 +7,7 @@
 #include <memory>
 #include <new>
 
-#include "driver/cuda_state.hpp"
+#include "driver/cuda_driver.hpp"
 
 namespace cumempool::driver {
 namespace {

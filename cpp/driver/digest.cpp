@@ -3,8 +3,6 @@
 
 #include <iterator>
 
-#include "driver/digest_tiles.hpp"
-
 namespace cumempool::driver {
 namespace {
 
@@ -68,7 +66,8 @@ cumempool_digest Digester::finish() const noexcept {
           digest_finish(sums_.high, keys_.finish[1], bytes_)};
 }
 
-cumempool_digest digest(std::uint64_t seed, const std::byte* data, std::size_t bytes) noexcept {
+cumempool_digest digest_on_cpu(std::uint64_t seed, const std::byte* data,
+                               std::size_t bytes) noexcept {
   Digester digester(seed);
   digester.add(data, bytes);
   return digester.finish();

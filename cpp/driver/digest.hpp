@@ -28,12 +28,34 @@ class Digester {
 };
 
 // The digest of a multiple of CUMEMPOOL_DIGEST_ALIGNMENT bytes, at most 2^32.
-cumempool_digest digest(std::uint64_t seed, const std::byte* data, std::size_t bytes) noexcept;
+cumempool_digest digest_on_cpu(std::uint64_t seed, const std::byte* data, std::size_t bytes) noexcept;
 
 // Whether a device takes an extent of this address and size; there is no digest of nothing.
 constexpr bool digest_takes(std::uint64_t address, std::uint64_t bytes) noexcept {
   constexpr std::uint64_t most = std::uint64_t{1} << 32;
   return (address | bytes) % CUMEMPOOL_DIGEST_ALIGNMENT == 0 && bytes != 0 && bytes <= most;
+}
+
+// Whole tiles of a digest, in two ways that give the same sums.
+//
+// Adds `tiles` whole tiles that begin at `address`, the first of which has the number `tile`.
+using DigestTiles = void (*)(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
+                             const DigestKeys& keys, DigestSums& sums);
+
+// As the definition has it, one unit at a time, on any processor.
+void digest_tiles_portable(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
+                           const DigestKeys& keys, DigestSums& sums);
+
+// Two units at a time; null where this processor has no AVX2.
+DigestTiles digest_tiles_avx2() noexcept;
+
+// Asks for what follows the tile at `address`: its four streams are too short for a CPU to see
+// them coming. `bytes` is how many there are from `address` on.
+inline void digest_prefetch(const unsigned char* address, std::size_t bytes) noexcept {
+  constexpr std::size_t ahead = 4096;
+  constexpr std::size_t line = 64;
+  if (bytes < ahead + std::size_t{2} * kDigestTileBytes) return;
+  for (std::size_t i = 0; i < kDigestTileBytes; i += line) __builtin_prefetch(address + ahead + i);
 }
 
 }  // namespace cumempool::driver

@@ -1,6 +1,6 @@
 // The sums of whole tiles with AVX2. A vector holds two units, which lie side by side in each of a
 // tile's four rows of chunks, as two pairs of words of each.
-#include "driver/digest_tiles.hpp"
+#include "driver/digest.hpp"
 
 #ifdef __x86_64__
 

@@ -2,9 +2,13 @@
 // what to do about it.
 #include "driver/driver.hpp"
 
+#include <pthread.h>
+
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <mutex>
 
 namespace cumempool::driver {
 namespace {
@@ -215,5 +219,18 @@ ContextScope::~ContextScope() {
   const cumempool_driver& table = driver_.table();
   table.context_leave(table.self, &token_);
 }
+
+namespace {
+
+std::atomic<bool> forked{false};
+
+}  // namespace
+
+void watch_forks() {
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { forked = true; }); });
+}
+
+bool in_forked_child() noexcept { return forked; }
 
 }  // namespace cumempool::driver

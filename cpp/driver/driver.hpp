@@ -118,4 +118,11 @@ class ContextScope {
   cumempool_context_token token_{};
 };
 
+// Drivers do not survive a fork, so nothing may be called in the child of a process that has opened
+// one (R14). Called once a driver has been opened: children forked from now on are told apart.
+void watch_forks();
+
+// Whether this process is such a child.
+bool in_forked_child() noexcept;
+
 }  // namespace cumempool::driver

@@ -1,12 +1,119 @@
 // The simulated devices of one host driver.
 #include "driver/host_devices.hpp"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
+#include <iterator>
+#include <map>
+#include <numeric>
 #include <string>
 
 #include "driver/digest.hpp"
 
 namespace cumempool::driver {
+namespace {
+
+using Stack = std::vector<int>;  // devices; the last one is current
+
+std::uint64_t next_serial() {
+  static std::atomic<std::uint64_t> serial{0};
+  return ++serial;
+}
+
+std::map<std::uint64_t, Stack>& stacks_of_thread() {
+  thread_local std::map<std::uint64_t, Stack> stacks;
+  return stacks;
+}
+
+}  // namespace
+
+HostContexts::HostContexts(int device_count)
+    : serial_(next_serial()),
+      retains_(static_cast<std::size_t>(device_count), 0),
+      others_(static_cast<std::size_t>(device_count), 0) {}
+
+cumempool_result HostContexts::enter(int device, cumempool_context_token& token) {
+  if (!held(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  Stack& stack = stacks_of_thread()[serial_];
+  stack.push_back(device);
+  ++entered_;
+  token = {static_cast<std::uint64_t>(stack.size()), 0, device};
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+cumempool_result HostContexts::leave(const cumempool_context_token& token) {
+  auto& stacks = stacks_of_thread();
+  const auto found = stacks.find(serial_);
+  if (found == stacks.end() || found->second.empty()) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
+  Stack& stack = found->second;
+  if (token.context != stack.size() || token.device != stack.back()) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  stack.pop_back();
+  if (stack.empty()) stacks.erase(found);
+  --entered_;
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+bool HostContexts::current(int device) const {
+  const auto& stacks = stacks_of_thread();
+  const auto found = stacks.find(serial_);
+  return found != stacks.end() && !found->second.empty() && found->second.back() == device &&
+         held(device);
+}
+
+std::uint64_t HostContexts::retained() const {
+  return std::accumulate(retains_.begin(), retains_.end(), std::uint64_t{0});
+}
+
+namespace {
+
+std::uintptr_t number(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+
+}  // namespace
+
+cumempool_result HostRegistrations::add(const void* pointer, std::size_t bytes) {
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t begin = number(pointer);
+  if (begin == 0 || begin % page != 0 || bytes == 0 || bytes % page != 0 || begin + bytes < begin) {
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  const auto next = ranges_.lower_bound(begin);
+  if ((next != ranges_.end() && next->first - begin < bytes) ||
+      (next != ranges_.begin() && begin - std::prev(next)->first < std::prev(next)->second)) {
+    return CUMEMPOOL_RESULT_HOST_MEMORY_ALREADY_REGISTERED;
+  }
+  // msync changes nothing here; it fails where a page is not mapped.
+  if (msync(const_cast<void*>(pointer), bytes, MS_ASYNC) != 0) {  // NOLINT
+    return CUMEMPOOL_RESULT_INVALID_VALUE;
+  }
+  ranges_.emplace(begin, bytes);
+  return CUMEMPOOL_RESULT_SUCCESS;
+}
+
+std::size_t HostRegistrations::bytes_at(const void* pointer) const {
+  const auto found = ranges_.find(number(pointer));
+  return found == ranges_.end() ? 0 : found->second;
+}
+
+void HostRegistrations::remove(const void* pointer) { ranges_.erase(number(pointer)); }
+
+bool HostRegistrations::holds(const void* pointer, std::size_t bytes) const {
+  const std::uintptr_t begin = number(pointer);
+  const auto next = ranges_.upper_bound(begin);
+  if (next == ranges_.begin()) return false;
+  const auto& [range, size] = *std::prev(next);
+  return begin - range <= size && bytes <= size - (begin - range);
+}
+
+std::uint64_t HostRegistrations::bytes() const {
+  std::uint64_t total = 0;
+  for (const auto& range : ranges_) total += range.second;
+  return total;
+}
 
 HostDevices::HostDevices(const cumempool_host_driver_options& options)
     : options_(options), contexts_(options.device_count), memory_(options) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -11,17 +12,74 @@
 
 #include "cumempool/cumempool.h"
 #include "cumempool/driver.h"
-#include "driver/host_context.hpp"
 #include "driver/host_driver.hpp"
 #include "driver/host_memory.hpp"
-#include "driver/host_registration.hpp"
 #include "driver/host_work.hpp"
 
 namespace cumempool::driver {
 
+// Primary contexts: how often each is retained, and which one is current in each thread.
+class HostContexts {
+ public:
+  explicit HostContexts(int device_count);
+
+  // Held through the table, which knows no other contexts, or by others.
+  bool held(int device) const { return retains_[index(device)] != 0; }
+  bool active(int device) const { return held(device) || others_[index(device)] != 0; }
+  void retain(int device) { ++retains_[index(device)]; }
+  // The context must be held; returns whether it is gone.
+  bool release(int device) {
+    --retains_[index(device)];
+    return !active(device);
+  }
+  // What others of the process do, with no table in between.
+  void retain_for_others(int device) { ++others_[index(device)]; }
+  bool release_for_others(int device) {
+    --others_[index(device)];
+    return !active(device);
+  }
+
+  cumempool_result enter(int device, cumempool_context_token& token);
+  cumempool_result leave(const cumempool_context_token& token);
+  // Whether the calling thread is inside context_enter of the device, and its context exists.
+  bool current(int device) const;
+
+  std::uint64_t retained() const;  // through the table
+  std::uint64_t entered() const noexcept { return entered_; }
+
+ private:
+  static std::size_t index(int device) { return static_cast<std::size_t>(device); }
+
+  const std::uint64_t serial_;  // tells the drivers of a process apart in the threads' stacks
+  std::vector<std::uint64_t> retains_;
+  std::vector<std::uint64_t> others_;
+  std::uint64_t entered_ = 0;
+};
+
+// Host memory that was registered for copies.
+class HostRegistrations {
+ public:
+  // The pages must be there, and none of them registered.
+  cumempool_result add(const void* pointer, std::size_t bytes);
+  // Bytes of the registration that begins at `pointer`; 0 = none does.
+  std::size_t bytes_at(const void* pointer) const;
+  void remove(const void* pointer);
+  // Whether one single registration holds the range.
+  bool holds(const void* pointer, std::size_t bytes) const;
+
+  std::size_t count() const noexcept { return ranges_.size(); }
+  std::uint64_t bytes() const;
+
+ private:
+  std::map<std::uintptr_t, std::size_t> ranges_;
+};
+
+// The entries of the table, behind one lock. The classes above do not lock.
 class HostDevices {
  public:
   explicit HostDevices(const cumempool_host_driver_options& options);
+
+  cumempool_driver table{};  // filled by make_host_driver
 
   // The entries of the table.
   cumempool_result init();

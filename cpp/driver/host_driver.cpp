@@ -41,14 +41,6 @@
 namespace cumempool::driver {
 namespace {
 
-// The table and what it works on.
-struct HostDriver {
-  explicit HostDriver(const cumempool_host_driver_options& options) : devices(options) {}
-
-  HostDevices devices;
-  cumempool_driver table{};
-};
-
 // From the table to the methods; nothing is thrown across (C1).
 template <typename Call>
 cumempool_result without_exceptions(const Call& call) noexcept {
@@ -59,7 +51,7 @@ cumempool_result without_exceptions(const Call& call) noexcept {
   }
 }
 
-HostDevices& devices_of(void* self) { return static_cast<HostDriver*>(self)->devices; }
+HostDevices& devices_of(void* self) { return *static_cast<HostDevices*>(self); }
 
 // Stand in the table for the method of the same name.
 template <auto Method, typename... Args>
@@ -72,20 +64,16 @@ cumempool_result in_memory(void* self, Args... args) noexcept {
   return without_exceptions([&] { return devices_of(self).template in_memory<Method>(args...); });
 }
 
-void fill_table(HostDriver& driver) {
-  cumempool_driver& table = driver.table;
+void fill_table(HostDevices& devices) {
+  cumempool_driver& table = devices.table;
   table.version = CUMEMPOOL_DRIVER_VERSION;
   table.size = sizeof(table);
   table.name = "host";
-  table.self = &driver;
+  table.self = &devices;
 #define CUMEMPOOL_ENTRY(name, function, size) table.name = on_devices<&HostDevices::name>;
 #define CUMEMPOOL_MEMORY_ENTRY(name, function, size) table.name = in_memory<&HostMemory::name>;
 #include "driver/entries.inc"
   table.create = on_devices<&HostDevices::create>;  // refused on a device that is lost
-}
-
-HostDriver& host_driver(const cumempool_driver* driver) {
-  return *static_cast<HostDriver*>(driver->self);
 }
 
 // What is wrong with the options, or "".
@@ -117,17 +105,17 @@ const cumempool_driver* make_host_driver(const cumempool_host_driver_options& op
     error.operation = "making a host driver";
     throw error;
   }
-  auto driver = std::make_unique<HostDriver>(options);
-  fill_table(*driver);
-  return &driver.release()->table;
+  auto devices = std::make_unique<HostDevices>(options);
+  fill_table(*devices);
+  return &devices.release()->table;
 }
 
 void destroy_host_driver(const cumempool_driver* driver) noexcept {
-  if (driver != nullptr) delete &host_driver(driver);
+  if (driver != nullptr) delete &devices_of(driver->self);
 }
 
 HostDriverCounters host_driver_counters(const cumempool_driver* driver) {
-  return host_driver(driver).devices.counters();
+  return devices_of(driver->self).counters();
 }
 
 void host_driver_launch(const cumempool_driver* driver, int device, void (*function)(void*),
@@ -136,20 +124,20 @@ void host_driver_launch(const cumempool_driver* driver, int device, void (*funct
   if (driver->fence != fence) {
     throw Error(CUMEMPOOL_INVALID_ARGUMENT, "functions are launched on a host driver only");
   }
-  check(*driver, "launch", host_driver(driver).devices.launch(device, function, argument), device);
+  check(*driver, "launch", devices_of(driver->self).launch(device, function, argument), device);
 }
 
 bool host_driver_set_capturing(const cumempool_driver* driver, int device, cumempool_stream stream,
                                bool capturing) {
-  return host_driver(driver).devices.set_capturing(device, stream, capturing);
+  return devices_of(driver->self).set_capturing(device, stream, capturing);
 }
 
 bool host_driver_hold_context(const cumempool_driver* driver, int device, bool held) {
-  return host_driver(driver).devices.hold_context(device, held);
+  return devices_of(driver->self).hold_context(device, held);
 }
 
 void host_driver_set_peer_access(const cumempool_driver* driver, bool possible) {
-  host_driver(driver).devices.set_peer_access(possible);
+  devices_of(driver->self).set_peer_access(possible);
 }
 
 }  // namespace cumempool::driver

@@ -22,6 +22,8 @@ namespace {
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 constexpr int kPoison = 0xff;  // NaN in every floating-point format
 
+using FileStatus = struct stat;
+
 cumempool_result from_errno(int error) {
   return error == ENOMEM || error == ENOSPC ? CUMEMPOOL_RESULT_OUT_OF_MEMORY
                                             : CUMEMPOOL_RESULT_OPERATING_SYSTEM;
@@ -95,8 +97,8 @@ int protection(std::uint64_t readers, std::uint64_t writers) {
 std::uint64_t bit_of(int device) { return std::uint64_t{1} << static_cast<unsigned>(device); }
 
 bool same_file(int first, int second) {
-  struct stat a {};
-  struct stat b {};
+  FileStatus a{};
+  FileStatus b{};
   return fstat(first, &a) == 0 && fstat(second, &b) == 0 && a.st_dev == b.st_dev &&
          a.st_ino == b.st_ino;
 }
@@ -114,7 +116,7 @@ static_assert(sizeof(FabricHandle) <= CUMEMPOOL_FABRIC_HANDLE_BYTES);
 constexpr std::array<char, 8> kFabricMark{'c', 'u', 'm', 'e', 'm', 'h', 's', 't'};
 
 bool write_fabric(int number, void* exported) {
-  struct stat file {};
+  FileStatus file{};
   if (fstat(number, &file) != 0) return false;
   const FabricHandle handle{kFabricMark, static_cast<std::uint64_t>(getpid()),
                             static_cast<std::uint64_t>(number), file.st_dev, file.st_ino};
@@ -130,7 +132,7 @@ Descriptor open_fabric(const void* exported) {
   if (handle.mark != kFabricMark) return Descriptor(-1);
   const std::string path =
       "/proc/" + std::to_string(handle.process) + "/fd/" + std::to_string(handle.number);
-  struct stat file {};
+  FileStatus file{};
   // A number that was given away again may stand for anything, which opening might disturb.
   if (stat(path.c_str(), &file) != 0 || file.st_dev != handle.file_system ||
       file.st_ino != handle.file) {
@@ -459,7 +461,7 @@ cumempool_result HostMemory::import_handle(const void* exported, std::uint32_t h
 
 cumempool_result HostMemory::import_file(int number, std::uint32_t handle_type,
                                          cumempool_physical* physical) {
-  struct stat file {};
+  FileStatus file{};
   // Only what create() made has these seals.
   if (fcntl(number, F_GET_SEALS) != kSeals || fstat(number, &file) != 0 ||
       !granules(static_cast<std::uint64_t>(file.st_size))) {

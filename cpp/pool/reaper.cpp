@@ -8,7 +8,7 @@
 #include <optional>
 #include <thread>
 
-#include "driver/fork.hpp"
+#include "driver/driver.hpp"
 
 namespace cumempool::pool {
 namespace {

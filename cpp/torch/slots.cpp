@@ -2,7 +2,7 @@
 // torch.cuda.memory.CUDAPluggableAllocator calls: void*(ssize_t, int, cudaStream_t) and
 // void(void*, ssize_t, int, cudaStream_t). They never throw, enter Python or exit (R1).
 #include "cumempool/cumempool.h"
-#include "driver/fork.hpp"
+#include "driver/driver.hpp"
 #include "pool/slot_table.hpp"
 
 namespace {

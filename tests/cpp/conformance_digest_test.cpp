@@ -15,7 +15,7 @@ constexpr std::uint64_t kSeed = 0x0123456789abcdefu;
 constexpr std::size_t kTile = 2048;
 
 cumempool_digest on_cpu(const std::uint8_t* data, std::size_t bytes, std::uint64_t seed = kSeed) {
-  return driver::digest(seed, reinterpret_cast<const std::byte*>(data), bytes);
+  return driver::digest_on_cpu(seed, reinterpret_cast<const std::byte*>(data), bytes);
 }
 
 // Device memory and host memory of the same bytes.

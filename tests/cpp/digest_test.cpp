@@ -10,8 +10,6 @@
 #include <set>
 #include <vector>
 
-#include "driver/digest_tiles.hpp"
-
 namespace cumempool::driver {
 namespace {
 
@@ -26,7 +24,7 @@ Bytes pattern(std::size_t bytes) {
 }
 
 cumempool_digest digest_of(const Bytes& data, std::uint64_t seed = 1) {
-  return digest(seed, data.data(), data.size());
+  return digest_on_cpu(seed, data.data(), data.size());
 }
 
 // From the words of digest_definition.hpp, one unit after the other, with nothing of its code.
@@ -184,7 +182,7 @@ TEST(Digest, AddressesNeedNoAlignmentOnTheCpu) {
   const Bytes data = pattern(5000);
   Bytes shifted(data.size() + 1);
   std::copy(data.begin(), data.end(), shifted.begin() + 1);
-  EXPECT_EQ(digest(1, shifted.data() + 1, 4992), digest(1, data.data(), 4992));
+  EXPECT_EQ(digest_on_cpu(1, shifted.data() + 1, 4992), digest_on_cpu(1, data.data(), 4992));
 }
 
 TEST(Digest, TakesMultiplesOfSixteenUpToFourGiB) {
@@ -276,7 +274,7 @@ TEST(Digest, RunsOfOneByteDifferByTheirLength) {
     std::set<std::uint64_t> highs;
     const Bytes data(10240, static_cast<std::byte>(byte));
     for (std::size_t bytes = 0; bytes <= data.size(); bytes += 16) {
-      const cumempool_digest found = digest(1, data.data(), bytes);
+      const cumempool_digest found = digest_on_cpu(1, data.data(), bytes);
       lows.insert(found.low);
       highs.insert(found.high);
     }
@@ -318,7 +316,7 @@ TEST(Digest, DigestsOfAMillionSmallContentsLookRandom) {
   for (std::uint32_t i = 0; i < count; ++i) {
     const std::array<std::uint32_t, 8> words{i, 0, 0, i % 3, 0, i << 12, i / 1024, 0};
     const cumempool_digest found =
-        digest(1, reinterpret_cast<const std::byte*>(words.data()), sizeof(words));
+        digest_on_cpu(1, reinterpret_cast<const std::byte*>(words.data()), sizeof(words));
     const std::array<std::uint64_t, 6> values{found.low,        found.high,      found.low >> 32,
                                               found.high >> 32, found.low << 32, found.high << 32};
     for (std::size_t part = 0; part < parts.size(); ++part) parts[part].push_back(values[part]);

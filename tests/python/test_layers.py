@@ -429,7 +429,7 @@ def test_a_planted_include_is_caught(tmp_path: Path, path: str, line: str) -> No
     ("path", "line"),
     [
         ("cpp/driver/cuda_driver.cpp", "#include <cuda.h>"),
-        ("cpp/driver/cuda_state.hpp", "#include <cuda.h>"),
+        ("cpp/driver/cuda_driver.hpp", "#include <cuda.h>"),
         ("cpp/pool/a.cpp", '#include "backup/arena.hpp"'),
         ("cpp/abi/a.cpp", '#include "pool/transition.hpp"'),
         ("cpp/python/a.cpp", "#include <pybind11/pybind11.h>"),
