@@ -1,11 +1,14 @@
 // Readers of an allocation against its free: what is being torn down is nobody's any more (R6, R7).
 // The thread sanitizer says what these tests cannot.
 #include <atomic>
+#include <chrono>
 #include <functional>
+#include <future>
 #include <thread>
 #include <vector>
 
 #include "host_fixture.hpp"
+#include "pool/record_set.hpp"
 
 namespace cumempool::tests {
 namespace {
@@ -86,12 +89,7 @@ TEST_F(Race, R6_ExportsAgainstFree) {
 TEST_F(Race, R13_StatisticsAgainstFree) {
   std::atomic<bool> stop{false};
   std::thread program([&] {
-    std::vector<cumempool_address> live;
-    while (!stop) {
-      for (int i = 0; i < 8; ++i) live.push_back(pool.malloc("w", kGranule));
-      for (const auto address : live) must(cumempool_free(address));
-      live.clear();
-    }
+    while (!stop) must(cumempool_free(pool.malloc("w", kGranule)));
   });
   for (int round = 0; round < 20 * kRounds; ++round) {
     const auto picture = pool.snapshot();
@@ -102,6 +100,18 @@ TEST_F(Race, R13_StatisticsAgainstFree) {
   stop = true;
   program.join();
   EXPECT_EQ(failures, 0) << "what is awake has addresses";
+}
+
+TEST_F(Race, R13_NoRecordGoesBetweenTheVisitAndItsEnd) {
+  pool::RecordSet records;
+  std::future<std::uint64_t> other;
+  records.for_each([](pool::Record&) {},
+                   [&] {
+                     other = std::async(std::launch::async, [&] { return records.moment(); });
+                     EXPECT_EQ(other.wait_for(std::chrono::milliseconds(50)),
+                               std::future_status::timeout);
+                   });
+  EXPECT_EQ(other.get(), 1U);
 }
 
 }  // namespace
