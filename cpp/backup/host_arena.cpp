@@ -53,6 +53,7 @@ class RoomWatch {
 };
 
 void not_pinned(Error& error) {
+  error.pin_refused = !loses_context(error.result);
   if (error.status == CUMEMPOOL_UNSUPPORTED) {
     error.problem = "host memory for a backup cannot be pinned here";
     return;  // the advice stands

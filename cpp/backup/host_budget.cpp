@@ -7,6 +7,7 @@
 namespace cumempool::backup {
 
 std::uint64_t HostBudget::room_locked() const {
+  if (refused_) return 0;
   if (limit_ == 0) return std::numeric_limits<std::uint64_t>::max();
   return limit_ - std::min(limit_, claimed_);
 }
@@ -33,7 +34,33 @@ void HostBudget::unclaim(std::size_t bytes) noexcept {
   claimed_ -= bytes;
 }
 
+void HostBudget::refuse() noexcept {
+  const std::lock_guard lock(mutex_);
+  refused_ = true;
+}
+
+void HostBudget::allow() noexcept {
+  const std::lock_guard lock(mutex_);
+  refused_ = false;
+}
+
 Error HostBudget::refusal(std::uint64_t bytes) const {
+  const bool by_driver = [this] {
+    const std::lock_guard lock(mutex_);
+    return refused_;
+  }();
+  if (by_driver) {
+    Error error(
+        CUMEMPOOL_OUT_OF_HOST_MEMORY,
+        "the backup needs " + format_bytes(bytes) +
+            " more of pinned host memory, and the driver has refused to pin more than the " +
+            format_bytes(claimed()) + " that are held");
+    error.bytes = bytes;
+    error.advice =
+        "raise the limit on locked memory (ulimit -l) and call release_host_memory(), or give "
+        "host_backup_overflow more room";
+    return error;
+  }
   Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
               "the backup needs " + format_bytes(bytes) + " more of pinned host memory, " +
                   format_bytes(claimed()) + " are held and the limit is " + format_bytes(limit()));

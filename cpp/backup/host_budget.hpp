@@ -24,6 +24,10 @@ class HostBudget {
   bool claim(std::size_t bytes);
   void unclaim(std::size_t bytes) noexcept;
 
+  // The driver pins no more than what is claimed: there is no room beyond that until allow().
+  void refuse() noexcept;
+  void allow() noexcept;
+
   // Why there is no room for so many more: CUMEMPOOL_OUT_OF_HOST_MEMORY.
   Error refusal(std::uint64_t bytes) const;
 
@@ -33,6 +37,7 @@ class HostBudget {
   const std::uint64_t limit_;
   mutable std::mutex mutex_;
   std::uint64_t claimed_ = 0;
+  bool refused_ = false;  // by the driver
 };
 
 }  // namespace cumempool::backup

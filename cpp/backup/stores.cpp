@@ -71,6 +71,7 @@ std::uint64_t Stores::trim(int device) {
       file = file->second->held_bytes() == 0 ? files_.erase(file) : std::next(file);
     }
   }
+  pinned_.allow();
   std::uint64_t bytes = 0;
   for (HostArena* arena : arenas()) bytes += arena->trim(device);
   return bytes;

@@ -38,6 +38,8 @@ class Stores {
   // The arenas made so far.
   std::vector<HostArena*> arenas() const;
   const HostBudget& pinned_budget() const noexcept { return pinned_; }
+  // The driver pins no more than what is held: no arena asks for more until trim() was called.
+  void refuse_pinned() noexcept { pinned_.refuse(); }
   std::uint64_t pinned_bytes() const;
   std::uint64_t pinned_used_bytes() const;
   std::uint64_t pageable_bytes() const;

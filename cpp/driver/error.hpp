@@ -35,6 +35,7 @@ class Error : public std::exception {
   std::uint64_t total_bytes = 0;
   std::string advice;
   std::vector<std::string> secondary;
+  bool pin_refused = false;  // the driver would not pin host memory, and works on
 
  private:
   mutable std::string text_;

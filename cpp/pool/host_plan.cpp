@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <map>
 #include <set>
 
@@ -151,6 +152,24 @@ class HostPlan {
 };
 
 }  // namespace
+
+bool sends_to_overflow(Allocator& allocator, const Error& failure) noexcept {
+  if (!failure.pin_refused || !failure.secondary.empty() || !allocator.overflow()) return false;
+  try {
+    for (const auto& device : allocator.devices().used()) {
+      const driver::ContextScope scope(allocator.driver(), device->ordinal());
+      std::uint64_t buffers = device->staging_missing();
+      for (HostArena* const arena : allocator.stores().arenas()) {
+        if (arena->residence() != backup::Residence::kPinned) continue;
+        buffers -= arena->trim(device->ordinal(), buffers);
+      }
+    }
+  } catch (const std::exception&) {
+    return false;  // the failure stands
+  }
+  allocator.stores().refuse_pinned();
+  return true;
+}
 
 void plan_host_memory(Allocator& allocator, const char* operation,
                       const std::vector<HostNeed>& needs, Retained retained) {

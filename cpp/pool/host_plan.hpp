@@ -26,4 +26,10 @@ enum class Retained { kMayGo, kStay };
 void plan_host_memory(Allocator& allocator, const char* operation,
                       const std::vector<HostNeed>& needs, Retained retained);
 
+// Whether a transition that failed, and was undone, can be tried once more with the tier that takes
+// the overflow: the driver would not pin host memory for it. From now on that tier takes all that
+// does not fit into what is pinned already, less what the buffers of its copies need, until host
+// memory is released.
+bool sends_to_overflow(Allocator& allocator, const Error& failure) noexcept;
+
 }  // namespace cumempool::pool

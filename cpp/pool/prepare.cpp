@@ -64,34 +64,44 @@ void warm_up(Allocator& allocator, int ordinal) {
   }
 }
 
+void hold_room(Allocator& allocator, const SleepRequest& request,
+               const std::set<const Tag*>& yielding) {
+  struct Sum {
+    int device;
+    std::size_t bytes;
+  };
+  std::map<backup::HostArena*, Sum> sums;
+  std::map<int, bool> warm;
+  std::vector<Need> all = needs(allocator, request, yielding);
+  plan_room(allocator, all);
+  for (const Need& need : all) {
+    if (!warm[need.device]) warm_up(allocator, need.device);
+    warm[need.device] = true;
+    check_reach(allocator, need.choice, need.device);
+    backup::HostArena* arena = arena_of(allocator, need.choice, need.device);
+    if (arena != nullptr)
+      sums.try_emplace(arena, Sum{need.device, 0}).first->second.bytes += need.bytes;
+  }
+  for (const auto& [arena, sum] : sums) {
+    const driver::ContextScope scope(allocator.driver(), sum.device);
+    const backup::ArenaOrder order(*arena, sum.bytes);
+    arena->deliver(sum.device);
+  }
+}
+
 }  // namespace
 
 std::uint64_t prepare(Allocator& allocator, const SleepRequest& request,
                       const std::set<const Tag*>& yielding) {
   const Turnstile::Turn turn(allocator.turnstile(), "prepare");
   allocator.check_open("prepare");
-  struct Sum {
-    int device;
-    std::size_t bytes;
-  };
-  std::map<backup::HostArena*, Sum> sums;
+  const std::uint64_t before = allocator.stores().pinned_bytes();
   try {
-    std::map<int, bool> warm;
-    std::vector<Need> all = needs(allocator, request, yielding);
-    plan_room(allocator, all);
-    for (const Need& need : all) {
-      if (!warm[need.device]) warm_up(allocator, need.device);
-      warm[need.device] = true;
-      check_reach(allocator, need.choice, need.device);
-      backup::HostArena* arena = arena_of(allocator, need.choice, need.device);
-      if (arena != nullptr)
-        sums.try_emplace(arena, Sum{need.device, 0}).first->second.bytes += need.bytes;
-    }
-    const std::uint64_t before = allocator.stores().pinned_bytes();
-    for (const auto& [arena, sum] : sums) {
-      const driver::ContextScope scope(allocator.driver(), sum.device);
-      const backup::ArenaOrder order(*arena, sum.bytes);
-      arena->deliver(sum.device);
+    try {
+      hold_room(allocator, request, yielding);
+    } catch (const Error& error) {
+      if (!sends_to_overflow(allocator, error)) throw;
+      hold_room(allocator, request, yielding);
     }
     return allocator.stores().pinned_bytes() - before;
   } catch (Error& error) {

@@ -10,20 +10,23 @@ namespace cumempool::pool {
 
 Report sleep(Allocator& allocator, const SleepRequest& request) {
   const char* operation = request.drop_backups ? "discard" : "sleep";
-  Report report;
-  Departure departure(allocator, operation, request, report);
   Transition transition(allocator, operation);
   const Clock::time_point start = Clock::now();
   transition.refuse_captures(request.streams);
-  departure.plan(
-      transition.claim([&](const Record& candidate) { return departure.wants(candidate); },
-                       [&] { departure.admit(); }));
-  departure.fence();
-  undo_on_failure(departure, [&] {
-    departure.start_copies();
-    departure.finish();
+  Report report = transition.with_overflow([&] {
+    Report made;
+    Departure departure(allocator, operation, request, made);
+    departure.plan(
+        transition.claim([&](const Record& candidate) { return departure.wants(candidate); },
+                         [&] { departure.admit(); }));
+    departure.fence();
+    undo_on_failure(departure, [&] {
+      departure.start_copies();
+      departure.finish();
+    });
+    departure.commit();
+    return made;
   });
-  departure.commit();
   transition.commit();
   report.seconds = seconds_since(start);
   return report;

@@ -34,17 +34,15 @@ class Room {
 
 class Swap {
  public:
-  Swap(Allocator& allocator, const SleepRequest& sleep, const WakeRequest& wake)
-      : allocator_(allocator),
+  Swap(Transition& transition, const SleepRequest& sleep, const WakeRequest& wake)
+      : allocator_(transition.allocator()),
         sleep_(sleep),
         wake_(wake),
-        departure_(allocator, "swap", sleep, report_),
-        arrival_(allocator, "swap", report_),
-        transition_(allocator, "swap") {}
+        departure_(allocator_, "swap", sleep, report_),
+        arrival_(allocator_, "swap", report_),
+        transition_(transition) {}
 
   Report run() {
-    const Clock::time_point start = Clock::now();
-    transition_.refuse_captures(sleep_.streams);
     plan();
     departure_.fence();
     undo_on_failure(*this, [this] {
@@ -60,8 +58,6 @@ class Swap {
     });
     departure_.commit();
     arrival_.commit();
-    transition_.commit();
-    report_.seconds = seconds_since(start);
     return std::move(report_);
   }
 
@@ -106,14 +102,20 @@ class Swap {
   Report report_;
   Departure departure_;
   Arrival arrival_;
-  Transition transition_;
+  Transition& transition_;
   std::optional<Room> room_;
 };
 
 }  // namespace
 
 Report swap(Allocator& allocator, const SleepRequest& sleep, const WakeRequest& wake) {
-  return Swap(allocator, sleep, wake).run();
+  Transition transition(allocator, "swap");
+  const Clock::time_point start = Clock::now();
+  transition.refuse_captures(sleep.streams);
+  Report report = transition.with_overflow([&] { return Swap(transition, sleep, wake).run(); });
+  transition.commit();
+  report.seconds = seconds_since(start);
+  return report;
 }
 
 }  // namespace cumempool::pool

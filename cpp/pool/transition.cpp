@@ -52,4 +52,10 @@ std::vector<RecordPointer> Transition::claim(const std::function<bool(const Reco
   return claimed;
 }
 
+void Transition::begin_again() noexcept {
+  allocator_.unclaim(claimed_);
+  claimed_.clear();
+  allocator_.progress().done = allocator_.progress().total = 0;
+}
+
 }  // namespace cumempool::pool

@@ -4,9 +4,13 @@
 
 #include <exception>
 #include <functional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "pool/allocator.hpp"
+#include "pool/host_plan.hpp"
+#include "pool/report.hpp"
 
 namespace cumempool::pool {
 
@@ -27,12 +31,32 @@ class Transition {
   std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted,
                                    const std::function<void()>& admit = nullptr);
 
+  // Runs `attempt`, which claims, and returns the report of what it did. Where the driver refuses
+  // to pin host memory for its backups, and a tier takes the overflow, runs it once more, and the
+  // report says so.
+  template <typename Attempt>
+  Report with_overflow(const Attempt& attempt) {
+    std::string refused;
+    try {
+      return attempt();
+    } catch (const Error& error) {
+      if (!sends_to_overflow(allocator_, error)) throw;
+      refused = error.account();
+    }
+    begin_again();
+    Report report = attempt();
+    report.problem(std::move(refused));
+    return report;
+  }
+
   // Tells that the transition succeeded; without it, it counts as failed.
   void commit() noexcept { committed_ = true; }
 
   Allocator& allocator() noexcept { return allocator_; }
 
  private:
+  void begin_again() noexcept;
+
   Allocator& allocator_;
   Turnstile::Turn turn_;
   const char* operation_;

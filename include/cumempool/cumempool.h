@@ -128,7 +128,8 @@ typedef struct cumempool_allocator_options {
   uint32_t size;           /* sizeof(cumempool_allocator_options) */
   uint32_t retain_backups; /* 1 = keep backups while awake, and copy only what has changed since */
   uint64_t host_backup_limit; /* most pinned host bytes held for backups; 0 = no limit */
-  /* What takes backups that the limit leaves no room for: PAGEABLE or FILE; UNSET refuses them. */
+  /* What takes backups that the limit leaves no room for, or that the driver refuses to pin: PAGEABLE
+   * or FILE; UNSET refuses them. */
   cumempool_backup_policy overflow;
 } cumempool_allocator_options;
 

@@ -2,7 +2,10 @@
 // the limit on pinned memory across NUMA nodes, addresses, and the tier that takes the overflow.
 #include <gtest/gtest.h>
 
+#include <cstdint>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "backup/staged_copies.hpp"
 #include "host_fixture.hpp"
@@ -30,6 +33,164 @@ void make_buffers(const Pool& pool) {
   pool.malloc("first", kGranule);
   must(pool.sleep("first", kOffload).status);
   must(pool.wake().status);
+}
+
+// ---- what the driver pins
+// ------------------------------------------------------------------------
+
+// A limit on locked memory, as RLIMIT_MEMLOCK is one, which counts the buffers of copies as one
+// set: they would need 256 MiB each. One at a time.
+class LockLimit {
+ public:
+  explicit LockLimit(const Host& host) : table_(host.table()) {
+    real_ = host.table();
+    held_.clear();
+    limit = UINT64_MAX;
+    table_.host_register = [](void* self, int device, void* pointer,
+                              std::size_t bytes) -> cumempool_result {
+      const std::uint64_t counted = bytes == backup::StagedCopies::kAllBytes ? kSet : bytes;
+      if (held() + counted > limit) return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
+      const cumempool_result result = real_.host_register(self, device, pointer, bytes);
+      if (result == CUMEMPOOL_RESULT_SUCCESS) held_[pointer] = counted;
+      return result;
+    };
+    table_.host_unregister = [](void* self, int device, void* pointer) {
+      const cumempool_result result = real_.host_unregister(self, device, pointer);
+      if (result == CUMEMPOOL_RESULT_SUCCESS) held_.erase(pointer);
+      return result;
+    };
+  }
+  const cumempool_driver& table() const { return table_; }
+
+  static std::uint64_t held() {
+    std::uint64_t bytes = 0;
+    for (const auto& entry : held_) bytes += entry.second;
+    return bytes;
+  }
+  static inline std::uint64_t limit = 0;
+
+ private:
+  static inline cumempool_driver real_{};
+  static inline std::map<void*, std::uint64_t> held_;
+  cumempool_driver table_;
+};
+
+class Locked : public ::testing::Test {
+ protected:
+  Locked() {
+    write_pattern(a, kSet, 1);
+    write_pattern(b, 2 * kSet, 2);
+  }
+  void expect_whole() const {
+    must(pool.wake().status);
+    EXPECT_TRUE(holds_pattern(a, kSet, 1));
+    EXPECT_TRUE(holds_pattern(b, 2 * kSet, 2));
+    EXPECT_EQ(pool.snapshot().totals.failed_transitions, 0U) << "R13";
+  }
+  static void expect_told(const std::vector<std::string>& problems) {
+    ASSERT_EQ(problems.size(), 1U);
+    EXPECT_NE(problems[0].find("could not be pinned"), std::string::npos) << problems[0];
+  }
+
+  const TemporaryDirectory directory;
+  const Host host;
+  const LockLimit lock{host};
+  const Pool pool{lock.table(),
+                  overflowing(backup_in(CUMEMPOOL_BACKUP_FILE, directory.path().c_str()))};
+  const cumempool_address a = pool.malloc("a", kSet);
+  const cumempool_address b = pool.malloc("b", 2 * kSet);
+};
+
+TEST_F(Locked, R4_WhatCannotBeLockedOverflowsAndWhatIsPinnedStays) {
+  must(pool.sleep("a", kOffload).status);
+  LockLimit::limit = LockLimit::held() + kSet;  // for the buffers
+  const auto slept = pool.sleep("b", kOffload);
+  ASSERT_EQ(slept.status, CUMEMPOOL_OK) << failure();
+  expect_told(slept.problems);
+  EXPECT_EQ(pool.find(a).backup_tier, CUMEMPOOL_BACKUP_PINNED);
+  EXPECT_EQ(pool.find(b).backup_tier, CUMEMPOOL_BACKUP_FILE);
+  LockLimit::limit += kSet;  // those of the wake
+  expect_whole();
+}
+
+TEST_F(Locked, ItIsNotTriedAgainUntilHostMemoryIsReleased) {
+  LockLimit::limit = kSet;
+  expect_told(pool.sleep("b", kOffload).problems);
+  LockLimit::limit = UINT64_MAX;
+  must(pool.wake().status);
+  EXPECT_TRUE(pool.sleep("b", kOffload).problems.empty());
+  EXPECT_EQ(pool.find(b).backup_tier, CUMEMPOOL_BACKUP_FILE);
+  must(pool.wake().status);
+  std::uint64_t released = 0;
+  must(cumempool_release_host_memory(pool.get(), &released));
+  must(pool.sleep("b", kOffload).status);
+  EXPECT_EQ(pool.find(b).backup_tier, CUMEMPOOL_BACKUP_PINNED);
+  expect_whole();
+}
+
+TEST_F(Locked, FreePinnedMemoryMakesRoomForTheBuffers) {
+  must(pool.sleep("a", kOffload).status);
+  must(pool.wake().status);
+  LockLimit::limit = LockLimit::held() + kSet / 2;
+  const auto slept = pool.sleep({{{"a", kOffload}, {"b", kOffload}}});
+  ASSERT_EQ(slept.status, CUMEMPOOL_OK) << failure();
+  expect_told(slept.problems);
+  LockLimit::limit = UINT64_MAX;
+  expect_whole();
+}
+
+TEST_F(Locked, R4_ASwapOverflowsAsASleepDoes) {
+  must(pool.sleep("a", kOffload).status);
+  LockLimit::limit = LockLimit::held() + kSet;
+  const auto swapped = pool.swap({{{"b", kOffload}}}, {{"a"}});
+  ASSERT_EQ(swapped.status, CUMEMPOOL_OK) << failure();
+  expect_told(swapped.problems);
+  EXPECT_EQ(pool.find(a).state, CUMEMPOOL_AWAKE);
+  EXPECT_EQ(pool.find(b).backup_tier, CUMEMPOOL_BACKUP_FILE);
+  LockLimit::limit = UINT64_MAX;
+  expect_whole();
+}
+
+TEST_F(Locked, APreparedSleepKnowsWhereItGoes) {
+  LockLimit::limit = kSet;
+  std::uint64_t pinned = 0;
+  ASSERT_EQ(pool.prepare({{{"b", kOffload}}}, pinned), CUMEMPOOL_OK) << failure();
+  EXPECT_EQ(pinned, 0U);
+  const auto slept = pool.sleep("b", kOffload);
+  ASSERT_EQ(slept.status, CUMEMPOOL_OK) << failure();
+  EXPECT_TRUE(slept.problems.empty());
+  LockLimit::limit = UINT64_MAX;
+  expect_whole();
+}
+
+TEST(HostPlan, R12_WithoutRoomInTheOverflowEitherTheErrorSaysWhoRefused) {
+  const Host host;
+  const LockLimit lock(host);
+  const Pool pool{lock.table(), overflowing(backup_in(CUMEMPOOL_BACKUP_PAGEABLE))};
+  pool.malloc("a", kSet);
+  LockLimit::limit = kSet / 2;
+  const SmallHost small(2 * kSet);  // nothing of it for the buffers of the overflow
+  EXPECT_EQ(pool.sleep("a", kOffload).status, CUMEMPOOL_OUT_OF_HOST_MEMORY);
+  for (const char* const part : {"the driver has refused to pin more", "release_host_memory()"}) {
+    EXPECT_NE(failure().find(part), std::string::npos) << failure();
+  }
+  LockLimit::limit = UINT64_MAX;
+  small.leave(2 * kBuffers);
+  ASSERT_EQ(pool.sleep("a", kOffload).status, CUMEMPOOL_OK) << failure();
+}
+
+TEST(HostPlan, R4_WithoutAnOverflowWhatCannotBeLockedIsRefused) {
+  const Host host;
+  const LockLimit lock(host);
+  const Pool pool{lock.table()};
+  const auto a = pool.malloc("a", kSet);
+  write_pattern(a, kSet, 1);
+  LockLimit::limit = kSet / 2;
+  EXPECT_EQ(pool.sleep("a", kOffload).status, CUMEMPOOL_OUT_OF_HOST_MEMORY);
+  EXPECT_EQ(pool.snapshot().totals.failed_transitions, 1U);
+  EXPECT_TRUE(holds_pattern(a, kSet, 1));
+  LockLimit::limit = UINT64_MAX;
+  EXPECT_EQ(pool.sleep("a", kOffload).status, CUMEMPOOL_OK) << "it is tried each time";
 }
 
 // ---- what the kernel leaves --------------------------------------------------------------------

@@ -60,6 +60,27 @@ TEST_P(UnpinnedHost, R12_APinnedBackupIsRefusedByNameWithAWayOut) {
   EXPECT_TRUE(holds_pattern(weights, kGranule, 1));
 }
 
+TEST_P(UnpinnedHost, R4_ABackupThatCannotBePinnedGoesWhereTheOverflowDoes) {
+  cumempool_allocator_options options = pool_options();
+  options.overflow = backup_in(CUMEMPOOL_BACKUP_PAGEABLE);
+  Pool overflowing{host.table(), options};
+  const auto address = overflowing.malloc("weights", 3 * kGranule);
+  write_pattern(address, 3 * kGranule, 1);
+  const auto slept = overflowing.sleep("weights", kOffload);
+  ASSERT_EQ(slept.status, CUMEMPOOL_OK) << cumempool_last_error()->message;
+  ASSERT_EQ(slept.problems.size(), 1U);
+  EXPECT_NE(slept.problems[0].find("cannot be pinned here"), std::string::npos)
+      << slept.problems[0];
+  EXPECT_EQ(overflowing.find(address).backup_tier, CUMEMPOOL_BACKUP_PAGEABLE);
+  must(overflowing.wake().status);
+  EXPECT_TRUE(holds_pattern(address, 3 * kGranule, 1));
+  const auto again = overflowing.sleep("weights", kOffload);
+  ASSERT_EQ(again.status, CUMEMPOOL_OK);
+  EXPECT_TRUE(again.problems.empty()) << "it is not tried again";
+  EXPECT_EQ(overflowing.snapshot().totals.failed_transitions, 0U) << "R13";
+  must(cumempool_free(address));
+}
+
 TEST_P(UnpinnedHost, R8_TheProbeSaysSo) {
   cumempool_device_probe probe{};
   probe.size = sizeof probe;
