@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import cumempool
-from cumempool.report import format_bytes
+from cumempool import format_bytes
 
 SEED = 20
 PROMPT_TOKENS = 32

@@ -46,7 +46,7 @@ from transformers import (
 )
 
 import cumempool
-from cumempool.report import format_bytes
+from cumempool import format_bytes
 
 try:
     import uvicorn

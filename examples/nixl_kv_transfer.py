@@ -27,7 +27,12 @@ from typing import Any
 import torch
 
 import cumempool
-from cumempool.nixl import RegisteredTag, create_agent, is_installed, replace_remote_agent
+from cumempool.integrations.nixl import (
+    RegisteredTag,
+    create_agent,
+    is_installed,
+    replace_remote_agent,
+)
 
 TAG = "kv"
 LAYER_BYTES = 64 * 1024**2

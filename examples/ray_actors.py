@@ -28,8 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 import cumempool
-from cumempool import distributed
-from cumempool.report import format_bytes
+from cumempool import distributed, format_bytes
 
 try:
     import ray

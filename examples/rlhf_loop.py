@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional
 
 import cumempool
-from cumempool.report import format_bytes
+from cumempool import format_bytes
 
 SEED = 53
 TRAINER = ("weights", "gradients", "optimizer")

@@ -31,8 +31,7 @@ import torch.multiprocessing
 from torch import nn
 
 import cumempool
-from cumempool import distributed
-from cumempool.report import format_bytes
+from cumempool import distributed, format_bytes
 
 SEED = 31
 PROMPT_TOKENS = 48

@@ -170,7 +170,7 @@ if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
 else
   mapfile -t devices < <(seq 0 $((gpus - 1)))
 fi
-"$python" -c 'import cumempool.nixl as n, sys; sys.exit(not n.is_installed())' 2>/dev/null ||
+"$python" -c 'import cumempool.integrations.nixl as n, sys; sys.exit(not n.is_installed())' 2>/dev/null ||
   leave_out "NIXL is not installed" test_nixl test_nixl_sleeps
 has starlette uvicorn || leave_out "Starlette or uvicorn is not installed" model_switch
 if ((gpus < 2)); then

@@ -90,7 +90,7 @@ def check_command(line: str) -> None:
     """Fails where the command line tool would not take a line's arguments."""
     import click
 
-    from cumempool.cli import main
+    from cumempool.tools.cli import main
 
     words = shlex.split(line.partition(" > ")[0].partition(" | ")[0])
     words = words[words.index("cumempool") + 1 :]

@@ -1,6 +1,6 @@
 """``python -m cumempool``."""
 
-from cumempool.cli import main
+from cumempool.tools.cli import main
 
 if __name__ == "__main__":
     main()

@@ -16,17 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, overload
 
-from cumempool import transition
-from cumempool.backup import Backup, check_backup
-from cumempool.backup_view import view_backup
-from cumempool.config import CuMemConfig
-from cumempool.devices import Devices
-from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
-from cumempool.events import EventLog, Observer
-from cumempool.exact_tensor import empty_tensor
-from cumempool.exports import Exports
-from cumempool.graph_pool import GraphPools
-from cumempool.guard import (
+from cumempool._locks import fork_safe_lock
+from cumempool._pool import transition
+from cumempool._pool.backup import Backup, check_backup
+from cumempool._pool.backup_view import view_backup
+from cumempool._pool.devices import Devices
+from cumempool._pool.events import EventLog, Observer
+from cumempool._pool.graph_pool import GraphPools
+from cumempool._pool.hooks import (
     Hook,
     HookRegistration,
     Hooks,
@@ -36,18 +33,15 @@ from cumempool.guard import (
     pin_tag,
     ranges_by_tag,
 )
-from cumempool.locks import fork_safe_lock
-from cumempool.preserve import preserve_tensors, preserving_scope
-from cumempool.probe import open_driver
-from cumempool.progress import OnProgress, ProgressRegistration, ProgressWatch
-from cumempool.publishing import Publisher, publish
-from cumempool.report import TransitionReport
-from cumempool.scope import MemoryPoolScope, NullScope, open_tags
-from cumempool.sharing import Export, SharedMemory, install_reducers
-from cumempool.sizes import check_margin
-from cumempool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
-from cumempool.stats import AllocationInfo, Stats, allocations_of, stats_of
-from cumempool.tags import (
+from cumempool._pool.preserve import preserve_tensors, preserving_scope
+from cumempool._pool.progress import OnProgress, ProgressRegistration, ProgressWatch
+from cumempool._pool.publishing import Publisher, publish
+from cumempool._pool.report import TransitionReport
+from cumempool._pool.scope import MemoryPoolScope, NullScope, open_tags
+from cumempool._pool.sizes import check_margin
+from cumempool._pool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
+from cumempool._pool.stats import AllocationInfo, Stats, allocations_of, stats_of
+from cumempool._pool.tags import (
     DEFAULT_TAG,
     Backing,
     OnSleep,
@@ -57,8 +51,14 @@ from cumempool.tags import (
     check_tags,
     check_text,
 )
-from cumempool.torch_state import cached_ranges, empty_cache, nvtx_range
-from cumempool.waking import WakeHandle, addresses_of, memory_of
+from cumempool._pool.tensors import empty_tensor
+from cumempool._pool.torch_state import cached_ranges, empty_cache, nvtx_range
+from cumempool._pool.waking import WakeHandle, addresses_of, memory_of
+from cumempool.config import CuMemConfig
+from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from cumempool.probe import open_driver
+from cumempool.sharing.exports import Exports
+from cumempool.sharing.importer import Export, SharedMemory, install_reducers
 
 if TYPE_CHECKING:
     import torch
@@ -426,7 +426,7 @@ class CuMemAllocator:
             InvalidArgumentError: A tensor of it is asleep under another tag. Nothing was moved.
             OutOfMemoryError: The device has no room; what was moved so far stays moved.
         """
-        from cumempool.training import adopt_object
+        from cumempool._pool.optimizer import adopt_object
 
         if not isinstance(gradients, bool):
             check_tag(gradients)

@@ -13,12 +13,12 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
-from cumempool.backup import Backup, check_backup
+from cumempool._locks import fork_safe_lock
+from cumempool._pool.backup import Backup, check_backup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnavailableError
-from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
-    from cumempool.kv_transfer import KVTransferConfig
+    from cumempool.integrations.kv_transfer import KVTransferConfig
 
 __all__ = [
     "DRIVERS",
@@ -519,7 +519,7 @@ class CuMemConfig:
 
         Args:
             kv: The connector; None: there is none.
-            **facts: What `cumempool.kv_transfer.verify_kv_transfer_compat` takes beside that:
+            **facts: What `verify_kv_transfer_compat` takes beside that:
                 ``kv_backing``, ``kv_sleeps``, ``fabric``, ``environ``, ``live``.
 
         Returns:
@@ -530,7 +530,7 @@ class CuMemConfig:
                 transfers; the message says why, and how to get out.
         """
         # Not at the top of the file: few programs transfer KV caches.
-        from cumempool.kv_transfer import verify_kv_transfer_compat
+        from cumempool.integrations.kv_transfer import verify_kv_transfer_compat
 
         return verify_kv_transfer_compat(self, kv, **facts)
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from cumempool._pool.stats import handle_type_names
 from cumempool.config import CuMemConfig, DriverName
 from cumempool.errors import CumempoolError, InvalidArgumentError, InvalidTypeError
-from cumempool.stats import handle_type_names
 
 if TYPE_CHECKING:
     from cumempool import _core

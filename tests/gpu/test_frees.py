@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cumempool
-from cumempool.tags import Backing
+from cumempool._pool.tags import Backing
 
 from .conftest import CYCLES, GRANULE, settled
 

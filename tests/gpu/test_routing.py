@@ -137,10 +137,10 @@ EXPANDABLE = """
 import sys, torch, cumempool
 from cumempool import _torch
 if {force}:
-    _torch._HONOURS_CUSTOM_POOLS = (99, 0)
+    _torch.settings._HONOURS_CUSTOM_POOLS = (99, 0)
 if {runtime!r}:
     torch.cuda.init()
-    _torch._apply_settings({runtime!r})
+    _torch.settings._apply_settings({runtime!r})
 def live():
     return torch.cuda.memory._snapshot()["allocator_settings"]
 torch.cuda.init()

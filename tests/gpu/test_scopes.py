@@ -48,7 +48,9 @@ def used_scope(allocator: cumempool.CuMemAllocator) -> None:
         torch.empty(2 * MIB, dtype=torch.uint8, device="cuda")
 
 
-@pytest.mark.skipif(_torch._version() < (2, 11), reason="older torch cannot leave history out")
+@pytest.mark.skipif(
+    _torch.runtime.torch_version() < (2, 11), reason="older torch cannot leave history out"
+)
 def test_recorded_history_costs_scopes_and_sleeps_nothing(
     allocator: cumempool.CuMemAllocator, gpu: torch.device, figure: Figure
 ) -> None:
@@ -129,7 +131,7 @@ def test_scopes_in_a_loop_take_no_memory(
         scope(allocator)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     figure("grown_kib", grown)
-    if _torch._version() >= (2, 11):
+    if _torch.runtime.torch_version() >= (2, 11):
         assert pools() == pools_before
         assert grown < 2048
     assert allocator.stats().physical_bytes == 0

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import cumempool
-from cumempool import torch_state
+from cumempool._pool import torch_state
 
 from .conftest import Figure
 
@@ -195,7 +195,7 @@ def test_adopting_after_a_load_strands_nothing_and_needs_one_pack_more(
         peaks.append(used() - start)  # the new pack, and what torch still has of the old one
         torch_state.empty_cache(driver)
 
-    monkeypatch.setattr("cumempool.adopt.empty_cache", note)
+    monkeypatch.setattr("cumempool._pool.adopt.empty_cache", note)
     taken = allocator.adopt(model, "adopted")
     final = used() - start
     stranded = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - cached

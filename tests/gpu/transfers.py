@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cumempool.nixl import is_installed
+from cumempool.integrations.nixl import is_installed
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nixl_kv_transfer.py"
 GIB = 1024**3

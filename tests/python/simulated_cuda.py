@@ -89,7 +89,7 @@ class SimulatedCuda(FakeTorch):
 
         monkeypatch.setattr(_core, "open_cuda", open_cuda)
         monkeypatch.setattr("cumempool.config._missing", lambda driver: "")
-        monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
+        monkeypatch.setattr(_torch.runtime, "torch_version", lambda: (2, 11))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.version, "hip", None)
         for name, value in {

@@ -407,8 +407,8 @@ def test_what_cannot_be_moved_is_refused_by_name_with_nothing_moved(
 def test_buffers_on_the_cpu_are_left_there_and_parameters_refused(
     alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for where in ("adopt", "training"):
-        monkeypatch.setattr(f"cumempool.{where}.device_type_of", lambda allocator: "cuda")
+    for where in ("adopt", "optimizer"):
+        monkeypatch.setattr(f"cumempool._pool.{where}.device_type_of", lambda allocator: "cuda")
     module = nn.Module()
     module.register_buffer("table", torch.arange(4.0))
     address = module.table.data_ptr()

@@ -17,7 +17,7 @@ from cumempool import (
     UnsupportedError,
     _core,
 )
-from cumempool.tags import _Memory
+from cumempool._pool.tags import _Memory
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import torch
 from click.testing import CliRunner
 from simulated_cuda import SimulatedCuda
 
-from cumempool import CuMemAllocator, CuMemConfig, InternalError, bench
-from cumempool.bench import run_bench
-from cumempool.cli import main
+from cumempool import CuMemAllocator, CuMemConfig, InternalError
+from cumempool.tools import bench
+from cumempool.tools.bench import run_bench
+from cumempool.tools.cli import main
 
 CONFIG = CuMemConfig(driver="host")
 SIZE = 8 * 1024**2

@@ -19,7 +19,7 @@ import pytest
 
 import cumempool
 import cumempool.config as config_module
-from cumempool.backup import Backup
+from cumempool._pool.backup import Backup
 from cumempool.config import SETTINGS, CuMemConfig, Setting, parse_bytes, settings_table
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnavailableError
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from simulated_cuda import SimulatedCuda
 
 from cumempool import Availability, CuMemConfig, __version__
-from cumempool import demo as demo_module
-from cumempool.cli import main
+from cumempool.tools import demo as demo_module
+from cumempool.tools.cli import main
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the demo would use the GPU")
 

@@ -341,7 +341,7 @@ def test_messages_in_troubleshooting_are_those_of_the_library() -> None:
 
 def test_troubleshooting_has_every_check_of_doctor() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    source = (ROOT / "src" / "cumempool" / "doctor.py").read_text(encoding="utf-8")
+    source = (ROOT / "src" / "cumempool" / "tools" / "doctor.py").read_text(encoding="utf-8")
     names = {name.split(":")[-1].strip() for name in re.findall(r'Check\(\s*f?"([^"]+)"', source)}
     names |= {re.split("[ {]", name)[0] for name in re.findall(r'name = f?"([^"{]+)', source)}
     assert len(names) > 12

@@ -16,11 +16,12 @@ from click.testing import CliRunner
 from simulated_cuda import SimulatedCuda
 
 import cumempool
-from cumempool import CuMemAllocator, doctor, machine
-from cumempool.cli import main
-from cumempool.doctor import Check
+from cumempool import CuMemAllocator
 from cumempool.errors import OutOfMemoryError
 from cumempool.probe import Availability, DeviceProbe, TorchProbe
+from cumempool.tools import doctor, machine
+from cumempool.tools.cli import main
+from cumempool.tools.doctor import Check
 
 H200 = DeviceProbe(
     ordinal=0,
@@ -335,7 +336,7 @@ def test_the_variable_of_the_driver_holds_for_every_command(
         return []
 
     for function in ("doctor.examine", "selftest.run_selftest", "bench.run_bench", "demo.run_demo"):
-        monkeypatch.setattr(f"cumempool.{function}", note)
+        monkeypatch.setattr(f"cumempool.tools.{function}", note)
     monkeypatch.setenv("CUMEMPOOL_DRIVER", variable)
     arguments = [] if option is None else ["--driver", option]
     CliRunner().invoke(main, [command, *arguments])

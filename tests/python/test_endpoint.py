@@ -14,7 +14,7 @@ import torch
 from conftest import GRANULE
 
 from cumempool import CuMemAllocator, SharedMemory, SharingError, open_shared
-from cumempool.wire import Wire, close_all
+from cumempool.sharing.wire import Wire, close_all
 
 NOBODY = 65534
 

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from conftest import GRANULE, MIB, MakeAllocator, filled
 
 import cumempool.errors as errors
-from cumempool import CuMemAllocator, distributed, open_shared, publishing
+from cumempool import CuMemAllocator, distributed, open_shared
+from cumempool._pool import publishing
 from cumempool.errors import ERROR_BY_STATUS, CumempoolError, error_from_fields
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import torch
 from conftest import GRANULE, MakeAllocator, filled, random_bytes
 
 from cumempool import CuMemAllocator, InUseError, OutOfMemoryError, UnknownTagError
-from cumempool.events import Event, EventLog, Observer
+from cumempool._pool.events import Event, EventLog, Observer
 
 
 def operations(alloc: CuMemAllocator) -> list[tuple[str, str]]:

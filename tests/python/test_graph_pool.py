@@ -18,14 +18,14 @@ from cumempool import (
     UnsupportedError,
     _core,
     _torch,
-    graph_pool,
 )
-from cumempool.graph_pool import GraphPools
+from cumempool._pool import graph_pool
+from cumempool._pool.graph_pool import GraphPools
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
-    monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
+    monkeypatch.setattr(_torch.runtime, "torch_version", lambda: (2, 11))
     monkeypatch.setattr(_torch, "warm_capture_stream", lambda device: None)
     fake = FakeTorch(monkeypatch)
     yield fake
@@ -241,8 +241,8 @@ def test_a_pool_that_torch_does_not_make_costs_no_slot(
 def test_expandable_segments_of_older_torch_are_refused(
     fake: FakeTorch, pools: GraphPools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_torch, "_version", lambda: (2, 9))
-    monkeypatch.setattr(_torch, "live_settings", lambda: {"expandable_segments": True})
+    monkeypatch.setattr(_torch.runtime, "torch_version", lambda: (2, 9))
+    monkeypatch.setattr(_torch.settings, "live_settings", lambda: {"expandable_segments": True})
     with pytest.raises(UnsupportedError, match="expandable segments"):
         pools.open("graphs", 0)
     assert fake.made == []

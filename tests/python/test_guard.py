@@ -583,7 +583,7 @@ def waits_for_its_turn(thread: int) -> bool:
         code = frame.f_code
         places.add((code.co_name, Path(code.co_filename).name, frame.f_lasti))
         time.sleep(0.001)
-    return len(places) == 1 and next(iter(places))[:2] == ("__enter__", "guard.py")
+    return len(places) == 1 and next(iter(places))[:2] == ("__enter__", "hooks.py")
 
 
 def test_an_interrupt_while_waiting_for_a_turn_leaves_the_turn_to_its_owner(

@@ -885,7 +885,7 @@ ANSWERS: dict[str, Callable[[socket.socket], object]] = {
 def test_an_owner_that_answers_garbage_is_an_error(
     alloc: CuMemAllocator, memory: SharedMemory, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cumempool.wire.PATIENCE", 1.0)
+    monkeypatch.setattr("cumempool.sharing.wire.PATIENCE", 1.0)
     serves(alloc, memory)
     before = fds()
     with FalseOwner(memory, ANSWERS[answer]) as false:

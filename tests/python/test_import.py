@@ -10,7 +10,6 @@ import pytest
 from conftest import RunPython
 
 import cumempool
-from cumempool.allocator import MemoryPoolScope
 
 PUBLIC = [name for name in cumempool.__all__ if not name.startswith("__")]
 
@@ -103,7 +102,7 @@ def test_every_field_of_a_record_is_in_its_docstring(name: str) -> None:
         ),
         cumempool.probe,
         cumempool.is_available,
-        MemoryPoolScope,
+        cumempool.MemoryPoolScope,
     ],
     ids=lambda value: getattr(value, "__qualname__", repr(value)),
 )
@@ -112,7 +111,7 @@ def test_every_argument_of_the_allocator_is_in_its_docstring(function: object) -
     assert callable(function)
     text = inspect.getdoc(function) or ""
     names = [name for name in inspect.signature(function).parameters if name not in {"self", "cls"}]
-    public = function not in {MemoryPoolScope, cumempool.is_available}
+    public = function not in {cumempool.MemoryPoolScope, cumempool.is_available}
     if public and len(names) > 1:
         assert [name for name in names if f"{name}:" not in text] == []
 

@@ -16,7 +16,7 @@ import torch
 from conftest import RunPython
 
 from cumempool import CuMemConfig, InvalidArgumentError, InvalidTypeError
-from cumempool.kv_transfer import (
+from cumempool.integrations.kv_transfer import (
     ALLOCATOR_VARIABLES,
     CONNECTORS,
     Connector,
@@ -208,7 +208,7 @@ def test_the_environment_is_read_where_none_is_given(monkeypatch: pytest.MonkeyP
 def test_asking_imports_no_torch(run_python: RunPython) -> None:
     done = run_python(
         "import sys\n"
-        "from cumempool.kv_transfer import *\n"
+        "from cumempool.integrations.kv_transfer import *\n"
         "from cumempool import CuMemConfig\n"
         "assert expandable_segments().on is False\n"
         "verify_kv_transfer_compat(CuMemConfig(), KVTransferConfig('NixlConnector'))\n"

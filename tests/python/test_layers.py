@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -30,163 +30,52 @@ CPP_SUFFIXES = frozenset({".h", ".hpp", ".c", ".cpp", ".cc", ".inc", ".def", ".i
 
 # ---- src/cumempool
 
-#: Module -> modules that it may import when it is itself imported.
+BELOW = frozenset({"_core", "_locks", "_torch", "errors"})
+POOL = BELOW | {"_pool"}
+FACE = POOL | {"allocator", "config", "probe", "sharing"}
+#: Sub-package, or module beside them -> those that it may import from, wherever the import stands.
 PY_ALLOWED: dict[str, frozenset[str]] = {
     "_core": frozenset(),
     "errors": frozenset(),
-    "locks": frozenset(),
-    "unfailing": frozenset({"errors"}),
-    "backup": frozenset({"errors"}),
-    "stats": frozenset(),
-    "sizes": frozenset({"errors"}),
-    "devices": frozenset({"errors"}),
-    "tags": frozenset({"devices", "errors", "locks", "stats"}),
-    "sleep_plan": frozenset({"errors", "stats", "tags"}),
-    "torch_state": frozenset({"errors"}),
+    "_locks": frozenset(),
     "paths": frozenset({"errors"}),
-    "report": frozenset({"errors"}),
-    "config": frozenset({"backup", "errors", "locks"}),
-    "guard": frozenset({"errors", "locks"}),
-    "descriptor": frozenset({"errors"}),
-    "wire": frozenset({"errors"}),
-    "endpoint": frozenset({"descriptor", "errors", "guard", "locks", "wire"}),
-    "sharing": frozenset({"descriptor", "endpoint", "errors", "locks", "wire"}),
-    "waking": frozenset({"errors", "guard", "locks", "report"}),
-    "kv_transfer": frozenset({"errors"}),
-    "nixl": frozenset({"errors", "locks"}),
-    "_torch": frozenset({"errors", "locks"}),
-    "probe": frozenset({"config", "errors", "stats"}),
-    "adopt": frozenset({"_torch", "errors", "exact_tensor", "preserve", "torch_state"}),
-    "training": frozenset({"_torch", "adopt", "errors"}),
-    "scope": frozenset({"errors", "locks", "report", "sharing"}),
-    "graph_pool": frozenset({"errors", "locks"}),
-    "exact_tensor": frozenset({"errors", "scope", "sharing", "sizes", "tags", "torch_state"}),
-    "backup_view": frozenset({"errors", "waking"}),
-    "preserve": frozenset({"errors", "scope", "tags", "waking"}),
-    "exports": frozenset(
-        {"descriptor", "devices", "endpoint", "errors", "locks", "stats", "tags", "waking"}
-    ),
-    "transition": frozenset(
-        {"errors", "guard", "report", "scope", "tags", "torch_state", "waking"}
-    ),
-    "allocator": frozenset(
-        {
-            "backup",
-            "backup_view",
-            "config",
-            "devices",
-            "errors",
-            "events",
-            "exact_tensor",
-            "exports",
-            "graph_pool",
-            "guard",
-            "locks",
-            "preserve",
-            "probe",
-            "progress",
-            "publishing",
-            "report",
-            "scope",
-            "sharing",
-            "sizes",
-            "sleep_plan",
-            "stats",
-            "tags",
-            "torch_state",
-            "transition",
-            "waking",
-        }
-    ),
-    "__init__": frozenset(
-        {
-            "allocator",
-            "backup",
-            "config",
-            "errors",
-            "guard",
-            "kv_transfer",
-            "paths",
-            "probe",
-            "report",
-            "sharing",
-            "stats",
-            "waking",
-        }
-    ),
-    # Every module of the folder.
-    "compat": frozenset({"allocator", "backup", "config", "errors", "locks", "report", "scope"}),
-    "distributed": frozenset({"allocator", "errors", "report", "scope", "sleep_plan", "tags"}),
-    "demo": frozenset({"allocator", "config", "errors", "probe", "report"}),
-    "plots": frozenset(),
-    "bench": frozenset({"allocator", "config", "errors"}),
-    "progress": frozenset({"errors", "locks", "unfailing"}),
-    "page": frozenset({"errors", "report"}),
-    "events": frozenset({"errors", "locks", "report", "stats", "unfailing"}),
-    "publishing": frozenset({"errors", "unfailing", "wire"}),
-    "prometheus": frozenset({"stats"}),
-    "top": frozenset({"publishing", "report"}),
-    "machine": frozenset(),
-    "selftest": frozenset({"allocator", "config", "errors"}),
-    "doctor": frozenset({"config", "errors", "kv_transfer", "machine", "nixl", "probe", "report"}),
-    "cli": frozenset({"errors"}),
-    "__main__": frozenset({"cli"}),
+    "_torch": frozenset({"_locks", "errors"}),
+    "_pool": BELOW,
+    "sharing": POOL,
+    "config": POOL,
+    "probe": POOL | {"config"},
+    "allocator": FACE - {"allocator"},
+    "distributed": FACE,
+    "integrations": FACE,
+    "compat": FACE,
+    "tools": FACE | {"integrations"},
+    "__init__": FACE | {"integrations", "paths"},
+    "__main__": frozenset({"tools"}),
 }
+#: Arrows that still run back; none may be added.
+PY_BACK = frozenset(
+    {
+        *(
+            (f"_pool.{name}", "allocator")
+            for name in ("adopt", "optimizer", "preserve", "progress")
+        ),
+        *((f"_pool.{name}", "allocator") for name in ("scope", "tensors", "transition")),
+        *((f"_pool.{name}", "sharing.importer") for name in ("scope", "tensors")),
+        ("_pool.publishing", "sharing.wire"),
+        *(("config", name) for name in ("allocator", "integrations.kv_transfer", "probe")),
+        *(("sharing.importer", name) for name in ("allocator", "probe")),
+        ("tools.doctor", "__init__"),
+    }
+)
+#: What is imported inside functions only, so that importing the package loads neither the library
+#: nor torch (R11), but by modules that are imported for it.
+PY_LAZY = frozenset({"_core", "_torch", "torch"})
+PY_WITH_TORCH = frozenset(
+    {"_torch", "_pool.adopt", "_pool.optimizer", "tools.bench", "tools.demo", "tools.selftest"}
+)
 
-#: Module -> modules that it may import inside a function as well: so that importing the package
-#: loads neither torch nor the library (R11), or against the arrows.
-PY_LAZY: dict[str, frozenset[str]] = {
-    "config": frozenset({"_core", "probe", "allocator", "kv_transfer"}),
-    "kv_transfer": frozenset({"_torch"}),
-    "sharing": frozenset({"_core", "_torch", "probe"}),
-    "machine": frozenset({"_core"}),
-    "wire": frozenset({"_core"}),
-    "probe": frozenset({"_core", "_torch"}),
-    "scope": frozenset({"_core", "_torch"}),
-    "graph_pool": frozenset({"_core", "_torch"}),
-    "torch_state": frozenset({"_torch"}),
-    "exact_tensor": frozenset({"_torch"}),
-    "backup_view": frozenset({"_torch"}),
-    "transition": frozenset({"_torch"}),
-    "allocator": frozenset({"_core", "training"}),
-    "cli": frozenset(
-        {"bench", "config", "demo", "doctor", "page", "publishing", "selftest", "top"}
-    ),
-    "doctor": frozenset({"__init__", "allocator"}),
-    "page": frozenset({"plots"}),
-    "distributed": frozenset({"_torch"}),
-    "compat": frozenset({"_core", "_torch"}),
-}
-#: Module -> modules that it may import for type checkers only as well.
-PY_TYPES: dict[str, frozenset[str]] = {
-    "stats": frozenset({"_core"}),
-    "guard": frozenset({"_core", "stats"}),
-    "devices": frozenset({"_core"}),
-    "tags": frozenset({"_core"}),
-    "sleep_plan": frozenset({"_core"}),
-    "exact_tensor": frozenset({"allocator"}),
-    "backup_view": frozenset({"_core"}),
-    "preserve": frozenset({"allocator"}),
-    "exports": frozenset({"_core"}),
-    "transition": frozenset({"_core", "allocator"}),
-    "adopt": frozenset({"allocator"}),
-    "training": frozenset({"allocator"}),
-    "scope": frozenset({"_torch", "allocator"}),
-    "graph_pool": frozenset({"_core", "_torch"}),
-    "sharing": frozenset({"allocator"}),
-    "endpoint": frozenset({"_core"}),
-    "waking": frozenset({"_core"}),
-    "compat": frozenset({"stats"}),
-    "prometheus": frozenset({"allocator"}),
-    "progress": frozenset({"allocator"}),
-    "doctor": frozenset({"allocator"}),
-    "cli": frozenset({"doctor", "selftest"}),
-}
-#: Modules that torch may be imported by when they are imported themselves (R11).
-PY_WITH_TORCH = frozenset({"_torch", "adopt", "training", "demo", "selftest", "bench"})
-
-#: The module that may touch what torch does not promise.
-TORCH_MODULE = "_torch"
+#: The sub-package that may touch what torch does not promise.
+TORCH_PACKAGE = "_torch"
 TORCH_INTERNALS = ("torch.cuda.memory", "torch.cuda.MemPool", "torch.cuda.use_mem_pool")
 
 
@@ -234,12 +123,11 @@ def include_problem(file: str, bracket: str, target: str) -> str:
 class ModuleReader(ast.NodeVisitor):
     """Collects what one module imports from its package, and what it touches of torch."""
 
-    def __init__(self, module: str, names: frozenset[str]) -> None:
-        self.names = names  # modules of the package
+    def __init__(self, module: str, modules: frozenset[str]) -> None:
         self.module = module
+        self.modules = modules  # of the package, as "errors" or "_pool.tags"
         self.imports: list[tuple[int, str, str]] = []  # line, module, when: top, lazy or types
         self.torch: list[tuple[int, str]] = []  # line, dotted path that starts with torch
-        self.torch_at_top: list[int] = []
         self.when = "top"
         self.aliases: dict[str, str] = {}  # local name -> dotted path in torch
 
@@ -291,7 +179,12 @@ class ModuleReader(ast.NodeVisitor):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         base = node.module or ""
         if node.level:
-            base = f"cumempool.{base}" if base else "cumempool"
+            parents = f"cumempool.{self.module}".split(".")
+            is_package = self.module == "__init__" or any(
+                name.startswith(f"{self.module}.") for name in self.modules
+            )
+            up = node.level - (1 if is_package and self.module != "__init__" else 0)
+            base = ".".join([*parents[: len(parents) - up], *([base] if base else [])])
         for name in node.names:
             self.imported(node.lineno, f"{base}.{name.name}")
 
@@ -299,10 +192,11 @@ class ModuleReader(ast.NodeVisitor):
         package, _, rest = path.partition(".")
         if package == "torch":
             self.torch.append((line, path))
-            self.torch_at_top += [line] if self.when == "top" else []
+            self.imports.append((line, "torch", self.when))
         elif package == "cumempool":
-            first = rest.partition(".")[0]
-            self.imports.append((line, first if first in self.names else "__init__", self.when))
+            while rest and rest not in self.modules:
+                rest = rest.rpartition(".")[0]
+            self.imports.append((line, rest or "__init__", self.when))
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if path := self.torch_path(node):
@@ -331,20 +225,22 @@ class ModuleReader(ast.NodeVisitor):
             self.torch += [(node.lineno, f"{base}.{texts[0]}")] if base else []
         self.generic_visit(node)
 
-    def violations(self) -> Iterator[str]:
-        allowed = PY_ALLOWED.get(self.module)
+    def violations(self, back: Collection[tuple[str, str]]) -> Iterator[str]:
+        layer = layer_of(self.module)
+        allowed = PY_ALLOWED.get(layer)
         if allowed is None:
             yield "has no layer; give it one in PY_ALLOWED"
             return
-        lazy = allowed | PY_LAZY.get(self.module, frozenset())
-        by_when = {"top": allowed, "lazy": lazy}
-        by_when["types"] = lazy | PY_TYPES.get(self.module, frozenset())
+        with_torch = self.module in PY_WITH_TORCH or layer in PY_WITH_TORCH
         for line, target, when in self.imports:
-            if target != self.module and target not in by_when[when]:
-                yield f"line {line} imports {target} ({when})"
-        if self.module not in PY_WITH_TORCH:
-            yield from (f"line {line} imports torch at the top" for line in self.torch_at_top)
-        if self.module != TORCH_MODULE:
+            if (self.module, target) in back:
+                continue
+            other = layer_of(target)
+            if other not in {layer, "torch"} and other not in allowed:
+                yield f"line {line} imports {target}"
+            elif other in PY_LAZY and when == "top" and not with_torch:
+                yield f"line {line} imports {target} at the top"
+        if layer != TORCH_PACKAGE:
             yield from (
                 f"line {line} touches {path}" for line, path in self.torch if is_internal(path)
             )
@@ -356,21 +252,60 @@ def is_internal(path: str) -> bool:
     return private or any(path == name or path.startswith(f"{name}.") for name in TORCH_INTERNALS)
 
 
-def python_violations(root: Path) -> list[str]:
-    package = root / "src" / "cumempool"
-    files = sorted([*package.rglob("*.py"), *package.rglob("*.pyi")])
-    names = frozenset({module_of(package, path) for path in files} | {"_core", *PY_ALLOWED})
-    found = []
-    for path in files:
-        reader = ModuleReader(module_of(package, path), names)
-        reader.read(ast.parse(path.read_text(encoding="utf-8")))
-        found += [f"{path.relative_to(root).as_posix()}: {text}" for text in reader.violations()]
-    return found
+def layer_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def module_of(package: Path, path: Path) -> str:
-    """The layer of a file: its module, or the subpackage that it lies in."""
-    return path.relative_to(package).parts[0].removesuffix(".pyi").removesuffix(".py")
+    """The name of a file's module inside the package; that of its folder for an `__init__`."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def read_package(root: Path) -> dict[Path, ModuleReader]:
+    package = root / "src" / "cumempool"
+    files = sorted([*package.rglob("*.py"), *package.rglob("*.pyi")])
+    modules = frozenset({module_of(package, path) for path in files} | {"_core"})
+    return {
+        path: ModuleReader(module_of(package, path), modules).read(
+            ast.parse(path.read_text(encoding="utf-8"))
+        )
+        for path in files
+    }
+
+
+def python_violations(root: Path, back: Collection[tuple[str, str]] = ()) -> list[str]:
+    readers = read_package(root)
+    found = [
+        f"{path.relative_to(root).as_posix()}: {text}"
+        for path, reader in readers.items()
+        for text in reader.violations(back)
+    ]
+    arrows = {
+        reader.module: {target for _, target, _ in reader.imports}
+        - {reader.module, *(target for module, target in back if module == reader.module)}
+        for reader in readers.values()
+    }
+    return found + [f"{' -> '.join(circle)}: a circle" for circle in circles(arrows)]
+
+
+def circles(arrows: Mapping[str, Collection[str]]) -> list[list[str]]:
+    """A shortest circle for each module that is in one, without naming any circle twice."""
+    found: dict[frozenset[str], list[str]] = {}
+    for start in sorted(arrows):
+        ways = [[start]]
+        seen: set[str] = set()
+        while ways:
+            way = ways.pop(0)
+            for target in sorted(arrows.get(way[-1], ())):
+                if target == start:
+                    found.setdefault(frozenset(way), [*way, start])
+                    ways.clear()
+                    break
+                if target not in seen:
+                    seen.add(target)
+                    ways.append([*way, target])
+    return list(found.values())
 
 
 # ---- the project
@@ -382,8 +317,8 @@ def test_cpp_folders_include_downwards_only() -> None:
 
 
 def test_python_modules_import_downwards_only() -> None:
-    assert (ROOT / "src" / "cumempool" / "errors.py").is_file()
-    assert python_violations(ROOT) == []
+    assert len(read_package(ROOT)) > 60
+    assert python_violations(ROOT, PY_BACK) == []
 
 
 # ---- the checks themselves
@@ -448,45 +383,60 @@ def test_an_include_of_a_file_beside_it_passes(tmp_path: Path) -> None:
     assert cpp_violations(tmp_path) == []
 
 
+MODULES = (
+    *("__init__", "_core", "errors", "_locks", "paths", "config", "probe", "allocator"),
+    *("_torch/__init__", "_torch/routing", "_pool/__init__", "_pool/tags", "_pool/adopt"),
+    *("sharing/__init__", "sharing/wire", "integrations/nixl", "distributed/__init__"),
+    *("compat/vllm", "tools/cli", "tools/demo"),
+)
+
+
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("errors", "import cumempool.report"),
-        ("report", "from cumempool.config import CuMemConfig"),
-        ("config", "from cumempool.probe import probe"),
-        ("config", "def f():\n    from cumempool._torch import x"),
-        ("config", "if TYPE_CHECKING:\n    from cumempool._torch import x"),
+        ("errors", "import cumempool._pool.tags"),
+        ("_pool/tags", "from cumempool.config import CuMemConfig"),
+        ("_pool/tags", "from ..config import CuMemConfig"),
+        ("_pool/tags", "from cumempool.sharing.wire import Wire"),
+        ("_pool/tags", "def f():\n    from cumempool.sharing import open_shared"),
+        ("_pool/tags", "if TYPE_CHECKING:\n    from cumempool.allocator import CuMemAllocator"),
+        ("_pool/adopt", "from cumempool.allocator import CuMemAllocator"),
+        ("_pool/adopt", "def f():\n    from cumempool.allocator import CuMemAllocator"),
+        ("_torch/routing", "from cumempool._pool.tags import Tags"),
+        ("_torch/routing", "from cumempool import _core"),
+        ("sharing/wire", "if TYPE_CHECKING:\n    from cumempool.config import CuMemConfig"),
+        ("config", "def f():\n    from cumempool.probe import probe"),
+        ("config", "def f():\n    from cumempool.integrations.nixl import create_agent"),
         ("probe", "from . import allocator"),
         ("probe", "from .allocator import CuMemAllocator"),
         ("probe", "from cumempool import CuMemAllocator"),
-        ("adopt", "from cumempool.allocator import CuMemAllocator"),
-        ("adopt", "def f():\n    from cumempool.allocator import CuMemAllocator"),
         ("allocator", "from cumempool import _core"),
-        ("backup", "from cumempool.config import CuMemConfig"),
-        ("waking", "from cumempool import _core"),
-        ("waking", "if TYPE_CHECKING:\n    from cumempool.allocator import CuMemAllocator"),
-        ("allocator", "import importlib\nimportlib.import_module('cumempool.cli')"),
-        ("__init__", "from cumempool.demo import main"),
+        ("_pool/tags", "from cumempool import _core"),
+        ("_pool/tags", "from cumempool import _torch"),
+        ("_pool/tags", "from cumempool._torch.routing import PoolRoute"),
+        ("allocator", "import importlib\nimportlib.import_module('cumempool.tools.cli')"),
+        ("allocator", "def f():\n    from cumempool.distributed import sleep"),
+        ("integrations/nixl", "from cumempool.compat import vllm"),
+        ("__init__", "from cumempool.tools.demo import main"),
         ("sidecar", "import os"),
         ("folder/thing", "import os"),
-        ("compat/thing", "from cumempool.demo import run_demo"),
-        ("demo", "import torch\ntorch._C._cuda_beginAllocateToPool(0, 0)"),
-        ("demo", "import torch as t\nt.cuda.MemPool()"),
+        ("compat/thing", "from cumempool.tools.demo import run_demo"),
+        ("tools/demo", "import torch\ntorch._C._cuda_beginAllocateToPool(0, 0)"),
+        ("tools/demo", "import torch as t\nt.cuda.MemPool()"),
         ("allocator", "import torch"),
         ("probe", "import torch.nn"),
-        ("_torch", "from cumempool import _core"),
-        ("demo", "import torch\npool = torch.cuda.memory.CUDAPluggableAllocator"),
-        ("demo", "import torch.cuda.memory"),
-        ("demo", "from torch.cuda import MemPool"),
-        ("demo", "from torch.cuda.memory import CUDAPluggableAllocator"),
-        ("demo", "from torch import _C"),
-        ("demo", "from torch import cuda\ncuda.memory._snapshot()"),
-        ("demo", "import torch\ngetattr(torch, '_C')"),
-        ("demo", "def f():\n    return torch.cuda._lazy_init()\nimport torch"),
+        ("tools/demo", "import torch\npool = torch.cuda.memory.CUDAPluggableAllocator"),
+        ("tools/demo", "import torch.cuda.memory"),
+        ("tools/demo", "from torch.cuda import MemPool"),
+        ("tools/demo", "from torch.cuda.memory import CUDAPluggableAllocator"),
+        ("tools/demo", "from torch import _C"),
+        ("tools/demo", "from torch import cuda\ncuda.memory._snapshot()"),
+        ("tools/demo", "import torch\ngetattr(torch, '_C')"),
+        ("tools/demo", "def f():\n    return torch.cuda._lazy_init()\nimport torch"),
     ],
 )
 def test_a_planted_import_or_attribute_is_caught(tmp_path: Path, module: str, code: str) -> None:
-    for name in PY_ALLOWED:
+    for name in MODULES:
         plant(tmp_path, f"src/cumempool/{name}.py", "")
     plant(tmp_path, f"src/cumempool/{module}.py", f"{code}\n")
     assert len(python_violations(tmp_path)) == 1
@@ -495,19 +445,41 @@ def test_a_planted_import_or_attribute_is_caught(tmp_path: Path, module: str, co
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("config", "def f():\n    from cumempool.probe import probe"),
-        ("adopt", "if TYPE_CHECKING:\n    from cumempool.allocator import CuMemAllocator"),
+        ("config", "from cumempool._pool.tags import Tags"),
+        ("_pool/adopt", "import torch\nfrom cumempool import _torch"),
+        ("_pool/tags", "if TYPE_CHECKING:\n    import torch\n    from cumempool import _core"),
         ("probe", "def f():\n    from cumempool import _core, _torch"),
-        ("allocator", "def f():\n    import torch\n    from cumempool.training import f"),
-        ("allocator", "if TYPE_CHECKING:\n    import torch"),
-        ("_torch", "import torch\nfrom torch.cuda.memory import MemPool\ntorch._C.x"),
-        ("demo", "import torch\ntorch.cuda.memory_allocated()\ntorch.__version__"),
-        ("demo", "self._C.memory._snapshot()"),
-        ("cli", "def f():\n    from cumempool.demo import run_demo"),
+        ("allocator", "def f():\n    import torch\n    from cumempool._pool.adopt import f"),
+        ("allocator", "from cumempool import sharing\nfrom .sharing.wire import Wire"),
+        ("sharing/__init__", "from .wire import Wire\nfrom cumempool._pool import tags"),
+        ("_torch/routing", "import torch\nfrom torch.cuda.memory import MemPool\ntorch._C.x"),
+        ("tools/demo", "import torch\ntorch.cuda.memory_allocated()\ntorch.__version__"),
+        ("tools/demo", "self._C.memory._snapshot()"),
+        ("tools/cli", "def f():\n    from cumempool.tools.demo import run_demo"),
+        ("tools/cli", "from cumempool.integrations.nixl import create_agent"),
     ],
 )
 def test_an_import_along_the_arrows_passes(tmp_path: Path, module: str, code: str) -> None:
-    for name in PY_ALLOWED:
+    for name in MODULES:
         plant(tmp_path, f"src/cumempool/{name}.py", "")
     plant(tmp_path, f"src/cumempool/{module}.py", f"{code}\n")
     assert python_violations(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from cumempool._pool.tags import Tags",
+        "from cumempool._pool import tags",
+        "from .tags import Tags",
+        "def f():\n    from cumempool._pool.tags import Tags",
+        "if TYPE_CHECKING:\n    from cumempool._pool.tags import Tags",
+        "import importlib\nimportlib.import_module('cumempool._pool.tags')",
+    ],
+)
+def test_a_circle_is_caught_wherever_the_import_stands(tmp_path: Path, back: str) -> None:
+    plant(tmp_path, "src/cumempool/_pool/__init__.py", "")
+    plant(tmp_path, "src/cumempool/_pool/tags.py", "from cumempool._pool.scope import Scope\n")
+    plant(tmp_path, "src/cumempool/_pool/scope.py", "from cumempool._pool.hooks import Hooks\n")
+    plant(tmp_path, "src/cumempool/_pool/hooks.py", f"{back}\n")
+    assert len(python_violations(tmp_path)) == 1

@@ -11,7 +11,7 @@ from conftest import MIB, RunPython
 
 import cumempool
 from cumempool import CuMemAllocator, CuMemConfig
-from cumempool.locks import fork_safe_lock
+from cumempool._locks import fork_safe_lock
 
 HOST = CuMemConfig(driver="host", host_driver_bytes=64 * MIB)
 MAKES_A_LOCK = re.compile(r"\b(Lock|RLock|Condition)\(")
@@ -33,7 +33,7 @@ def test_every_lock_of_the_package_is_made_by_the_one_helper() -> None:
         for file in folder.rglob("*.py")
         if MAKES_A_LOCK.search(file.read_text())
     }
-    assert elsewhere == {"locks.py"}
+    assert elsewhere == {"_locks.py"}
 
 
 #: What is interrupted -> the place at which the signal comes, and the call that gets there.
@@ -51,19 +51,19 @@ INTERRUPTED = {
         "lambda: saver.allocator",
     ),
     "the endpoint": (
-        "cumempool.exports.Endpoint",
+        "cumempool.sharing.exports.Endpoint",
         "lambda: own.share(tensor)",
     ),
     "the driver of importers": (
         "cumempool._core.open_host",
-        "lambda: cumempool.sharing._driver('host')",
+        "lambda: cumempool.sharing.importer._driver('host')",
     ),
 }
 
 HANDLER = """
 import torch
 import cumempool.compat.torch_memory_saver.entrypoint as entrypoint
-import cumempool.compat.vllm, cumempool.sharing
+import cumempool.compat.vllm, cumempool.sharing.importer
 own = CuMemAllocator()
 tensor = own.empty(1)
 saver = entrypoint.TorchMemorySaver()
@@ -100,8 +100,8 @@ def test_a_signal_handler_may_call_what_it_has_interrupted(
 
 
 FORK = """
-from cumempool import locks
-import cumempool._torch, cumempool.graph_pool
+from cumempool import _locks as locks
+import cumempool._torch, cumempool._pool.graph_pool
 import cumempool.compat.torch_memory_saver.entrypoint as entrypoint
 import cumempool.compat.vllm as vllm
 alloc = CuMemAllocator.get_instance(CuMemConfig.from_env())
@@ -203,7 +203,7 @@ def test_a_fork_while_the_shared_allocator_is_made_gives_a_named_error(
 
 
 HELD_BY_THE_FORKING_THREAD = """
-from cumempool.locks import fork_safe_lock
+from cumempool._locks import fork_safe_lock
 lock = fork_safe_lock()
 with lock:
     child = os.fork()

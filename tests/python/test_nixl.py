@@ -27,7 +27,12 @@ from cumempool import (
     UnavailableError,
     UnknownTagError,
 )
-from cumempool.nixl import RegisteredTag, create_agent, is_installed, replace_remote_agent
+from cumempool.integrations.nixl import (
+    RegisteredTag,
+    create_agent,
+    is_installed,
+    replace_remote_agent,
+)
 
 MIB = 1 << 20
 GUARD_METHODS = ("registrable_ranges", "register_hooks", "pin")
@@ -636,8 +641,8 @@ def test_a_nixl_without_thread_modes_is_given_none(monkeypatch: pytest.MonkeyPat
 def test_the_package_does_not_import_the_adapter(run_python: RunPython) -> None:
     done: Done = run_python(
         "import sys, cumempool\n"
-        "assert 'cumempool.nixl' not in sys.modules\n"
-        "import cumempool.nixl\n"
+        "assert 'cumempool.integrations.nixl' not in sys.modules\n"
+        "import cumempool.integrations.nixl\n"
         "assert not {'torch', 'nixl', 'nixl_cu13', 'nixl_cu12'} & set(sys.modules)\n"
     )
     assert (done.code, done.err) == (0, "")
@@ -652,7 +657,7 @@ os.environ["NIXL_LOG_LEVEL"] = "WARN"
 import torch
 from test_nixl import MIB, KINDS, ModelGuard
 from cumempool import CuMemAllocator, CuMemConfig
-from cumempool.nixl import RegisteredTag, create_agent, replace_remote_agent
+from cumempool.integrations.nixl import RegisteredTag, create_agent, replace_remote_agent
 
 def make():
     if "host" not in KINDS:

@@ -13,8 +13,8 @@ import torch
 from conftest import GRANULE, RunPython, filled, random_bytes
 
 from cumempool import CuMemAllocator, TransitionReport, UnknownTagError
-from cumempool import progress as progress_module
-from cumempool.events import Event
+from cumempool._pool import progress as progress_module
+from cumempool._pool.events import Event
 
 
 class OddError(Exception):

@@ -17,8 +17,9 @@ from conftest import GRANULE, MakeAllocator, filled
 from PIL import Image
 from torch.cuda import _memory_viz
 
-from cumempool import CuMemAllocator, InUseError, InvalidArgumentError, page
-from cumempool.cli import main
+from cumempool import CuMemAllocator, InUseError, InvalidArgumentError
+from cumempool.tools import page
+from cumempool.tools.cli import main
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -172,7 +173,7 @@ def test_a_snapshot_of_a_running_process(
     make_allocator: MakeAllocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr("cumempool.publishing._INTERVAL", 0.02)
+    monkeypatch.setattr("cumempool._pool.publishing._INTERVAL", 0.02)
     alloc = make_allocator(publish=True)
     tensors = work(alloc)
     assert "5 allocations" in run("snapshot", tmp_path / "taken.json")

@@ -12,8 +12,8 @@ import torch
 from conftest import GRANULE, MakeAllocator, filled
 
 from cumempool import CuMemAllocator, InvalidArgumentError, InvalidTypeError, UnknownTagError
-from cumempool import progress as progress_module
-from cumempool.progress import ProgressRegistration, ProgressWatch, show_progress
+from cumempool._pool import progress as progress_module
+from cumempool._pool.progress import ProgressRegistration, ProgressWatch, show_progress
 
 Calls = list[tuple[str, int, int]]
 

@@ -20,10 +20,12 @@ from conftest import GRANULE, MakeAllocator, RunPython, filled
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 
-from cumempool import CumempoolError, InvalidArgumentError, UnknownTagError, publishing, top
-from cumempool.cli import main
-from cumempool.prometheus import CuMemCollector
-from cumempool.publishing import Publisher, published, request_snapshot
+from cumempool import CumempoolError, InvalidArgumentError, UnknownTagError
+from cumempool._pool import publishing
+from cumempool._pool.publishing import Publisher, published, request_snapshot
+from cumempool.integrations.prometheus import CuMemCollector
+from cumempool.tools import top
+from cumempool.tools.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +131,7 @@ def test_another_process_reads_it_and_asks_for_a_snapshot(
     done = run_python(
         dedent("""
         import json
-        from cumempool.publishing import published, request_snapshot
+        from cumempool._pool.publishing import published, request_snapshot
 
         (one,) = published()
         print(json.dumps(request_snapshot(one)))
@@ -187,7 +189,7 @@ def test_a_fork_takes_nothing_away_of_what_its_parent_publishes(
 ) -> None:
     done = run_python("""
 import os, warnings
-from cumempool.publishing import Publisher, published
+from cumempool._pool.publishing import Publisher, published
 warnings.simplefilter("ignore")
 publisher = Publisher(dict, lambda: {"tags": {}}, "parent", interval=3600)
 child = os.fork()

@@ -8,8 +8,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from cumempool._pool.report import TagReport, TransitionReport, format_bytes
 from cumempool.errors import InternalError
-from cumempool.report import TagReport, TransitionReport, format_bytes
 
 GIB = 1 << 30
 

@@ -31,9 +31,8 @@ from cumempool import (
     UnroutedWarning,
     UnsupportedError,
     _core,
-    events,
-    scope,
 )
+from cumempool._pool import events, scope
 
 
 def tag_here(alloc: CuMemAllocator) -> str:
@@ -488,7 +487,7 @@ def _is_waiting(thread: threading.Thread) -> bool:
     if frame is None:
         return False
     code = frame.f_code
-    return code.co_name == "__enter__" and code.co_filename.endswith("guard.py")
+    return code.co_name == "__enter__" and code.co_filename.endswith("_pool/hooks.py")
 
 
 @pytest.mark.parametrize("operation", ["sleep", "discard", "swap"])

@@ -11,9 +11,10 @@ import torch
 from click.testing import CliRunner
 from simulated_cuda import SimulatedCuda
 
-from cumempool import CuMemAllocator, CuMemConfig, selftest
-from cumempool.cli import main
-from cumempool.selftest import run_selftest
+from cumempool import CuMemAllocator, CuMemConfig
+from cumempool.tools import selftest
+from cumempool.tools.cli import main
+from cumempool.tools.selftest import run_selftest
 
 CONFIG = CuMemConfig(driver="host")
 

@@ -41,13 +41,13 @@ from cumempool import (
     SharingError,
     UnsupportedError,
     _core,
-    endpoint,
     open_shared,
-    sharing,
-    wire,
 )
-from cumempool.sharing import Endpoint
-from cumempool.wire import Wire, close_all
+from cumempool.sharing import importer as sharing
+from cumempool.sharing import owner as endpoint
+from cumempool.sharing import wire
+from cumempool.sharing.importer import Endpoint
+from cumempool.sharing.wire import Wire, close_all
 
 NOBODY = 65534
 
@@ -957,7 +957,7 @@ def test_garbage_is_harmless(alloc: CuMemAllocator) -> None:
 def test_slow_clients_are_few_and_do_not_last(
     alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cumempool.wire.PATIENCE", 0.5)
+    monkeypatch.setattr("cumempool.sharing.wire.PATIENCE", 0.5)
     kv = alloc.empty(3, tag="kv")
     memory = alloc.share(kv)
     threads, before = threading.active_count(), fds()

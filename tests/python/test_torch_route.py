@@ -77,11 +77,11 @@ class FakeTorch:
         monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", self.stats)
         monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: self.backend)
         monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
-        monkeypatch.setattr(_torch, "_pluggable_allocator", lambda slot: slot)
-        monkeypatch.setattr(_torch, "_open_pools", set())
-        monkeypatch.setattr(_torch, "_idle_pools", {})
-        monkeypatch.setattr(_torch, "_fresh_pools", {})
-        monkeypatch.setattr(_torch, "_held", _torch._HeldPools())
+        monkeypatch.setattr(_torch.routing, "_pluggable_allocator", lambda slot: slot)
+        monkeypatch.setattr(_torch.routing, "_open_pools", set())
+        monkeypatch.setattr(_torch.routing, "_idle_pools", {})
+        monkeypatch.setattr(_torch.routing, "_fresh_pools", {})
+        monkeypatch.setattr(_torch.routing, "_held", _torch.routing._HeldPools())
 
     def call(self, name: str) -> Callable[[int, tuple[int, int]], None]:
         name = name.removeprefix("_cuda_")
@@ -141,7 +141,7 @@ class FakeTorch:
 
     def idle(self) -> set[tuple[int, int]]:
         """Pools that are kept for the next scope of their slot, with one count."""
-        return {pool.id for pool in _torch._idle_pools.values()}
+        return {pool.id for pool in _torch.routing._idle_pools.values()}
 
     def empty_cache(self) -> None:
         self.events.append("empty_cache")
@@ -172,7 +172,7 @@ def ended(device: int, pool: int) -> list[str]:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
-    monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
+    monkeypatch.setattr(_torch.runtime, "torch_version", lambda: (2, 11))
     fake = FakeTorch(monkeypatch)
     yield fake
     gc.collect()
@@ -201,7 +201,7 @@ def test_each_device_gets_a_pool_and_all_end_in_reverse(fake: FakeTorch) -> None
 def test_a_torch_without_routing_by_thread_is_routed_as_a_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_torch, "_version", lambda: (2, 11))
+    monkeypatch.setattr(_torch.runtime, "torch_version", lambda: (2, 11))
     fake = FakeTorch(monkeypatch, per_thread=False)
     route = PoolRoute(1, [0])
     route.begin()
@@ -226,7 +226,7 @@ def test_a_device_that_fails_to_begin_unroutes_the_others(fake: FakeTorch) -> No
     release = "releasePool 1 (0, 2)"  # the count of its MemPool object
     assert fake.events == [f"{BEGIN} 0 (0, 1)", release, *ended(0, 1)]
     assert fake.counts == {(0, 1): 0, (0, 2): 0}
-    assert not _torch._open_pools
+    assert not _torch.routing._open_pools
 
 
 def test_the_pool_is_given_up_even_while_a_traceback_of_the_scope_lives(fake: FakeTorch) -> None:
@@ -364,7 +364,7 @@ def test_pools_of_scopes_do_not_pile_up(fake: FakeTorch, emptied_by: str) -> Non
             fake.empty_cache()
         assert len(fake.segments) < 10
     assert fake_pools() <= before + 1
-    assert len(_torch._held.devices) + len(_torch._fresh_pools) <= 10
+    assert len(_torch.routing._held.devices) + len(_torch.routing._fresh_pools) <= 10
     assert fake.destroyed == []
 
 
@@ -372,8 +372,8 @@ def test_pools_of_scopes_do_not_pile_up(fake: FakeTorch, emptied_by: str) -> Non
 def test_the_object_of_a_pool_stays_where_its_end_would_abort_or_somebody_has_it(
     fake: FakeTorch, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(_torch, "_version", lambda: version)
-    monkeypatch.setattr(_torch, "live_settings", dict)
+    monkeypatch.setattr(_torch.runtime, "torch_version", lambda: version)
+    monkeypatch.setattr(_torch.settings, "live_settings", dict)
     route = PoolRoute(1, [0])
     route.begin()
     theirs = route._pools[0]._pool if version == (2, 11) else None
@@ -431,7 +431,7 @@ def test_an_older_torch_is_asked_by_what_it_takes(
     use(fake, 1, "inactive")
     assert fake.segments == []
     assert use(fake, 1, "active_allocated") == (0, 2)
-    assert list(_torch._held.devices) == [(0, 2)]
+    assert list(_torch.routing._held.devices) == [(0, 2)]
 
 
 def test_torch_gives_up_no_reference_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,13 +447,15 @@ def test_torch_gives_up_no_reference_that_it_was_not_given(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(
-        _torch, "_references_taken", functools.cache(_torch._references_taken.__wrapped__)
+        _torch.snapshots,
+        "_references_taken",
+        functools.cache(_torch.snapshots._references_taken.__wrapped__),
     )
     number = int("123456789012")  # which Python does not keep for good
-    numbers = (number, _torch._NO_POOL[1])
+    numbers = (number, _torch.snapshots.NO_POOL[1])
     before = [sys.getrefcount(one) for one in numbers]
     for _ in range(100):
-        _torch._segments((0, number))
+        _torch.snapshots.segments_of((0, number))
         _torch.live_settings()
     assert [sys.getrefcount(one) for one in numbers] == before
 
@@ -464,7 +466,7 @@ def test_a_torch_that_names_its_fields_otherwise_is_an_error_by_name(fake: FakeT
         _torch.dead_ranges(segments=fake.segments)
     fake.segments.clear()
     with pytest.raises(UnsupportedError, match="'allocator_settings'"):
-        _torch._field({}, "allocator_settings")
+        _torch.snapshots.field_of({}, "allocator_settings")
 
 
 @pytest.mark.parametrize("backend", ["pluggable", "cudaMallocAsync"])
@@ -476,7 +478,7 @@ def test_a_torch_with_another_allocator_is_an_error_that_says_so(
         PoolRoute(1, [0]).begin()
     assert "empty()" in caught.value.advice
     assert (fake.made, fake.events) == ([], [])
-    assert not _torch._open_pools
+    assert not _torch.routing._open_pools
     assert _torch.live_settings() == {}
 
 
@@ -505,14 +507,14 @@ def test_an_interrupt_at_any_moment_leaves_nothing_routed(fake: FakeTorch, used:
         fake.events.clear()
         # The moment at which a pool of torch has been made, and nobody has it yet, is left out, and
         # so are those after the body, which have nobody who would go on.
-        interrupt = InterruptAt(moment, lambda file: file.endswith("_torch.py"))
+        interrupt = InterruptAt(moment, lambda file: "/cumempool/_torch/" in file)
         done = interrupt.run(scope)
         begun = sum(event.startswith(BEGIN) for event in fake.events)
         ended = sum(event.startswith("endAllocate") for event in fake.events)
         if "body" in fake.events:
             break
         assert begun == ended, interrupt.where
-        assert not _torch._open_pools, interrupt.where
+        assert not _torch.routing._open_pools, interrupt.where
     assert moment > 20
     fake.failing.add("what was struck keeps counts")
     fake.destroyed.clear()
@@ -533,7 +535,7 @@ def test_a_torch_that_refuses_to_empty_its_cache_is_no_error(
 
 
 # torch frees segments through the object that made them, long after its pool is gone.
-pluggable_allocator = _torch._pluggable_allocator
+pluggable_allocator = _torch.routing._pluggable_allocator
 
 
 def test_a_slot_has_one_pluggable_allocator_for_the_life_of_the_process(
@@ -549,8 +551,8 @@ def test_a_slot_has_one_pluggable_allocator_for_the_life_of_the_process(
             return made[-1]
 
     monkeypatch.setattr(torch.cuda.memory, "CUDAPluggableAllocator", Pluggable)
-    monkeypatch.setattr(_torch, "_pluggable", {})
-    monkeypatch.setattr(_torch, "_pluggable_allocator", pluggable_allocator)
+    monkeypatch.setattr(_torch.routing, "_pluggable", {})
+    monkeypatch.setattr(_torch.routing, "_pluggable_allocator", pluggable_allocator)
     for slot in (3, 3, 4):
         route = PoolRoute(slot, [0])
         route.begin()
@@ -572,9 +574,9 @@ class FakeSettings:
         self.text = text
         self.applied: list[str] = []
         self.reads = 0
-        monkeypatch.setattr(_torch, "_version", lambda: version)
-        monkeypatch.setattr(_torch, "live_settings", self.read)
-        monkeypatch.setattr(_torch, "_apply_settings", self.apply)
+        monkeypatch.setattr(_torch.runtime, "torch_version", lambda: version)
+        monkeypatch.setattr(_torch.settings, "live_settings", self.read)
+        monkeypatch.setattr(_torch.settings, "_apply_settings", self.apply)
 
     def read(self) -> dict[str, Any]:
         self.reads += 1
@@ -699,11 +701,11 @@ def test_settings_that_cannot_be_read_leave_no_scope_counted(
     def fail() -> dict[str, Any]:
         raise RuntimeError("no settings")
 
-    monkeypatch.setattr(_torch, "live_settings", fail)
+    monkeypatch.setattr(_torch.settings, "live_settings", fail)
     with pytest.raises(RuntimeError, match="no settings"):
         PoolRoute(1, [0]).begin()
     assert ExpandableSegmentsOff._open == 0
-    monkeypatch.setattr(_torch, "live_settings", settings.read)
+    monkeypatch.setattr(_torch.settings, "live_settings", settings.read)
     route = PoolRoute(1, [0])
     route.begin()
     assert settings.text == OURS
@@ -730,7 +732,7 @@ def test_settings_are_applied_through_what_this_torch_has(
     old = "_cuda_cudaCachingAllocator_set_allocator_settings"
     monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings", raising=False)
     monkeypatch.setattr(torch._C, old if setter == "old" else setter, applied.append, raising=False)
-    _torch._apply_settings("a:1")
+    _torch.settings._apply_settings("a:1")
     assert applied == ["a:1"]
 
 
@@ -771,9 +773,9 @@ def test_dead_ranges_are_the_free_blocks_of_custom_pools(monkeypatch: pytest.Mon
     ]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)  # as of an older torch
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-    monkeypatch.setattr(_torch, "is_initialized", lambda: False)
+    monkeypatch.setattr(_torch.runtime, "is_initialized", lambda: False)
     assert _torch.dead_ranges() == []
-    monkeypatch.setattr(_torch, "is_initialized", lambda: True)
+    monkeypatch.setattr(_torch.runtime, "is_initialized", lambda: True)
     assert _torch.dead_ranges() == [(110, 20), (135, 7)]
 
 

@@ -24,7 +24,7 @@ from cumempool import (
     UnknownTagError,
     WakeHandle,
 )
-from cumempool.guard import Arrival, Transitions
+from cumempool._pool.hooks import Arrival, Transitions
 
 
 def asleep(

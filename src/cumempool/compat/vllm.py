@@ -25,6 +25,8 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from cumempool._locks import fork_safe_lock
+from cumempool._pool.scope import current_scope
 from cumempool.allocator import DEFAULT_TAG
 from cumempool.allocator import CuMemAllocator as Pools
 from cumempool.config import CuMemConfig
@@ -37,13 +39,11 @@ from cumempool.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from cumempool.locks import fork_safe_lock
-from cumempool.scope import current_scope
 
 if TYPE_CHECKING:
     import torch
 
-    from cumempool.stats import AllocationInfo
+    from cumempool._pool.stats import AllocationInfo
 
 __all__ = [
     "BACKEND",

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from cumempool._pool.sleep_plan import plan_sleep, takes_offload_tags_first
 from cumempool.allocator import CuMemAllocator
 from cumempool.distributed.reports import GroupReport
 from cumempool.distributed.round import Round
 from cumempool.distributed.steps import Step, discard_steps, sleep_steps, wake_steps
 from cumempool.distributed.store import Channel, Store, StoreGroup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
-from cumempool.sleep_plan import plan_sleep, takes_offload_tags_first
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Final
 
-from cumempool.report import TagReport, TransitionReport, format_bytes
+from cumempool._pool.report import TagReport, TransitionReport, format_bytes
 
 __all__ = ["GroupReport", "joined", "to_json"]
 

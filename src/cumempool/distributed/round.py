@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from cumempool._pool.report import TransitionReport
 from cumempool.distributed.reports import joined, to_json
 from cumempool.distributed.steps import Step
 from cumempool.distributed.store import Channel, StoreLostError
 from cumempool.errors import DistributedTransitionError, RankState
-from cumempool.report import TransitionReport
 
 __all__ = ["Round"]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cumempool._pool.report import TransitionReport
+from cumempool._pool.scope import refuse_open_scopes
+from cumempool._pool.tags import DISCARD, OFFLOAD
 from cumempool.allocator import CuMemAllocator
 from cumempool.errors import InUseError
-from cumempool.report import TransitionReport
-from cumempool.scope import refuse_open_scopes
-from cumempool.tags import DISCARD, OFFLOAD
 
 __all__ = ["Step", "discard_steps", "sleep_steps", "wake_steps"]
 

@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from cumempool._locks import fork_safe_lock
 from cumempool.allocator import CuMemAllocator
 from cumempool.errors import NotInPoolError
-from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     import torch

@@ -8,19 +8,19 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
+from cumempool._locks import fork_safe_lock
+from cumempool._pool.backup import Backup
 from cumempool.allocator import CuMemAllocator
-from cumempool.backup import Backup
 from cumempool.compat.torch_memory_saver.cpu_backups import CpuBackups
 from cumempool.compat.torch_memory_saver.graph_captures import GraphCaptures
 from cumempool.compat.torch_memory_saver.open_regions import OpenRegions
 from cumempool.config import CuMemConfig
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
-from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     import torch
 
-    from cumempool.scope import MemoryPoolScope
+    from cumempool._pool.scope import MemoryPoolScope
 
 __all__ = ["CpuBackupBackend", "HookMode", "TorchMemorySaver"]
 

@@ -9,9 +9,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from cumempool._locks import fork_safe_lock
 from cumempool.allocator import CuMemAllocator
 from cumempool.errors import InvalidArgumentError
-from cumempool.locks import fork_safe_lock
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cumempool.scope import MemoryPoolScope
+    from cumempool._pool.scope import MemoryPoolScope
 
 __all__ = ["OpenRegions"]
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from cumempool._locks import fork_safe_lock
 from cumempool.compat.torch_memory_saver.utils import change_env
 from cumempool.errors import InUseError
-from cumempool.locks import fork_safe_lock
 
 __all__ = ["configure_subprocess", "folder_for_path", "install", "uninstall"]
 

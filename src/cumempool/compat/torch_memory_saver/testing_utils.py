@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from cumempool._pool.report import format_bytes
 from cumempool.compat.torch_memory_saver.utils import is_xpu
-from cumempool.report import format_bytes
 
 __all__ = ["empty_cache", "get_and_print_gpu_memory", "get_device", "is_xpu"]
 

@@ -1,0 +1,260 @@
+"""Moves tensors that exist already into the pool.
+
+Storages are copied into packed allocations, and every tensor over them is pointed at the copy. A
+tensor stays the object that it is: its class, its attributes, and whether it is an inference
+tensor, whatever mode the caller is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from cumempool import _torch
+from cumempool._pool.preserve import preserve_allocation
+from cumempool._pool.tensors import empty_bytes
+from cumempool._pool.torch_state import empty_cache
+from cumempool.errors import InvalidArgumentError, InvalidTypeError, NotInPoolError
+
+if TYPE_CHECKING:
+    from cumempool.allocator import CuMemAllocator
+
+__all__ = ["Found", "adopt_tensors", "device_type_of", "refusal"]
+
+# What torch's own allocator aligns to, so that kernels find adopted memory as aligned as any other.
+_ALIGNMENT: Final = 512
+# Storages are packed into allocations of about this size: few enough handles to map fast, small
+# enough that moving a model needs little more memory than the model.
+_PACK_BYTES: Final = 256 * 1024**2
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor to be moved.
+
+    Attributes:
+        name: What messages call it.
+        tensor: It.
+        tag: The tag to move it under.
+        preserved: Whether its contents are kept where the tag is discarded.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    tag: str
+    preserved: bool = False
+
+
+@dataclass
+class _Storage:
+    """One storage and the tensors that view it; it goes where the first of them is to go."""
+
+    name: str
+    address: int
+    tag: str
+    preserved: bool
+    storage: torch.UntypedStorage
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.storage.nbytes()
+
+
+def device_type_of(allocator: CuMemAllocator) -> str:
+    """What torch calls the devices of an allocator."""
+    return "cpu" if allocator.config.driver == "host" else "cuda"
+
+
+def _check_kind(name: str, tensor: torch.Tensor, device_type: str) -> None:
+    """Refuses by name what cannot be moved by copying its storage."""
+    problem = _problem(tensor, device_type)
+    if problem:
+        raise refusal(name, problem)
+
+
+def _problem(tensor: torch.Tensor, device_type: str) -> str:
+    """Why a tensor cannot be moved by copying its storage, or ``""``."""
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    if type(tensor).__name__ in ("DTensor", "FlatParameter"):
+        return f"is a {kind}, which frees and makes storage itself: shard inside use_memory_pool()"
+    if torch.nn.parameter.is_lazy(tensor):
+        return f"is a {kind}, which has no memory yet: run the module once first"
+    if _torch.dispatches(tensor):
+        return f"is a {kind}, a tensor subclass that keeps its memory in other tensors"
+    plain = _torch.as_plain(tensor)
+    if plain.layout is not torch.strided:
+        return f"has the layout {plain.layout}, not torch.strided"
+    if plain.device.type == "meta":
+        return "is on the meta device: it has no memory yet"
+    if plain.device.type != device_type:
+        return f"is on {plain.device}: move it to {device_type} first"
+    if plain.is_quantized:
+        return "is quantized, and its scales lie outside its storage"
+    if plain.is_conj() or plain.is_neg():
+        return "is a lazy conjugate or negation: resolve it first (resolve_conj, resolve_neg)"
+    if plain.is_shared() and device_type == "cpu":
+        return "is in shared memory of several processes"
+    if not _torch.can_be_pointed(tensor):
+        return f"is a {kind}, which torch does not let view other memory"
+    return ""
+
+
+def refusal(name: str, problem: str) -> InvalidTypeError:
+    """What is raised of something that cannot be moved."""
+    return InvalidTypeError(f"adopt: {name!r} {problem}; nothing was moved", operation="adopt")
+
+
+def _address(name: str, storage: torch.UntypedStorage) -> int:
+    try:
+        return storage.data_ptr()
+    except RuntimeError as error:  # a storage that torch only pretends to have
+        raise refusal(name, f"has no memory: {error}") from None
+
+
+def _collect(found: Iterable[Found], device_type: str) -> list[_Storage]:
+    """The distinct storages, in order of first appearance, with the tensors on each."""
+    storages: dict[tuple[torch.device, int], _Storage] = {}
+    seen: dict[int, Found] = {}
+    for one in found:
+        if id(one.tensor) in seen:
+            continue
+        seen[id(one.tensor)] = one
+        _check_kind(one.name, one.tensor, device_type)
+        storage = _torch.as_plain(one.tensor).untyped_storage()
+        if storage.nbytes() == 0:
+            continue
+        address = _address(one.name, storage)
+        known = storages.setdefault(
+            (storage.device, address),
+            _Storage(one.name, address, one.tag, one.preserved, storage),
+        )
+        if storage.nbytes() > known.size:  # two storages over one memory, from NumPy for example
+            known.storage = storage
+        known.preserved = known.preserved or one.preserved
+        known.tensors.append(one.tensor)
+    _refuse_overlaps(list(storages.values()))
+    for one in list(seen.values()):
+        _take_attributes(one, storages, seen, device_type)
+    return list(storages.values())
+
+
+def _take_attributes(
+    one: Found,
+    storages: dict[tuple[torch.device, int], _Storage],
+    seen: dict[int, Found],
+    device_type: str,
+) -> None:
+    """Adds tensors among a tensor's attributes that view its storage, or they would come apart."""
+    for name, value in vars(one.tensor).items():
+        if not isinstance(value, torch.Tensor) or id(value) in seen:
+            continue
+        if _problem(value, device_type):
+            continue
+        found = Found(f"{one.name}.{name}", value, one.tag)
+        seen[id(value)] = found
+        storage = _torch.as_plain(value).untyped_storage()
+        if storage.nbytes() == 0:
+            continue
+        known = storages.get((storage.device, _address(found.name, storage)))
+        if known is not None:
+            known.tensors.append(value)
+
+
+def _refuse_overlaps(storages: list[_Storage]) -> None:
+    """Storages that share part of their memory would come apart."""
+    for left, right in pairwise(sorted(storages, key=lambda storage: storage.address)):
+        if left.address + left.size > right.address:
+            raise refusal(right.name, f"shares part of the memory of {left.name!r}")
+
+
+def _packs(storages: list[_Storage]) -> Iterator[list[_Storage]]:
+    """Groups of storages that go to one place, each to be packed into one allocation."""
+    by_place: dict[tuple[torch.device, str, bool], list[_Storage]] = {}
+    for storage in storages:
+        place = (storage.storage.device, storage.tag, storage.preserved)
+        by_place.setdefault(place, []).append(storage)
+    for group in by_place.values():
+        pack: list[_Storage] = []
+        size = 0
+        for storage in group:
+            if pack and size + storage.size > _PACK_BYTES:
+                yield pack
+                pack, size = [], 0
+            pack.append(storage)
+            size += storage.size
+        yield pack
+
+
+def _aligned(size: int) -> int:
+    return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+
+
+def _move(allocator: CuMemAllocator, pack: list[_Storage]) -> int:
+    """Moves a pack into an allocation of its own, and returns the bytes of that."""
+    first = pack[0]
+    total = sum(_aligned(storage.size) for storage in pack)
+    memory = empty_bytes(
+        allocator, total, device=first.storage.device, tag=first.tag, preserved=first.preserved
+    )
+    offset = 0
+    for old in pack:
+        copy = memory[offset : offset + old.size]
+        copy.copy_(_torch.tensor_over(old.storage, torch.uint8, (old.size,), (1,), 0))
+        for tensor in old.tensors:
+            _torch.point(tensor, memory.untyped_storage(), offset)
+        offset += _aligned(old.size)
+    return allocator.allocation_of(memory).bytes
+
+
+def adopt_tensors(allocator: CuMemAllocator, found: Iterable[Found]) -> int:
+    """Moves tensors under their tags, all of them checked before the first is moved.
+
+    Returns:
+        Bytes of device memory allocated for them; 0 where all lie under their tags already.
+    """
+    with _torch.ordinary_tensors():
+        return _adopt(allocator, _collect(found, device_type_of(allocator)))
+
+
+def _adopt(allocator: CuMemAllocator, collected: Iterable[_Storage]) -> int:
+    storages, unpreserved = [], []
+    for storage in collected:
+        there = _ours(allocator, storage)
+        if there is None:
+            storages.append(storage)
+        elif storage.preserved and not there["preserved"]:
+            unpreserved.append(there["address"])
+    for address in unpreserved:
+        preserve_allocation(allocator, address)
+    allocated = 0
+    for pack in _packs(storages):
+        allocated += _move(allocator, pack)
+        for storage in pack:
+            storage.tensors.clear()
+            storage.storage = torch.UntypedStorage(0)
+        # The old copies go before the next pack asks for memory.
+        empty_cache(allocator.config.driver)
+    return allocated
+
+
+def _ours(allocator: CuMemAllocator, storage: _Storage) -> dict[str, Any] | None:
+    """The allocation that holds a storage, where that is under the right tag already."""
+    try:
+        found = allocator._core.find(storage.address)
+    except NotInPoolError:
+        return None
+    if found["tag"] == storage.tag:
+        return found
+    if found["state"] != "awake":
+        raise InvalidArgumentError(
+            f"adopt: {storage.name!r} is asleep under the tag {found['tag']!r} and cannot be read: "
+            "wake that tag first; nothing was moved",
+            operation="adopt",
+            tag=found["tag"],
+        )
+    return None

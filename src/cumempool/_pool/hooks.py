@@ -1,0 +1,450 @@
+"""Guards memory that somebody has registered elsewhere: hooks around transitions, ranges, pins."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from cumempool._locks import fork_safe_lock
+from cumempool.errors import CumempoolError, InvalidTypeError, TransitionInProgressError
+
+if TYPE_CHECKING:
+    from cumempool import _core
+    from cumempool._pool.stats import AllocationInfo
+
+__all__ = [
+    "Arrival",
+    "Hook",
+    "HookRegistration",
+    "Hooks",
+    "Pin",
+    "RegistrableRange",
+    "Transitions",
+    "pin_tag",
+    "ranges_by_tag",
+]
+
+_logger = logging.getLogger("cumempool")
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrableRange:
+    """One awake allocation: a range that lies inside one handle.
+
+    Attributes:
+        address: Its start.
+        bytes: Its size.
+        device: Device ordinal.
+        generation: Grows at each wake; a registration made under another generation is stale.
+    """
+
+    address: int
+    bytes: int
+    device: int
+    generation: int
+
+
+def ranges_by_tag(infos: Iterable[AllocationInfo]) -> dict[str, list[RegistrableRange]]:
+    """Allocations as ranges, by tag."""
+    ranges: dict[str, list[RegistrableRange]] = {}
+    for info in infos:
+        ranges.setdefault(info.tag, []).append(
+            RegistrableRange(info.address, info.bytes, info.device, info.generation)
+        )
+    return ranges
+
+
+_T = TypeVar("_T")
+
+Hook = Callable[[str, Sequence[RegistrableRange]], object]
+"""Called with a tag and the ranges concerned."""
+
+Ranges = Mapping[str, Sequence[RegistrableRange]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    tag: str
+    before_unmap: Hook | None
+    after_map: Hook | None
+
+
+class HookRegistration(contextlib.AbstractContextManager["HookRegistration"]):
+    """Hooks that were registered; `remove` takes them out, and so does leaving the context."""
+
+    def __init__(self, hooks: Hooks, entry: _Entry) -> None:
+        self._hooks = hooks
+        self._entry = entry
+
+    def remove(self) -> None:
+        """Takes the hooks out. Doing it twice is no error."""
+        self._hooks._remove(self._entry)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+class Hooks:
+    """The hooks of one allocator, called in the order of their registration. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = fork_safe_lock()
+        self._entries: list[_Entry] = []
+
+    def register(
+        self, tag: str, before_unmap: Hook | None, after_map: Hook | None
+    ) -> HookRegistration:
+        """Adds a pair of hooks for a tag; either may be None.
+
+        Raises:
+            InvalidTypeError: One of them cannot be called.
+        """
+        for name, hook in (("before_unmap", before_unmap), ("after_map", after_map)):
+            if hook is not None and not callable(hook):
+                raise InvalidTypeError(f"{name} is something to call or None, not {hook!r}")
+        entry = _Entry(tag, before_unmap, after_map)
+        with self._lock:
+            self._entries.append(entry)
+        return HookRegistration(self, entry)
+
+    def _remove(self, entry: _Entry) -> None:
+        with self._lock:
+            if entry in self._entries:
+                self._entries.remove(entry)
+
+    def _of(self, tags: Ranges) -> list[_Entry]:
+        with self._lock:
+            return [entry for entry in self._entries if tags.get(entry.tag)]
+
+    def tags(self) -> set[str]:
+        """Tags that have hooks."""
+        if not self._entries:
+            return set()
+        with self._lock:
+            return {entry.tag for entry in self._entries}
+
+    def yielding(self) -> set[str]:
+        """Tags that have hooks which may take pins off before a sleep."""
+        with self._lock:
+            return {entry.tag for entry in self._entries if entry.before_unmap is not None}
+
+    def _before_unmap(self, ranges: Ranges) -> list[_Entry]:
+        """Calls the hooks of tags whose memory is about to go; returns those that were called.
+
+        Where one raises, those that ran before it get their ranges back by `after_map`, and the
+        exception goes on, with their own failures as notes.
+        """
+        ran: list[_Entry] = []
+        try:
+            for entry in self._of(ranges):
+                if entry.before_unmap is not None:
+                    entry.before_unmap(entry.tag, ranges[entry.tag])
+                    ran.append(entry)
+        except BaseException as error:
+            _note(error, tell(_owed(ran, ranges)))
+            raise
+        return ran
+
+    def owed(self, ranges: Ranges) -> list[Owed]:
+        """What hooks have to be told of memory that is there (again), by `tell`."""
+        return _owed(self._of(ranges), ranges)
+
+    def departing(self, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> Departing:
+        """Calls ``before_unmap`` hooks, and their ``after_map`` where the body fails.
+
+        Args:
+            ranges: What is about to go.
+            ranges_now: What is there after a failure.
+        """
+        return Departing(self, ranges, ranges_now)
+
+
+class Departing(contextlib.AbstractContextManager[None]):
+    """The hooks around memory that goes, from `Hooks.departing`.
+
+    No generator: one that an interrupt cuts off before its first ``yield`` has come back is ended
+    by whoever drops it, which is too late.
+    """
+
+    def __init__(self, hooks: Hooks, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> None:
+        self._hooks = hooks
+        self._ranges = ranges
+        self._ranges_now = ranges_now
+        self._ran: list[_Entry] = []
+
+    def __enter__(self) -> None:
+        self._ran = self._hooks._before_unmap(self._ranges)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            _note(error, tell(_owed(self._ran, self._ranges_now())))
+
+
+Owed = tuple[str, Hook, Sequence[RegistrableRange]]
+"""A tag, its ``after_map`` hook, and the ranges that it is to be told of."""
+
+
+def _owed(entries: Sequence[_Entry], ranges: Ranges) -> list[Owed]:
+    return [
+        (entry.tag, entry.after_map, ranges[entry.tag])
+        for entry in entries
+        if entry.after_map is not None and ranges.get(entry.tag)
+    ]
+
+
+def tell(owed: list[Owed], problems: list[str] | None = None) -> list[str]:
+    """Calls ``after_map`` hooks, and takes each out of `owed` as it is called.
+
+    What they raise is no failure: the memory is awake. What is no `Exception`, such as the end of
+    the program, goes on when all of them have been called.
+
+    Args:
+        owed: From `Hooks.owed`. Where an interrupt strikes between two hooks, what is left of it
+            can be told later.
+        problems: Where what failed is added, as texts.
+
+    Returns:
+        `problems`.
+    """
+    problems = [] if problems is None else problems
+    last: BaseException | None = None
+    while owed:
+        tag, hook, ranges = owed[0]
+        try:
+            del owed[0]
+            hook(tag, ranges)
+        except Exception as error:  # whatever a stranger's code raises: the memory is awake
+            _logger.exception("an after_map hook of tag %r failed", tag)
+            problems.append(
+                f"an after_map hook of tag {tag!r} failed: {type(error).__name__}: {error}"
+            )
+        except BaseException as error:  # noqa: BLE001 -- goes on once all others were told
+            last = last or error
+    if last is not None:
+        raise last
+    return problems
+
+
+def _note(error: BaseException, problems: Sequence[str]) -> None:
+    if hasattr(error, "add_note"):  # Python 3.11
+        for problem in problems:
+            error.add_note(f"cumempool: {problem}")
+
+
+class Pin(contextlib.AbstractContextManager["Pin"]):
+    """Forbids that memory of a tag goes to sleep, until `release` or the end of the context.
+
+    Dropping it takes nothing off: a registration does not end by being forgotten.
+
+    Attributes:
+        tag: The tag.
+        holder: Who has pinned it.
+    """
+
+    def __init__(self, tag: str, holder: str, release: Callable[[], None]) -> None:
+        self.tag: Final = tag
+        self.holder: Final = holder
+        self._lock = fork_safe_lock()
+        self._release: Callable[[], None] | None = release
+
+    @property
+    def released(self) -> bool:
+        """Whether it was taken off."""
+        return self._release is None
+
+    def release(self) -> None:
+        """Takes the pin off. Doing it twice is no error."""
+        with self._lock:
+            release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def pin_tag(core: _core.Allocator, tag: str, holder: str) -> Pin:
+    """Pins a tag under the name of a holder.
+
+    Raises:
+        UnknownTagError: A tag that was never used.
+        InvalidArgumentError: The holder has no name.
+        ClosedError: The allocator is closed.
+    """
+    number = core.pin(tag, holder)
+    return Pin(tag, holder, lambda: core.unpin(number))
+
+
+class Arrival:
+    """A wake under way, and the hooks that it owes when it has ended.
+
+    Args:
+        wait: Waits for its end; raises what it failed with.
+        owed: What hooks are to be told then.
+    """
+
+    def __init__(self, wait: Callable[[], object], owed: Callable[[], list[Owed]]) -> None:
+        self._wait = wait
+        self._find = owed
+        self._owed: list[Owed] | None = None
+        self.problems: list[str] = []
+        self.settled = False
+
+    def _settle(self) -> None:
+        """May be repeated where an interrupt has cut it off."""
+        if self._owed is None:
+            try:
+                self._wait()
+                self._owed = self._find()
+            except CumempoolError as error:  # nothing woke; whoever has the handle is told
+                _logger.debug("a wake in the background has failed: %s", error)
+                self._owed = []
+        tell(self._owed, self.problems)
+        self.settled = True  # not before the last hook has returned, which may ask
+
+
+class Transitions:
+    """Lets one transition with its hooks through at a time; hooks cannot start another.
+
+    Before each of them, the hooks of wakes that went on in the background are called.
+
+    An interrupt may strike between any two calls. What has to be undone is therefore nothing but
+    the lock, which knows its owner, and which the end of a ``with`` block opens by no Python code.
+    """
+
+    def __init__(self) -> None:
+        self._lock = fork_safe_lock()
+        self._arrivals: list[Arrival] = []
+        _live.add(self)
+
+    def turn(self, operation: str) -> Turn:
+        """Waits for the transition of another thread, and for wakes in the background.
+
+        Raises:
+            TransitionInProgressError: The calling thread is inside one itself.
+        """
+        return Turn(self, operation)
+
+    def expect(self, arrival: Arrival) -> None:
+        """Adds a wake that goes on; called inside a turn."""
+        self._arrivals.append(arrival)
+
+    def arriving(
+        self, wake: Callable[[], _T], owed: Callable[[], list[Owed]]
+    ) -> tuple[_T, list[str]]:
+        """Wakes, then calls hooks; called inside a turn.
+
+        Where an interrupt strikes between the two, the hooks are left to the next turn.
+
+        Args:
+            wake: Wakes, and raises where nothing has woken.
+            owed: What hooks are to be told of what is awake then.
+
+        Returns:
+            What `wake` has returned, and what failed of the hooks, as texts.
+        """
+        arrival = Arrival(lambda: None, owed)
+        self.expect(arrival)
+        woken = wake()
+        self._settle_all()
+        return woken, arrival.problems
+
+    def settle(self, arrival: Arrival) -> list[str]:
+        """Sees to it that the hooks of a wake have been called; returns what failed, as texts.
+
+        Raises:
+            TransitionInProgressError: Called from one of those hooks.
+        """
+        if not arrival.settled:
+            with self.turn("wake_up"):
+                pass
+        return arrival.problems
+
+    def settle_soon(self) -> None:
+        """As `settle` for all, but where another thread has its turn: the next turn does it."""
+        if self._is_mine():
+            return
+        try:
+            if self._lock.acquire(blocking=False):
+                self._settle_all()
+        finally:
+            if self._is_mine():
+                self._lock.release()
+
+    def _is_mine(self) -> bool:
+        """Whether the calling thread is inside a turn."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]  # conditions use it too
+
+    def _settle_all(self) -> None:
+        while self._arrivals:
+            self._arrivals[0]._settle()  # where it is interrupted, it is repeated by the next turn
+            del self._arrivals[0]
+
+    def _forked(self) -> None:
+        self._lock = fork_safe_lock()  # not held, even where a hook has forked
+        self._arrivals = []
+
+
+class Turn:
+    """One turn of `Transitions`, as a context manager."""
+
+    def __init__(self, transitions: Transitions, operation: str) -> None:
+        self._transitions = transitions
+        self._operation = operation
+        # Of the lock itself, and looked up before it is entered: a function of Python could be
+        # interrupted before it has opened the lock.
+        self._leave = transitions._lock.__exit__
+
+    def __enter__(self) -> None:
+        transitions = self._transitions
+        if transitions._is_mine():
+            raise TransitionInProgressError(
+                f"{self._operation}: called from inside a transition of the same allocator, or "
+                "from one of its hooks; call it after that has returned",
+                operation=self._operation,
+                advice="call it after that has returned",
+            )
+        try:
+            transitions._lock.acquire()
+            transitions._settle_all()
+        except BaseException:
+            if transitions._is_mine():
+                transitions._lock.release()
+            raise
+
+    @property
+    def __exit__(self) -> Callable[..., None]:
+        """The end of the lock."""
+        return self._leave
+
+
+_live: Final[weakref.WeakSet[Transitions]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for transitions in _live:
+        transitions._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

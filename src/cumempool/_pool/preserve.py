@@ -1,0 +1,65 @@
+"""Memory whose contents are kept where its tag is discarded: new, by a scope, or as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from cumempool._pool.scope import MemoryPoolScope, NullScope, current_scope
+from cumempool._pool.tags import DEFAULT_TAG
+from cumempool._pool.waking import memory_of
+from cumempool.errors import InvalidArgumentError, InvalidTypeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cumempool.allocator import CuMemAllocator
+
+__all__ = ["preserve_allocation", "preserve_tensors", "preserving_scope"]
+
+
+def preserving_scope(allocator: CuMemAllocator) -> MemoryPoolScope:
+    """See `CuMemAllocator.preserve_contents`."""
+    if not allocator.enabled:
+        return NullScope(allocator, DEFAULT_TAG, None)
+    around = current_scope(allocator)
+    if around is None:
+        raise InvalidArgumentError(
+            "preserve_contents() goes inside a use_memory_pool() scope, whose tag it takes",
+            operation="preserve_contents",
+            advice="enter use_memory_pool() first",
+        )
+    allocator._has_preserved = True
+    return MemoryPoolScope(allocator, around.tag, around.devices, preserves=True)
+
+
+def preserve_tensors(allocator: CuMemAllocator, what: object) -> int:
+    """See `CuMemAllocator.preserve`."""
+    if not allocator.enabled:
+        return 0
+    infos = {}
+    for tensor in _tensors_of(what):
+        if memory_of(tensor):
+            info = allocator.allocation_of(tensor)
+            infos[info.address] = info
+    for address in infos:
+        preserve_allocation(allocator, address)
+    return sum(info.bytes for info in infos.values())
+
+
+def preserve_allocation(allocator: CuMemAllocator, address: int) -> None:
+    """Has the contents of the allocation that starts there kept from now on."""
+    allocator._has_preserved = True
+    allocator._core.preserve(address)
+
+
+def _tensors_of(what: object) -> Iterable[torch.Tensor]:
+    import torch
+
+    if isinstance(what, torch.nn.Module):
+        return what.buffers()
+    if isinstance(what, torch.Tensor):
+        return (what,)
+    if not isinstance(what, Iterable):
+        raise InvalidTypeError(f"preserve: tensors or a module are needed, not {what!r}")
+    return what

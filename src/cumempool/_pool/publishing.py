@@ -1,0 +1,246 @@
+"""Statistics that a process lets other processes of its user read: for ``cumempool top``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from cumempool._pool.unfailing import report_failure
+from cumempool.errors import CumempoolError, InvalidArgumentError
+from cumempool.sharing.wire import home
+
+__all__ = ["Published", "Publisher", "directory", "publish", "published", "request_snapshot"]
+
+_INTERVAL = 1.0
+_SUFFIX: Final = ".stats.json"
+_WANTED: Final = ".wanted"
+_WHOLE: Final = ".snapshot.json"
+
+
+def directory() -> Path:
+    """Where this user's processes publish: of the runtime directory, else of the temporary one.
+
+    Raises:
+        InvalidArgumentError: It is there, and belongs to somebody else or is open to others; or it
+            cannot be made.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) if runtime and Path(runtime).is_dir() else Path(tempfile.gettempdir())
+    folder = base / f"cumempool-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:  # such as a link that leads nowhere
+        raise InvalidArgumentError(f"{folder} cannot be made: {error}") from None
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InvalidArgumentError(
+            f"{folder} must belong to this user and to nobody else: remove it, or chmod 700"
+        )
+    return folder
+
+
+def _start_of(process: int) -> str:
+    """When a process began, in clock ticks, so that its number used again is not taken for it."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[19]
+
+
+def _write(path: Path, record: Mapping[str, object]) -> None:
+    """Replaces a file, so that a reader sees the old text or the new one."""
+    unfinished = path.with_suffix(".new")
+    try:
+        unfinished.write_text(json.dumps(record))
+        unfinished.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def publish(
+    snapshot: Callable[[], Mapping[str, object]], stats: Callable[[], Mapping[str, object]]
+) -> Publisher | None:
+    """Starts a `Publisher` of this program. Returns None, and logs why, if that fails.
+
+    A folder of somebody else, a full disk and a process without room for a thread are no reason not
+    to have an allocator.
+    """
+    try:
+        return Publisher(snapshot, stats, Path(sys.argv[0]).name or "python")
+    except Exception as error:  # noqa: BLE001 -- whatever it is: the allocator goes on without
+        report_failure("statistics are not published", error)
+        return None
+
+
+class Publisher:
+    """Writes an allocator's statistics to a file of this process once a second, until `close`.
+
+    Args:
+        snapshot: Everything, as `Observer.snapshot` gives it.
+        stats: The part of it that is written each second.
+        name: What the process is called in listings.
+        interval: Seconds between two writings.
+
+    Raises:
+        InvalidArgumentError: See `directory`.
+        OSError: The file cannot be written.
+    """
+
+    def __init__(
+        self,
+        snapshot: Callable[[], Mapping[str, object]],
+        stats: Callable[[], Mapping[str, object]],
+        name: str,
+        interval: float | None = None,
+    ) -> None:
+        self._snapshot = snapshot
+        self._stats = stats
+        self._name = name
+        self._interval = _INTERVAL if interval is None else interval
+        self._process = os.getpid()
+        self._start = _start_of(self._process)
+        self._home = home()
+        # Several allocators of a process each have a file.
+        self._stem = directory() / f"{self._process}-{id(self):x}"
+        self._stop = threading.Event()
+        self._publish()
+        # Files go with the publisher, and with the process where it ends in order.
+        self._remove = weakref.finalize(self, _remove, self._file(_SUFFIX), self._process)
+        self._thread = threading.Thread(
+            target=_run, args=(weakref.ref(self), self._stop), daemon=True
+        )
+        self._thread.start()
+
+    def _file(self, suffix: str) -> Path:
+        return self._stem.with_name(self._stem.name + suffix)
+
+    def _publish(self) -> None:
+        whose = {"process": self._process, "start": self._start, "home": self._home}
+        record = {**whose, "name": self._name}
+        _write(self._file(_SUFFIX), {**record, "time": time.time(), "stats": self._stats()})
+        wanted = self._file(_WANTED)
+        if wanted.exists():
+            _write(self._file(_WHOLE), {**self._snapshot(), "name": self._name})
+            wanted.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stops, and takes the files away. Doing it twice is no error."""
+        self._stop.set()
+        if os.getpid() == self._process and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._remove()
+
+
+def _run(reference: weakref.ref[Publisher], stop: threading.Event) -> None:
+    while True:
+        publisher = reference()
+        if publisher is None or stop.wait(publisher._interval):
+            return
+        try:
+            publisher._publish()
+        except Exception as error:  # noqa: BLE001 -- whatever it is: the allocator goes on
+            report_failure("statistics are published no longer", error)
+            return
+        del publisher
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What one allocator of a live process has published last.
+
+    Attributes:
+        process: The process.
+        name: What it is called.
+        time: When it was written, in seconds since 1970.
+        stats: As `Stats.to_dict` gives it; read-only.
+        file: Where it was read.
+    """
+
+    process: int
+    name: str
+    time: float
+    stats: Mapping[str, Any]
+    file: Path
+
+
+def published() -> list[Published]:
+    """What this user's live processes publish, by process. Files of dead ones are removed.
+
+    Processes of other PID namespaces may share the folder: nobody knows here whether they live.
+    """
+    found, here = [], home()
+    for file in sorted(directory().glob(f"*{_SUFFIX}")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = json.loads(file.read_text())
+            process = int(record["process"])
+            if record["home"] != here:
+                continue
+            if _start_of(process) != record["start"]:
+                _remove(file, os.getpid())
+                continue
+            found.append(
+                Published(
+                    process,
+                    str(record["name"]),
+                    float(record["time"]),
+                    MappingProxyType(record["stats"]),
+                    file,
+                )
+            )
+    return sorted(found, key=lambda one: one.process)
+
+
+def _siblings(file: Path) -> Iterator[Path]:
+    stem = file.name.removesuffix(_SUFFIX)
+    return (file.with_name(stem + suffix) for suffix in (_SUFFIX, _WANTED, _WHOLE))
+
+
+def _remove(file: Path, process: int) -> None:
+    """Takes away what was published, but in a fork of the process, which it does not belong to."""
+    if os.getpid() != process:
+        return
+    for path in _siblings(file):
+        with contextlib.suppress(OSError):  # the folder may be gone, or somebody else's by now
+            path.unlink(missing_ok=True)
+
+
+def request_snapshot(of: Published, timeout: float = 10.0) -> dict[str, Any]:
+    """Has a process write down everything, allocations and events included, and reads it.
+
+    Args:
+        of: Whom to ask.
+        timeout: Seconds to wait for it.
+
+    Raises:
+        CumempoolError: It does not answer in time.
+    """
+    _, wanted, whole = _siblings(of.file)
+    whole.unlink(missing_ok=True)
+    wanted.touch()
+    end = time.monotonic() + timeout
+    while not whole.exists():
+        if time.monotonic() > end:
+            wanted.unlink(missing_ok=True)
+            raise CumempoolError(
+                f"process {of.process} did not answer within {timeout:g} s; "
+                "look whether it is stopped; py-spy dump shows where it is",
+                advice="look whether it is stopped; py-spy dump shows where it is",
+            )
+        time.sleep(0.02)
+    snapshot: dict[str, Any] = json.loads(whole.read_text())
+    whole.unlink(missing_ok=True)
+    return snapshot

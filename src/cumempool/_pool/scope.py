@@ -1,0 +1,284 @@
+"""One entry into a pool: what this thread, or every thread, allocates inside goes to a slot."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from cumempool._locks import fork_safe_lock
+from cumempool._pool.report import format_bytes
+from cumempool.errors import InUseError, InvalidArgumentError, UnroutedWarning
+from cumempool.sharing.importer import install_reducers
+
+if TYPE_CHECKING:
+    from cumempool import _torch
+    from cumempool.allocator import CuMemAllocator
+
+__all__ = ["MemoryPoolScope", "NullScope", "current_scope", "open_tags", "refuse_open_scopes"]
+
+# Guards the list below, and is held while a scope starts to route, so that torch and the list agree
+# on which scope came later.
+_entering = fork_safe_lock()
+# The open scopes of the process, in order of entry.
+_open: list[MemoryPoolScope] = []
+
+
+def current_scope(allocator: CuMemAllocator) -> MemoryPoolScope | None:
+    """The innermost scope of this thread and allocator; else one that is for all threads."""
+    mine = threading.get_ident()
+    # Without the lock: a forked child, in which nobody gives it back, has to get its named error.
+    scopes = [scope for scope in reversed(tuple(_open)) if scope._allocator is allocator]
+    for scope in scopes:
+        if scope._thread == mine:
+            return scope
+    return next((scope for scope in scopes if scope.all_threads), None)
+
+
+def open_tags(allocator: CuMemAllocator, tags: Iterable[str]) -> list[str]:
+    """Those of the tags that a scope is open of, in whatever thread."""
+    with _entering:
+        entered = {scope.tag for scope in _open if scope._allocator is allocator}
+    return [tag for tag in tags if tag in entered]
+
+
+def refuse_open_scopes(allocator: CuMemAllocator, operation: str, tags: Iterable[str]) -> None:
+    """Refuses to put tags to sleep of which a scope is open, before hooks have done anything.
+
+    A scope that is entered later is seen by the core, which refuses as well.
+
+    Raises:
+        InUseError: There is one.
+    """
+    entered = open_tags(allocator, tags)
+    if entered:
+        names = ", ".join(repr(tag) for tag in entered)
+        raise InUseError(
+            f"{operation}: a use_memory_pool() scope of {names} is open, and would hand out "
+            "memory that sleeps; leave it first",
+            operation=operation,
+            tag=entered[0],
+            advice="leave the scope first",
+        )
+
+
+_warned = False
+
+
+def _warn_unrouted(tag: str) -> None:
+    """Says once that torch allocates nothing from pools on the host driver."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"nothing was allocated from the pool in a use_memory_pool({tag!r}) scope: torch "
+            "cannot be routed to the host driver, and what it allocated does not sleep; use "
+            "allocator.empty() or allocator.adopt(), or the cuda driver",
+            UnroutedWarning,
+            stacklevel=3,
+        )
+
+
+class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
+    """One entry into a pool, made by `CuMemAllocator.use_memory_pool`; entered once.
+
+    Attributes:
+        tag: The tag that it allocates under.
+        all_threads: Whether it is for every thread of the process.
+        preserves: Whether contents are kept where the tag is discarded.
+        devices: The ordinals that it is for. None until it is entered: those then in use.
+    """
+
+    def __init__(
+        self,
+        allocator: CuMemAllocator,
+        tag: str,
+        devices: Sequence[int] | None,
+        *,
+        all_threads: bool = False,
+        preserves: bool = False,
+    ) -> None:
+        self.tag: Final = tag
+        self.all_threads: Final = all_threads
+        self.preserves: Final = preserves
+        self._allocator = allocator
+        self.devices = devices
+        self._thread = 0
+        self._slots: list[int] = []  # none or one
+        self._route: _torch.PoolRoute | None = None
+        self._used = False
+        self._mallocs = 0  # of the allocator, when the scope was entered
+
+    def __enter__(self) -> MemoryPoolScope:
+        if self._used:
+            raise InvalidArgumentError("a scope is entered once; call use_memory_pool() again")
+        self.devices = self._reached()
+        if self._driver_name == "host":
+            self._mallocs = self._mallocs_now()
+        try:
+            with _entering:
+                self._refuse_overlap()
+                self._begin()
+                self._thread = threading.get_ident()
+                _open.append(self)
+                self._used = True
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def _reached(self) -> Sequence[int]:
+        """The devices that it is for."""
+        if self.devices is not None:
+            return self.devices
+        if self._allocator.config.driver != "cuda":
+            return range(self._allocator._driver.device_count)
+        from cumempool import _torch
+
+        return _torch.devices_in_use()
+
+    def _refuse_overlap(self) -> None:
+        """Refuses to take what other threads allocate in scopes of their own.
+
+        torch gives an allocation to the scope that was entered last and takes its thread, so a
+        scope for all threads would take theirs. One that a thread enters later is not taken.
+        """
+        if not self.all_threads:
+            return
+        mine = threading.get_ident()
+        for other in _open:
+            if other._thread == mine or other._allocator.config.driver != self._driver_name:
+                continue
+            shared = set(other.devices or ()).intersection(self.devices or ())
+            if shared:
+                raise InUseError(
+                    f"use_memory_pool({self.tag!r}, all_threads=True): another thread has a scope "
+                    f"of {other.tag!r} open, and what it allocates would go to {self.tag!r}; "
+                    "leave the other scope first, or enter it after this one",
+                    operation="use_memory_pool",
+                    tag=self.tag,
+                    device=min(shared),
+                    advice="leave the other scope first, or enter it after this one",
+                )
+
+    @property
+    def _driver_name(self) -> str:
+        return self._allocator.config.driver
+
+    def _begin(self) -> None:
+        from cumempool import _core
+
+        # By one call into C, in which no interrupt strikes: a slot that is bound is always known.
+        self._slots.extend(map(self._allocator._core.bind_slot, (self.tag,)))
+        (slot,) = self._slots
+        if self.preserves:
+            _core.preserve_slot(slot)
+        if self._driver_name == "cuda":
+            from cumempool import _torch
+
+            install_reducers(self._allocator)
+            route = _torch.PoolRoute(slot, self.devices or (), all_threads=self.all_threads)
+            self._route = route  # before it begins: an interrupt may strike right after
+            route.begin()
+
+    def _end(self) -> None:
+        """Ends whatever has begun."""
+        from cumempool import _core
+
+        try:
+            if self._route is not None:
+                (slot,) = self._slots
+                self._route.end(lambda: _core.slot_mallocs(slot) > 0)
+        finally:
+            self._route = None
+            with _entering:
+                if self in _open:
+                    _open.remove(self)
+            while self._slots:
+                _core.unbind_slot(self._slots.pop())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._slots:  # not entered, or left already
+            return
+        notes: list[str] = []
+        try:
+            if type(error).__name__ == "OutOfMemoryError":
+                notes = self._notes()
+        finally:
+            self._end()
+        if error is not None and type(error).__name__ == "OutOfMemoryError":
+            self._allocator._observer.note_failure("malloc", error)
+            if hasattr(error, "add_note"):  # Python 3.11
+                for note in notes:
+                    error.add_note(f"cumempool: {note}")
+        elif error is None and self._driver_name == "host" and self._mallocs == self._mallocs_now():
+            _warn_unrouted(self.tag)
+
+    def _mallocs_now(self) -> int:
+        return int(self._allocator._core.snapshot(False)["totals"]["malloc_calls"])
+
+    def _notes(self) -> list[str]:
+        """What torch's out-of-memory error does not know, and what helps."""
+        notes = []
+        reason = self._allocator.stats().last_malloc_failure
+        if reason:
+            notes.append(reason)
+        if self._route is None:
+            return notes
+        from cumempool import _torch
+
+        cached = _torch.cached_bytes()
+        inside = self._route.cached_bytes()
+        if reason and cached > inside:
+            notes.append(
+                f"torch has {format_bytes(cached - inside)} cached outside the pool, which it does "
+                "not free while a pool scope is open; torch.cuda.empty_cache() before it does"
+            )
+        if inside:
+            notes.append(
+                f"{format_bytes(inside)} are free in segments of the scope's pool, which torch "
+                "neither gives back while the scope is open nor uses for what is larger; where "
+                "tensors are replaced by larger ones, make them outside of the scope and adopt() "
+                "them afterwards, or leave the scope in between"
+            )
+        for device in self.devices or ():
+            notes.extend(self._limit(device, _torch.memory_limit(device)))
+        return notes
+
+    def _limit(self, device: int, fraction: float) -> list[str]:
+        """What to say of torch's own limit on a device."""
+        asleep = sum(
+            info.bytes
+            for info in self._allocator.snapshot()
+            if info.device == device and info.state != "awake"
+        )
+        if fraction >= 1 or not asleep:
+            return []
+        return [
+            f"torch was told to use {fraction:.0%} of device {device} at most "
+            f"(set_per_process_memory_fraction), and counts pools that sleep as in use, "
+            f"{format_bytes(asleep)}; allow it as much more while they do"
+        ]
+
+
+class NullScope(MemoryPoolScope):
+    """The scope of an allocator that is switched off: torch allocates as if it were not there."""
+
+    def __enter__(self) -> NullScope:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass

@@ -1,0 +1,170 @@
+"""`WakeHandle`: a wake that goes on while the program does."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from cumempool._locks import fork_safe_lock
+from cumempool._pool.hooks import Arrival, Transitions
+from cumempool._pool.report import TransitionReport
+from cumempool.errors import CumempoolError, InvalidTypeError, NotInPoolError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cumempool import _core
+
+__all__ = ["WakeHandle", "addresses_of", "memory_of"]
+
+_live_lock = fork_safe_lock()
+_live: Final[weakref.WeakSet[WakeHandle]] = weakref.WeakSet()
+
+
+class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
+    """A wake under way, from ``wake_up(blocking=False)``. Thread-safe.
+
+    Tensors are ready one after another, in order of allocation; `wait` makes a stream wait for just
+    one. Leaving a ``with`` block waits for the whole wake, and so does dropping the last reference
+    and the end of the program. Where the wake fails, all of its memory sleeps again with its
+    backup, what `wait` was called for included: work that touches it faults.
+    """
+
+    def __init__(
+        self, core: _core.Waking, driver: str, transitions: Transitions, arrival: Arrival
+    ) -> None:
+        self._core = core
+        self._transitions = transitions
+        self._arrival = arrival
+        self._on_host = driver == "host"
+        self._report: TransitionReport | None = None
+        with _live_lock:
+            _live.add(self)
+
+    def wait(self, tensor: torch.Tensor) -> None:
+        """Makes the current stream of a tensor's device wait until the tensor has its contents.
+
+        The calling thread waits only until that is arranged. No effect where the tensor is awake,
+        or has no elements. On the ``host`` driver, where tensors have no streams, the calling
+        thread waits for the end of the whole wake.
+
+        Args:
+            tensor: A tensor of the tags that are waking.
+
+        Raises:
+            InvalidTypeError: It is no tensor.
+            NotInPoolError: Its memory is not of this allocator.
+            InvalidArgumentError: It is asleep, and not part of this wake.
+            StreamCaptureError: The stream is being captured.
+            CumempoolError: What the wake failed with.
+        """
+        address = memory_of(tensor)
+        if tensor.numel() == 0:
+            return
+        if self._on_host:
+            self.result()
+            self._core.wait(address, 0, 0)
+            return
+        if not tensor.is_cuda:
+            raise NotInPoolError(f"the tensor is on {tensor.device}, not on a CUDA device")
+        import torch
+
+        stream = torch.cuda.current_stream(tensor.device)
+        self._core.wait(address, tensor.device.index, int(stream.cuda_stream))
+
+    def done(self) -> bool:
+        """Whether the wake has ended, well or not."""
+        return self._core.done()
+
+    def result(self) -> TransitionReport:
+        """Waits for the end; the report of the wake, the same at every call.
+
+        Hooks of the tags have been called by then, once.
+
+        Raises:
+            TransitionInProgressError: Called from one of those hooks.
+            OutOfMemoryError: Others have taken the memory meanwhile.
+            BackupError: A backup file could not be read; `BackupDamagedError` where it does not
+                hold what was written to it.
+            DriverError: A driver call failed.
+        """
+        raw = self._core.finish()
+        problems = self._transitions.settle(self._arrival)
+        if self._report is None:
+            self._report = TransitionReport.from_rows(
+                "wake_up", raw["seconds"], raw["rows"], [*raw["problems"], *problems]
+            )
+        return self._report
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.result()
+        else:
+            self._settle()
+
+    def __del__(self) -> None:
+        # Not left to the destructor of the core's handle: Python may end a thread of a program that
+        # ends, by unwinding, which a destructor does not survive.
+        if hasattr(self, "_arrival"):
+            self._settle()
+
+    def _settle(self) -> None:
+        # Where another thread has its turn, hooks are left to the next one: this may be called
+        # anywhere, by the garbage collector.
+        with contextlib.suppress(CumempoolError):
+            self._core.finish()
+        self._transitions.settle_soon()
+
+
+@atexit.register
+def _settle_all() -> None:
+    """No wake is under way when the interpreter goes."""
+    with _live_lock:
+        handles = list(_live)
+    for handle in handles:
+        handle._settle()
+
+
+def memory_of(tensor: object) -> int:
+    """The address of a tensor's storage; 0 where it has no elements.
+
+    Raises:
+        InvalidTypeError: It is no tensor.
+        NotInPoolError: It has no memory of its own.
+    """
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidTypeError(f"a torch.Tensor is needed, not {type(tensor).__name__}")
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError as error:  # sparse, and others that are no view of one storage
+        raise NotInPoolError(f"the tensor has no memory of its own: {error}") from None
+
+
+def addresses_of(tensors: object) -> list[int]:
+    """Where the memory of tensors starts, without those that have none.
+
+    Raises:
+        InvalidTypeError: Something that is no tensor.
+        NotInPoolError: One has no memory of its own.
+    """
+    if tensors == ():
+        return []
+    import torch
+
+    if isinstance(tensors, torch.Tensor):
+        tensors = (tensors,)
+    if not isinstance(tensors, Iterable):
+        raise InvalidTypeError(f"first is an iterable of tensors, not {tensors!r}")
+    found = ((tensor, memory_of(tensor)) for tensor in tensors)
+    return [address for tensor, address in found if tensor.numel()]

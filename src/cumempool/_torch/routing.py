@@ -1,0 +1,391 @@
+"""Routes allocations of torch to a slot, through pools that are given up by count."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from cumempool._locks import fork_safe_lock
+from cumempool._torch import runtime, snapshots
+from cumempool._torch.settings import ExpandableSegmentsOff
+from cumempool._torch.snapshots import PoolId, Segment, dead_ranges, field_of, is_in_use, pool_of
+from cumempool.errors import UnavailableError
+
+_C: Final[Any] = torch._C
+
+#: The shared library whose slots torch loads.
+LIBRARY: Final = Path(__file__).parents[1] / "lib" / "libcumempool.so"
+_logger = logging.getLogger("cumempool")
+
+
+def warm_capture_stream(device: int) -> None:
+    """Has cuBLAS make its workspace for torch's capture stream now, in ordinary memory.
+
+    torch keeps one per stream for good. Made during a capture, it would lie in the memory of that
+    graph, and graphs of other tags that are captured later would use it while that tag sleeps.
+    Does nothing where it would not end up in ordinary memory, or the stream is on another device.
+    """
+    if runtime.is_capturing() or _open_pools or not runtime.has_native_allocator():
+        return
+    with torch.cuda.device(device):
+        if torch.cuda.graph.default_capture_stream is None:
+            torch.cuda.graph.default_capture_stream = torch.cuda.Stream()
+        stream = torch.cuda.graph.default_capture_stream
+        if stream.device.index != device:
+            return
+        with torch.cuda.stream(stream), torch.no_grad():
+            square = torch.zeros(16, 16, dtype=torch.bfloat16, device=stream.device)
+            torch.addmm(square[0], torch.mm(square, square), square)  # through both its interfaces
+
+
+_pluggable_lock = fork_safe_lock()
+# Never emptied: torch frees segments through these objects long after their pools are gone.
+_pluggable: dict[int, Any] = {}
+
+
+def _pluggable_allocator(slot: int) -> Any:
+    with _pluggable_lock:
+        if slot not in _pluggable:
+            _pluggable[slot] = torch.cuda.memory.CUDAPluggableAllocator(
+                str(LIBRARY), f"cumempool_malloc_{slot}", f"cumempool_free_{slot}"
+            )
+        return _pluggable[slot].allocator()
+
+
+def _refuse_other_allocators() -> None:
+    """Raises where torch has no pools, by an error that says why."""
+    if not runtime.has_native_allocator():
+        backend = torch.cuda.get_allocator_backend()
+        advice = (
+            "leave the allocator of torch as it is (no change_current_allocator(), no "
+            "backend:cudaMallocAsync in PYTORCH_CUDA_ALLOC_CONF), or allocate by empty()"
+        )
+        raise UnavailableError(
+            f"torch allocates by its {backend!r} backend, which has no memory pools, so that "
+            f"nothing can be sent to a pool of cumempool; {advice}",
+            operation="use_memory_pool",
+            advice=advice,
+        )
+
+
+class PrivatePool:
+    """A pool of torch's own on one device, whose segments come from a slot, until `release`.
+
+    torch's context manager is not used, and the destructor of its ``MemPool`` must not be the one
+    that gives up the last count of a pool: it empties the pool's cache then, which torch asserts
+    must not happen while any pool scope or graph capture is under way on the device, in any thread,
+    so that a nested scope would abort the process. Here the last count is given up by hand, which
+    is always allowed; torch frees the pool with the next emptying of its cache, and `return_unused`
+    asks for that when something is there to be freed.
+
+    Attributes:
+        slot: The slot.
+        device: The device ordinal.
+        id: What torch knows it by.
+    """
+
+    def __init__(self, slot: int, device: int) -> None:
+        _refuse_other_allocators()
+        with torch.cuda.device(device):
+            pool = torch.cuda.MemPool(_pluggable_allocator(slot))
+        # Kept by a count that nobody gives up but `drop`: the destructor must not run by itself,
+        # not even when the interpreter ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+        self._pool: Any = pool
+        self._released = False
+        self.slot: Final = slot
+        self.device: Final = device
+        self.id: Final[PoolId] = (int(pool.id[0]), int(pool.id[1]))
+
+    def users(self) -> int:
+        """How many counts torch has of it: graphs, routes, and this object until `release`."""
+        try:
+            return int(self._pool.use_count())
+        except RuntimeError:
+            # torch forgets a pool that nobody counts when it frees its last segment, and asserts
+            # that it is asked of pools it knows.
+            if not self._released:
+                raise
+            return 0
+
+    def segments(self) -> list[tuple[int, bool]]:
+        """The address of each of its segments, and whether something in it is in use."""
+        return [
+            (segment["address"], is_in_use(segment)) for segment in snapshots.segments_of(self.id)
+        ]
+
+    def cached_bytes(self) -> int:
+        """Bytes in its segments that nothing uses."""
+        return sum(bytes_ for _, bytes_ in dead_ranges((), snapshots.segments_of(self.id)))
+
+    def release(self) -> None:
+        """Gives up the count of this object. What is unused goes once no graph counts it either.
+
+        torch's object stays for good, since its destructor would give up a count as well.
+        """
+        self._released = True
+        _C._cuda_releasePool(self.device, self.id)
+
+    def drop(self) -> None:
+        """The same for a pool that a route counts as well, and torch's object is destroyed.
+
+        With a count left, its destructor finds nothing to empty and asserts nothing. torch before
+        2.11 asserts that it is the only one that counts.
+        """
+        if (
+            runtime.torch_version() < _DESTROYS_COUNTED_POOLS
+            or sys.getrefcount(self._pool) > _OUR_REFERENCES
+        ):
+            self.release()
+            return
+        pool, self._pool = self._pool, None
+        self._released = True
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(pool))
+
+    def forget(self) -> None:
+        """Has `return_unused` see to its segments, now that nobody counts it."""
+        with _pools_lock:
+            _fresh_pools[self.id] = self.device
+
+
+#: From this version on, a ``MemPool`` may be destroyed while others count its pool (read in 2.11).
+_DESTROYS_COUNTED_POOLS: Final = (2, 11)
+#: To the object of a pool: its attribute, the count that was taken for good, and the question.
+_OUR_REFERENCES: Final = 3
+
+
+class PoolRoute:
+    """Routes allocations on some devices to a slot, from `begin` to `end`.
+
+    They are those of the calling thread, or of every thread of the process. torch gives an
+    allocation to the route that began last and takes its thread.
+    """
+
+    def __init__(self, slot: int, devices: Sequence[int], *, all_threads: bool = False) -> None:
+        self._slot = slot
+        self._devices = tuple(devices)
+        self._all_threads = all_threads
+        self._pools: list[PrivatePool] = []
+        self._expandable = ExpandableSegmentsOff()
+
+    def begin(self) -> None:
+        """Takes a pool per device and starts the routing. On failure nothing is routed.
+
+        Raises:
+            UnavailableError: torch allocates by something that has no pools.
+        """
+        try:
+            self._expandable.begin()
+            for device in self._devices:
+                self._begin_device(device)
+        except BaseException:
+            self.end()
+            raise
+
+    def _begin_device(self, device: int) -> None:
+        begin = _C._cuda_beginAllocateToPool
+        if not self._all_threads:  # which older torch does not tell apart
+            begin = getattr(_C, "_cuda_beginAllocateCurrentThreadToPool", begin)
+        with _pools_lock:
+            pool = _idle_pools.pop((self._slot, device), None) or PrivatePool(self._slot, device)
+            # Before it begins: an interrupt may strike right after.
+            self._pools.append(pool)
+            _open_pools.add(pool.id)
+        begin(device, pool.id)
+
+    def cached_bytes(self) -> int:
+        """Bytes in segments of its pools that nothing uses."""
+        return sum(pool.cached_bytes() for pool in self._pools)
+
+    def end(self, was_used: Callable[[], bool] = lambda: True) -> None:
+        """Ends the routing and gives up the pools; what is unused in them goes back to the slot.
+
+        Every device is seen to, whatever torch says of one of them.
+
+        Args:
+            was_used: Whether the slot was asked for memory. If not, its pools are empty, and are
+                kept for the next route of the slot.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(return_unused)
+            stack.callback(self._expandable.end)
+            while self._pools:
+                stack.callback(_end_device, self._pools.pop(0), was_used)
+
+
+def _end_device(pool: PrivatePool, was_used: Callable[[], bool]) -> None:
+    with _pools_lock:
+        _open_pools.discard(pool.id)
+    if pool.users() < 2:  # it has not begun
+        pool.release()
+        return
+    try:
+        _C._cuda_endAllocateToPool(pool.device, pool.id)
+    except BaseException:
+        pool.forget()
+        raise
+    if was_used():
+        pool.forget()
+        pool.drop()
+        _C._cuda_releasePool(pool.device, pool.id)  # the count that beginning took
+    else:
+        _C._cuda_releasePool(pool.device, pool.id)
+        with _pools_lock:
+            _idle_pools[pool.slot, pool.device] = pool
+
+
+_pools_lock = fork_safe_lock()
+# Pools that are routed to.
+_open_pools: set[PoolId] = set()
+# Pools that nothing was ever allocated in, one per slot and device at most.
+_idle_pools: dict[tuple[int, int], PrivatePool] = {}
+# Pools whose scope has ended and that torch may hold unused segments of, with their device.
+_fresh_pools: dict[PoolId, int] = {}
+
+
+class _HeldPools:
+    """Released pools in which something was in use when they were last looked at.
+
+    Attributes:
+        devices: The device of each.
+        segments: How many segments they had.
+        looked_at: How many pools there were when all were last looked at.
+        releasable: The least that `_releasable_bytes` was since.
+    """
+
+    def __init__(self) -> None:
+        self.devices: dict[PoolId, int] = {}
+        self.segments = 0
+        self.looked_at = 0
+        self.releasable = 0
+        self._sizes: dict[PoolId, int] = {}
+
+    def put(self, pool: PoolId, device: int, segments: int) -> None:
+        """Adds a pool, or takes out one without segments."""
+        self.segments += segments - self._sizes.pop(pool, 0)
+        self.devices.pop(pool, None)
+        if segments:
+            self._sizes[pool] = segments
+            self.devices[pool] = device
+
+    def are_worth_a_look(self) -> bool:
+        """Whether so much has become unused somewhere, or so many pools have come, that it pays."""
+        now = _releasable_bytes()
+        self.releasable = min(self.releasable, now)
+        grown = now - self.releasable
+        many = len(self.devices) > 2 * self.looked_at + _ASKED_EACH
+        return many or grown >= max(1, self.segments * _WORTH_A_LOOK)
+
+    def were_looked_at(self, all_of_them: bool) -> None:
+        """Notes what can be released now that pools were looked at, and the unused was freed."""
+        if not self.devices:
+            self.looked_at = 0
+            return
+        now = _releasable_bytes()
+        self.releasable = now if all_of_them else min(self.releasable, now)
+        if all_of_them:
+            self.looked_at = len(self.devices)
+
+
+_held = _HeldPools()
+
+#: Bytes per held segment, of at least 2 MiB each, that have to become unused before all are looked
+#: at, which takes some microseconds per segment.
+_WORTH_A_LOOK: Final = 64 << 10
+#: Pools up to which torch is asked of each, and not of all that it holds.
+_ASKED_EACH: Final = 4
+
+
+def return_unused(*, thorough: bool = False) -> None:
+    """Has torch free the unused segments of pools whose scopes have ended, if there are any.
+
+    While a scope of ours is open on any device it waits, because torch frees nothing then; the end
+    of that scope comes here again. What cost this has does not depend on what torch holds, but for
+    pools whose scopes have just ended, and where enough has become unused to be worth it.
+
+    Args:
+        thorough: Looks at all pools, whether it is worth it or not.
+    """
+    with _pools_lock:
+        if _open_pools or not (_fresh_pools or _held.devices):
+            return
+        every = not _held.devices or thorough or _held.are_worth_a_look()
+        pools = {**_held.devices, **_fresh_pools} if every else dict(_fresh_pools)
+        if not pools:
+            return
+        if len(pools) <= _ASKED_EACH:
+            segments = [segment for pool in pools for segment in snapshots.segments_of(pool)]
+        else:
+            segments = snapshots.segments_of()
+        unused = _look_at(pools, segments)
+    _return(unused, every)
+
+
+def settled_dead_ranges(live: Collection[PoolId]) -> list[tuple[int, int]]:
+    """`return_unused` of all, and `dead_ranges`, by asking torch once.
+
+    Ranges of what is freed by it may be among them.
+    """
+    if not runtime.is_initialized() or not runtime.has_native_allocator():
+        return []
+    with _pools_lock:  # pools before segments: of one that ends meanwhile there may be more
+        pools = {} if _open_pools else {**_held.devices, **_fresh_pools}
+        segments = snapshots.segments_of()
+        unused = _look_at(pools, segments)
+    if pools:
+        _return(unused, every=True)
+    return dead_ranges(live, segments)
+
+
+def _look_at(pools: Mapping[PoolId, int], segments: Sequence[Segment]) -> dict[PoolId, int]:
+    """Notes which of the pools have segments in use; returns those with unused ones."""
+    used: Counter[PoolId] = Counter()
+    unused: dict[PoolId, int] = {}
+    for segment in segments:
+        pool = pool_of(segment)
+        if pool not in pools:
+            continue
+        if is_in_use(segment):
+            used[pool] += 1
+        else:
+            unused[pool] = pools[pool]
+    for pool, device in pools.items():
+        _fresh_pools.pop(pool, None)
+        _held.put(pool, device, used[pool])
+    return unused
+
+
+def _return(unused: Mapping[PoolId, int], every: bool) -> None:
+    """Has torch free what pools have unused. `every`: all released pools were looked at."""
+    if unused:
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            # torch before 2.9 refuses while somebody's capture or pool scope is under way. The
+            # segments stay cached, as after any other empty_cache() that came too early.
+            _logger.debug("torch refused to empty its cache; unused segments stay for now")
+            with _pools_lock:
+                _fresh_pools.update(unused)
+    with _pools_lock:
+        _held.were_looked_at(every)
+
+
+def _releasable_bytes() -> int:
+    """Bytes of segments of any pool that nothing uses, of the devices of pools that are held."""
+    total = 0
+    for device in set(_held.devices.values()):
+        stats = torch.cuda.memory_stats_as_nested_dict(device)
+        reserved, active, split = (
+            int(field_of(stats, name)["all"]["current"])
+            for name in ("reserved_bytes", "active_bytes", "inactive_split_bytes")
+        )
+        total += reserved - active - split
+    return total

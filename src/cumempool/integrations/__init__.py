@@ -1,0 +1,1 @@
+"""Adapters to other systems: Prometheus, NIXL, KV transfer connectors."""

@@ -1,0 +1,497 @@
+"""Keeps a tag's memory registered with a NIXL agent, through every sleep and wake of the tag.
+
+Nothing else in the package imports this module, and it imports NIXL only in `create_agent`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+from cumempool._locks import fork_safe_lock
+from cumempool.errors import (
+    ClosedError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NotInPoolError,
+    UnavailableError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Agent",
+    "Guard",
+    "OnMetadata",
+    "Range",
+    "RegisteredTag",
+    "RemoteAgents",
+    "create_agent",
+    "is_installed",
+    "replace_remote_agent",
+]
+
+OnMetadata = Callable[[bytes, int], None]
+"""Called with new metadata and its generation, after each registration."""
+
+#: The thin package picks among the others by torch's CUDA version; each works without it.
+_PACKAGES: Final = ("nixl", "nixl_cu13", "nixl_cu12")
+
+
+class Range(Protocol):
+    """One range that can be registered, as ``CuMemAllocator.registrable_ranges`` yields them."""
+
+    @property
+    def address(self) -> int:
+        """Its first byte."""
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+
+    @property
+    def device(self) -> int:
+        """Device ordinal."""
+
+    @property
+    def generation(self) -> int:
+        """Grows at each wake."""
+
+
+_Registration = tuple[int, Any]
+"""A device and the NIXL registration list of its ranges."""
+
+
+class _Pin(Protocol):
+    def release(self) -> object: ...
+
+
+class _Hooks(Protocol):
+    def remove(self) -> object: ...
+
+
+class _Config(Protocol):
+    @property
+    def driver(self) -> str: ...
+
+
+class Guard(Protocol):
+    """What `RegisteredTag` needs of a ``CuMemAllocator``."""
+
+    @property
+    def config(self) -> _Config:
+        """Its configuration."""
+
+    def registrable_ranges(self, tag: str) -> Sequence[Range]:
+        """The ranges of a tag that are awake."""
+
+    def register_hooks(
+        self,
+        tag: str,
+        *,
+        before_unmap: Callable[[str, Any], None] | None = None,
+        after_map: Callable[[str, Any], None] | None = None,
+    ) -> _Hooks:
+        """Has functions called around each sleep and wake of a tag."""
+
+    def pin(self, tag: str, holder: str = ...) -> _Pin:
+        """Keeps a tag from sleeping."""
+
+
+class Agent(Protocol):
+    """What `RegisteredTag` calls of a ``nixl_agent``."""
+
+    def get_reg_descs(self, descs: Any, mem_type: str | None = None) -> Any:
+        """A registration list from (address, bytes, device, text) tuples."""
+
+    def get_xfer_descs(self, descs: Any, mem_type: str | None = None) -> Any:
+        """A transfer list from (address, bytes, device) tuples."""
+
+    def register_memory(
+        self,
+        reg_list: Any,
+        mem_type: str | None = None,
+        backends: list[str] = ...,
+    ) -> Any:
+        """Registers a registration list and returns it."""
+
+    def deregister_memory(self, dereg_list: Any, backends: list[str] = ...) -> None:
+        """Drops the registration of a list."""
+
+    def get_agent_metadata(self) -> bytes:
+        """What a peer needs to reach the registered memory."""
+
+
+class RemoteAgents(Protocol):
+    """What `replace_remote_agent` calls of a ``nixl_agent``."""
+
+    def add_remote_agent(self, metadata: bytes) -> Any:
+        """Loads a peer's metadata and returns the peer's name."""
+
+    def remove_remote_agent(self, agent: str) -> object:
+        """Forgets a peer and ends the connection to it."""
+
+
+def is_installed() -> bool:
+    """Whether there is a package of NIXL. Imports nothing."""
+    return any(importlib.util.find_spec(name) for name in _PACKAGES)
+
+
+def create_agent(
+    name: str, *, backends: Sequence[str] = ("UCX",), **settings: Any
+) -> Any:  # a nixl_agent, whose package need not be installed to check types
+    """A ``nixl_agent`` of the NIXL that is installed.
+
+    Create one per process and GPU, after ``torch.cuda.set_device`` and the first use of CUDA: UCX
+    looks at the context that is current.
+
+    Args:
+        name: The name that peers know it by; unique among them.
+        backends: NIXL backends to start.
+        **settings: What ``nixl_agent_config`` takes beside that. ``sync_mode`` is strict where it
+            is not given: a sleep may run in another thread than the transfers.
+
+    Raises:
+        UnavailableError: NIXL is not installed, or a backend of it is not.
+    """
+    package = _import_nixl()
+    if hasattr(package, "nixl_thread_sync_t"):
+        settings.setdefault("sync_mode", package.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT)
+    agent = package.nixl_agent(name, package.nixl_agent_config(backends=list(backends), **settings))
+    # NIXL skips what it does not find, with no more than a line in its log.
+    missing = [backend for backend in backends if backend not in agent.backends]
+    if missing:
+        raise UnavailableError(
+            f"this NIXL has no backend {', '.join(missing)}; it has "
+            f"{', '.join(agent.get_plugin_list())}",
+            operation="create_agent",
+        )
+    return agent
+
+
+def _import_nixl() -> Any:
+    reasons = []
+    for name in _PACKAGES:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            reasons.append(f"{name}: {error}")
+    raise UnavailableError(
+        f"NIXL cannot be imported ({'; '.join(reasons)}); pip install nixl",
+        operation="create_agent",
+        advice="pip install nixl",
+    )
+
+
+def replace_remote_agent(agent: RemoteAgents, name: str, metadata: bytes) -> str:
+    """Makes an agent forget what it knows of a peer and take the peer's new metadata.
+
+    NIXL does not replace registrations that it has loaded: a peer that registered again has to be
+    removed first. Removing ends the connection in both directions, so both sides do this.
+
+    Args:
+        agent: The local agent.
+        name: The peer; one that is not known yet is fine.
+        metadata: What the peer's `RegisteredTag.metadata` gave.
+
+    Returns:
+        The peer's name, as the metadata have it.
+    """
+    agent.remove_remote_agent(name)
+    loaded = agent.add_remote_agent(metadata)
+    return loaded.decode() if isinstance(loaded, bytes) else str(loaded)
+
+
+class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
+    """A tag whose memory is registered with a NIXL agent whenever it is awake. Thread-safe.
+
+    While the memory is registered it is pinned. A sleep, discard or swap of the tag first drops
+    the registration and the pin; the wake after it registers again. What NIXL made from the old
+    registration is void then: release transfer handles and prepared lists before a sleep, and give
+    `metadata` to the peers again after the wake (`replace_remote_agent` on their side). No transfer
+    may be under way when a sleep starts, begun by peers included: they are the program's to stop.
+    Where sleeps and transfers run in different threads, the agent needs a ``sync_mode`` that allows
+    it; `create_agent` gives it one.
+
+    Memory that is allocated under the tag later is registered by the next wake, or by `refresh`.
+    Do not free memory while it is registered.
+
+    Args:
+        agent: A ``nixl_agent``.
+        allocator: The allocator. Memory of its ``host`` driver is registered as ``"DRAM"``.
+        tag: The tag; if it sleeps, it is registered when it wakes.
+        backends: NIXL backends to register with; None = all that take such memory.
+        on_metadata: Called with the metadata and their generation after every registration, that
+            of the constructor included: from the thread that registered, in a wake therefore from
+            inside the transition. Where it raises in a wake, the memory stays registered and the
+            report of the wake says so.
+
+    Raises:
+        UnknownTagError: A tag that was never used.
+        InvalidTypeError: An argument of the wrong type.
+        ClosedError: The allocator is closed.
+        Exception: What the agent or `on_metadata` raises; then nothing is left registered.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        allocator: Guard,
+        tag: str,
+        *,
+        backends: Sequence[str] | None = None,
+        on_metadata: OnMetadata | None = None,
+    ) -> None:
+        if isinstance(backends, str):
+            raise InvalidTypeError(f"backends is a sequence of names, not {backends!r}")
+        if on_metadata is not None and not callable(on_metadata):
+            raise InvalidTypeError(f"on_metadata is a function or None, not {on_metadata!r}")
+        self.tag: Final = tag
+        self._agent = agent
+        self._allocator = allocator
+        self._backends = list(backends or ())
+        self._on_metadata = on_metadata
+        self._memory: Final[Literal["DRAM", "VRAM"]] = (
+            "DRAM" if allocator.config.driver == "host" else "VRAM"
+        )
+        # Hooks take it inside transitions, so nothing that waits for one is called under it.
+        self._lock = fork_safe_lock()
+        self._ranges: tuple[Range, ...] = ()
+        self._registrations: list[_Registration] = []
+        self._pin: _Pin | None = None
+        self._generation = 0
+        self._closed = False
+        self._hooks: _Hooks | None = allocator.register_hooks(
+            tag, before_unmap=self._before_unmap, after_map=self._after_map
+        )
+        try:
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def registered(self) -> bool:
+        """Whether memory of the tag is registered now."""
+        return bool(self._ranges)
+
+    @property
+    def generation(self) -> int:
+        """Grows with every registration; 0 before the first. Older metadata are stale."""
+        return self._generation
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        """The ranges that are registered now."""
+        return self._ranges
+
+    def metadata(self) -> bytes:
+        """The agent's metadata, to be given to peers.
+
+        Raises:
+            UnavailableError: Nothing is registered: the tag sleeps or has no memory yet.
+            ClosedError: `close` was called.
+            Exception: What the agent raises.
+        """
+        with self._lock:
+            self._check_registered("metadata")
+            return self._agent.get_agent_metadata()
+
+    def refresh(self) -> int:
+        """Drops the registration and makes it again for all memory of the tag that is awake.
+
+        For memory that was allocated since, or where a registration failed after a wake.
+
+        Returns:
+            The generation. It has not grown where nothing of the tag is awake.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            ClosedError: `close` was called.
+            Exception: What the agent or `on_metadata` raises. Where it was the agent's
+                registration, nothing is registered and nothing pinned.
+        """
+        with self._lock:
+            self._check_open("refresh")
+        self._register_again()
+        return self._generation
+
+    def xfer_descs(self, what: torch.Tensor | Range | Iterable[torch.Tensor | Range]) -> Any:
+        """A NIXL transfer list over contiguous tensors or ranges of the tag.
+
+        Raises:
+            InvalidArgumentError: A tensor is not contiguous, or there is nothing to transfer.
+            NotInPoolError: A piece does not lie in one registered range; a transfer of it would
+                fail with ``NIXL_ERR_NOT_FOUND``.
+            UnavailableError: Nothing is registered: the tag sleeps or has no memory yet.
+            ClosedError: `close` was called.
+        """
+        spans = (_span(each, self._memory) for each in _listed(what))
+        pieces = [span for span in spans if span[1]]
+        if not pieces:
+            raise InvalidArgumentError("there is nothing to transfer", tag=self.tag)
+        with self._lock:
+            self._check_registered("xfer_descs")
+            for piece in pieces:
+                self._check_inside(*piece)
+            return self._agent.get_xfer_descs(pieces, self._memory)
+
+    def close(self) -> None:
+        """Drops the registration, the pin and the hooks. Closing twice is no error.
+
+        Raises:
+            Exception: What the agent raises; the memory stays pinned, and closing can be tried
+                again.
+        """
+        # Not under the lock, which a hook that runs right now may be waiting for.
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.remove()
+        with self._lock:
+            self._closed = True
+            self._deregister()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "registered" if self.registered else "not registered"
+        return f"<{type(self).__name__} {self.tag!r}: {state}, generation {self._generation}>"
+
+    # ---- registering ---------------------------------------------------------------------------
+
+    def _before_unmap(self, tag: str, ranges: Sequence[Range]) -> None:
+        with self._lock:
+            self._deregister()
+
+    def _after_map(self, tag: str, ranges: Sequence[Range]) -> None:
+        self._register_again()
+
+    def _register_again(self) -> None:
+        # Pinned first, so that no other thread can put the tag to sleep meanwhile.
+        pin = self._allocator.pin(self.tag, f"NIXL registration of {self.tag!r}")
+        with self._lock:
+            try:
+                self._deregister()
+            except BaseException:
+                pin.release()
+                raise
+            self._pin = pin  # which _deregister() gives back from here on
+            try:
+                metadata = None if self._closed else self._register()
+                if metadata is None:
+                    self._deregister()
+                    return
+            except BaseException:
+                self._deregister()
+                raise
+            self._generation += 1
+            generation = self._generation
+        if self._on_metadata is not None:
+            self._on_metadata(metadata, generation)
+
+    def _register(self) -> bytes | None:
+        """Registers what is awake, device by device; the metadata, or None where nothing is."""
+        ranges = tuple(self._allocator.registrable_ranges(self.tag))
+        by_device: dict[int, list[tuple[int, int, int, str]]] = {}
+        for each in ranges:
+            address, size, device = _span(each, self._memory)
+            by_device.setdefault(device, []).append((address, size, device, ""))
+        for device, pieces in by_device.items():
+            descs = self._agent.get_reg_descs(pieces, self._memory)
+            with self._current(device):
+                self._agent.register_memory(descs, backends=self._backends)
+            self._registrations.append((device, descs))
+        self._ranges = ranges
+        return self._agent.get_agent_metadata() if ranges else None
+
+    def _deregister(self) -> None:
+        """Drops the registrations, last first, then the pin; what is refused stays, pinned."""
+        while self._registrations:
+            device, descs = self._registrations[-1]
+            with self._current(device):
+                self._agent.deregister_memory(descs, backends=self._backends)
+            self._registrations.pop()
+            self._ranges = ()
+        pin, self._pin = self._pin, None
+        if pin is not None:
+            pin.release()
+
+    @contextlib.contextmanager
+    def _current(self, device: int) -> Iterator[None]:
+        """Makes a device's context current, as UCX needs it; a thread of a sleep may have none."""
+        if self._memory == "DRAM":
+            yield
+            return
+        import torch
+
+        with torch.cuda.device(device):
+            # A call that needs the context: selecting a device that is selected makes none current.
+            torch.cuda.mem_get_info(device)
+            yield
+
+    # ---- checks --------------------------------------------------------------------------------
+
+    def _check_open(self, operation: str) -> None:
+        if self._closed:
+            raise ClosedError(
+                f"{operation}: the registration of tag {self.tag!r} was closed",
+                operation=operation,
+                tag=self.tag,
+            )
+
+    def _check_registered(self, operation: str) -> None:
+        self._check_open(operation)
+        if not self._ranges:
+            raise UnavailableError(
+                f"{operation}: nothing of tag {self.tag!r} is registered, because it sleeps, has "
+                "no memory yet, or could not be registered after a wake; wake it, or call "
+                "refresh()",
+                operation=operation,
+                tag=self.tag,
+                advice="wake the tag, or call refresh()",
+            )
+
+    def _check_inside(self, address: int, size: int, device: int) -> None:
+        for each in self._ranges:
+            start, length, ordinal = _span(each, self._memory)
+            inside = start <= address and address + size <= start + length
+            if inside and device == ordinal:
+                return
+        raise NotInPoolError(
+            f"{size} bytes at {address:#x} on device {device} do not lie in one registered range "
+            f"of tag {self.tag!r}; after allocating, refresh()",
+            tag=self.tag,
+            device=device,
+            bytes=size,
+            advice="refresh()",
+        )
+
+
+def _listed(what: Any) -> list[Any]:
+    if hasattr(what, "data_ptr") or hasattr(what, "address"):
+        return [what]
+    if not isinstance(what, Iterable):
+        raise InvalidTypeError(f"a transfer list is of tensors or ranges, not {what!r}")
+    return list(what)
+
+
+def _span(each: Any, memory: str) -> tuple[int, int, int]:
+    """(address, bytes, device) of a range or tensor; all host memory is NIXL's device 0."""
+    if hasattr(each, "address"):
+        return each.address, each.bytes, each.device if memory == "VRAM" else 0
+    if not hasattr(each, "data_ptr"):
+        raise InvalidTypeError(f"a transfer list is of tensors or ranges, not {each!r}")
+    if not each.is_contiguous():
+        raise InvalidArgumentError("a tensor to transfer must be contiguous")
+    return int(each.data_ptr()), each.numel() * each.element_size(), each.device.index or 0

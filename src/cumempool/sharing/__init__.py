@@ -1,0 +1,11 @@
+"""Memory shared with other processes: `share` hands it out, `open_shared` opens it."""
+
+from cumempool.sharing.descriptor import SharedLayout, SharedMemory, SharedRange
+from cumempool.sharing.importer import open_shared, rebuild_storage, rebuild_tensor
+from cumempool.sharing.owner import Export
+
+__all__ = ["Export", "SharedLayout", "SharedMemory", "SharedRange", "open_shared"]
+
+# Lists of names that may be unpickled have them from here, wherever they are defined.
+for _pickled in (SharedLayout, SharedMemory, SharedRange, rebuild_storage, rebuild_tensor):
+    _pickled.__module__ = __name__

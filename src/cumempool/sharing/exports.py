@@ -1,0 +1,156 @@
+"""What an allocator has shared with other processes: its descriptors, and their end.
+
+`endpoint.py` serves whoever asks for it, and is opened when something is shared first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from cumempool._locks import fork_safe_lock
+from cumempool._pool.devices import Devices
+from cumempool._pool.stats import AllocationInfo, allocations_of
+from cumempool._pool.tags import Tags
+from cumempool._pool.waking import memory_of
+from cumempool.errors import InUseError, InvalidArgumentError, InvalidTypeError
+from cumempool.sharing.descriptor import SharedMemory, SharedRange, layout_of
+from cumempool.sharing.owner import Endpoint, Export
+
+if TYPE_CHECKING:
+    import torch
+
+    from cumempool import _core
+
+__all__ = ["Exports"]
+
+
+class Exports:
+    """The memory of one allocator that others can open. Thread-safe.
+
+    Args:
+        core: The allocator.
+        tags: Its tags.
+        devices: Its devices.
+        driver: ``"cuda"`` or ``"host"``.
+    """
+
+    def __init__(self, core: _core.Allocator, tags: Tags, devices: Devices, driver: str) -> None:
+        self._core = core
+        self._tags = tags
+        self._devices = devices
+        self._driver = driver
+        self._lock = fork_safe_lock()
+        self._endpoint: Endpoint | None = None
+
+    def share(self, what: torch.Tensor | str, writable: bool, fabric: bool) -> SharedMemory:
+        """See `CuMemAllocator.share`."""
+        for name, value in (("writable", writable), ("fabric", fabric)):
+            if not isinstance(value, bool):
+                raise InvalidTypeError(f"{name} is a bool, not {value!r}")
+        if isinstance(what, str):
+            self._tags.check_known(what, "share")
+            infos, layout = [i for i in allocations_of(self._core) if i.tag == what], None
+            if not infos:
+                raise InvalidArgumentError(f"share: there is nothing of tag {what!r}", tag=what)
+        else:
+            infos = [AllocationInfo(**self._core.find(memory_of(what)))]
+            layout = layout_of(what, infos[0].address)
+        ranges = self._ranges(infos)
+        endpoint = self._open_endpoint()
+        return endpoint.describe(self._driver, infos[0].tag, ranges, layout, writable, fabric)
+
+    def send(self, tensor: torch.Tensor, kept: object) -> SharedMemory:
+        """Shares a tensor with who receives a message; `kept` is kept until he has released it.
+
+        Raises:
+            CumempoolError: As `CuMemAllocator.share`; then nothing is kept.
+        """
+        found = AllocationInfo(**self._core.find(memory_of(tensor)))
+        layout = layout_of(tensor, found.address)
+        endpoint = self._open_endpoint()
+        with contextlib.ExitStack() as failed:
+            number = endpoint.keep(found.tag, found.bytes, kept)
+            failed.callback(endpoint.forget, number)
+            # Once more: it may have slept before it was kept awake.
+            ranges = self._ranges([AllocationInfo(**self._core.find(found.address))])
+            memory = endpoint.describe(
+                self._driver, found.tag, ranges, layout, writable=True, message=number
+            )
+            failed.pop_all()
+        return memory
+
+    def _ranges(self, infos: list[AllocationInfo]) -> list[SharedRange]:
+        for info in infos:
+            os.close(self._core.export_fd(info.address)[0])  # which says what is in the way
+        return [
+            SharedRange(
+                i.address,
+                i.bytes,
+                i.generation,
+                i.sequence,
+                self._devices.name_for_others(i.device),
+            )
+            for i in infos
+        ]
+
+    def revoke(self, tag: str) -> int:
+        """See `CuMemAllocator.revoke`."""
+        self._tags.check_known(tag, "revoke")
+        with self._lock:
+            endpoint = self._endpoint
+        return 0 if endpoint is None else endpoint.revoke(tag)
+
+    def list(self) -> list[Export]:
+        """See `CuMemAllocator.exports`."""
+        return [] if self._endpoint is None else self._endpoint.exports()
+
+    def settle(self, tags: Collection[str]) -> None:
+        """Takes note of all that others have released of tags, before these are to sleep."""
+        if self._endpoint is not None:
+            self._endpoint.settle(tags)
+
+    def settle_close(self, force: bool) -> None:
+        """Lets go what messages keep, before a close. Importers keep what they have mapped.
+
+        Raises:
+            InUseError: Without `force`: some were not received.
+        """
+        if self._endpoint is None:
+            return
+        waiting = [one for one in self._endpoint.exports() if not one.received]
+        if waiting and not force:
+            tags = sorted({one.tag for one in waiting})
+            raise InUseError(
+                f"{len(waiting)} messages of {', '.join(map(repr, tags))} were sent and not "
+                f"received yet: {sum(one.bytes for one in waiting)} bytes",
+                operation="close",
+                tag=tags[0],
+                advice="have them received; revoke() withdraws them, and close(force=True)",
+            )
+        self._endpoint.forget_all()
+
+    def close(self) -> None:
+        """Ends all that was opened. Closing twice is no error."""
+        with self._lock:
+            endpoint = self._endpoint
+        if endpoint is not None:
+            endpoint.close()
+
+    def _open_endpoint(self) -> Endpoint:
+        with self._lock:
+            endpoint = self._endpoint
+        if endpoint is not None:
+            return endpoint
+        made = Endpoint(self._core)
+        with self._lock:
+            if self._endpoint is None:
+                self._endpoint = made
+                weakref.finalize(self, made.stop)
+            endpoint = self._endpoint
+        if endpoint is not made:  # another thread was faster
+            made.close()
+        return endpoint

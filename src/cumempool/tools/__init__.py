@@ -1,0 +1,1 @@
+"""The command line: doctor, self-test, benchmark, demo, and pages about running processes."""
