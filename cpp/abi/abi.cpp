@@ -38,15 +38,12 @@ struct cumempool_allocator {
   std::shared_ptr<pool::Allocator> core;
 };
 
-// Reports and snapshots keep the allocator alive, whose tags their names point into.
 struct cumempool_report {
-  std::shared_ptr<pool::Allocator> core;
   pool::Report report;
   std::vector<const char*> problems;
 };
 
 struct cumempool_snapshot {
-  std::shared_ptr<pool::Allocator> core;
   pool::Snapshot snapshot;
 };
 
@@ -75,13 +72,8 @@ pool::Allocator& core(cumempool_allocator* allocator) {
   return *allocator->core;
 }
 
-// Made before its transition: then nothing that fails makes a failure of its success.
-std::unique_ptr<cumempool_report> empty_report(std::shared_ptr<pool::Allocator> core) {
-  auto made = std::make_unique<cumempool_report>();
-  made->core = std::move(core);
-  return made;
-}
-
+// Of a report that was made before its transition: then nothing that fails makes a failure of its
+// success.
 cumempool_report* fill(std::unique_ptr<cumempool_report> made, pool::Report&& report) noexcept {
   made->report = std::move(report);
   try {
@@ -123,7 +115,6 @@ pool::WakeRequest convert(pool::Allocator& allocator, const char* const* tags, s
 
 struct cumempool_waking {
   std::unique_ptr<cumempool_report> report;  // to be filled at its end
-  std::shared_ptr<pool::Allocator> core;
   std::unique_ptr<pool::Waking> waking;
 };
 
@@ -399,7 +390,7 @@ cumempool_status cumempool_sleep(cumempool_allocator* allocator,
     require(request != nullptr && report != nullptr, "an argument is NULL");
     pool::Allocator& sleeping = core(allocator);
     sleeping.check_open("sleep");
-    auto made = empty_report(allocator->core);
+    auto made = std::make_unique<cumempool_report>();
     *report = fill(std::move(made), pool::sleep(sleeping, convert(sleeping, *request)));
   });
 }
@@ -429,7 +420,7 @@ cumempool_status cumempool_wake(cumempool_allocator* allocator, const char* cons
     waking.check_open("wake");
     pool::WakeRequest request = convert(waking, tags, tag_count);
     request.streams = items(streams, stream_count, "streams is NULL");
-    auto made = empty_report(allocator->core);
+    auto made = std::make_unique<cumempool_report>();
     *report = fill(std::move(made), pool::wake(waking, request));
   });
 }
@@ -447,7 +438,7 @@ cumempool_status cumempool_swap(cumempool_allocator* allocator,
     for (const pool::Tag* tag : wake.tags) {
       require(sleep.actions.count(tag) == 0, "a tag is to sleep and to wake");
     }
-    auto made = empty_report(allocator->core);
+    auto made = std::make_unique<cumempool_report>();
     *report = fill(std::move(made), pool::swap(swapping, sleep, wake));
   });
 }
@@ -470,8 +461,7 @@ cumempool_status cumempool_wake_begin(cumempool_allocator* allocator, const char
       request.first.insert(record.get());
     }
     auto made = std::make_unique<cumempool_waking>();
-    made->report = empty_report(allocator->core);
-    made->core = allocator->core;
+    made->report = std::make_unique<cumempool_report>();
     made->waking = std::make_unique<pool::Waking>(allocator->core, std::move(request));
     *waking = made.release();
   });
@@ -611,7 +601,6 @@ cumempool_status cumempool_take_snapshot(cumempool_allocator* allocator, int all
     require(snapshot != nullptr, "snapshot is NULL");
     auto made = std::make_unique<cumempool_snapshot>();
     made->snapshot = pool::take_snapshot(core(allocator), allocations != 0);
-    made->core = allocator->core;
     *snapshot = made.release();
   });
 }

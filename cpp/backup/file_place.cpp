@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "driver/digest.hpp"
 
@@ -24,10 +25,7 @@ FilePlace::FilePlace(BackupFile& file, std::size_t bytes, std::size_t extents, s
   }
 }
 
-FilePlace::~FilePlace() {
-  mapping_.reset();
-  file_.release(offset_, room_);
-}
+FilePlace::~FilePlace() { file_.release(offset_, room_); }
 
 // ---- layout -------------------------------------------------------------------------------------
 
@@ -137,7 +135,7 @@ void FilePlace::refuse(const Slice& slice, const char* problem) const {
 
 // ---- view ---------------------------------------------------------------------------------------
 
-std::byte* FilePlace::view(std::size_t position, std::size_t bytes, bool writable) {
+Place::View FilePlace::view(std::size_t position, std::size_t bytes, bool writable) {
   const auto after = std::upper_bound(
       slices_.begin(), slices_.end(), position,
       [](std::size_t wanted, const Slice& slice) { return wanted < slice.position; });
@@ -150,9 +148,15 @@ std::byte* FilePlace::view(std::size_t position, std::size_t bytes, bool writabl
     return slice.position >= position + bytes || !adjoins(slice);
   });
   if (end != slices_.end() && end->position < position + bytes) return nullptr;
-  if (mapping_ == nullptr) mapping_ = std::make_unique<FileMapping>(file_.fd(), offset_, room_);
+  std::shared_ptr<FileMapping> mapping = mapping_.lock();
+  if (mapping == nullptr) {
+    mapping = std::make_shared<FileMapping>(file_.fd(), offset_, room_);
+    mapping_ = mapping;
+  }
   if (writable) checked_ = false;
-  return mapping_->data() + (first->offset - offset_) + (position - first->position);
+  std::byte* const data =
+      mapping->data() + (first->offset - offset_) + (position - first->position);
+  return {std::move(mapping), data};
 }
 
 }  // namespace cumempool::backup

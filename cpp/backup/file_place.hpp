@@ -35,7 +35,7 @@ class FilePlace : public Place {
             std::size_t bytes) override;
   // With `writable` the file is right, from now on, whatever it holds: nothing is checked any
   // more.
-  std::byte* view(std::size_t position, std::size_t bytes, bool writable) override;
+  View view(std::size_t position, std::size_t bytes, bool writable) override;
 
  private:
   struct Slice {
@@ -67,7 +67,7 @@ class FilePlace : public Place {
   const std::size_t offset_;   // of the room
   std::vector<Slice> slices_;  // by position; never moves: threads use them
   bool checked_ = true;
-  std::unique_ptr<FileMapping> mapping_;
+  std::weak_ptr<FileMapping> mapping_;  // that views share; gone with the last of them
 };
 
 }  // namespace cumempool::backup

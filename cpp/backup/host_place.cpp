@@ -109,7 +109,7 @@ void HostPlace::settle_views() noexcept {
   left_behind_.clear();
 }
 
-std::byte* HostPlace::view(std::size_t position, std::size_t bytes, bool writable) {
+Place::View HostPlace::view(std::size_t position, std::size_t bytes, bool writable) {
   if (position + bytes > bytes_) return nullptr;
   const auto part = part_at(position);
   const std::size_t inside = position - part->position;
@@ -121,7 +121,7 @@ std::byte* HostPlace::view(std::size_t position, std::size_t bytes, bool writabl
     data = parts_.front().span.data + position;
   }
   arena_.join(device_, data, bytes);
-  return data;
+  return {View(), data};  // of the arena, as long as the place has it
 }
 
 }  // namespace cumempool::backup

@@ -25,7 +25,7 @@ class HostPlace : public Place {
             std::size_t bytes) override;
   // Moves the image into one span where the bytes are in several, or are to be written and others
   // are. A program may copy the bytes in one call. Inside a ContextScope of the device.
-  std::byte* view(std::size_t position, std::size_t bytes, bool writable) override;
+  View view(std::size_t position, std::size_t bytes, bool writable) override;
   void settle_views() noexcept override;
 
  private:

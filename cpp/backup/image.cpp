@@ -83,13 +83,13 @@ std::size_t Image::zero_rest(CopyQueue& queue, cumempool_address address, std::s
   return bytes - static_cast<std::size_t>(bytes_);
 }
 
-std::byte* Image::view(std::size_t offset, std::size_t bytes, bool writable) {
+Place::View Image::view(std::size_t offset, std::size_t bytes, bool writable) {
   std::size_t position = 0;
   for (const Extent& extent : extents_) {
     const bool inside = offset >= extent.offset && bytes <= extent.bytes &&
                         offset - extent.offset <= extent.bytes - bytes;
     if (inside) {
-      std::byte* data = place_->view(position + offset - extent.offset, bytes, writable);
+      Place::View data = place_->view(position + offset - extent.offset, bytes, writable);
       if (data != nullptr && writable) {
         lent_for_writing_ = true;
         digests_.clear();

@@ -74,7 +74,7 @@ class Image {
   // `bytes` of the allocation from `offset` on as host memory; null where its tier has none there,
   // or they are not all in the image. With `writable` the digests are forgotten, since what is
   // written through the view is not in them.
-  std::byte* view(std::size_t offset, std::size_t bytes, bool writable);
+  Place::View view(std::size_t offset, std::size_t bytes, bool writable);
   // See Place::settle_views().
   void settle_views() noexcept { place_->settle_views(); }
   // Whether somebody may be writing to it: then it says nothing about memory that is awake.

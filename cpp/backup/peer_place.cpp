@@ -58,7 +58,7 @@ void PeerPlace::load(Transfer& transfer, std::size_t position, cumempool_address
   transfer.queue.on_device(destination, piece_->memory.address() + position, bytes);
 }
 
-std::byte* PeerPlace::view(std::size_t /*position*/, std::size_t /*bytes*/, bool /*writable*/) {
+Place::View PeerPlace::view(std::size_t /*position*/, std::size_t /*bytes*/, bool /*writable*/) {
   return nullptr;
 }
 

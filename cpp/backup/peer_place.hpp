@@ -61,7 +61,7 @@ class PeerPlace : public Place {
             std::size_t bytes) override;
   void load(Transfer& transfer, std::size_t position, cumempool_address destination,
             std::size_t bytes) override;
-  std::byte* view(std::size_t position, std::size_t bytes, bool writable) override;
+  View view(std::size_t position, std::size_t bytes, bool writable) override;
 
  private:
   PeerMemory& memory_;

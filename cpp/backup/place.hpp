@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "backup/copy_queue.hpp"
 #include "backup/staged_copies.hpp"
@@ -45,8 +46,10 @@ class Place {
                     std::size_t bytes) = 0;
 
   // The image at `position` as host memory, `bytes` of it in one piece, or null where it is not so.
-  // The bytes stay there as long as the place; with `writable` they may change from now on.
-  virtual std::byte* view(std::size_t position, std::size_t bytes, bool writable) = 0;
+  // The bytes stay there as long as the place and the view; with `writable` they may change from
+  // now on.
+  using View = std::shared_ptr<std::byte>;
+  virtual View view(std::size_t position, std::size_t bytes, bool writable) = 0;
   // No view but the last one is there any more: what it kept for others may go.
   virtual void settle_views() noexcept {}
 };

@@ -61,8 +61,10 @@ BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address a
 }
 
 BackupView::~BackupView() {
+  const bool was_open = data_ != nullptr;
+  data_.reset();
   image_.reset();
-  if (data_ != nullptr) allocator_->counters().open_views -= 1;
+  if (was_open) allocator_->counters().open_views -= 1;
 }
 
 }  // namespace cumempool::pool

@@ -19,12 +19,12 @@ class BackupView {
   BackupView(const BackupView&) = delete;
   BackupView& operator=(const BackupView&) = delete;
 
-  std::byte* data() const noexcept { return data_; }
+  std::byte* data() const noexcept { return data_.get(); }
 
  private:
   std::shared_ptr<Allocator> allocator_;
   std::shared_ptr<backup::Image> image_;
-  std::byte* data_ = nullptr;
+  backup::Place::View data_;
 };
 
 }  // namespace cumempool::pool

@@ -14,7 +14,7 @@ namespace cumempool::pool {
 
 struct Report {
   double seconds = 0;
-  std::vector<cumempool_report_row> rows;  // `tag` points into the allocator's tags
+  std::vector<cumempool_report_row> rows;  // names live as long as the process
   std::vector<std::string> problems;
 
   // Adds a problem; for those that there is room reserved for, without memory.

@@ -12,7 +12,7 @@ namespace cumempool::pool {
 
 struct Snapshot {
   cumempool_totals totals{};
-  std::vector<cumempool_tag_stats> tags;  // names point into the allocator's tags
+  std::vector<cumempool_tag_stats> tags;  // names live as long as the process
   std::vector<cumempool_allocation_info> allocations;
   std::string last_malloc_failure;
 };

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
 
 #include "driver/error.hpp"
 
@@ -60,6 +61,15 @@ void check_policy(const TagPolicy& policy) {
   }
 }
 
+// The one copy of a name. Never destroyed: callers of the C interface may keep it for longer than
+// the allocator that they got it from.
+const std::string& interned(const std::string& name) {
+  static auto& mutex = *new std::mutex;
+  static auto& names = *new std::set<std::string>;
+  const std::lock_guard lock(mutex);
+  return *names.insert(name).first;
+}
+
 }  // namespace
 
 BackupChoice backup_choice(const cumempool_backup_policy& policy) {
@@ -114,10 +124,13 @@ void TagTable::declare(const std::string& name, TagPolicy policy) {
   check_name(name);
   check_policy(policy);
   const std::lock_guard lock(mutex_);
-  std::unique_ptr<Tag>& tag = tags_[name];
-  if (tag == nullptr) tag = std::make_unique<Tag>(Tag{name, {}, {}, {}, {}});
-  if (policy.on_sleep != CUMEMPOOL_ON_SLEEP_UNSET) tag->policy.on_sleep = policy.on_sleep;
-  if (policy.on_wake != CUMEMPOOL_ON_WAKE_UNSET) tag->policy.on_wake = policy.on_wake;
+  auto found = tags_.find(name);
+  if (found == tags_.end()) {
+    found = tags_.emplace(name, std::make_unique<Tag>(Tag{interned(name), {}, {}, {}, {}})).first;
+  }
+  Tag& tag = *found->second;
+  if (policy.on_sleep != CUMEMPOOL_ON_SLEEP_UNSET) tag.policy.on_sleep = policy.on_sleep;
+  if (policy.on_wake != CUMEMPOOL_ON_WAKE_UNSET) tag.policy.on_wake = policy.on_wake;
 }
 
 Tag& TagTable::find(const std::string& name) const {

@@ -57,7 +57,7 @@ struct TagPolicy {
 };
 
 struct Tag {
-  std::string name;
+  const std::string& name;                    // lives as long as the process
   TagPolicy policy;                           // guarded by the table's lock
   BackupChoice backup;                        // the same
   MemoryChoice memory;                        // the same

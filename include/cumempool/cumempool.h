@@ -434,7 +434,7 @@ typedef struct cumempool_allocation_info {
   cumempool_address address;
   uint64_t bytes;           /* of the allocation; a multiple of the granularity */
   uint64_t requested_bytes; /* what malloc was asked for */
-  const char *tag;          /* valid as long as the allocator handle, or the snapshot */
+  const char *tag;          /* valid for the life of the process, as all names of tags */
   int32_t device;
   cumempool_state state;
   uint64_t generation;   /* grows at each wake: physical pages changed, registrations are stale */

@@ -525,5 +525,25 @@ TEST_F(Abi, ProgressCountsTheBytesOfWhatIsCopied) {
   EXPECT_EQ(total, 4 * kGranule);
 }
 
+TEST(AbiNames, TheNameOfATagOutlivesWhatItWasReadFrom) {
+  const Host host;
+  cumempool_allocation_info found{};
+  const char* told = nullptr;
+  {
+    const Pool pool{host};
+    const cumempool_address address =
+        pool.malloc("a tag with a name that is not a short one", kGranule);
+    must(cumempool_find(nullptr, address, &found));
+    must(pool.sleep("a tag with a name that is not a short one", kOffload).status);
+    cumempool_snapshot* snapshot = nullptr;
+    must(cumempool_take_snapshot(pool.get(), 0, &snapshot));
+    std::size_t count = 0;
+    told = cumempool_snapshot_tags(snapshot, &count)->tag;
+    cumempool_snapshot_destroy(snapshot);
+  }
+  EXPECT_STREQ(found.tag, "a tag with a name that is not a short one");
+  EXPECT_STREQ(told, found.tag);
+}
+
 }  // namespace
 }  // namespace cumempool::tests

@@ -168,6 +168,18 @@ cumempool_status share(World& world) {
   return status;
 }
 
+cumempool_status declare(World& world) {
+  return cumempool_declare_tag(world.pool.get(), "a tag with a name that is not a short one",
+                               CUMEMPOOL_ON_SLEEP_DISCARD, CUMEMPOOL_ON_WAKE_ZERO);
+}
+
+cumempool_status pin(World& world) {
+  std::uint64_t pin = 0;
+  const cumempool_status status =
+      cumempool_pin(world.pool.get(), "kv", "a holder with a name that is not a short one", &pin);
+  return status == CUMEMPOOL_OK ? cumempool_unpin(world.pool.get(), pin) : status;
+}
+
 // Of a tag without memory.
 cumempool_status choose_memory(World& world) {
   const auto peer = static_cast<std::int32_t>(world.peer);
@@ -282,6 +294,8 @@ std::vector<Operation> operations() {
       {"Export", awake, export_memory},
       {"ExportOpenAndClose", awake, share},
       {"SetMemory", declared, choose_memory},
+      {"DeclareTag", awake, declare},
+      {"Pin", awake, pin},
       {"Prepare", awake, make_ready},
       {"Snapshot", asleep, look},
       {"ReadBackup", asleep, view},

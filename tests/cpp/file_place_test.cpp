@@ -2,11 +2,14 @@
 #include "backup/file_place.hpp"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <fstream>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -178,7 +181,7 @@ TEST_F(FilePlaceTest, R4_AnAlteredByteIsFoundWhereverItIs) {
   save_all(place, layout);
   for (std::size_t extent = 0; extent < layout.sizes.size(); ++extent) {
     const std::size_t position = layout.position(extent) + layout.sizes[extent] - 1;
-    std::byte* altered = place.view(position, 1, false);
+    const auto altered = place.view(position, 1, false);
     ASSERT_NE(altered, nullptr);
     *altered ^= std::byte{4};
     write(2);
@@ -242,12 +245,43 @@ TEST_F(FilePlaceTest, AViewIsTheContents) {
   for (std::size_t i = 0; i < layout.sizes.size(); ++i) {
     for (const std::size_t skipped : {std::size_t{0}, layout.sizes[i] / 2}) {
       const std::size_t bytes = layout.sizes[i] - skipped;
-      const std::byte* data = place.view(layout.position(i) + skipped, bytes, false);
+      const auto data = place.view(layout.position(i) + skipped, bytes, false);
       ASSERT_NE(data, nullptr);
       const auto* expected = bytes_at(memory.address() + layout.offset(i) + skipped);
-      EXPECT_EQ(std::memcmp(data, expected, bytes), 0) << i;
+      EXPECT_EQ(std::memcmp(data.get(), expected, bytes), 0) << i;
     }
   }
+}
+
+TEST_F(FilePlaceTest, TheFileIsMappedWhileAViewOfItLives) {
+  auto place = std::make_unique<FilePlace>(file, layout.bytes(), layout.sizes.size(), kSeed);
+  write(1);
+  save_all(*place, layout);
+  const auto mapped = [this] {
+    std::ifstream maps("/proc/self/maps");
+    struct stat status {};
+    EXPECT_EQ(fstat(file.fd(), &status), 0);
+    const std::string inode = " " + std::to_string(status.st_ino) + " ";
+    std::size_t count = 0;
+    for (std::string line; std::getline(maps, line);)
+      count += line.find(inode) != std::string::npos;
+    return count;
+  };
+  EXPECT_EQ(mapped(), 0U);
+  auto first = place->view(layout.position(0), 1, false);
+  auto second = place->view(layout.position(1), 1, false);
+  EXPECT_EQ(mapped(), 1U) << "they share it";
+  first.reset();
+  EXPECT_EQ(mapped(), 1U);
+  EXPECT_EQ(std::to_integer<std::uint8_t>(*second), *bytes_at(memory.address() + layout.offset(1)));
+  second.reset();
+  EXPECT_EQ(mapped(), 0U) << "what is written directly from now on has no old pages beneath it";
+  second = place->view(layout.position(1), 1, false);
+  EXPECT_EQ(mapped(), 1U);
+  place.reset();
+  EXPECT_EQ(mapped(), 1U) << "the place does not take it from under a view";
+  second.reset();
+  EXPECT_EQ(mapped(), 0U);
 }
 
 TEST_F(FilePlaceTest, ThereIsNoViewAcrossAGapOrPastTheEnd) {
@@ -266,9 +300,9 @@ TEST_F(FilePlaceTest, WhatIsWrittenThroughAViewComesBack) {
   FilePlace place(file, layout.bytes(), layout.sizes.size(), kSeed);
   write(1);
   save_all(place, layout);
-  std::byte* view = place.view(layout.position(5), layout.sizes[5], true);
+  const auto view = place.view(layout.position(5), layout.sizes[5], true);
   ASSERT_NE(view, nullptr);
-  std::memset(view, 7, layout.sizes[5]);
+  std::memset(view.get(), 7, layout.sizes[5]);
   load_all(place, layout);
   EXPECT_TRUE(all_are(memory.address() + layout.offset(5), layout.sizes[5], 7));
   EXPECT_TRUE(holds_pattern(memory.address(), layout.offset(4), layout.sizes[4], 1));

@@ -272,7 +272,7 @@ TEST_P(ImageOfAnyTier, ShowsItsBytesWhereTheyAreHostMemory) {
   const auto saved = image_of(scattered);
   save(*saved);
   const auto at = [&](std::size_t offset, std::size_t bytes) {
-    return saved->view(offset, bytes, false);
+    return saved->view(offset, bytes, false).get();
   };
   if (GetParam() == CUMEMPOOL_BACKUP_PEER) {
     EXPECT_EQ(at(0, 1), nullptr);
@@ -298,14 +298,14 @@ TEST_P(ImageOfAnyTier, WhatIsWrittenThroughAViewIsRestored) {
   const auto saved = whole();
   save(*saved);
   saved->set_digests(std::vector<cumempool_digest>(saved->slices().size(), {1, 1}));
-  std::byte* data = saved->view(kSliceBytes - 1, 2, true);
+  const auto data = saved->view(kSliceBytes - 1, 2, true);
   if (GetParam() == CUMEMPOOL_BACKUP_PEER) {
     EXPECT_EQ(data, nullptr);
     EXPECT_FALSE(saved->lent_for_writing());
     EXPECT_FALSE(saved->digests().empty());
     return;
   }
-  data[0] = data[1] = std::byte{0xEE};
+  data.get()[0] = data.get()[1] = std::byte{0xEE};
   EXPECT_TRUE(saved->lent_for_writing());
   EXPECT_TRUE(saved->digests().empty()) << "they no longer tell what it holds";
   restore(*saved);
@@ -364,9 +364,9 @@ TEST_P(ImageInHostMemory, AViewAcrossItsPiecesGathersThemAndOlderViewsStay) {
   const auto between = fragment(3);
   auto saved = image(GetParam(), {{0, kBytes}});
   save(*saved);
-  std::byte* const early = saved->view(0, 100, false);
+  std::byte* const early = saved->view(0, 100, false).get();
   const std::uint64_t before = arena().used_bytes();
-  std::byte* const all = saved->view(0, kBytes, false);
+  std::byte* const all = saved->view(0, kBytes, false).get();
   ASSERT_NE(all, nullptr);
   EXPECT_NE(all, early);
   EXPECT_EQ(arena().used_bytes(), before + kBytes) << "both are there";
@@ -374,7 +374,7 @@ TEST_P(ImageInHostMemory, AViewAcrossItsPiecesGathersThemAndOlderViewsStay) {
     ASSERT_EQ(static_cast<std::uint8_t>(all[i]), pattern_byte(i, 1)) << i;
   }
   EXPECT_EQ(static_cast<std::uint8_t>(early[99]), pattern_byte(99, 1));
-  EXPECT_EQ(saved->view(7, 100, false), all + 7) << "it is in one piece from now on";
+  EXPECT_EQ(saved->view(7, 100, false).get(), all + 7) << "it is in one piece from now on";
   write(2);
   restore(*saved);
   EXPECT_TRUE(holds(0, kBytes, 1));
@@ -434,14 +434,14 @@ TEST(LargeImage, CrossesBlocks) {
     EXPECT_EQ(faults.calls("copy_to_device"), 2U) << "one per block, before a view joins them";
     EXPECT_TRUE(holds_pattern(memory.address(), kLarge, 1));
     const std::uint64_t used = arena.used_bytes();
-    std::byte* const view = saved.view(63 * kMiB, 3 * kMiB, false);
+    const auto view = saved.view(63 * kMiB, 3 * kMiB, false);
     ASSERT_NE(view, nullptr);
     EXPECT_EQ(arena.used_bytes(), used) << "blocks lie side by side: nothing to gather";
-    EXPECT_TRUE(
-        holds_pattern(reinterpret_cast<std::uintptr_t>(view) - 63 * kMiB, 63 * kMiB, 3 * kMiB, 1));
+    EXPECT_TRUE(holds_pattern(reinterpret_cast<std::uintptr_t>(view.get()) - 63 * kMiB, 63 * kMiB,
+                              3 * kMiB, 1));
     write_pattern(memory.address(), kLarge, 2);
     // As a program copies: in one call.
-    queue.to_device(memory.address() + 63 * kMiB, view, 3 * kMiB);
+    queue.to_device(memory.address() + 63 * kMiB, view.get(), 3 * kMiB);
     queue.drain();
     EXPECT_TRUE(holds_pattern(memory.address(), 63 * kMiB, 3 * kMiB, 1));
     saved.restore(transfer, memory.address());
