@@ -235,6 +235,48 @@ def test_out_of_memory_where_tensors_are_replaced_by_larger_ones_names_the_way_o
     del model, blocker
 
 
+class Layer(torch.nn.Module):
+    def __init__(self, size: int, device: torch.device) -> None:
+        super().__init__()
+        data = torch.ones(size, dtype=torch.uint8, device=device)
+        self.weight = torch.nn.Parameter(data, requires_grad=False)
+
+    def pad(self) -> torch.Tensor:
+        size = self.weight.numel()
+        padded = torch.zeros(size + 4 * MIB, dtype=torch.uint8, device=self.weight.device)
+        padded[:size].copy_(self.weight)
+        return padded
+
+
+@pytest.mark.parametrize("replaced_by", ["registration", "data"])
+def test_weights_that_a_module_replaces_in_a_scope_need_no_more_room_than_outside(
+    allocator: cumempool.CuMemAllocator, gpu: torch.device, replaced_by: str
+) -> None:
+    layers, size = 48, 64 * MIB
+    torch.cuda.empty_cache()
+    room = int(1.3 * layers * (size + 4 * MIB))
+    free = torch.cuda.mem_get_info()[0]
+    blocker = torch.empty(free - room, dtype=torch.uint8, device=gpu)
+    with allocator.use_memory_pool("weights") as scope:
+        model = [Layer(size, gpu) for _ in range(layers)]
+        for number, layer in enumerate(model):
+            if replaced_by == "registration":
+                layer.weight = torch.nn.Parameter(layer.pad(), requires_grad=False)
+            else:
+                layer.weight.data = layer.pad()
+                if number % 4 == 3:
+                    assert scope.release_unused()
+    del blocker
+    held = allocator.stats().tags["weights"].awake_bytes
+    assert held <= layers * (size + 4 * MIB) + 8 * GRANULE
+    assert all(allocator.tag_of(layer.weight) == "weights" for layer in model)
+    allocator.sleep(tags="weights")
+    allocator.wake_up()
+    for layer in model:
+        assert int(layer.weight[size - 1]) == 1
+        assert int(layer.weight[size]) == 0
+
+
 @needs_notes
 def test_out_of_memory_by_the_limit_of_torch_says_what_it_counts_of_what_sleeps(
     allocator: cumempool.CuMemAllocator, gpu: torch.device

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -82,6 +83,7 @@ class FakeTorch:
         monkeypatch.setattr(_torch.routing, "_idle_pools", {})
         monkeypatch.setattr(_torch.routing, "_fresh_pools", {})
         monkeypatch.setattr(_torch.routing, "_held", _torch.routing._HeldPools())
+        monkeypatch.setattr(_torch.routing, "_routes", [])
 
     def call(self, name: str) -> Callable[[int, tuple[int, int]], None]:
         name = name.removeprefix("_cuda_")
@@ -259,6 +261,157 @@ def test_an_end_that_fails_still_puts_the_settings_back(
     with pytest.raises(RuntimeError, match="failed"):
         route.end()
     assert len(restored) == 1
+
+
+# ---- renewed routes
+
+
+def test_a_renewed_route_gives_unused_segments_back_and_goes_on_in_a_fresh_pool(
+    fake: FakeTorch,
+) -> None:
+    route = PoolRoute(1, [0])
+    route.begin()
+    fake.hold(1, "inactive")
+    fake.hold(1, "active_allocated")
+    fake.events.clear()
+    assert route.renew()
+    assert fake.events == [*ended(0, 1), "empty_cache", f"{BEGIN} 0 (0, 2)"]
+    assert len(fake.segments) == 1
+    fake.segments[0]["blocks"][0]["state"] = "inactive"
+    assert route.renew()
+    assert fake.segments == []
+    route.end()
+    assert not _torch.routing._open_pools
+
+
+def test_a_route_is_not_renewed_while_others_are_routed_to_or_a_graph_is_captured(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route, other = PoolRoute(1, [0]), PoolRoute(2, [0])
+    everywhere = PoolRoute(3, [0], all_threads=True)
+    refused = []
+    assert not route.renew()
+    route.begin()
+    thread = threading.Thread(target=lambda: refused.append(not route.renew()))
+    thread.start()
+    thread.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(_torch.runtime, "is_capturing", lambda: True)
+        refused.append(not route.renew())
+    other.begin()
+    refused += [not route.renew(), not other.renew()]
+    other.end()
+    route.end()
+    everywhere.begin()
+    refused.append(not everywhere.renew())
+    everywhere.end()
+    assert refused == [True] * 5
+    assert fake.events.count("endAllocateToPool 0 (0, 1)") == 1
+
+
+def test_a_route_that_cannot_begin_again_says_so_and_can_be_ended(fake: FakeTorch) -> None:
+    route = PoolRoute(1, [0])
+    route.begin()
+    fake.failing.add(f"{BEGIN} 0 (0, 2)")
+    with pytest.raises(RuntimeError, match="failed"):
+        route.renew()
+    route.end()
+    assert not _torch.routing._open_pools
+    assert not _torch.routing._routes
+
+
+class CudaParameter(torch.nn.Parameter):
+    """A parameter that says it is on device 0."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def renewals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every renewal, whose place among routes is not asked for."""
+    counted: list[int] = []
+    renew = PoolRoute.renew
+
+    def counting(route: PoolRoute) -> bool:
+        counted.append(len(counted))
+        return renew(route)
+
+    monkeypatch.setattr(PoolRoute, "renew", counting)
+    monkeypatch.setattr(PoolRoute, "_is_innermost", lambda self, device: True)
+    return counted
+
+
+def replace_weights(fake: FakeTorch, count: int, size: int) -> int:
+    """Replaces a module's weight in a scope; each leaves a segment. The most that was unused."""
+    layer = torch.nn.Linear(1, 1)
+    most = 0
+    for _ in range(count):
+        layer.weight = CudaParameter(torch.zeros(1, 1))
+        fake.hold(len(fake.made), "inactive")
+        fake.segments[-1]["blocks"][0]["size"] = size
+        most = max(most, sum(segment["blocks"][0]["size"] for segment in fake.segments))
+    return most
+
+
+def test_a_module_that_replaces_its_weights_in_a_scope_leaves_little_unused(
+    fake: FakeTorch, renewals: list[int]
+) -> None:
+    route = PoolRoute(1, [0])
+    route.begin()
+    assert replace_weights(fake, 64, 32 << 20) <= 160 << 20
+    route.end()
+    assert len(renewals) > 8
+    assert fake.segments == []
+    assert not torch.nn.modules.module._global_parameter_registration_hooks
+    assert not torch.nn.modules.module._global_buffer_registration_hooks
+
+
+def test_small_replacements_are_left_to_the_end_of_the_scope(
+    fake: FakeTorch, renewals: list[int]
+) -> None:
+    route = PoolRoute(1, [0])
+    route.begin()
+    replace_weights(fake, 15, 4 << 20)
+    assert renewals == []
+    route.end()
+    assert fake.segments == []
+
+
+def test_parameters_of_other_devices_and_threads_renew_nothing(
+    fake: FakeTorch, renewals: list[int]
+) -> None:
+    route = PoolRoute(1, [1])
+    route.begin()
+    replace_weights(fake, 8, 64 << 20)
+    route.end()
+    route = PoolRoute(1, [0])
+    route.begin()
+    thread = threading.Thread(target=replace_weights, args=(fake, 8, 64 << 20))
+    thread.start()
+    thread.join()
+    torch.nn.Linear(1, 1)  # on the CPU
+    route.end()
+    assert renewals == []
+
+
+def test_a_pool_of_others_inside_the_scope_keeps_the_route_as_it_is(
+    fake: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = 1 << 30
+    allocated = torch.zeros(1)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: allocated)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: address)
+    route = PoolRoute(1, [0])
+    route.begin()
+    for pool, expected in ((9, False), (1, True)):
+        fake.hold(pool, "active_allocated")
+        fake.segments[-1].update(address=address, total_size=2 << 20)
+        assert route._is_innermost(0) is expected
+        fake.segments.clear()
+    route.end()
 
 
 # ---- unused segments

@@ -222,6 +222,19 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         elif error is None and self._driver_name == "host" and self._mallocs == self._mallocs_now():
             _warn_unrouted(self.tag)
 
+    def release_unused(self) -> bool:
+        """Gives segments in which nothing is in use back to the device, inside the scope.
+
+        torch frees segments of a pool only once it is not routed to, and uses none for a larger
+        request, so tensors that are replaced by larger ones add up. As modules register parameters
+        or buffers in place of others, this is done without a call.
+
+        Returns:
+            Whether it was done. It is not on `host`, in a scope for all threads, while another
+            scope is open in any thread, during a capture, or by another thread.
+        """
+        return self._route is not None and self._route.renew()
+
     def _mallocs_now(self) -> int:
         return int(self._allocator._core.snapshot(False)["totals"]["malloc_calls"])
 
@@ -245,9 +258,9 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         if inside:
             notes.append(
                 f"{format_bytes(inside)} are free in segments of the scope's pool, which torch "
-                "neither gives back while the scope is open nor uses for what is larger; where "
-                "tensors are replaced by larger ones, make them outside of the scope and adopt() "
-                "them afterwards, or leave the scope in between"
+                "neither gives back while the scope is open nor uses for what is larger; if "
+                "tensors are replaced by larger ones, call release_unused() of the scope in "
+                "between, or make them outside of the scope and adopt() them afterwards"
             )
         for device in self.devices or ():
             notes.extend(self._limit(device, _torch.memory_limit(device)))

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -175,6 +176,8 @@ class PoolRoute:
         self._all_threads = all_threads
         self._pools: list[PrivatePool] = []
         self._expandable = ExpandableSegmentsOff()
+        self._thread = 0
+        self._unused: dict[int, int] = {}  # the least that a device had unused since a renewal
 
     def begin(self) -> None:
         """Takes a pool per device and starts the routing. On failure nothing is routed.
@@ -186,6 +189,8 @@ class PoolRoute:
             self._expandable.begin()
             for device in self._devices:
                 self._begin_device(device)
+            self._thread = threading.get_ident()
+            _watch_registrations(self)
         except BaseException:
             self.end()
             raise
@@ -217,8 +222,57 @@ class PoolRoute:
         with contextlib.ExitStack() as stack:
             stack.callback(return_unused)
             stack.callback(self._expandable.end)
+            stack.callback(_unwatch_registrations, self)
             while self._pools:
                 stack.callback(_end_device, self._pools.pop(0), was_used)
+
+    def renew(self) -> bool:
+        """Gives unused segments back to the slot, and routes on to fresh pools.
+
+        torch frees no segment while any pool is routed to, so the routing ends for a moment.
+
+        Returns:
+            Whether it was done. It is not while another scope is open, for a route of all threads
+            or of another thread, or during a capture: nothing changes then.
+        """
+        if self._all_threads or self._thread != threading.get_ident() or runtime.is_capturing():
+            return False
+        with _pools_lock:
+            if not self._pools or _open_pools != {pool.id for pool in self._pools}:
+                return False
+        with contextlib.ExitStack() as stack:
+            stack.callback(return_unused, thorough=True)
+            while self._pools:
+                stack.callback(_end_device, self._pools.pop(0), lambda: True)
+        for device in self._devices:
+            self._begin_device(device)
+        self._unused.clear()
+        return True
+
+    def renew_if_worthwhile(self, device: int) -> None:
+        """Renews the route if much has become unused on a device since the last renewal."""
+        reserved, unused = _held_bytes(device)
+        least = self._unused[device] = min(self._unused.get(device, unused), unused)
+        if unused - least < max(_RENEWED_BYTES, reserved // _RENEWED_PART):
+            return
+        if not (self._is_innermost(device) and self.renew()):
+            self._unused[device] = unused  # later, once as much again is unused
+
+    def _is_innermost(self, device: int) -> bool:
+        """Whether torch sends an allocation of this thread here, and to no pool of others."""
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            return False  # tensors may have no memory at all
+        try:
+            with torch.inference_mode(False):
+                address = torch.empty(1, dtype=torch.uint8, device=f"cuda:{device}").data_ptr()
+        except torch.OutOfMemoryError:
+            return False
+        return any(
+            segment["address"] <= address < segment["address"] + segment["total_size"]
+            for pool in self._pools
+            if pool.device == device
+            for segment in snapshots.segments_of(pool.id)
+        )
 
 
 def _end_device(pool: PrivatePool, was_used: Callable[[], bool]) -> None:
@@ -245,6 +299,52 @@ def _end_device(pool: PrivatePool, was_used: Callable[[], bool]) -> None:
 _pools_lock = fork_safe_lock()
 # Pools that are routed to.
 _open_pools: set[PoolId] = set()
+# Routes that have begun, in that order.
+_routes: list[PoolRoute] = []
+# Torch's hooks on registrations, while there are routes.
+_registration_hooks: list[Any] = []
+
+#: How much of what torch holds on a device, and at least how many bytes, have to become unused
+#: inside a scope before its route is renewed: each renewal leaves segments behind that are in use
+#: in part.
+_RENEWED_PART: Final = 16
+_RENEWED_BYTES: Final = 64 << 20
+
+
+def _watch_registrations(route: PoolRoute) -> None:
+    with _pools_lock:
+        _routes.append(route)
+        if not _registration_hooks:
+            module = torch.nn.modules.module
+            _registration_hooks.extend(
+                (
+                    module.register_module_parameter_registration_hook(_on_registration),
+                    module.register_module_buffer_registration_hook(_on_registration),
+                )
+            )
+
+
+def _unwatch_registrations(route: PoolRoute) -> None:
+    with _pools_lock:
+        if route in _routes:
+            _routes.remove(route)
+        while _registration_hooks and not _routes:
+            _registration_hooks.pop().remove()
+
+
+def _on_registration(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Renews the only route, if worthwhile, as a module takes a parameter or buffer.
+
+    Loaders replace weights in this way, by tensors of another size, layer by layer.
+    """
+    if value is None or not value.is_cuda or len(_routes) != 1 or torch.compiler.is_compiling():
+        return
+    route = _routes[0]
+    device = value.get_device()
+    if device in route._devices and route._thread == threading.get_ident():
+        route.renew_if_worthwhile(device)
+
+
 # Pools that nothing was ever allocated in, one per slot and device at most.
 _idle_pools: dict[tuple[int, int], PrivatePool] = {}
 # Pools whose scope has ended and that torch may hold unused segments of, with their device.
@@ -380,12 +480,14 @@ def _return(unused: Mapping[PoolId, int], every: bool) -> None:
 
 def _releasable_bytes() -> int:
     """Bytes of segments of any pool that nothing uses, of the devices of pools that are held."""
-    total = 0
-    for device in set(_held.devices.values()):
-        stats = torch.cuda.memory_stats_as_nested_dict(device)
-        reserved, active, split = (
-            int(field_of(stats, name)["all"]["current"])
-            for name in ("reserved_bytes", "active_bytes", "inactive_split_bytes")
-        )
-        total += reserved - active - split
-    return total
+    return sum(_held_bytes(device)[1] for device in set(_held.devices.values()))
+
+
+def _held_bytes(device: int) -> tuple[int, int]:
+    """Bytes of torch's segments on a device, and of those in which nothing is in use."""
+    stats = torch.cuda.memory_stats_as_nested_dict(device)
+    reserved, active, split = (
+        int(field_of(stats, name)["all"]["current"])
+        for name in ("reserved_bytes", "active_bytes", "inactive_split_bytes")
+    )
+    return reserved, reserved - active - split
