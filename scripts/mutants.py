@@ -294,7 +294,18 @@ class Copy:
 
     def test_python(self, tests: Sequence[str]) -> str:
         """The first of these Python tests that fails, or "" where none does."""
-        command = [sys.executable, "-u", "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "pytest",
+            "-m",
+            "",
+            "-x",
+            "-v",
+            "-p",
+            "no:cacheprovider",
+        ]
         path = {"PYTHONPATH": str(self.folder / "package"), "PYTHONDONTWRITEBYTECODE": "1"}
         return watch([Run([*command, *tests], self.folder, "python.log", path)], self.patience)
 

@@ -21,6 +21,9 @@ MIB = 1 << 20
 #: What an allocation of the host driver is a multiple of.
 GRANULE = 2 * MIB
 
+#: Fixtures that start other processes.
+PROCESSES = frozenset({"importer", "run_python"})
+
 MakeAllocator = Callable[..., CuMemAllocator]
 RunPython = Callable[..., "Done"]
 
@@ -33,6 +36,13 @@ EVERY_DTYPE = sorted(
     },
     key=str,
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start other processes are extensive."""
+    for item in items:
+        if PROCESSES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.extensive)
 
 
 def random_bytes(count: int, seed: int = 0) -> torch.Tensor:

@@ -25,6 +25,8 @@ from cumempool import CuMemAllocator
 from cumempool.compat.torch_memory_saver import TorchMemorySaver
 from cumempool.compat.torch_memory_saver.graph_captures import GraphCaptures
 
+pytestmark = pytest.mark.extensive
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = json.loads(
     (ROOT / "tests" / "data" / "torch_memory_saver_surface.json").read_text(encoding="utf-8")

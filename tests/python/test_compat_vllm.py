@@ -37,6 +37,8 @@ from cumempool import (
 )
 from cumempool.compat import vllm as compat
 
+pytestmark = pytest.mark.extensive
+
 ROOT = Path(__file__).resolve().parents[2]
 #: A folder with vLLM's own files, as its wheel has them, or None.
 FILES = os.environ.get("CUMEMPOOL_VLLM_FILES")

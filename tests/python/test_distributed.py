@@ -35,6 +35,8 @@ from cumempool import (
 from cumempool.distributed import GroupReport, StoreGroup
 from cumempool.distributed.store import Channel
 
+pytestmark = pytest.mark.extensive
+
 # A server that has imported torch once, and from which processes are forked that use nothing of it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch.distributed", "cumempool.distributed"])

@@ -20,6 +20,8 @@ from conftest import RunPython
 import cumempool
 from cumempool.config import SETTINGS, settings_table
 
+pytestmark = pytest.mark.extensive
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")

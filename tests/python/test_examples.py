@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.extensive
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOT_RUN = 77
 

@@ -51,6 +51,8 @@ from cumempool import (
     open_shared,
 )
 
+pytestmark = pytest.mark.extensive
+
 NOBODY = 65534
 Act = Callable[[CuMemAllocator], object]
 

@@ -129,6 +129,7 @@ def test_every_exception_is_a_cumempool_error() -> None:
     assert all(issubclass(error, cumempool.CumempoolError) for error in errors)
 
 
+@pytest.mark.extensive
 def test_no_module_of_the_package_does_anything_when_it_is_imported(run_python: RunPython) -> None:
     """R11: but for the one that needs vLLM."""
     code = """

@@ -13,6 +13,8 @@ import cumempool
 from cumempool import CuMemAllocator, CuMemConfig
 from cumempool._locks import fork_safe_lock
 
+pytestmark = pytest.mark.extensive
+
 HOST = CuMemConfig(driver="host", host_driver_bytes=64 * MIB)
 MAKES_A_LOCK = re.compile(r"\b(Lock|RLock|Condition)\(")
 

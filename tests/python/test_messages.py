@@ -25,6 +25,8 @@ from cumempool import (
     _core,
 )
 
+pytestmark = pytest.mark.extensive
+
 QUEUED = "messages that were sent and not received yet"
 
 

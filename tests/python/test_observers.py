@@ -179,6 +179,7 @@ assert future.result() > 0
 }
 
 
+@pytest.mark.extensive
 @pytest.mark.parametrize("when", CANCELLED)
 def test_cancelling_a_preparation_says_what_is_true(run_python: RunPython, when: str) -> None:
     done = run_python(PREPARE.replace("CANCEL", CANCELLED[when]))

@@ -209,6 +209,7 @@ def browse(html: Path, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.extensive
 @pytest.mark.skipif(BROWSER is None, reason="no chromium is installed to look at the page with")
 @pytest.mark.parametrize("width", [1280, 480])
 def test_a_browser_shows_the_page(snapshot: Path, tmp_path: Path, width: int) -> None:

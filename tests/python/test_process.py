@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import RunPython
 
+pytestmark = pytest.mark.extensive
+
 SETUP = """
 import os, sys, torch
 from cumempool import CuMemAllocator

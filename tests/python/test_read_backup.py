@@ -109,6 +109,7 @@ def test_zero_size_tensors_of_anywhere(alloc: CuMemAllocator, size: tuple[int, .
         assert (backup.shape, backup.dtype, backup.device.type) == (size, torch.int16, "cpu")
 
 
+@pytest.mark.extensive
 def test_large_tensors_across_blocks_and_slices(alloc: CuMemAllocator, tier: str) -> None:
     alloc.use_memory_pool("t", backup=tier)
     sizes = [GRANULE + 1, 70 * MIB + 12345, 3 * MIB]

@@ -16,6 +16,8 @@ from cumempool.tools import selftest
 from cumempool.tools.cli import main
 from cumempool.tools.selftest import run_selftest
 
+pytestmark = pytest.mark.extensive
+
 CONFIG = CuMemConfig(driver="host")
 
 

@@ -49,6 +49,8 @@ from cumempool.sharing import wire
 from cumempool.sharing.importer import Endpoint
 from cumempool.sharing.wire import Wire, close_all
 
+pytestmark = pytest.mark.extensive
+
 NOBODY = 65534
 
 

@@ -348,6 +348,7 @@ def test_devices_are_those_of_cuda(cuda: SimulatedCuda, alloc: CuMemAllocator) -
         assert alloc.allocation_of(alloc.empty(1, device="cuda:0")).device == 0
 
 
+@pytest.mark.extensive
 @pytest.mark.parametrize(
     ("device", "why"),
     [
@@ -632,6 +633,7 @@ def test_what_is_shared_names_its_device_by_uuid(
         del opened
 
 
+@pytest.mark.extensive
 @pytest.mark.parametrize(
     ("device", "why"),
     [

@@ -89,6 +89,7 @@ def test_what_is_written_between_cycles_is_what_comes_back(alloc: CuMemAllocator
     assert info.state == "awake"
 
 
+@pytest.mark.extensive
 def test_sizes_around_granules_and_blocks_of_host_memory(make_allocator: MakeAllocator) -> None:
     allocator = make_allocator(mib=160)
     sizes = [1, GRANULE - 1, GRANULE, GRANULE + 1, 32 * MIB - 1, 32 * MIB + 1, 33 * MIB]
@@ -478,6 +479,7 @@ def test_transitions_without_anything_to_do(alloc: CuMemAllocator) -> None:
         assert dict(report.tags) == {}
 
 
+@pytest.mark.extensive
 def test_a_keyboard_interrupt_during_a_sleep_comes_when_the_sleep_is_done(
     make_allocator: MakeAllocator,
 ) -> None:

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.extensive
+
 ROOT = Path(__file__).resolve().parents[2]
 SOAK = ROOT / "scripts" / "soak.py"
 SHORT = ("--driver", "host", "--small", "--cycles", "15", "--sample-every", "2")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.extensive
+
 PROGRAM = Path(__file__).with_name("stress.py")
 
 

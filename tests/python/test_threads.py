@@ -42,6 +42,7 @@ def run_all(workers: list[Callable[[], None]], seconds: float = SECONDS) -> int:
     return min(rounds)
 
 
+@pytest.mark.extensive
 def test_eight_threads_work_while_another_sleeps_and_wakes_other_tags(
     make_allocator: MakeAllocator,
 ) -> None:

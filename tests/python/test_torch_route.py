@@ -539,6 +539,7 @@ def test_the_object_of_a_pool_stays_where_its_end_would_abort_or_somebody_has_it
     assert fake.destroyed == []
 
 
+@pytest.mark.extensive
 def test_what_a_scope_costs_does_not_grow_with_the_segments_that_torch_holds(
     fake: FakeTorch,
 ) -> None:

@@ -110,6 +110,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
+@pytest.mark.extensive
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_bit_for_bit_after_sleeping_between_steps(
     alloc: CuMemAllocator, name: str

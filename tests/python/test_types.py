@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cumempool import _core
+
+pytestmark = pytest.mark.extensive
 
 ROOT = Path(__file__).resolve().parents[2]
 

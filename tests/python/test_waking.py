@@ -264,6 +264,7 @@ def test_on_cuda_the_current_stream_of_the_tensors_device_waits(
     assert len(calls) == 1
 
 
+@pytest.mark.extensive
 def test_many_threads_sleep_and_wake_and_wait(alloc: CuMemAllocator) -> None:
     tensors = {tag: asleep(alloc, tag, count=3) for tag in "abcd"}
 
@@ -374,6 +375,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.extensive
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_interpreter_ends_quietly_while_a_wake_is_under_way(
     run_python: RunPython, ending: str
@@ -390,6 +392,7 @@ alloc.sleep(tags="t")
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
+@pytest.mark.extensive
 @pytest.mark.parametrize("ends", ["os._exit(3)", "sys.exit(3)"])
 def test_a_forked_child_has_no_wake_under_way(run_python: RunPython, ends: str) -> None:
     """R14."""
