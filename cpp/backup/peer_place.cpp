@@ -15,8 +15,8 @@ std::unique_ptr<PeerMemory::Piece> PeerMemory::acquire(
     std::size_t bytes) {
   retry();  // what is left over may be what is missing now
   const std::size_t whole = (bytes + granularity - 1) / granularity * granularity;
-  auto piece = std::make_unique<Piece>(
-      Piece{vmm::Allocation(driver_, ledger_, properties, whole, {properties.device, device}), {}});
+  auto piece = std::make_unique<Piece>(Piece{
+      vmm::Allocation(driver_, memory_stats_, properties, whole, {properties.device, device}), {}});
   try {
     piece->memory.map();
   } catch (const std::exception&) {

@@ -35,13 +35,13 @@ class PeerMemory {
   void release(std::unique_ptr<Piece> piece) noexcept;
   void retry() noexcept;
 
-  std::uint64_t held_bytes() const noexcept { return ledger_.physical_bytes; }
+  std::uint64_t held_bytes() const noexcept { return memory_stats_.physical_bytes; }
   // Nothing is held, addresses included.
-  bool empty() const noexcept { return ledger_.reserved_bytes == 0; }
+  bool empty() const noexcept { return memory_stats_.reserved_bytes == 0; }
 
  private:
   driver::Driver driver_;
-  vmm::Ledger ledger_;
+  vmm::MemoryStats memory_stats_;
   std::mutex mutex_;
   std::unique_ptr<Piece> left_;  // guarded by mutex_
 };

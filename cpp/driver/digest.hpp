@@ -28,7 +28,8 @@ class Digester {
 };
 
 // The digest of a multiple of CUMEMPOOL_DIGEST_ALIGNMENT bytes, at most 2^32.
-cumempool_digest digest_on_cpu(std::uint64_t seed, const std::byte* data, std::size_t bytes) noexcept;
+cumempool_digest digest_on_cpu(std::uint64_t seed, const std::byte* data,
+                               std::size_t bytes) noexcept;
 
 // Whether a device takes an extent of this address and size; there is no digest of nothing.
 constexpr bool digest_takes(std::uint64_t address, std::uint64_t bytes) noexcept {

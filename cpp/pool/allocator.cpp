@@ -208,12 +208,11 @@ void Allocator::check_peers(const MemoryChoice& choice) const {
 vmm::Allocation Allocator::make_memory(const MemoryChoice& choice, const Device& on,
                                        std::size_t bytes) {
   if (choice.backing == CUMEMPOOL_BACKING_CUDA_MALLOC) {
-    return {driver_, vmm::OrdinaryMemory(driver_, ledger_, on.ordinal(), bytes), on.ordinal(),
-            bytes};
+    return {driver_, memory_stats_, on.ordinal(), bytes};
   }
   cumempool_memory_properties properties = on.kind().properties;
   if (!choice.rdma) properties.rdma = 0;  // asks for less than what was tried (R8)
-  return {driver_, ledger_, properties, bytes, users_of(choice, on.ordinal())};
+  return {driver_, memory_stats_, properties, bytes, users_of(choice, on.ordinal())};
 }
 
 // The device that the memory is on, and its peers.
@@ -251,7 +250,7 @@ std::vector<int> Allocator::devices_in_use() const noexcept {
 }
 
 void Allocator::follow_use(Record& record, const std::vector<int>& in_use) noexcept {
-  if (one_device_ || record.memory.is_ordinary()) return;
+  if (one_device_ || !record.memory.can_extend()) return;
   try {
     if (!tags_.follows_use(*record.tag)) return;
     std::vector<int> peers;
@@ -456,13 +455,13 @@ void Allocator::close(bool force) {
   // From here on a repeated close goes on where this one fails.
   const std::vector<std::string> problems = give_everything_back();
   if (problems.empty() && !reaper_->holds_refused() && holds_nothing()) {
-    if (!ordinary_lives()) devices_.close();
+    if (!context_needed()) devices_.close();
     return;
   }
   Error error(CUMEMPOOL_DRIVER_ERROR,
               "the allocator is closed, but some memory was not given back");
   error.operation = "close";
-  error.bytes = ledger_.physical_bytes + stores_.pinned_bytes();
+  error.bytes = memory_stats_.physical_bytes + stores_.pinned_bytes();
   error.advice = "close it again; where the driver refuses for good, end the process";
   error.secondary = problems;
   throw error;
@@ -493,10 +492,10 @@ bool Allocator::holds_nothing() const {
   return stores_.pinned_bytes() == 0 && stores_.peers().empty();
 }
 
-// It needs its context until it is freed.
-bool Allocator::ordinary_lives() {
+// Memory that cannot sleep is still there, and needs its context until it is freed.
+bool Allocator::context_needed() {
   bool lives = false;
-  records_.for_each([&](const Record& record) { lives = lives || record.memory.is_ordinary(); });
+  records_.for_each([&](const Record& record) { lives = lives || !record.memory.can_sleep(); });
   return lives;
 }
 
@@ -519,10 +518,10 @@ void Allocator::refuse_close_in_use() {
   throw error;
 }
 
-// Physical memory and backup go; the address stays reserved until the program frees it. Ordinary
-// memory stays as it is until then: the driver would give its address to others.
+// Physical memory and backup go; the address stays reserved until the program frees it. Memory that
+// cannot sleep stays as it is until then: the driver would give its address to others.
 void Allocator::vacate(Record& record) {
-  if (record.memory.is_ordinary()) return;
+  if (!record.memory.can_sleep()) return;
   if (record.memory.mapped()) driver_.fence(record.memory.access());
   record.memory.unmap();
   std::shared_ptr<backup::Image> dropped;

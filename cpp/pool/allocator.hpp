@@ -21,7 +21,7 @@
 #include "pool/record_set.hpp"
 #include "pool/tag.hpp"
 #include "pool/turnstile.hpp"
-#include "vmm/ledger.hpp"
+#include "vmm/backing.hpp"
 
 namespace cumempool::pool {
 
@@ -138,7 +138,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   const std::optional<BackupChoice>& overflow() const noexcept { return overflow_; }
   // Of digests; nobody outside the process knows it.
   std::uint64_t digest_seed() const noexcept { return digest_seed_; }
-  const vmm::Ledger& ledger() const noexcept { return ledger_; }
+  const vmm::MemoryStats& memory_stats() const noexcept { return memory_stats_; }
   Counters& counters() noexcept { return counters_; }
   Progress& progress() noexcept { return progress_; }
 
@@ -157,14 +157,14 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   std::uint64_t trim_stores();
   void release_stranded(int device) noexcept;
   bool holds_nothing() const;
-  bool ordinary_lives();
+  bool context_needed();
 
   driver::Driver driver_;
   const std::shared_ptr<Reaper> reaper_;
   const bool retains_backups_;
   const std::optional<BackupChoice> overflow_;
   const std::uint64_t digest_seed_;
-  vmm::Ledger ledger_;
+  vmm::MemoryStats memory_stats_;
   Counters counters_;
   Progress progress_;
   TagTable tags_;

@@ -31,7 +31,7 @@ void refuse_to_sleep(Allocator& allocator, const char* operation, const Record& 
     annotate(error, operation, &record);
     throw error;
   }
-  if (record.memory.is_ordinary()) {
+  if (!record.memory.can_sleep()) {
     Error error(CUMEMPOOL_UNSUPPORTED, "its memory is of cudaMalloc, which cannot sleep");
     error.advice = "leave the tag out, or give it backing='vmm'";
     annotate(error, operation, &record);

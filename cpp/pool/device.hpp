@@ -14,7 +14,7 @@
 #include "backup/place.hpp"
 #include "backup/staged_copies.hpp"
 #include "driver/driver.hpp"
-#include "vmm/properties.hpp"
+#include "vmm/probe.hpp"
 
 namespace cumempool::pool {
 

@@ -213,7 +213,7 @@ void Reaper::work_off(Lock& lock) noexcept {
     bool given_back = !record->memory.mapped() || fences.cover(*record);
     if (given_back) {
       std::optional<Step> step;  // of what may wait for a device; unmapping does not (C11)
-      if (record->memory.is_ordinary()) step.emplace(*this);
+      if (record->memory.free_waits()) step.emplace(*this);
       given_back = record->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS;
     }
     finish(std::move(record), given_back);

@@ -16,7 +16,7 @@ Error refusal(cumempool_status status, const char* why, const char* advice) {
 }
 
 void refuse(Allocator& allocator, const Record& record, std::uint32_t handle_type) {
-  if (record.memory.is_ordinary()) {
+  if (!record.memory.can_export()) {
     throw refusal(CUMEMPOOL_UNSUPPORTED, "memory of cudaMalloc has no handle to export",
                   "share it with torch's own means, or give the tag backing='vmm'");
   }

@@ -27,8 +27,7 @@ cumempool_allocation_info describe(const Record& record) {
   }
   info.sequence = record.sequence;
   info.preserved = record.preserved ? 1 : 0;
-  info.backing =
-      record.memory.is_ordinary() ? CUMEMPOOL_BACKING_CUDA_MALLOC : CUMEMPOOL_BACKING_VMM;
+  info.backing = record.memory.kind();
   return info;
 }
 
@@ -87,9 +86,10 @@ class Collector {
     if (allocations_) snapshot_.allocations.push_back(info);
   }
 
-  // Of ordinary memory what virtual memory of the device would have.
+  // Where the driver chooses them, those that virtual memory of the device would have.
   const cumempool_memory_properties& properties_of(const Record& record) {
-    return record.memory.is_ordinary() ? kinds_[record.device] : record.memory.properties();
+    const cumempool_memory_properties* own = record.memory.properties();
+    return own != nullptr ? *own : kinds_[record.device];
   }
 
   // Of a tag on the device of a record; null: of a tag without any.
@@ -117,9 +117,9 @@ class Collector {
   // Under the records' lock: later, the memory of records that were counted may have gone back.
   void held() {
     cumempool_totals& totals = snapshot_.totals;
-    totals.reserved_address_bytes = allocator_.ledger().reserved_bytes;
-    totals.physical_bytes = allocator_.ledger().physical_bytes;
-    totals.mapped_bytes = allocator_.ledger().mapped_bytes;
+    totals.reserved_address_bytes = allocator_.memory_stats().reserved_bytes;
+    totals.physical_bytes = allocator_.memory_stats().physical_bytes;
+    totals.mapped_bytes = allocator_.memory_stats().mapped_bytes;
   }
 
   void total() {

@@ -1,17 +1,80 @@
-// Tries one granule of a device for real: create, map, write, read back, return.
+// Tries a device's memory for real.
 #include "vmm/probe.hpp"
 
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 
 #include "vmm/allocation.hpp"
-#include "vmm/properties.hpp"
 
 namespace cumempool::vmm {
+namespace {
+
+// Physical memory without an address.
+class Granule {
+ public:
+  Granule(driver::Driver driver, std::size_t bytes, const cumempool_memory_properties& properties)
+      : driver_(driver), handle_(driver.create(bytes, &properties)) {}
+  ~Granule() { driver_.table().release(driver_.table().self, handle_); }
+  Granule(const Granule&) = delete;
+  Granule& operator=(const Granule&) = delete;
+
+  cumempool_physical handle() const noexcept { return handle_; }
+
+ private:
+  driver::Driver driver_;
+  cumempool_physical handle_;
+};
+
+void try_export(driver::Driver driver, int device, cumempool_physical memory, std::uint32_t type) {
+  const auto& table = driver.table();
+  if (type == CUMEMPOOL_HANDLE_POSIX_FD) {
+    int fd = -1;
+    driver::check(table, "export_handle", table.export_handle(table.self, memory, type, &fd),
+                  device);
+    ::close(fd);
+    return;
+  }
+  std::array<unsigned char, CUMEMPOOL_FABRIC_HANDLE_BYTES> exported{};
+  driver::check(table, "export_handle",
+                table.export_handle(table.self, memory, type, exported.data()), device);
+}
+
+MemoryKind try_kind(driver::Driver driver, const cumempool_memory_properties& properties) {
+  const std::size_t granularity = driver.granularity(&properties);
+  const Granule granule(driver, granularity, properties);
+  for (const std::uint32_t type : {CUMEMPOOL_HANDLE_POSIX_FD, CUMEMPOOL_HANDLE_FABRIC}) {
+    if ((properties.handle_types & type) != 0) {
+      try_export(driver, properties.device, granule.handle(), type);
+    }
+  }
+  return {properties, granularity};
+}
+
+}  // namespace
+
+MemoryKind choose_memory_kind(driver::Driver driver, int device) {
+  constexpr std::uint32_t kBoth = CUMEMPOOL_HANDLE_POSIX_FD | CUMEMPOOL_HANDLE_FABRIC;
+  std::optional<Error> last;
+  for (const std::uint32_t types : {kBoth, std::uint32_t{CUMEMPOOL_HANDLE_POSIX_FD}, 0U}) {
+    for (const std::uint32_t rdma : {1U, 0U}) {
+      try {
+        return try_kind(driver, {device, types, rdma, 0});
+      } catch (const Error& error) {
+        // A full device says nothing about properties: freezing a lesser kind now would be wrong.
+        if (error.status == CUMEMPOOL_OUT_OF_MEMORY) throw;
+        last = error;
+      }
+    }
+  }
+  throw *last;
+}
+
 namespace {
 
 constexpr unsigned char kPattern = 0xA5;
@@ -75,8 +138,8 @@ class PrivateStream {
 
 // Returns whether the host memory was pinned.
 bool write_and_read_back(driver::Driver driver, int device, const MemoryKind& kind) {
-  Ledger ledger;
-  Allocation granule(driver, ledger, kind.properties, kind.granularity);
+  MemoryStats stats;
+  Allocation granule(driver, stats, kind.properties, kind.granularity);
   granule.map();
   const HostPage page(driver, device);
   const PrivateStream stream(driver, device);

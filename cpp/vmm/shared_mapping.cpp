@@ -3,20 +3,20 @@
 
 #include <exception>
 #include <mutex>
-#include <optional>
 #include <utility>
 
-#include "vmm/ledger.hpp"
-#include "vmm/mapping.hpp"
-#include "vmm/physical_memory.hpp"
-#include "vmm/reservation.hpp"
+#include "vmm/backing.hpp"
 
 namespace cumempool::vmm {
 
 // What a mapping holds of the driver, in the order of its making; destroyed last to first.
 struct SharedParts {
   SharedParts(driver::Driver of, int on_device, std::size_t size)
-      : driver(of), device(on_device), context(of, on_device), range(of, ledger, size) {}
+      : driver(of),
+        device(on_device),
+        bytes(size),
+        context(of, on_device),
+        memory(of, stats, {on_device, 0, 0, 0}, size) {}
 
   void open(std::uint32_t handle_type, const void* exported, cumempool_access access);
   // Step by step, each once the one before has succeeded. Throws Error; may be repeated.
@@ -24,11 +24,10 @@ struct SharedParts {
 
   driver::Driver driver;
   int device;
-  Ledger ledger;
+  std::size_t bytes;
+  MemoryStats stats;
   driver::RetainedContext context;
-  Reservation range;
-  std::optional<PhysicalMemory> physical;
-  std::optional<Mapping> mapping;
+  VmmBacking memory;
   std::unique_ptr<SharedParts> next;  // of those that are kept
 };
 
@@ -36,27 +35,19 @@ void SharedParts::open(std::uint32_t handle_type, const void* exported, cumempoo
   const auto& table = driver.table();
   cumempool_physical imported = 0;
   driver::check(table, "import_handle",
-                table.import_handle(table.self, exported, handle_type, &imported), device,
-                range.bytes());
-  physical.emplace(driver, ledger, range.bytes(), imported);
-  mapping.emplace(driver, ledger, range, *physical);
-  mapping->give_access({device}, access);
+                table.import_handle(table.self, exported, handle_type, &imported), device, bytes);
+  memory.adopt(imported);
+  memory.map({device}, access);
 }
 
 void SharedParts::give_back() {
   const auto& table = driver.table();
-  if (mapping) {
-    if (mapping->accessible()) {  // the one device, without a list that takes memory
-      driver::check(table, "fence", table.fence(table.self, &device, 1), device, range.bytes());
-    }
-    driver::check(table, "unmap", mapping->release(), device, range.bytes());
-    mapping.reset();
+  if (memory.mapped()) {  // the one device, without a list that takes memory
+    driver::check(table, "fence", table.fence(table.self, &device, 1), device, bytes);
   }
-  if (physical) {
-    driver::check(table, "release", physical->release(), device, range.bytes());
-    physical.reset();
-  }
-  driver::check(table, "unreserve", range.release(), device, range.bytes());
+  driver::check(table, "unmap", memory.unmap(), device, bytes);
+  driver::check(table, "release", memory.release_physical(), device, bytes);
+  driver::check(table, "unreserve", memory.release_addresses(), device, bytes);
 }
 
 namespace {
@@ -146,7 +137,7 @@ SharedMapping::~SharedMapping() {
   if (parts_ != nullptr) keep(std::move(parts_));
 }
 
-cumempool_address SharedMapping::address() const noexcept { return parts_->range.address(); }
+cumempool_address SharedMapping::address() const noexcept { return parts_->memory.address(); }
 
 void SharedMapping::close() {
   retry_leftovers(parts_->driver.table(), keep);

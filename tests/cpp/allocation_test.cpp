@@ -1,4 +1,5 @@
-// One allocation of the vmm layer: its states, what a failing step undoes, and its ledger (R13).
+// One allocation of the vmm layer: its states, what a failing step undoes, and its statistics
+// (R13).
 #include "vmm/allocation.hpp"
 
 #include <gtest/gtest.h>
@@ -21,15 +22,15 @@ class AllocationTest : public ::testing::Test {
   static constexpr std::size_t kBytes = 2 * kGranule;
 
   Allocation make(std::size_t bytes = kBytes) {
-    Allocation allocation(driver::Driver(faults.table()), ledger, properties, bytes);
+    Allocation allocation(driver::Driver(faults.table()), stats, properties, bytes);
     allocation.map();
     return allocation;
   }
 
-  void expect_ledger(std::uint64_t reserved, std::uint64_t physical, std::uint64_t mapped) const {
-    EXPECT_EQ(ledger.reserved_bytes, reserved);
-    EXPECT_EQ(ledger.physical_bytes, physical);
-    EXPECT_EQ(ledger.mapped_bytes, mapped);
+  void expect_stats(std::uint64_t reserved, std::uint64_t physical, std::uint64_t mapped) const {
+    EXPECT_EQ(stats.reserved_bytes, reserved);
+    EXPECT_EQ(stats.physical_bytes, physical);
+    EXPECT_EQ(stats.mapped_bytes, mapped);
     const auto counters = host.counters();
     EXPECT_EQ(counters.reserved_bytes, reserved);
     EXPECT_EQ(counters.charged_bytes, physical);
@@ -40,7 +41,7 @@ class AllocationTest : public ::testing::Test {
 
   Host host;
   FaultDriver faults{host.table()};
-  vmm::Ledger ledger;
+  vmm::MemoryStats stats;
   cumempool_memory_properties properties{0, 0, 0, 0};
 };
 
@@ -50,21 +51,21 @@ TEST_F(AllocationTest, R2_IsUsableAtOneAddressThroughAllItsStates) {
   EXPECT_TRUE(allocation.mapped());
   EXPECT_EQ(allocation.bytes(), kBytes);
   write_pattern(address, kBytes, 1);
-  expect_ledger(kBytes, kBytes, kBytes);
+  expect_stats(kBytes, kBytes, kBytes);
 
   allocation.unmap();
   EXPECT_FALSE(allocation.mapped());
   EXPECT_TRUE(allocation.holds_physical());
-  expect_ledger(kBytes, kBytes, 0);
+  expect_stats(kBytes, kBytes, 0);
 
   EXPECT_EQ(allocation.release_physical(), CUMEMPOOL_RESULT_SUCCESS);
   EXPECT_FALSE(allocation.holds_physical());
-  expect_ledger(kBytes, 0, 0);
+  expect_stats(kBytes, 0, 0);
 
   allocation.map();
   EXPECT_EQ(allocation.address(), address);
   EXPECT_FALSE(holds_pattern(address, kBytes, 1)) << "other physical memory";
-  expect_ledger(kBytes, kBytes, kBytes);
+  expect_stats(kBytes, kBytes, kBytes);
 }
 
 TEST_F(AllocationTest, R4_DetachedMemoryKeepsItsContentsAndNeedsNoMemoryToComeBack) {
@@ -85,14 +86,14 @@ TEST_F(AllocationTest, RepeatedStepsDoNothing) {
   EXPECT_EQ(allocation.release_physical(), CUMEMPOOL_RESULT_SUCCESS);
   EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_SUCCESS);
   EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_SUCCESS);
-  expect_ledger(0, 0, 0);
+  expect_stats(0, 0, 0);
 }
 
 TEST_F(AllocationTest, R13_AFailedMakingHoldsNothing) {
   for (const char* entry : {"reserve", "create", "map", "set_access"}) {
     fail_next(entry);
     EXPECT_THROW(make(), Error) << entry;
-    expect_ledger(0, 0, 0);
+    expect_stats(0, 0, 0);
   }
   EXPECT_EQ(faults.failures(), 4U);
 }
@@ -105,7 +106,7 @@ TEST_F(AllocationTest, R4_AFailedMapUndoesOnlyItsOwnSteps) {
     fail_next(entry);
     EXPECT_THROW(allocation.map(), Error) << entry;
     EXPECT_TRUE(allocation.holds_physical()) << entry;
-    expect_ledger(kBytes, kBytes, 0);
+    expect_stats(kBytes, kBytes, 0);
   }
   allocation.map();
   EXPECT_TRUE(holds_pattern(allocation.address(), kBytes, 1));
@@ -116,7 +117,7 @@ TEST_F(AllocationTest, R4_AFailedMapUndoesOnlyItsOwnSteps) {
     fail_next(entry);
     EXPECT_THROW(allocation.map(), Error) << entry;
     EXPECT_FALSE(allocation.holds_physical()) << entry;
-    expect_ledger(kBytes, 0, 0);
+    expect_stats(kBytes, 0, 0);
   }
 }
 
@@ -128,10 +129,10 @@ TEST_F(AllocationTest, R4_WhatAFailedMapCouldNotUndoIsUsedByTheNextOne) {
   fail_next("unmap");
   EXPECT_THROW(allocation.map(), Error);
   EXPECT_FALSE(allocation.mapped()) << "mapped without access is not usable";
-  expect_ledger(kBytes, kBytes, kBytes);
+  expect_stats(kBytes, kBytes, kBytes);
   allocation.map();
   EXPECT_TRUE(allocation.mapped());
-  expect_ledger(kBytes, kBytes, kBytes);
+  expect_stats(kBytes, kBytes, kBytes);
   write_pattern(allocation.address(), kBytes, 1);
 }
 
@@ -142,7 +143,7 @@ TEST_F(AllocationTest, R4_AFailedUnmapLeavesItMapped) {
   EXPECT_THROW(allocation.unmap(), Error);
   EXPECT_TRUE(allocation.mapped());
   EXPECT_TRUE(holds_pattern(allocation.address(), kBytes, 1));
-  expect_ledger(kBytes, kBytes, kBytes);
+  expect_stats(kBytes, kBytes, kBytes);
 }
 
 TEST_F(AllocationTest, R13_ATeardownStopsAtTheFirstFailureAndGoesOnLater) {
@@ -155,9 +156,9 @@ TEST_F(AllocationTest, R13_ATeardownStopsAtTheFirstFailureAndGoesOnLater) {
     Allocation allocation = make();
     fail_next(entry);
     EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_OUT_OF_MEMORY) << entry;
-    expect_ledger(left[0], left[1], left[2]);
+    expect_stats(left[0], left[1], left[2]);
     EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_SUCCESS) << entry;
-    expect_ledger(0, 0, 0);
+    expect_stats(0, 0, 0);
   }
 }
 
@@ -166,23 +167,23 @@ TEST_F(AllocationTest, R13_MovingKeepsOneOwner) {
   {
     const Allocation second = std::move(first);
     EXPECT_TRUE(second.mapped());
-    expect_ledger(kBytes, kBytes, kBytes);
+    expect_stats(kBytes, kBytes, kBytes);
   }
-  expect_ledger(0, 0, 0);
+  expect_stats(0, 0, 0);
 }
 
-// ---- ordinary memory, peers ---------------------------------------------------------------------
+// ---- cudaMalloc, peers --------------------------------------------------------------------------
 
-class OrdinaryAllocation : public AllocationTest {
+class CudaMallocAllocation : public AllocationTest {
  protected:
-  Allocation make_ordinary() {
+  Allocation make_cuda_malloc() {
     const driver::Driver driver(faults.table());
-    return {driver, vmm::OrdinaryMemory(driver, ledger, 0, kBytes), 0, kBytes};
+    return {driver, stats, 0, kBytes};
   }
   void expect_held(std::uint64_t bytes) const {
-    EXPECT_EQ(ledger.physical_bytes, bytes);
-    EXPECT_EQ(ledger.mapped_bytes, bytes);
-    EXPECT_EQ(ledger.reserved_bytes, 0U);
+    EXPECT_EQ(stats.physical_bytes, bytes);
+    EXPECT_EQ(stats.mapped_bytes, bytes);
+    EXPECT_EQ(stats.reserved_bytes, 0U);
     EXPECT_EQ(host.counters().charged_bytes, bytes);
     EXPECT_EQ(host.counters().allocations, bytes / kBytes);
   }
@@ -190,9 +191,13 @@ class OrdinaryAllocation : public AllocationTest {
   driver::RetainedContext context{driver::Driver(host.table()), 0};
 };
 
-TEST_F(OrdinaryAllocation, IsMappedForLife) {
-  Allocation allocation = make_ordinary();
-  EXPECT_TRUE(allocation.is_ordinary());
+TEST_F(CudaMallocAllocation, IsMappedForLife) {
+  Allocation allocation = make_cuda_malloc();
+  EXPECT_EQ(allocation.kind(), CUMEMPOOL_BACKING_CUDA_MALLOC);
+  EXPECT_FALSE(allocation.can_sleep());
+  EXPECT_FALSE(allocation.can_export());
+  EXPECT_FALSE(allocation.can_extend());
+  EXPECT_TRUE(allocation.free_waits());
   EXPECT_TRUE(allocation.mapped());
   EXPECT_TRUE(allocation.holds_physical());
   EXPECT_EQ(allocation.bytes(), kBytes);
@@ -212,17 +217,17 @@ TEST_F(OrdinaryAllocation, IsMappedForLife) {
   expect_held(kBytes);
 }
 
-TEST_F(OrdinaryAllocation, R13_AFailedMakingHoldsNothing) {
+TEST_F(CudaMallocAllocation, R13_AFailedMakingHoldsNothing) {
   for (const char* entry : {"context_enter", "allocate"}) {
     fail_next(entry);
-    EXPECT_THROW(make_ordinary(), Error) << entry;
+    EXPECT_THROW(make_cuda_malloc(), Error) << entry;
     expect_held(0);
   }
 }
 
-TEST_F(OrdinaryAllocation, R13_AFailedTeardownLeavesItHeldAndMayBeRepeated) {
+TEST_F(CudaMallocAllocation, R13_AFailedTeardownLeavesItHeldAndMayBeRepeated) {
   for (const char* entry : {"context_enter", "deallocate"}) {
-    Allocation allocation = make_ordinary();
+    Allocation allocation = make_cuda_malloc();
     write_pattern(allocation.address(), kBytes, 1);
     fail_next(entry);
     EXPECT_EQ(allocation.teardown(), CUMEMPOOL_RESULT_OUT_OF_MEMORY) << entry;
@@ -237,8 +242,8 @@ TEST_F(OrdinaryAllocation, R13_AFailedTeardownLeavesItHeldAndMayBeRepeated) {
   }
 }
 
-TEST_F(OrdinaryAllocation, R13_MovingKeepsOneOwner) {
-  Allocation first = make_ordinary();
+TEST_F(CudaMallocAllocation, R13_MovingKeepsOneOwner) {
+  Allocation first = make_cuda_malloc();
   {
     const Allocation second = std::move(first);
     EXPECT_TRUE(second.mapped());
@@ -248,15 +253,15 @@ TEST_F(OrdinaryAllocation, R13_MovingKeepsOneOwner) {
 }
 
 TEST_F(AllocationTest, R4_AMapWhoseSecondDeviceGetsNoAccessIsUndone) {
-  Allocation allocation(driver::Driver(faults.table()), ledger, properties, kBytes, {0, 1});
+  Allocation allocation(driver::Driver(faults.table()), stats, properties, kBytes, {0, 1});
   driver::host_driver_set_peer_access(&host.table(), false);
   EXPECT_THROW(allocation.map(), Error);
   EXPECT_FALSE(allocation.mapped());
-  expect_ledger(kBytes, 0, 0);
+  expect_stats(kBytes, 0, 0);
   driver::host_driver_set_peer_access(&host.table(), true);
   allocation.map();
   EXPECT_TRUE(allocation.mapped());
-  expect_ledger(kBytes, kBytes, kBytes);
+  expect_stats(kBytes, kBytes, kBytes);
 }
 
 TEST_F(AllocationTest, R12_OutOfMemoryTellsTheCallAndTheDevice) {
@@ -269,7 +274,7 @@ TEST_F(AllocationTest, R12_OutOfMemoryTellsTheCallAndTheDevice) {
     EXPECT_EQ(error.device, 0);
     EXPECT_EQ(error.bytes, (kDeviceGranules + 1) * kGranule);
   }
-  expect_ledger(0, 0, 0);
+  expect_stats(0, 0, 0);
 }
 
 }  // namespace

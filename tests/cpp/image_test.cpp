@@ -103,8 +103,8 @@ class ImageFixture {
   driver::RetainedContext context{table, 0};
   driver::RetainedContext context_of_peer{table, 1};
   driver::ContextScope scope{table, 0};
-  vmm::Ledger ledger;
-  vmm::Allocation memory{table, ledger, {0, 0, 0, 0}, kBytes};
+  vmm::MemoryStats stats;
+  vmm::Allocation memory{table, stats, {0, 0, 0, 0}, kBytes};
   HostBudget budget{0};
   HostArena pinned{table, Residence::kPinned, -1, budget};
   HostArena pageable{table, Residence::kPageable, -1, budget};
@@ -413,8 +413,8 @@ TEST(LargeImage, CrossesBlocks) {
   const Driver table(faults.table());
   const driver::RetainedContext context(table, 0);
   const driver::ContextScope scope(table, 0);
-  vmm::Ledger ledger;
-  vmm::Allocation memory(table, ledger, {0, 0, 0, 0}, kLarge);
+  vmm::MemoryStats stats;
+  vmm::Allocation memory(table, stats, {0, 0, 0, 0}, kLarge);
   memory.map();
   write_pattern(memory.address(), kLarge, 1);
   HostBudget budget(0);

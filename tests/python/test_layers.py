@@ -333,7 +333,7 @@ def plant(root: Path, path: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("cpp/driver/a.hpp", '#include "vmm/reservation.hpp"'),
+        ("cpp/driver/a.hpp", '#include "vmm/backing.hpp"'),
         ("cpp/vmm/a.cpp", '#include "pool/registry.hpp"'),
         ("cpp/backup/a.cpp", '  #  include "pool/registry.hpp"'),
         ("cpp/pool/a.cpp", '#include "torch/slots.hpp"'),
