@@ -341,11 +341,12 @@ def renewals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(PoolRoute, "renew", counting)
     monkeypatch.setattr(PoolRoute, "_is_innermost", lambda self, device: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
     return counted
 
 
 def replace_weights(fake: FakeTorch, count: int, size: int) -> int:
-    """Replaces a module's weight in a scope; each leaves a segment. The most that was unused."""
+    """Replaces a module's weight; each leaves a segment. Returns the most that was unused."""
     layer = torch.nn.Linear(1, 1)
     most = 0
     for _ in range(count):
@@ -367,6 +368,24 @@ def test_a_module_that_replaces_its_weights_in_a_scope_leaves_little_unused(
     assert fake.segments == []
     assert not torch.nn.modules.module._global_parameter_registration_hooks
     assert not torch.nn.modules.module._global_buffer_registration_hooks
+
+
+@pytest.mark.parametrize(("free", "renewed"), [(200 << 20, True), (20 << 30, False)])
+def test_beside_much_that_is_in_use_a_scope_is_renewed_as_room_gets_short(
+    fake: FakeTorch,
+    renewals: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    renewed: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    fake.hold(9, "active_allocated")
+    fake.segments[-1]["blocks"][0]["size"] = 60 << 30
+    route = PoolRoute(1, [0])
+    route.begin()
+    replace_weights(fake, 16, 32 << 20)
+    assert bool(renewals) is renewed
+    route.end()
 
 
 def test_small_replacements_are_left_to_the_end_of_the_scope(

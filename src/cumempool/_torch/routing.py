@@ -253,8 +253,13 @@ class PoolRoute:
         """Renews the route if much has become unused on a device since the last renewal."""
         reserved, unused = _held_bytes(device)
         least = self._unused[device] = min(self._unused.get(device, unused), unused)
-        if unused - least < max(_RENEWED_BYTES, reserved // _RENEWED_PART):
+        grown = unused - least
+        if grown < _RENEWED_BYTES:
             return
+        if grown < reserved // _RENEWED_PART:
+            free, _ = torch.cuda.mem_get_info(device)
+            if grown < free // _RENEWED_ROOM:
+                return
         if not (self._is_innermost(device) and self.renew()):
             self._unused[device] = unused  # later, once as much again is unused
 
@@ -304,11 +309,12 @@ _routes: list[PoolRoute] = []
 # Torch's hooks on registrations, while there are routes.
 _registration_hooks: list[Any] = []
 
-#: How much of what torch holds on a device, and at least how many bytes, have to become unused
-#: inside a scope before its route is renewed: each renewal leaves segments behind that are in use
-#: in part.
-_RENEWED_PART: Final = 16
+#: Bytes that have to become unused inside a scope before its route is renewed, and which part of
+#: what torch holds on the device, or of what is free there, they have to be: each renewal leaves
+#: segments behind that are in use in part.
 _RENEWED_BYTES: Final = 64 << 20
+_RENEWED_PART: Final = 16
+_RENEWED_ROOM: Final = 4
 
 
 def _watch_registrations(route: PoolRoute) -> None:
