@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from cumempool._pool.report import TransitionReport
 from cumempool._pool.scope import MemoryPoolScope, NullScope, open_tags
 from cumempool._pool.sizes import check_margin
 from cumempool._pool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
+from cumempool._pool.state import PoolState
 from cumempool._pool.stats import AllocationInfo, Stats, allocations_of, stats_of
 from cumempool._pool.tags import (
     DEFAULT_TAG,
@@ -93,27 +94,36 @@ class CuMemAllocator:
         from cumempool import _core
 
         self.config: Final = config or CuMemConfig()
-        self._driver: _core.Driver = open_driver(self.config)
+        driver = open_driver(self.config)
         overflow = self.config.host_backup_overflow
         self._core = _core.Allocator(
-            self._driver,
+            driver,
             self.config.host_backup_limit or 0,
             self.config.retain_backups,
             overflow._to_core() if overflow is not None else None,
         )
-        self._devices: Final = Devices(self._driver, self.config.driver)
-        self._tags: Final = Tags(self._core, self._devices)
-        self._hooks: Final = Hooks()
-        self._transitions: Final = Transitions()
-        self._exports: Final = Exports(self._core, self._tags, self._devices, self.config.driver)
         self._progress: Final = ProgressWatch(self._core.progress)
-        self._observer: Final = _observer_of(self._core, self.config, self._progress)
-        self._publisher: Publisher | None = None
-        if self.config.publish:
-            self._publisher = publish(self._observer.snapshot, self._observer.summary)
-        self._graph_pools: Final = GraphPools(self._core)
-        weakref.finalize(self, self._graph_pools.abandon).atexit = False
-        self._has_preserved = False
+        devices = Devices(driver, self.config.driver)
+        tags = Tags(self._core, devices)
+        self._exports: Final = Exports(self._core, tags, devices, self.config.driver)
+        self._state: Final = PoolState(
+            core=self._core,
+            driver=self.config.driver,
+            enabled=self.enabled,
+            devices=devices,
+            tags=tags,
+            hooks=Hooks(),
+            transitions=Transitions(),
+            observer=_observer_of(self._core, self.config, self._progress),
+            graph_pools=GraphPools(self._core),
+            before_tensors=partial(install_reducers, self._exports),
+            before_sleep=self._exports.settle,
+        )
+        weakref.finalize(self._state, self._state.graph_pools.abandon).atexit = False
+        observer = self._state.observer
+        self._publisher: Publisher | None = (
+            publish(observer.snapshot, observer.summary) if self.config.publish else None
+        )
 
     @property
     def enabled(self) -> bool:
@@ -223,16 +233,16 @@ class CuMemAllocator:
         if not isinstance(all_threads, bool):
             raise InvalidTypeError(f"all_threads is a bool, not {all_threads!r}")
         if not self.enabled:
-            return NullScope(self, check_tag(tag), devices, all_threads=all_threads)
+            return NullScope(self._state, check_tag(tag), devices, all_threads=all_threads)
         place = None if backup is None else check_backup(backup, "backup")
-        self._tags.declare(tag, on_sleep, on_wake)
+        self._state.tags.declare(tag, on_sleep, on_wake)
         if place is not None:
             self._core.set_backup(tag, *place._to_core())
         if not (backing is None and peers is None and rdma is None):
-            self._tags.set_memory(tag, backing, peers, rdma)
+            self._state.tags.set_memory(tag, backing, peers, rdma)
         if devices is not None:
-            devices = self._devices.check_routed(devices)
-        return MemoryPoolScope(self, tag, devices, all_threads=all_threads)
+            devices = self._state.devices.check_routed(devices)
+        return MemoryPoolScope(self._state, tag, devices, all_threads=all_threads)
 
     def set_backup(self, tag: str, backup: Backup | str) -> None:
         """Says where the contents of a tag are kept from its next sleep on.
@@ -277,7 +287,7 @@ class CuMemAllocator:
             OutOfMemoryError: The device has no room, even with torch's cache emptied.
             ClosedError: The allocator is closed.
         """
-        return empty_tensor(self, size, dtype, device, tag)
+        return empty_tensor(self._state, size, dtype, device, tag)
 
     def graph_pool(
         self, tag: str, *, device: torch.device | str | int | None = None
@@ -306,7 +316,7 @@ class CuMemAllocator:
             import torch
 
             return torch.cuda.graph_pool_handle()
-        self._tags.declare(tag, None, None)
+        self._state.tags.declare(tag, None, None)
         if self.config.driver != "cuda":
             raise UnsupportedError(
                 f"graph_pool: the {self.config.driver} driver has no CUDA graphs; "
@@ -315,8 +325,8 @@ class CuMemAllocator:
                 tag=tag,
                 advice="use the cuda driver",
             )
-        install_reducers(self)
-        return self._graph_pools.open(tag, self._devices.resolve(device)[0])
+        self._state.before_tensors()
+        return self._state.graph_pools.open(tag, self._state.devices.resolve(device)[0])
 
     def release_graph_pool(
         self, tag: str, *, device: torch.device | str | int | None = None
@@ -335,8 +345,8 @@ class CuMemAllocator:
         Raises:
             InvalidArgumentError: A device that does not exist.
         """
-        ordinal = None if device is None else self._devices.resolve(device)[0]
-        return self._graph_pools.release(check_tag(tag), ordinal)
+        ordinal = None if device is None else self._state.devices.resolve(device)[0]
+        return self._state.graph_pools.release(check_tag(tag), ordinal)
 
     def preserve_contents(self) -> MemoryPoolScope:
         """A context manager inside a `use_memory_pool` scope: what it takes keeps its contents.
@@ -349,7 +359,7 @@ class CuMemAllocator:
             InvalidArgumentError: No scope is open.
             OutOfSlotsError: On entering: too many scopes are open at the same time.
         """
-        return preserving_scope(self)
+        return preserving_scope(self._state)
 
     def preserve(self, what: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> int:
         """Has contents kept from now on wherever their tag is discarded, as `preserve_contents`.
@@ -368,7 +378,7 @@ class CuMemAllocator:
             InvalidTypeError: Something that is no tensor.
             TransitionInProgressError: Called from inside a transition.
         """
-        return preserve_tensors(self, what)
+        return preserve_tensors(self._state, what)
 
     def set_memory_margin(self, margin: int) -> None:
         """Has allocations fail for lack of memory where less than that would stay free.
@@ -434,7 +444,7 @@ class CuMemAllocator:
             raise InvalidTypeError(f"preserve_buffers is a bool, not {preserve_buffers!r}")
         if not self.enabled:
             return 0
-        return adopt_object(self, what, check_tag(tag), gradients, preserve_buffers)
+        return adopt_object(self._state, what, check_tag(tag), gradients, preserve_buffers)
 
     # ---- transitions ---------------------------------------------------------------------------
 
@@ -477,7 +487,7 @@ class CuMemAllocator:
         """
         self._check_enabled("sleep")
         actions, overrides = plan_sleep(self._core, tags, offload_tags)
-        return transition.sleep(self, "sleep", actions, overrides, drop_backups=False)
+        return transition.sleep(self._state, "sleep", actions, overrides, drop_backups=False)
 
     @overload
     def prepare(
@@ -531,7 +541,7 @@ class CuMemAllocator:
         """
         self._check_enabled("prepare")
         actions, _ = plan_sleep(self._core, tags, offload_tags)
-        return transition.prepare(self, actions, background=background)
+        return transition.prepare(self._state, actions, background=background)
 
     def discard(self, tags: Sequence[str] | str) -> TransitionReport:
         """Puts tags to sleep without keeping their contents.
@@ -543,7 +553,7 @@ class CuMemAllocator:
         """
         self._check_enabled("discard")
         actions, overrides = plan_discard(self._core, tags)
-        return transition.sleep(self, "discard", actions, overrides, drop_backups=True)
+        return transition.sleep(self._state, "discard", actions, overrides, drop_backups=True)
 
     @overload
     def wake_up(
@@ -598,8 +608,8 @@ class CuMemAllocator:
         if blocking and addresses:
             raise InvalidArgumentError("`first` goes with blocking=False: else all come at once")
         if not blocking:
-            return transition.begin_wake(self, chosen, addresses)
-        return transition.wake(self, chosen)
+            return transition.begin_wake(self._state, chosen, addresses)
+        return transition.wake(self._state, chosen)
 
     def swap(
         self,
@@ -626,7 +636,7 @@ class CuMemAllocator:
         named = check_tags(sleep, "sleep")
         chosen = None if wake is None else list(check_tags(wake, "wake"))
         actions, overrides = plan_sleep(self._core, named, offload_tags)
-        return transition.swap(self, actions, overrides, chosen)
+        return transition.swap(self._state, actions, overrides, chosen)
 
     def read_backup(self, tensor: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
         """The backup of a sleeping tensor as a tensor on the CPU, without a copy.
@@ -686,8 +696,8 @@ class CuMemAllocator:
         Raises:
             UnknownTagError: A tag that was never used.
         """
-        self._tags.check_known(tag, "registrable_ranges")
-        infos = self.snapshot()
+        self._state.tags.check_known(tag, "registrable_ranges")
+        infos = self._state.snapshot()
         return ranges_by_tag(i for i in infos if i.state == "awake" and i.tag == tag).get(tag, [])
 
     def register_hooks(
@@ -720,8 +730,8 @@ class CuMemAllocator:
             UnknownTagError: A tag that was never used.
             InvalidTypeError: A hook that cannot be called.
         """
-        self._tags.check_known(tag, "register_hooks")
-        return self._hooks.register(tag, before_unmap, after_map)
+        self._state.tags.check_known(tag, "register_hooks")
+        return self._state.hooks.register(tag, before_unmap, after_map)
 
     def pin(self, tag: str, holder: str = "an unnamed holder") -> Pin:
         """Forbids that memory of a tag goes to sleep, for whoever has it registered.
@@ -810,11 +820,11 @@ class CuMemAllocator:
 
     def stats(self) -> Stats:
         """Bytes per tag and state, and totals. Cheap; works on a closed allocator too."""
-        return stats_of(self._core)
+        return self._state.stats()
 
     def snapshot(self) -> list[AllocationInfo]:
         """Every live allocation, in order of allocation."""
-        return allocations_of(self._core)
+        return self._state.snapshot()
 
     def tag_of(self, tensor: torch.Tensor) -> str:
         """The tag of the allocation that holds a tensor's memory.
@@ -832,7 +842,7 @@ class CuMemAllocator:
             InvalidTypeError: It is no tensor.
             NotInPoolError: Its memory is not of this allocator, or it has none.
         """
-        return AllocationInfo(**self._core.find(memory_of(tensor)))
+        return self._state.allocation_at(memory_of(tensor))
 
     def close(self, force: bool = False) -> None:
         """Gives everything back. Closing twice is no error.
@@ -853,10 +863,10 @@ class CuMemAllocator:
         self._exports.settle_close(force)
         empty_cache(self.config.driver)
         if force:
-            self._graph_pools.abandon()
+            self._state.graph_pools.abandon()
             empty_cache(self.config.driver)
-        elif len(self._graph_pools) and self._only_graph_pools_are_left():
-            self._graph_pools.release_all()
+        elif len(self._state.graph_pools) and self._only_graph_pools_are_left():
+            self._state.graph_pools.release_all()
             empty_cache(self.config.driver)
         try:
             self._core.close(force)
@@ -883,9 +893,15 @@ class CuMemAllocator:
     @property
     def events(self) -> EventLog:
         """The latest transitions, and failures of them and of allocations; oldest first."""
-        return self._observer.log
+        return self._state.observer.log
 
-    def on_progress(self, callback: OnProgress, *, after: float = 1.0) -> ProgressRegistration:
+    def on_progress(
+        self,
+        callback: OnProgress,
+        *,
+        after: float = 1.0,
+        ended: Callable[[], object] | None = None,
+    ) -> ProgressRegistration:
         """Has a callback told how far long transitions have come, about ten times a second.
 
         Not for wakes in the background, whose handle tells. See also `show_progress`.
@@ -895,6 +911,7 @@ class CuMemAllocator:
                 of its own; at the end of a transition that succeeded with all of them. What it
                 raises is logged.
             after: Seconds that a transition may take before the first call.
+            ended: Called after the last call for a transition, however that ended.
 
         Returns:
             What takes it out again; a context manager.
@@ -903,7 +920,7 @@ class CuMemAllocator:
             InvalidTypeError: It cannot be called, or `after` is no number.
             InvalidArgumentError: `after` is negative.
         """
-        return self._progress.register(callback, after)
+        return self._progress.register(callback, after, ended)
 
     def save_snapshot(self, path: str | os.PathLike[str]) -> None:
         """Writes statistics, allocations and the latest events to a file, as JSON.
@@ -913,7 +930,7 @@ class CuMemAllocator:
         Raises:
             OSError: The file cannot be written.
         """
-        Path(path).write_text(json.dumps(self._observer.snapshot()), encoding="utf-8")
+        Path(path).write_text(json.dumps(self._state.observer.snapshot()), encoding="utf-8")
 
     def record(self, path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
         """A context manager that writes a trace: each event meanwhile, as a line of JSON.
@@ -923,13 +940,13 @@ class CuMemAllocator:
         Raises:
             OSError: On entering: the file cannot be made.
         """
-        return self._observer.recording(Path(path))
+        return self._state.observer.recording(Path(path))
 
     def _only_graph_pools_are_left(self) -> bool:
         """Whether closing is possible once graph pools are released, in which no graph lives."""
-        self._graph_pools.refuse_close()
-        unused = self._graph_pools.unused_segments()
-        return not open_tags(self, self.stats().tags) and all(
+        self._state.graph_pools.refuse_close()
+        unused = self._state.graph_pools.unused_segments()
+        return not open_tags(self._state, self.stats().tags) and all(
             info.address in unused for info in self.snapshot()
         )
 

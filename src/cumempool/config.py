@@ -11,14 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
+from typing import Any, ClassVar, Final, Literal, Protocol, cast
 
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.backup import Backup, check_backup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnavailableError
-
-if TYPE_CHECKING:
-    from cumempool.integrations.kv_transfer import KVTransferConfig
 
 __all__ = [
     "DRIVERS",
@@ -90,6 +87,31 @@ class ReportsAvailability(Protocol):
     @property
     def hint(self) -> str:
         """What to do about it, or ``""``."""
+
+
+class DescribesConnector(Protocol):
+    """A `KVTransferConfig`, as far as it matters here."""
+
+    @property
+    def connector(self) -> str | None:
+        """The name of the connector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    """What methods of `CuMemConfig` call in modules that import this one.
+
+    Attributes:
+        probe: `cumempool.probe`.
+        use_memory_pool: A scope of the process's allocator, by configuration, tag and policy.
+        verify_kv_transfer: `verify_kv_transfer_compat`, by configuration, connector and facts.
+        of_package: Those of the package, which sets them when it is imported.
+    """
+
+    probe: Callable[[CuMemConfig], ReportsAvailability]
+    use_memory_pool: Callable[[CuMemConfig, str, dict[str, Any]], AbstractContextManager[object]]
+    verify_kv_transfer: Callable[[CuMemConfig, Any, dict[str, Any]], list[str]]
+    of_package: ClassVar[Above]
 
 
 def parse_bytes(text: str) -> int:
@@ -499,10 +521,7 @@ class CuMemConfig:
         if not self.cumem_allocator_enabled:
             return
         if availability is None:
-            # Not at the top of the file: probe stands above this module, and loads the library.
-            from cumempool.probe import probe
-
-            availability = probe(self)
+            availability = Above.of_package.probe(self)
         if not availability.ok:
             raise self._unavailable(availability.reason or "no reason given", availability.hint)
 
@@ -514,11 +533,11 @@ class CuMemConfig:
             f"{text}; {advice}" if advice else text, operation="verify", advice=advice
         )
 
-    def verify_kv_transfer_compat(self, kv: KVTransferConfig | None, **facts: Any) -> list[str]:
+    def verify_kv_transfer_compat(self, kv: DescribesConnector | None, **facts: Any) -> list[str]:
         """Checks that a KV-transfer connector can work on the memory that it will be given.
 
         Args:
-            kv: The connector; None: there is none.
+            kv: A `KVTransferConfig`; None: there is no connector.
             **facts: What `verify_kv_transfer_compat` takes beside that:
                 ``kv_backing``, ``kv_sleeps``, ``fabric``, ``environ``, ``live``.
 
@@ -529,10 +548,7 @@ class CuMemConfig:
             InvalidArgumentError: (a ``ValueError``) A combination that would fail or corrupt
                 transfers; the message says why, and how to get out.
         """
-        # Not at the top of the file: few programs transfer KV caches.
-        from cumempool.integrations.kv_transfer import verify_kv_transfer_compat
-
-        return verify_kv_transfer_compat(self, kv, **facts)
+        return Above.of_package.verify_kv_transfer(self, kv, facts)
 
     def maybe_use_memory_pool(self, tag: str, **policy: Any) -> AbstractContextManager[object]:
         """The pool scope of the process's allocator, or a null context where the allocator is off.
@@ -546,10 +562,7 @@ class CuMemConfig:
         """
         if not self.cumem_allocator_enabled:
             return nullcontext()
-        # Not at the top of the file: the allocator stands above this module.
-        from cumempool.allocator import CuMemAllocator
-
-        return CuMemAllocator.get_instance(self).use_memory_pool(tag, **policy)
+        return Above.of_package.use_memory_pool(self, tag, policy)
 
     @staticmethod
     def add_cli_args(

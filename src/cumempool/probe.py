@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from cumempool._pool.devices import HOST_GRANULARITY
 from cumempool._pool.stats import handle_type_names
 from cumempool.config import CuMemConfig, DriverName
 from cumempool.errors import CumempoolError, InvalidArgumentError, InvalidTypeError
@@ -26,9 +26,6 @@ FENCE_WAYS: Final[tuple[FenceWay, ...]] = (
     "context synchronisation",
     "none",
 )
-
-#: Granularity of the devices that the host driver simulates: that of an H200.
-HOST_GRANULARITY = 2 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +239,8 @@ def _probe_device(driver: _core.Driver, ordinal: int) -> DeviceProbe:
 
 def _probe_torch(driver: _core.Driver | None) -> TorchProbe:
     """Looks at torch, and tries its routing where CUDA is in use already."""
+    import importlib.metadata  # which takes as long as this package to be imported
+
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

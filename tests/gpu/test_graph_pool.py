@@ -191,9 +191,9 @@ def test_released_memory_goes_back_once_the_graphs_are_gone(
     torch.cuda.empty_cache()
     assert allocator.get_current_usage() == 0
     allocator.graph_pool("graphs")  # which also gives the slot of the old one back
-    assert len(allocator._graph_pools) == 1
+    assert len(allocator._state.graph_pools) == 1
     allocator.release_graph_pool("graphs", device=gpu)
-    assert len(allocator._graph_pools) == 0
+    assert len(allocator._state.graph_pools) == 0
 
 
 def test_unused_pools_go_back_at_once_and_slots_do_not_run_out(

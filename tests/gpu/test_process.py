@@ -42,7 +42,7 @@ def current():
     c = ctypes.c_void_p(); cuda.cuCtxGetCurrent(ctypes.byref(c)); return c.value
 before = current()
 assert before is None
-a._tags.declare("weights", None, None)
+a._state.tags.declare("weights", None, None)
 address = a._core.malloc("weights", 0, 1 << 20)
 assert current() is None
 a.sleep(tags="weights"); a.wake_up()

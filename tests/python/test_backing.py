@@ -138,9 +138,9 @@ def test_no_peers_is_a_choice_of_its_own(make_allocator: MakeAllocator) -> None:
         alloc.use_memory_pool("kv", peers=())
     del kv
     alloc.use_memory_pool("kv", peers=())
-    assert alloc._tags._memory["kv"] == _Memory(1, 2, [], True)
+    assert alloc._state.tags._memory["kv"] == _Memory(1, 2, [], True)
     alloc.use_memory_pool("kv", peers=[0])
-    assert alloc._tags._memory["kv"] == _Memory(1, 0, [0], True)
+    assert alloc._state.tags._memory["kv"] == _Memory(1, 0, [0], True)
     alloc.use_memory_pool("plain", backing="cuda_malloc", peers=())
 
 
@@ -149,13 +149,13 @@ def test_what_is_not_given_stays_as_it_was(make_allocator: MakeAllocator) -> Non
     alloc.use_memory_pool("kv", peers=[1])
     alloc.use_memory_pool("kv")
     alloc.use_memory_pool("kv", backing="vmm")
-    assert alloc._tags._memory["kv"] == _Memory(1, False, [1], True)
+    assert alloc._state.tags._memory["kv"] == _Memory(1, False, [1], True)
     alloc.use_memory_pool("kv", rdma=False)
-    assert alloc._tags._memory["kv"] == _Memory(1, False, [1], False)
+    assert alloc._state.tags._memory["kv"] == _Memory(1, False, [1], False)
     alloc.use_memory_pool("kv", peers="all")
-    assert alloc._tags._memory["kv"] == _Memory(1, True, [], False)
+    assert alloc._state.tags._memory["kv"] == _Memory(1, True, [], False)
     alloc.use_memory_pool("kv", backing="cuda_malloc")
-    assert alloc._tags._memory["kv"] == _Memory(2, False, [], True)
+    assert alloc._state.tags._memory["kv"] == _Memory(2, False, [], True)
     alloc.use_memory_pool("kv")
     kv = alloc.empty(3, tag="kv")
     assert alloc.allocation_of(kv).backing == "cuda_malloc"
@@ -213,4 +213,4 @@ def test_wrong_values_are_refused(
     alloc = make_allocator(devices=2)
     with pytest.raises(error, match=next(iter(policy)) + "|device"):
         alloc.use_memory_pool("kv", **policy)
-    assert alloc._tags._memory == {}
+    assert alloc._state.tags._memory == {}

@@ -20,7 +20,7 @@ import pytest
 import cumempool
 import cumempool.config as config_module
 from cumempool._pool.backup import Backup
-from cumempool.config import SETTINGS, CuMemConfig, Setting, parse_bytes, settings_table
+from cumempool.config import SETTINGS, Above, CuMemConfig, Setting, parse_bytes, settings_table
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnavailableError
 
 GIB = 1 << 30
@@ -150,9 +150,7 @@ def test_verify_probes_the_configured_driver(monkeypatch: pytest.MonkeyPatch) ->
         probed.append(config)
         return SimpleNamespace(ok=False, reason="no device", hint="")
 
-    module: Any = ModuleType("cumempool.probe")
-    module.probe = probe
-    monkeypatch.setitem(sys.modules, "cumempool.probe", module)
+    monkeypatch.setattr(Above, "of_package", dataclasses.replace(Above.of_package, probe=probe))
     config = CuMemConfig(enable_cumem_allocator=True, driver="host")
     with pytest.raises(UnavailableError, match=r"driver='host': no device$"):
         config.verify()
@@ -162,7 +160,9 @@ def test_verify_probes_the_configured_driver(monkeypatch: pytest.MonkeyPatch) ->
 def test_verify_looks_at_nothing_where_the_allocator_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "cumempool.probe", None)  # an import would raise
+    monkeypatch.setattr(
+        Above, "of_package", dataclasses.replace(Above.of_package, probe=pytest.fail)
+    )
     for config in (CuMemConfig(), CuMemConfig(enable_cumem_allocator=False)):
         config.verify()
         config.verify(SimpleNamespace(ok=False, reason="none", hint=""))

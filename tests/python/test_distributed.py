@@ -536,7 +536,7 @@ def test_an_interrupt_while_a_rank_plans_is_told_at_once(three: Threads, number:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(three.allocators[1]._transitions, "turn", interrupt)
+        patched.setattr(three.allocators[1]._state.transitions, "turn", interrupt)
         begun = time.monotonic()
         outcomes = three.sleep("w", timeout=PATIENCE)
     assert time.monotonic() - begun < PATIENCE / 4

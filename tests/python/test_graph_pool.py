@@ -37,10 +37,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
 @pytest.fixture
 def pools(alloc: CuMemAllocator) -> Iterator[GraphPools]:
     """The graph pools of an allocator that knows two tags; no slot may be left."""
-    alloc._tags.declare("graphs", None, None)
-    alloc._tags.declare("others", None, None)
-    yield alloc._graph_pools
-    assert len(alloc._graph_pools) == 0
+    alloc._state.tags.declare("graphs", None, None)
+    alloc._state.tags.declare("others", None, None)
+    yield alloc._state.graph_pools
+    assert len(alloc._state.graph_pools) == 0
 
 
 def slots_left(alloc: CuMemAllocator) -> int:
@@ -313,8 +313,8 @@ def test_close_by_force_releases_pools_and_keeps_slots_of_graphs_that_live(
 
 def test_an_allocator_that_is_dropped_gives_its_slots_back(fake: FakeTorch) -> None:
     allocator = CuMemAllocator(CuMemConfig(driver="host", host_driver_bytes=GRANULE))
-    allocator._tags.declare("graphs", None, None)
-    pools = allocator._graph_pools
+    allocator._state.tags.declare("graphs", None, None)
+    pools = allocator._state.graph_pools
     pool = pools.open("graphs", 0)
     capture(fake, pool)
     del allocator

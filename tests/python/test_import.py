@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -60,9 +61,36 @@ def test_all_is_sorted_complete_and_importable() -> None:
     public = {
         name
         for name, value in vars(cumempool).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("cumempool")
     }
     assert public == set(PUBLIC)
+    assert set(cumempool.__all__) <= set(dir(cumempool))
+    with pytest.raises(AttributeError, match="has no attribute 'CuMemAlocator'"):
+        cumempool.CuMemAlocator  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "name", ["events", "kv_transfer", "nixl", "progress", "prometheus", "report", "scope"]
+)
+def test_modules_that_moved_are_found_by_their_old_names(run_python: RunPython, name: str) -> None:
+    done = run_python(f"import cumempool; print(cumempool.{name}.__name__)")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(rf"cumempool\.(_pool|integrations)\.{name}\n", done.out)
+
+
+def test_importing_loads_few_modules_in_little_time(run_python: RunPython) -> None:
+    code = """
+import sys, time
+begin = time.process_time()
+import cumempool
+seconds = time.process_time() - begin
+ours = [name for name in sys.modules if name.partition(".")[0] == "cumempool"]
+assert len(ours) <= 16, sorted(ours)
+print(seconds)
+"""
+    done = [run_python(code) for _ in range(5)]
+    assert {(one.code, one.err) for one in done} == {(0, "")}
+    assert min(float(one.out) for one in done) <= 0.06
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -38,6 +38,7 @@ PY_ALLOWED: dict[str, frozenset[str]] = {
     "_core": frozenset(),
     "errors": frozenset(),
     "_locks": frozenset(),
+    "_version": frozenset(),
     "paths": frozenset({"errors"}),
     "_torch": frozenset({"_locks", "errors"}),
     "_pool": BELOW,
@@ -48,25 +49,10 @@ PY_ALLOWED: dict[str, frozenset[str]] = {
     "distributed": FACE,
     "integrations": FACE,
     "compat": FACE,
-    "tools": FACE | {"integrations"},
-    "__init__": FACE | {"integrations", "paths"},
+    "tools": FACE | {"_version", "integrations"},
+    "__init__": FACE | {"_version", "integrations", "paths"},
     "__main__": frozenset({"tools"}),
 }
-#: Arrows that still run back; none may be added.
-PY_BACK = frozenset(
-    {
-        *(
-            (f"_pool.{name}", "allocator")
-            for name in ("adopt", "optimizer", "preserve", "progress")
-        ),
-        *((f"_pool.{name}", "allocator") for name in ("scope", "tensors", "transition")),
-        *((f"_pool.{name}", "sharing.importer") for name in ("scope", "tensors")),
-        ("_pool.publishing", "sharing.wire"),
-        *(("config", name) for name in ("allocator", "integrations.kv_transfer", "probe")),
-        *(("sharing.importer", name) for name in ("allocator", "probe")),
-        ("tools.doctor", "__init__"),
-    }
-)
 #: What is imported inside functions only, so that importing the package loads neither the library
 #: nor torch (R11), but by modules that are imported for it.
 PY_LAZY = frozenset({"_core", "_torch", "torch"})
@@ -225,7 +211,7 @@ class ModuleReader(ast.NodeVisitor):
             self.torch += [(node.lineno, f"{base}.{texts[0]}")] if base else []
         self.generic_visit(node)
 
-    def violations(self, back: Collection[tuple[str, str]]) -> Iterator[str]:
+    def violations(self) -> Iterator[str]:
         layer = layer_of(self.module)
         allowed = PY_ALLOWED.get(layer)
         if allowed is None:
@@ -233,8 +219,6 @@ class ModuleReader(ast.NodeVisitor):
             return
         with_torch = self.module in PY_WITH_TORCH or layer in PY_WITH_TORCH
         for line, target, when in self.imports:
-            if (self.module, target) in back:
-                continue
             other = layer_of(target)
             if other not in {layer, "torch"} and other not in allowed:
                 yield f"line {line} imports {target}"
@@ -274,16 +258,15 @@ def read_package(root: Path) -> dict[Path, ModuleReader]:
     }
 
 
-def python_violations(root: Path, back: Collection[tuple[str, str]] = ()) -> list[str]:
+def python_violations(root: Path) -> list[str]:
     readers = read_package(root)
     found = [
         f"{path.relative_to(root).as_posix()}: {text}"
         for path, reader in readers.items()
-        for text in reader.violations(back)
+        for text in reader.violations()
     ]
     arrows = {
-        reader.module: {target for _, target, _ in reader.imports}
-        - {reader.module, *(target for module, target in back if module == reader.module)}
+        reader.module: {target for _, target, _ in reader.imports if target != reader.module}
         for reader in readers.values()
     }
     return found + [f"{' -> '.join(circle)}: a circle" for circle in circles(arrows)]
@@ -318,7 +301,7 @@ def test_cpp_folders_include_downwards_only() -> None:
 
 def test_python_modules_import_downwards_only() -> None:
     assert len(read_package(ROOT)) > 60
-    assert python_violations(ROOT, PY_BACK) == []
+    assert python_violations(ROOT) == []
 
 
 # ---- the checks themselves

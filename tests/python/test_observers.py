@@ -32,19 +32,19 @@ def fails_on_leaving(operation: str) -> Iterator[None]:
 
 
 def add_a_sink(alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch) -> None:
-    alloc._observer._sinks.append(fail)
+    alloc._state.observer._sinks.append(fail)
 
 
 def add_a_mark_that_cannot_begin(alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alloc._observer, "_during", (fail,))
+    monkeypatch.setattr(alloc._state.observer, "_during", (fail,))
 
 
 def add_a_mark_that_cannot_end(alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alloc._observer, "_during", (fails_on_leaving,))
+    monkeypatch.setattr(alloc._state.observer, "_during", (fails_on_leaving,))
 
 
 def take_the_statistics(alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alloc._observer, "_stats", fail)
+    monkeypatch.setattr(alloc._state.observer, "_stats", fail)
 
 
 def take_the_threads(alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_a_sink_that_fails_is_told_of_once(
     alloc: CuMemAllocator, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[Event] = []
-    alloc._observer._sinks += [fail, heard.append]
+    alloc._state.observer._sinks += [fail, heard.append]
     tensor = filled(alloc, GRANULE, "data")
     alloc.sleep(tags="data")
     alloc.wake_up()
@@ -118,7 +118,9 @@ def test_a_record_that_another_thread_leaves_meanwhile_fails_no_transition(
         leave.set()
         assert ended.wait(20)
 
-    alloc._observer._sinks.append(leave_it)  # comes first, so that the trace ends before its turn
+    alloc._state.observer._sinks.append(
+        leave_it
+    )  # comes first, so that the trace ends before its turn
     thread = threading.Thread(target=record)
     thread.start()
     entered.wait()
@@ -131,7 +133,7 @@ def test_a_record_that_another_thread_leaves_meanwhile_fails_no_transition(
 
 def test_a_hook_that_fails_is_told_though_an_observer_fails_too(alloc: CuMemAllocator) -> None:
     tensor = filled(alloc, GRANULE, "data")
-    alloc._observer._sinks.append(fail)
+    alloc._state.observer._sinks.append(fail)
     with alloc.register_hooks("data", before_unmap=fail), pytest.raises(OddError):
         alloc.sleep(tags="data")
     assert alloc.stats().awake_bytes == GRANULE

@@ -374,7 +374,7 @@ def test_a_scope_is_left_where_its_warning_is_an_error(
         warnings.simplefilter("error")
         with pytest.raises(UnroutedWarning), alloc.use_memory_pool("t"):
             pass
-    assert scope.open_tags(alloc, ["t"]) == []
+    assert scope.open_tags(alloc._state, ["t"]) == []
     assert alloc.sleep().bytes_freed == 0
 
 

@@ -697,7 +697,7 @@ def test_an_interrupt_at_any_moment_of_an_entry_leaves_no_scope_open(
         if done:
             scope.__exit__(None, None, None)
         assert not cuda.routes, interrupt.where
-        assert current_scope(alloc) is None, interrupt.where
+        assert current_scope(alloc._state) is None, interrupt.where
         assert slots_left_for_the_core(alloc) == _core.slot_count(), interrupt.where
     assert moment > 20
     for pool in cuda.counts.keys() - cuda.idle():

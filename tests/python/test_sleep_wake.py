@@ -499,13 +499,13 @@ def test_a_keyboard_interrupt_during_a_sleep_comes_when_the_sleep_is_done(
             return getattr(core, name)
 
     try:
-        allocator._core = Interrupted()  # type: ignore[assignment]
+        allocator._state.core = Interrupted()  # type: ignore[assignment]
         with pytest.raises(KeyboardInterrupt):
             allocator.sleep(tags="t")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        allocator._core = core
+        allocator._state.core = core
     assert states(allocator) == {"t": "backed_up"}
     allocator.wake_up()
     assert int(tensor[::4096].sum()) == 9 * (256 * MIB // 4096)

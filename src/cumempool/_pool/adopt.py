@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 import torch
 
 from cumempool import _torch
 from cumempool._pool.preserve import preserve_allocation
+from cumempool._pool.state import PoolState
+from cumempool._pool.stats import AllocationInfo
 from cumempool._pool.tensors import empty_bytes
 from cumempool._pool.torch_state import empty_cache
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, NotInPoolError
-
-if TYPE_CHECKING:
-    from cumempool.allocator import CuMemAllocator
 
 __all__ = ["Found", "adopt_tensors", "device_type_of", "refusal"]
 
@@ -65,9 +64,9 @@ class _Storage:
         return self.storage.nbytes()
 
 
-def device_type_of(allocator: CuMemAllocator) -> str:
+def device_type_of(state: PoolState) -> str:
     """What torch calls the devices of an allocator."""
-    return "cpu" if allocator.config.driver == "host" else "cuda"
+    return "cpu" if state.driver == "host" else "cuda"
 
 
 def _check_kind(name: str, tensor: torch.Tensor, device_type: str) -> None:
@@ -194,12 +193,12 @@ def _aligned(size: int) -> int:
     return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
 
 
-def _move(allocator: CuMemAllocator, pack: list[_Storage]) -> int:
+def _move(state: PoolState, pack: list[_Storage]) -> int:
     """Moves a pack into an allocation of its own, and returns the bytes of that."""
     first = pack[0]
     total = sum(_aligned(storage.size) for storage in pack)
     memory = empty_bytes(
-        allocator, total, device=first.storage.device, tag=first.tag, preserved=first.preserved
+        state, total, device=first.storage.device, tag=first.tag, preserved=first.preserved
     )
     offset = 0
     for old in pack:
@@ -208,53 +207,53 @@ def _move(allocator: CuMemAllocator, pack: list[_Storage]) -> int:
         for tensor in old.tensors:
             _torch.point(tensor, memory.untyped_storage(), offset)
         offset += _aligned(old.size)
-    return allocator.allocation_of(memory).bytes
+    return state.allocation_at(memory.untyped_storage().data_ptr()).bytes
 
 
-def adopt_tensors(allocator: CuMemAllocator, found: Iterable[Found]) -> int:
+def adopt_tensors(state: PoolState, found: Iterable[Found]) -> int:
     """Moves tensors under their tags, all of them checked before the first is moved.
 
     Returns:
         Bytes of device memory allocated for them; 0 where all lie under their tags already.
     """
     with _torch.ordinary_tensors():
-        return _adopt(allocator, _collect(found, device_type_of(allocator)))
+        return _adopt(state, _collect(found, device_type_of(state)))
 
 
-def _adopt(allocator: CuMemAllocator, collected: Iterable[_Storage]) -> int:
+def _adopt(state: PoolState, collected: Iterable[_Storage]) -> int:
     storages, unpreserved = [], []
     for storage in collected:
-        there = _ours(allocator, storage)
+        there = _ours(state, storage)
         if there is None:
             storages.append(storage)
-        elif storage.preserved and not there["preserved"]:
-            unpreserved.append(there["address"])
+        elif storage.preserved and not there.preserved:
+            unpreserved.append(there.address)
     for address in unpreserved:
-        preserve_allocation(allocator, address)
+        preserve_allocation(state, address)
     allocated = 0
     for pack in _packs(storages):
-        allocated += _move(allocator, pack)
+        allocated += _move(state, pack)
         for storage in pack:
             storage.tensors.clear()
             storage.storage = torch.UntypedStorage(0)
         # The old copies go before the next pack asks for memory.
-        empty_cache(allocator.config.driver)
+        empty_cache(state.driver)
     return allocated
 
 
-def _ours(allocator: CuMemAllocator, storage: _Storage) -> dict[str, Any] | None:
+def _ours(state: PoolState, storage: _Storage) -> AllocationInfo | None:
     """The allocation that holds a storage, where that is under the right tag already."""
     try:
-        found = allocator._core.find(storage.address)
+        found = state.allocation_at(storage.address)
     except NotInPoolError:
         return None
-    if found["tag"] == storage.tag:
+    if found.tag == storage.tag:
         return found
-    if found["state"] != "awake":
+    if found.state != "awake":
         raise InvalidArgumentError(
-            f"adopt: {storage.name!r} is asleep under the tag {found['tag']!r} and cannot be read: "
+            f"adopt: {storage.name!r} is asleep under the tag {found.tag!r} and cannot be read: "
             "wake that tag first; nothing was moved",
             operation="adopt",
-            tag=found["tag"],
+            tag=found.tag,
         )
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-__all__ = ["Devices"]
+__all__ = ["HOST_GRANULARITY", "Devices"]
+
+#: Granularity of the devices that the host driver simulates: that of an H200.
+HOST_GRANULARITY: Final = 2 * 1024**2
 
 
 class Devices:
@@ -27,6 +30,11 @@ class Devices:
         self._driver = driver
         self._name = name
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._driver.device_count
+
     def check(self, device: object) -> int:
         """An ordinal of the driver.
 
@@ -36,7 +44,7 @@ class Devices:
         """
         if not isinstance(device, int) or isinstance(device, bool):
             raise InvalidTypeError(f"a device is an ordinal, not {device!r}")
-        count = self._driver.device_count
+        count = self.count
         if not 0 <= device < count:
             raise InvalidArgumentError(
                 f"there is no device {device}: the {self._name} driver has {count}"

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from cumempool import _torch
 from cumempool._pool.adopt import Found, adopt_tensors, device_type_of, refusal
+from cumempool._pool.state import PoolState
 from cumempool.errors import ClosedError, InvalidArgumentError, InvalidTypeError
-
-if TYPE_CHECKING:
-    from cumempool.allocator import CuMemAllocator
 
 __all__ = ["adopt_object"]
 
 
 def adopt_object(
-    allocator: CuMemAllocator,
+    state: PoolState,
     what: object,
     tag: str,
     gradients: bool | str,
@@ -27,7 +25,7 @@ def adopt_object(
 ) -> int:
     """See `CuMemAllocator.adopt`."""
     if isinstance(what, torch.nn.Module):
-        return _adopt_module(allocator, what, tag, gradients, preserve_buffers)
+        return _adopt_module(state, what, tag, gradients, preserve_buffers)
     if not isinstance(what, torch.optim.Optimizer):
         raise InvalidTypeError(
             "adopt: a torch.nn.Module or a torch.optim.Optimizer is needed, "
@@ -39,14 +37,14 @@ def adopt_object(
             operation="adopt",
             tag=tag,
         )
-    return _adopt_optimizer(allocator, what, tag)
+    return _adopt_optimizer(state, what, tag)
 
 
 # ---- modules -----------------------------------------------------------------------------------
 
 
 def _adopt_module(
-    allocator: CuMemAllocator,
+    state: PoolState,
     module: torch.nn.Module,
     tag: str,
     gradients: bool | str,
@@ -64,13 +62,13 @@ def _adopt_module(
             for one in found
             if one.tensor.grad is not None
         ]
-    elsewhere = "cpu" if device_type_of(allocator) != "cpu" else None
+    elsewhere = "cpu" if device_type_of(state) != "cpu" else None
     found += [
         Found(name, buffer, tag, preserve_buffers)
         for name, buffer in module.named_buffers(remove_duplicate=False)
         if buffer.device.type != elsewhere
     ]
-    return adopt_tensors(allocator, found)
+    return adopt_tensors(state, found)
 
 
 def _is_a(thing: object, name: str) -> bool:
@@ -142,9 +140,9 @@ class _Adoption:
     It holds neither the optimizer nor the allocator.
     """
 
-    def __init__(self, allocator: CuMemAllocator, tag: str) -> None:
+    def __init__(self, state: PoolState, tag: str) -> None:
         self.tag = tag
-        self._allocator = weakref.ref(allocator)
+        self._state = weakref.ref(state)
         self._known: set[int | None] = set()  # where the state lay when it was looked at last
         self._removals: list[Callable[[], None]] = []
 
@@ -161,12 +159,12 @@ class _Adoption:
             remove()
         self._removals = []
 
-    def move(self, allocator: CuMemAllocator, optimizer: torch.optim.Optimizer) -> int:
+    def move(self, state: PoolState, optimizer: torch.optim.Optimizer) -> int:
         """Moves what is not under the tag; the bytes of device memory allocated for it."""
-        found = list(_state_of(optimizer, self.tag, device_type_of(allocator)))
+        found = list(_state_of(optimizer, self.tag, device_type_of(state)))
         moved = 0
         if any(_address(one.tensor) not in self._known for one in found):
-            moved = adopt_tensors(allocator, found)
+            moved = adopt_tensors(state, found)
         self._known = {_address(one.tensor) for one in found}
         return moved
 
@@ -176,12 +174,12 @@ class _Adoption:
         self._after_load(optimizer)
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
-        allocator = self._allocator()
-        if allocator is None:
+        state = self._state()
+        if state is None:
             self.end()
         elif not _torch.is_capturing():  # a graph goes on using what it was captured with
             try:
-                self.move(allocator, optimizer)
+                self.move(state, optimizer)
             except ClosedError:
                 self.end()
 
@@ -191,11 +189,11 @@ _adoptions: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Adoption] = (
 )
 
 
-def _adopt_optimizer(allocator: CuMemAllocator, optimizer: torch.optim.Optimizer, tag: str) -> int:
+def _adopt_optimizer(state: PoolState, optimizer: torch.optim.Optimizer, tag: str) -> int:
     if _is_a(optimizer, "ZeroRedundancyOptimizer"):
         raise refusal("optimizer", "is a ZeroRedundancyOptimizer: adopt its .optim instead")
-    adoption = _Adoption(allocator, tag)
-    moved = adoption.move(allocator, optimizer)
+    adoption = _Adoption(state, tag)
+    moved = adoption.move(state, optimizer)
     before = _adoptions.get(optimizer)
     if before is not None:
         before.end()

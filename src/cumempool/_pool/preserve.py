@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cumempool._pool.scope import MemoryPoolScope, NullScope, current_scope
+from cumempool._pool.state import PoolState
 from cumempool._pool.tags import DEFAULT_TAG
 from cumempool._pool.waking import memory_of
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
@@ -13,44 +14,42 @@ from cumempool.errors import InvalidArgumentError, InvalidTypeError
 if TYPE_CHECKING:
     import torch
 
-    from cumempool.allocator import CuMemAllocator
-
 __all__ = ["preserve_allocation", "preserve_tensors", "preserving_scope"]
 
 
-def preserving_scope(allocator: CuMemAllocator) -> MemoryPoolScope:
+def preserving_scope(state: PoolState) -> MemoryPoolScope:
     """See `CuMemAllocator.preserve_contents`."""
-    if not allocator.enabled:
-        return NullScope(allocator, DEFAULT_TAG, None)
-    around = current_scope(allocator)
+    if not state.enabled:
+        return NullScope(state, DEFAULT_TAG, None)
+    around = current_scope(state)
     if around is None:
         raise InvalidArgumentError(
             "preserve_contents() goes inside a use_memory_pool() scope, whose tag it takes",
             operation="preserve_contents",
             advice="enter use_memory_pool() first",
         )
-    allocator._has_preserved = True
-    return MemoryPoolScope(allocator, around.tag, around.devices, preserves=True)
+    state.has_preserved = True
+    return MemoryPoolScope(state, around.tag, around.devices, preserves=True)
 
 
-def preserve_tensors(allocator: CuMemAllocator, what: object) -> int:
+def preserve_tensors(state: PoolState, what: object) -> int:
     """See `CuMemAllocator.preserve`."""
-    if not allocator.enabled:
+    if not state.enabled:
         return 0
     infos = {}
     for tensor in _tensors_of(what):
-        if memory_of(tensor):
-            info = allocator.allocation_of(tensor)
+        if address := memory_of(tensor):
+            info = state.allocation_at(address)
             infos[info.address] = info
     for address in infos:
-        preserve_allocation(allocator, address)
+        preserve_allocation(state, address)
     return sum(info.bytes for info in infos.values())
 
 
-def preserve_allocation(allocator: CuMemAllocator, address: int) -> None:
+def preserve_allocation(state: PoolState, address: int) -> None:
     """Has the contents of the allocation that starts there kept from now on."""
-    allocator._has_preserved = True
-    allocator._core.preserve(address)
+    state.has_preserved = True
+    state.core.preserve(address)
 
 
 def _tensors_of(what: object) -> Iterable[torch.Tensor]:

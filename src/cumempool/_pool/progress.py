@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.unfailing import unfailing
@@ -15,7 +15,6 @@ from cumempool.errors import InvalidArgumentError, InvalidTypeError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from cumempool.allocator import CuMemAllocator
 
 __all__ = ["OnProgress", "ProgressRegistration", "ProgressWatch", "show_progress"]
 
@@ -146,7 +145,20 @@ class _Follower(contextlib.AbstractContextManager["_Follower"]):
             self._entry.callback(self._operation, total, total)
 
 
-def show_progress(allocator: CuMemAllocator, *, after: float = 1.0) -> ProgressRegistration:
+class ReportsProgress(Protocol):
+    """What `show_progress` needs of an allocator."""
+
+    def on_progress(
+        self,
+        callback: OnProgress,
+        *,
+        after: float = ...,
+        ended: Callable[[], object] | None = ...,
+    ) -> ProgressRegistration:
+        """See `CuMemAllocator.on_progress`."""
+
+
+def show_progress(allocator: ReportsProgress, *, after: float = 1.0) -> ProgressRegistration:
     """Shows a bar for each transition that takes longer, in terminals and in notebooks.
 
     Args:
@@ -157,7 +169,7 @@ def show_progress(allocator: CuMemAllocator, *, after: float = 1.0) -> ProgressR
         What ends it: ``with show_progress(allocator): ...``.
     """
     bar = _Bar()
-    return allocator._progress.register(bar, after, bar.end)
+    return allocator.on_progress(bar, after=after, ended=bar.end)
 
 
 class _Bar:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.report import format_bytes
+from cumempool._pool.state import PoolState
 from cumempool.errors import InUseError, InvalidArgumentError, UnroutedWarning
-from cumempool.sharing.importer import install_reducers
 
 if TYPE_CHECKING:
     from cumempool import _torch
-    from cumempool.allocator import CuMemAllocator
 
 __all__ = ["MemoryPoolScope", "NullScope", "current_scope", "open_tags", "refuse_open_scopes"]
 
@@ -27,25 +26,25 @@ _entering = fork_safe_lock()
 _open: list[MemoryPoolScope] = []
 
 
-def current_scope(allocator: CuMemAllocator) -> MemoryPoolScope | None:
+def current_scope(state: PoolState) -> MemoryPoolScope | None:
     """The innermost scope of this thread and allocator; else one that is for all threads."""
     mine = threading.get_ident()
     # Without the lock: a forked child, in which nobody gives it back, has to get its named error.
-    scopes = [scope for scope in reversed(tuple(_open)) if scope._allocator is allocator]
+    scopes = [scope for scope in reversed(tuple(_open)) if scope._state is state]
     for scope in scopes:
         if scope._thread == mine:
             return scope
     return next((scope for scope in scopes if scope.all_threads), None)
 
 
-def open_tags(allocator: CuMemAllocator, tags: Iterable[str]) -> list[str]:
+def open_tags(state: PoolState, tags: Iterable[str]) -> list[str]:
     """Those of the tags that a scope is open of, in whatever thread."""
     with _entering:
-        entered = {scope.tag for scope in _open if scope._allocator is allocator}
+        entered = {scope.tag for scope in _open if scope._state is state}
     return [tag for tag in tags if tag in entered]
 
 
-def refuse_open_scopes(allocator: CuMemAllocator, operation: str, tags: Iterable[str]) -> None:
+def refuse_open_scopes(state: PoolState, operation: str, tags: Iterable[str]) -> None:
     """Refuses to put tags to sleep of which a scope is open, before hooks have done anything.
 
     A scope that is entered later is seen by the core, which refuses as well.
@@ -53,7 +52,7 @@ def refuse_open_scopes(allocator: CuMemAllocator, operation: str, tags: Iterable
     Raises:
         InUseError: There is one.
     """
-    entered = open_tags(allocator, tags)
+    entered = open_tags(state, tags)
     if entered:
         names = ", ".join(repr(tag) for tag in entered)
         raise InUseError(
@@ -94,7 +93,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
 
     def __init__(
         self,
-        allocator: CuMemAllocator,
+        state: PoolState,
         tag: str,
         devices: Sequence[int] | None,
         *,
@@ -104,7 +103,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         self.tag: Final = tag
         self.all_threads: Final = all_threads
         self.preserves: Final = preserves
-        self._allocator = allocator
+        self._state = state
         self.devices = devices
         self._thread = 0
         self._slots: list[int] = []  # none or one
@@ -134,8 +133,8 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         """The devices that it is for."""
         if self.devices is not None:
             return self.devices
-        if self._allocator.config.driver != "cuda":
-            return range(self._allocator._driver.device_count)
+        if self._driver_name != "cuda":
+            return range(self._state.devices.count)
         from cumempool import _torch
 
         return _torch.devices_in_use()
@@ -150,7 +149,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             return
         mine = threading.get_ident()
         for other in _open:
-            if other._thread == mine or other._allocator.config.driver != self._driver_name:
+            if other._thread == mine or other._driver_name != self._driver_name:
                 continue
             shared = set(other.devices or ()).intersection(self.devices or ())
             if shared:
@@ -166,20 +165,20 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
 
     @property
     def _driver_name(self) -> str:
-        return self._allocator.config.driver
+        return self._state.driver
 
     def _begin(self) -> None:
         from cumempool import _core
 
         # By one call into C, in which no interrupt strikes: a slot that is bound is always known.
-        self._slots.extend(map(self._allocator._core.bind_slot, (self.tag,)))
+        self._slots.extend(map(self._state.core.bind_slot, (self.tag,)))
         (slot,) = self._slots
         if self.preserves:
             _core.preserve_slot(slot)
         if self._driver_name == "cuda":
             from cumempool import _torch
 
-            install_reducers(self._allocator)
+            self._state.before_tensors()
             route = _torch.PoolRoute(slot, self.devices or (), all_threads=self.all_threads)
             self._route = route  # before it begins: an interrupt may strike right after
             route.begin()
@@ -215,7 +214,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         finally:
             self._end()
         if error is not None and type(error).__name__ == "OutOfMemoryError":
-            self._allocator._observer.note_failure("malloc", error)
+            self._state.observer.note_failure("malloc", error)
             if hasattr(error, "add_note"):  # Python 3.11
                 for note in notes:
                     error.add_note(f"cumempool: {note}")
@@ -236,12 +235,12 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         return self._route is not None and self._route.renew()
 
     def _mallocs_now(self) -> int:
-        return int(self._allocator._core.snapshot(False)["totals"]["malloc_calls"])
+        return int(self._state.core.snapshot(False)["totals"]["malloc_calls"])
 
     def _notes(self) -> list[str]:
         """What torch's out-of-memory error does not know, and what helps."""
         notes = []
-        reason = self._allocator.stats().last_malloc_failure
+        reason = self._state.stats().last_malloc_failure
         if reason:
             notes.append(reason)
         if self._route is None:
@@ -270,7 +269,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         """What to say of torch's own limit on a device."""
         asleep = sum(
             info.bytes
-            for info in self._allocator.snapshot()
+            for info in self._state.snapshot()
             if info.device == device and info.state != "awake"
         )
         if fraction >= 1 or not asleep:

@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING
 
 from cumempool._pool.scope import current_scope
 from cumempool._pool.sizes import LARGEST, check_shape, contiguous_strides
+from cumempool._pool.state import PoolState
 from cumempool._pool.tags import DEFAULT_TAG
 from cumempool._pool.torch_state import with_room
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, OutOfMemoryError
-from cumempool.sharing.importer import install_reducers
 
 if TYPE_CHECKING:
     import torch
-
-    from cumempool.allocator import CuMemAllocator
 
 __all__ = ["empty_bytes", "empty_tensor"]
 
 
 def empty_tensor(
-    allocator: CuMemAllocator,
+    state: PoolState,
     size: tuple[int | Sequence[int], ...],
     dtype: torch.dtype | None,
     device: torch.device | str | int | None,
@@ -37,45 +35,43 @@ def empty_tensor(
     dtype = dtype if dtype is not None else torch.get_default_dtype()
     if not isinstance(dtype, torch.dtype):
         raise InvalidTypeError(f"dtype is a torch.dtype or None, not {dtype!r}")
-    if not allocator.enabled:
-        ordinary = "cpu" if allocator.config.driver == "host" else device or "cuda"
+    if not state.enabled:
+        ordinary = "cpu" if state.driver == "host" else device or "cuda"
         return torch.empty(shape, dtype=dtype, device=ordinary)
-    scope = current_scope(allocator)
+    scope = current_scope(state)
     if tag is None:
         tag = DEFAULT_TAG if scope is None else scope.tag
-    allocator._tags.declare(tag, None, None)
+    state.tags.declare(tag, None, None)
     preserved = scope is not None and scope.preserves and scope.tag == tag
-    ordinal, on = allocator._devices.resolve(device)
+    ordinal, on = state.devices.resolve(device)
     span = math.prod(max(extent, 1) for extent in shape) * dtype.itemsize
     if span > LARGEST:
         raise InvalidArgumentError(f"a shape of {span} bytes cannot be allocated", tag=tag)
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=on)
-    memory = _allocate(allocator, tag, ordinal, span, preserved)
+    memory = _allocate(state, tag, ordinal, span, preserved)
     return _torch.tensor_over(memory.untyped_storage(), dtype, shape, contiguous_strides(shape), 0)
 
 
 def empty_bytes(
-    allocator: CuMemAllocator, size: int, *, device: torch.device, tag: str, preserved: bool
+    state: PoolState, size: int, *, device: torch.device, tag: str, preserved: bool
 ) -> torch.Tensor:
     """A tensor of that many bytes, whatever scopes are open."""
-    allocator._tags.declare(tag, None, None)
-    allocator._has_preserved = allocator._has_preserved or preserved
-    return _allocate(allocator, tag, allocator._devices.resolve(device)[0], size, preserved)
+    state.tags.declare(tag, None, None)
+    state.has_preserved = state.has_preserved or preserved
+    return _allocate(state, tag, state.devices.resolve(device)[0], size, preserved)
 
 
-def _allocate(
-    allocator: CuMemAllocator, tag: str, device: int, size: int, preserved: bool
-) -> torch.Tensor:
+def _allocate(state: PoolState, tag: str, device: int, size: int, preserved: bool) -> torch.Tensor:
     from cumempool import _torch
 
-    install_reducers(allocator)
+    state.before_tensors()
     try:
         capsule = with_room(
-            allocator.config.driver,
-            lambda: allocator._core.malloc_capsule(tag, device, size, preserved),
+            state.driver,
+            lambda: state.core.malloc_capsule(tag, device, size, preserved),
         )
     except OutOfMemoryError as error:
-        allocator._observer.note_failure("malloc", error)
+        state.observer.note_failure("malloc", error)
         raise
     return _torch.from_capsule(capsule)

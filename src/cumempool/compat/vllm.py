@@ -496,7 +496,7 @@ class CuMemAllocator:
         """The tag of this thread's innermost open scope, else ``default_tag``."""
         if getattr(self._capturing, "now", False):
             return self.cudagraph_tag
-        scope = current_scope(_pools())
+        scope = current_scope(_pools()._state)
         return self.default_tag if scope is None else scope.tag
 
     @property

@@ -157,7 +157,7 @@ def _transition(
 
     def planned() -> list[Step]:
         chosen = CuMemAllocator.get_instance() if allocator is None else allocator
-        with chosen._transitions.turn(operation):  # a wake in the background ends before
+        with chosen._state.transitions.turn(operation):  # a wake in the background ends before
             pass
         return plan(chosen)
 

@@ -38,7 +38,7 @@ def _counts(tag: Any) -> dict[str, int]:
 
 def _check_known(operation: str, allocator: CuMemAllocator, tags: Iterable[str]) -> None:
     for tag in tags:
-        allocator._tags.check_known(tag, operation)
+        allocator._state.tags.check_known(tag, operation)
 
 
 def _whole(operation: str, allocator: CuMemAllocator, tags: Iterable[str], state: str) -> list[str]:
@@ -66,7 +66,7 @@ def _whole(operation: str, allocator: CuMemAllocator, tags: Iterable[str], state
 def _refuse_pinned(operation: str, allocator: CuMemAllocator, tags: Iterable[str]) -> None:
     """Looks for what would refuse a discard, before another rank has discarded anything."""
     known = allocator.stats().tags
-    refuse_open_scopes(allocator, operation, tags)
+    refuse_open_scopes(allocator._state, operation, tags)
     for tag in tags:
         if known[tag].pins or known[tag].backing == "cuda_malloc":
             why = f"has {known[tag].pins} pins" if known[tag].pins else "is of cudaMalloc memory"

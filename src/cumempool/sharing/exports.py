@@ -1,6 +1,6 @@
 """What an allocator has shared with other processes: its descriptors, and their end.
 
-`endpoint.py` serves whoever asks for it, and is opened when something is shared first.
+`owner.py` serves whoever asks for it, and is opened when something is shared first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cumempool._pool.devices import Devices
 from cumempool._pool.stats import AllocationInfo, allocations_of
 from cumempool._pool.tags import Tags
 from cumempool._pool.waking import memory_of
-from cumempool.errors import InUseError, InvalidArgumentError, InvalidTypeError
+from cumempool.errors import CumempoolError, InUseError, InvalidArgumentError, InvalidTypeError
 from cumempool.sharing.descriptor import SharedMemory, SharedRange, layout_of
 from cumempool.sharing.owner import Endpoint, Export
 
@@ -82,6 +82,14 @@ class Exports:
             )
             failed.pop_all()
         return memory
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is of the allocator."""
+        try:
+            self._core.find(memory_of(tensor))
+        except CumempoolError:
+            return False
+        return True
 
     def _ranges(self, infos: list[AllocationInfo]) -> list[SharedRange]:
         for info in infos:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from cumempool._locks import fork_safe_lock
+from cumempool._pool.devices import HOST_GRANULARITY
+from cumempool._pool.publishing import home
 from cumempool.errors import (
     CumempoolError,
     DriverError,
@@ -27,6 +29,7 @@ from cumempool.errors import (
     UnsupportedError,
 )
 from cumempool.sharing.descriptor import VERSION, SharedLayout, SharedMemory, SharedRange, layout_of
+from cumempool.sharing.exports import Exports
 from cumempool.sharing.owner import Endpoint, Export
 from cumempool.sharing.wire import (
     MOST_FDS,
@@ -35,7 +38,6 @@ from cumempool.sharing.wire import (
     BusyError,
     Wire,
     close_all,
-    home,
     is_of_this_user,
     peer_of,
     relay_name,
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
     import torch
 
     from cumempool import _core
-    from cumempool.allocator import CuMemAllocator
 
 __all__ = [
     "Endpoint",
@@ -263,7 +264,6 @@ _drivers: Final[dict[str, _core.Driver]] = {}
 def _driver(name: str) -> _core.Driver:
     """The driver that maps what others share; one of a kind per process."""
     from cumempool import _core
-    from cumempool.probe import HOST_GRANULARITY
 
     driver = _drivers.get(name)
     if driver is not None:
@@ -463,12 +463,12 @@ def _handles(wire: Wire, count: int) -> Generator[int, None, None]:
 
 # ---- torch.multiprocessing -----------------------------------------------------------------------
 
-_senders: Final[weakref.WeakSet[CuMemAllocator]] = weakref.WeakSet()
+_senders: Final[weakref.WeakSet[Exports]] = weakref.WeakSet()
 _senders_lock = fork_safe_lock()
 _installed = False
 
 
-def install_reducers(allocator: CuMemAllocator) -> None:
+def install_reducers(exports: Exports) -> None:
     """Has torch.multiprocessing send tensors of an allocator as what they are: shared memory.
 
     Both torch's functions themselves and `ForkingPickler` ask here first, so that it holds whoever
@@ -476,7 +476,7 @@ def install_reducers(allocator: CuMemAllocator) -> None:
     """
     global _installed
     with _senders_lock:
-        _senders.add(allocator)
+        _senders.add(exports)
     if _installed:
         return
     # Outside of the lock: an import may run anything. It registers torch's own first.
@@ -564,14 +564,12 @@ def _reduce(what: Any) -> Any:
 def _send(what: Any, tensor: torch.Tensor) -> SharedMemory | None:
     with _senders_lock:
         senders = list(_senders)
-    for allocator in senders:
-        try:
-            allocator.allocation_of(tensor)
-        except CumempoolError:
+    for exports in senders:
+        if not exports.holds(tensor):
             continue
         try:
-            # The allocator goes with it: were it dropped, nobody could be answered.
-            return allocator._exports.send(tensor, (tensor, allocator))
+            # They go with it: were they dropped, nobody could be answered.
+            return exports.send(tensor, (tensor, exports))
         except UnsupportedError:
             return None
     return None

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.hooks import Pin, pin_tag
+from cumempool._pool.publishing import home
 from cumempool.errors import ClosedError, CumempoolError, SharingError
 from cumempool.sharing.descriptor import VERSION, SharedLayout, SharedMemory, SharedRange
 from cumempool.sharing.wire import (
@@ -38,7 +39,6 @@ from cumempool.sharing.wire import (
     Wire,
     as_stream,
     close_all,
-    home,
     is_of_this_user,
     peer_of,
     pidfd_of_peer,

@@ -29,7 +29,6 @@ __all__ = [
     "Wire",
     "as_stream",
     "close_all",
-    "home",
     "is_of_this_user",
     "peer_of",
     "pidfd_of_peer",
@@ -188,15 +187,6 @@ def is_of_this_user(process: int, user: int) -> bool:
 def relay_name(endpoint: str) -> str:
     """The address of the socket by which an endpoint takes connections that it is sent."""
     return f"\0{endpoint}-relay"
-
-
-def home() -> str:
-    """What is the same in processes where a process has the same number; "" where nobody knows."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
 
 
 def pidfd_of_peer(connection: socket.socket, process: int) -> int | None:

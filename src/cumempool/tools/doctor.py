@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final, Literal
 
 from cumempool._pool.report import format_bytes
+from cumempool._version import __version__
 from cumempool.config import CuMemConfig, DriverName
 from cumempool.errors import CumempoolError
 from cumempool.integrations import nixl
@@ -94,8 +95,6 @@ def _start_cuda(driver: DriverName) -> None:
 
 
 def _package(found: Availability) -> Check:
-    from cumempool import __version__
-
     value = f"cumempool {__version__}, Python {sys.version.split()[0]}"
     if find_spec("cumempool._core") is not None:
         return Check("package", "PASS", value)
