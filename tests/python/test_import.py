@@ -104,7 +104,8 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 
 
 def public_members(thing: type) -> Iterator[tuple[str, object]]:
-    for member, value in vars(thing).items():
+    ours = [vars(kind) for kind in thing.__mro__ if kind.__module__.startswith("cumempool.")]
+    for member, value in (item for names in ours for item in names.items()):
         documented = isinstance(value, (property, classmethod, staticmethod))
         if not member.startswith("_") and (documented or inspect.isfunction(value)):
             yield member, value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cumempool._pool.scope import current_scope
 from cumempool._pool.sizes import LARGEST, check_shape, contiguous_strides
@@ -16,7 +16,7 @@ from cumempool.errors import InvalidArgumentError, InvalidTypeError, OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["empty_bytes", "empty_tensor"]
+__all__ = ["copy_of", "empty_bytes", "empty_like", "empty_tensor"]
 
 
 def empty_tensor(
@@ -51,6 +51,39 @@ def empty_tensor(
         return torch.empty(shape, dtype=dtype, device=on)
     memory = _allocate(state, tag, ordinal, span, preserved)
     return _torch.tensor_over(memory.untyped_storage(), dtype, shape, contiguous_strides(shape), 0)
+
+
+def empty_like(
+    state: PoolState,
+    tensor: object,
+    dtype: torch.dtype | None,
+    device: torch.device | str | int | None,
+    tag: str | None,
+) -> torch.Tensor:
+    """See `CuMemAllocator.empty_like`."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidTypeError(f"a torch.Tensor is needed, not {type(tensor).__name__}")
+    if device is None and tensor.device.type == ("cpu" if state.driver == "host" else "cuda"):
+        device = tensor.device
+    return empty_tensor(state, (tensor.shape,), dtype or tensor.dtype, device, tag)
+
+
+def copy_of(
+    state: PoolState,
+    tensor: object,
+    device: torch.device | str | int | None,
+    tag: str | None,
+) -> torch.Tensor:
+    """See `CuMemAllocator.from_tensor`."""
+    import torch
+
+    if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
+        raise InvalidTypeError(f"the tensor has the layout {tensor.layout}, not torch.strided")
+    made = empty_like(state, tensor, None, device, tag)
+    with torch.no_grad():
+        return made.copy_(cast("torch.Tensor", tensor))
 
 
 def empty_bytes(

@@ -1,0 +1,213 @@
+"""`CuMemAllocator`: tagged pools of device memory that sleep and wake.
+
+What programs call, and what each call promises, one file per topic. The work is done in `_pool` and
+`sharing`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from cumempool._locks import fork_safe_lock
+from cumempool._pool.devices import Devices
+from cumempool._pool.events import Observer
+from cumempool._pool.graph_pool import GraphPools
+from cumempool._pool.hooks import Hooks, Transitions
+from cumempool._pool.progress import ProgressWatch
+from cumempool._pool.publishing import Publisher, publish
+from cumempool._pool.scope import open_tags
+from cumempool._pool.state import PoolState
+from cumempool._pool.stats import allocations_of, stats_of
+from cumempool._pool.tags import DEFAULT_TAG, Backing, OnSleep, OnWake, Tags
+from cumempool._pool.torch_state import cached_ranges, empty_cache, nvtx_range
+from cumempool.allocator.allocating import Allocates
+from cumempool.allocator.observing import Observed
+from cumempool.allocator.registering import Registers
+from cumempool.allocator.sleeping import Sleeps
+from cumempool.config import CuMemConfig
+from cumempool.errors import CumempoolError, InvalidArgumentError, InvalidTypeError
+from cumempool.probe import open_driver
+from cumempool.sharing.exports import Exports
+from cumempool.sharing.importer import install_reducers
+
+if TYPE_CHECKING:
+    from cumempool import _core
+
+__all__ = ["DEFAULT_TAG", "Backing", "CuMemAllocator", "OnSleep", "OnWake"]
+
+_instance_lock = fork_safe_lock()
+
+
+class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
+    """Allocates device memory under tags; puts tags to sleep and wakes them at the same addresses.
+
+    Several may live in one process. All methods may be called from any thread; transitions
+    (`sleep`, `wake_up`, `swap`, `discard`) of one allocator run one after another, and allocating,
+    freeing and reading statistics go on meanwhile.
+
+    It is a context manager that closes at its end. If tensors live then, it stays open with them,
+    and raises the `InUseError` of `close`; if the body has failed, it stays open and says nothing,
+    because the traceback may keep tensors.
+
+    Args:
+        config: Which driver, and the limits. None takes ``CuMemConfig()``.
+
+    Raises:
+        UnavailableError: The driver cannot be opened here, with the reason. An allocator on
+            ``cuda`` never turns into one on ``host`` by itself.
+    """
+
+    _instance: CuMemAllocator | None = None
+
+    def __init__(self, config: CuMemConfig | None = None) -> None:
+        if config is not None and not isinstance(config, CuMemConfig):
+            raise InvalidTypeError(f"config is a CuMemConfig or None, not {config!r}")
+        from cumempool import _core
+
+        self.config = config or CuMemConfig()
+        driver = open_driver(self.config)
+        overflow = self.config.host_backup_overflow
+        self._core = _core.Allocator(
+            driver,
+            self.config.host_backup_limit or 0,
+            self.config.retain_backups,
+            overflow._to_core() if overflow is not None else None,
+        )
+        self._progress = ProgressWatch(self._core.progress)
+        devices = Devices(driver, self.config.driver)
+        tags = Tags(self._core, devices)
+        self._exports = Exports(self._core, tags, devices, self.config.driver)
+        self._state = PoolState(
+            core=self._core,
+            driver=self.config.driver,
+            enabled=self.enabled,
+            devices=devices,
+            tags=tags,
+            hooks=Hooks(),
+            transitions=Transitions(),
+            observer=_observer_of(self._core, self.config, self._progress),
+            graph_pools=GraphPools(self._core),
+            before_tensors=partial(install_reducers, self._exports),
+            before_sleep=self._exports.settle,
+        )
+        weakref.finalize(self._state, self._state.graph_pools.abandon).atexit = False
+        observer = self._state.observer
+        self._publisher: Publisher | None = (
+            publish(observer.snapshot, observer.summary) if self.config.publish else None
+        )
+
+    @classmethod
+    def get_instance(cls, config: CuMemConfig | None = None) -> CuMemAllocator:
+        """The allocator that the parts of a program share; made at the first call.
+
+        Never one that is closed: after `close` the next call makes another. Where threads meet in
+        the first call, each may open a driver; all of them get the allocator of the fastest.
+
+        Args:
+            config: For the first call. Later on None, or the same configuration.
+
+        Raises:
+            InvalidArgumentError: The shared allocator has another configuration.
+            UnavailableError: As for the constructor.
+        """
+        shared = cls._open_instance()
+        if shared is None:
+            made = cls(config)
+            with _instance_lock:
+                shared = CuMemAllocator._instance = cls._open_instance() or made
+            if shared is not made:
+                made.close()
+        if config is not None and config != shared.config:
+            raise InvalidArgumentError(
+                f"the shared allocator was made with {shared.config}, not {config}; "
+                "close() it first, or make an allocator of your own"
+            )
+        return shared
+
+    @classmethod
+    def _open_instance(cls) -> CuMemAllocator | None:
+        """The shared allocator, unless it is closed."""
+        shared = cls._instance
+        return None if shared is None or shared._core.closed else shared
+
+    def __enter__(self) -> CuMemAllocator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            with contextlib.suppress(CumempoolError):
+                self.close()
+
+    def close(self, force: bool = False) -> None:
+        """Gives everything back. Closing twice is no error.
+
+        Args:
+            force: Close although memory is in use: physical memory and backups go, contents are
+                lost, and tensors that are still there must not be touched. Their addresses stay
+                reserved until they are deleted, so that a late access faults and reads nobody
+                else's memory. Memory of ``backing="cuda_malloc"`` stays until it is deleted.
+
+        Raises:
+            InUseError: Without `force`: tensors or CUDA graphs live, scopes are open, backups are
+                being read, or messages that were sent were not received; nothing was changed.
+            DriverError: The driver did not take something back.
+        """
+        if not isinstance(force, bool):
+            raise InvalidTypeError(f"force is a bool, not {force!r}")
+        self._exports.settle_close(force)
+        empty_cache(self.config.driver)
+        if force:
+            self._state.graph_pools.abandon()
+            empty_cache(self.config.driver)
+        elif len(self._state.graph_pools) and self._only_graph_pools_are_left():
+            self._state.graph_pools.release_all()
+            empty_cache(self.config.driver)
+        try:
+            self._core.close(force)
+        finally:
+            if self._core.closed:  # also where the driver did not take something back
+                self._retire()
+
+    def _retire(self) -> None:
+        """Ends what a closed allocator leaves behind: its shared place, its server, its file."""
+        with _instance_lock:
+            if CuMemAllocator._instance is self:
+                CuMemAllocator._instance = None
+        self._exports.close()
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def _only_graph_pools_are_left(self) -> bool:
+        """Whether closing is possible once graph pools are released, in which no graph lives."""
+        self._state.graph_pools.refuse_close()
+        unused = self._state.graph_pools.unused_segments()
+        return not open_tags(self._state, self.stats().tags) and all(
+            info.address in unused for info in self.snapshot()
+        )
+
+
+def _observer_of(core: _core.Allocator, config: CuMemConfig, progress: ProgressWatch) -> Observer:
+    """What observes an allocator: its core, and not itself.
+
+    In a cycle with its observer it would outlive its last reference.
+    """
+    directory = config.out_of_memory_directory
+    return Observer(
+        partial(stats_of, core),
+        partial(allocations_of, core),
+        partial(cached_ranges, config.driver),
+        during=[progress.watching, *([nvtx_range] if config.nvtx else [])],
+        directory=None if directory is None else Path(directory),
+    )

@@ -1,0 +1,48 @@
+"""What the parts of `CuMemAllocator` share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cumempool._pool.progress import ProgressWatch
+from cumempool._pool.state import PoolState
+from cumempool.config import CuMemConfig
+from cumempool.errors import UnsupportedError
+from cumempool.sharing.exports import Exports
+
+if TYPE_CHECKING:
+    from cumempool import _core
+
+__all__ = ["Part"]
+
+
+class Part:
+    """Methods of an allocator about one thing.
+
+    Attributes:
+        config: Its configuration.
+    """
+
+    config: CuMemConfig
+    _core: _core.Allocator
+    _state: PoolState
+    _exports: Exports
+    _progress: ProgressWatch
+
+    @property
+    def enabled(self) -> bool:
+        """False where the configuration says ``enable_cumem_allocator=False``.
+
+        Then scopes are null scopes, `empty` gives ordinary memory, `adopt` and `preserve` leave all
+        as it is, and what would put memory to sleep is an `UnsupportedError`.
+        """
+        return self.config.enable_cumem_allocator is not False
+
+    def _check_enabled(self, operation: str) -> None:
+        if not self.enabled:
+            raise UnsupportedError(
+                f"{operation}: the allocator is switched off (enable_cumem_allocator=False), and "
+                "nothing of it can sleep; leave that setting out",
+                operation=operation,
+                advice="leave that setting out",
+            )

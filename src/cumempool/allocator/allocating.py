@@ -1,0 +1,366 @@
+"""How an allocator gives memory: scopes, tensors, graph pools, adopted modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from cumempool._pool.backup import Backup, check_backup
+from cumempool._pool.preserve import preserve_tensors, preserving_scope
+from cumempool._pool.scope import MemoryPoolScope, NullScope
+from cumempool._pool.sizes import check_margin
+from cumempool._pool.tags import DEFAULT_TAG, Backing, OnSleep, OnWake, check_tag
+from cumempool._pool.tensors import copy_of, empty_like, empty_tensor
+from cumempool.allocator._part import Part
+from cumempool.errors import InvalidTypeError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Allocates"]
+
+
+class Allocates(Part):
+    """The methods of `CuMemAllocator` that give memory."""
+
+    def use_memory_pool(
+        self,
+        tag: str = DEFAULT_TAG,
+        *,
+        on_sleep: OnSleep | None = None,
+        on_wake: OnWake | None = None,
+        backup: Backup | str | None = None,
+        devices: Sequence[int] | None = None,
+        backing: Backing | None = None,
+        peers: Literal["all"] | Sequence[int] | None = None,
+        rdma: bool | None = None,
+        all_threads: bool = False,
+    ) -> MemoryPoolScope:
+        """A context manager: what this thread allocates inside comes from a pool under `tag`.
+
+        Scopes nest, and the innermost one counts; a tag may be entered again. Other threads are not
+        affected, unless `all_threads`. On leaving, unused segments go back at once (where other
+        scopes are open, with the last of them, since torch frees nothing before); segments whose
+        tensors die later go back at ``torch.cuda.empty_cache()``. On the ``host`` driver torch
+        cannot be routed: there, the scope sets the tag that `empty` takes when it is given none.
+
+        Args:
+            tag: 1 to 255 bytes of UTF-8.
+            on_sleep: The tag's own policy, which calls that do not name the tag follow.
+            on_wake: What discarded memory of the tag holds after a wake: anything, or zero bytes.
+            backup: Where contents of the tag are kept while it sleeps; see `set_backup`.
+            devices: Ordinals to route on. None: the current device and every other one in use.
+            backing: What memory of the tag is made of: ``"vmm"`` (what holds for tags that were
+                never given one), or ``"cuda_malloc"``, which others can register that know no
+                virtual memory, and which can neither sleep nor be shared.
+            peers: Devices that get access to the memory beside its own, now and at each wake:
+                their ordinals, ``()`` for none, or ``"all"`` that can. Where nobody has chosen, it
+                is the devices that the process uses: one that it comes to use later is let in by
+                the next allocation, scope or transition. None leaves it as it was. Memory of
+                ``"cuda_malloc"`` takes none here: ``cudaDeviceEnablePeerAccess`` is for all of it.
+            rdma: Whether memory of the tag is made for GPUDirect RDMA where the device grants it
+                (what holds for tags that were never told). Without, no network card, GPUDirect
+                Storage or GDRCopy can reach it, and ``libcuda`` makes one call less to the kernel
+                at each map and unmap. None leaves it as it was.
+            all_threads: Take what every other thread allocates as well, for as long as the scope is
+                open; ``backward()`` runs in threads of autograd, and gradients land in the pool. A
+                scope that a thread enters meanwhile is its own.
+
+        Raises:
+            InvalidArgumentError: A tag, policy or device that does not exist.
+            UnsupportedError: No device can reach the peer that `backup` names.
+            InUseError: Memory of the tag lives that was made otherwise than `backing`, `peers` and
+                `rdma` say. On entering with `all_threads`: another thread has a scope open.
+            OutOfSlotsError: On entering: too many scopes are open at the same time.
+            ClosedError: The allocator is closed.
+        """
+        if not isinstance(all_threads, bool):
+            raise InvalidTypeError(f"all_threads is a bool, not {all_threads!r}")
+        if not self.enabled:
+            return NullScope(self._state, check_tag(tag), devices, all_threads=all_threads)
+        place = None if backup is None else check_backup(backup, "backup")
+        self._state.tags.declare(tag, on_sleep, on_wake)
+        if place is not None:
+            self._core.set_backup(tag, *place._to_core())
+        if not (backing is None and peers is None and rdma is None):
+            self._state.tags.set_memory(tag, backing, peers, rdma)
+        if devices is not None:
+            devices = self._state.devices.check_routed(devices)
+        return MemoryPoolScope(self._state, tag, devices, all_threads=all_threads)
+
+    def set_backup(self, tag: str, backup: Backup | str) -> None:
+        """Says where the contents of a tag are kept from its next sleep on.
+
+        What sleeps already stays where it is.
+
+        Args:
+            tag: A tag that was used before.
+            backup: ``"pinned"`` (what holds for tags that were never given one), ``"pageable"``,
+                ``"file:/directory"``, ``"peer:1"``, or a `Backup`.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            InvalidArgumentError: A backup or a device that does not exist.
+            UnsupportedError: No device can reach the peer.
+            ClosedError: The allocator is closed.
+        """
+        self._core.set_backup(check_tag(tag), *check_backup(backup, "backup")._to_core())
+
+    def empty(
+        self,
+        *size: int | Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        tag: str | None = None,
+    ) -> torch.Tensor:
+        """A contiguous tensor with undefined contents and an allocation of its own.
+
+        No caching allocator stands between: deleting the last reference gives the memory back, and
+        the whole allocation is one handle, as memory registration needs it.
+
+        Args:
+            size: The shape, as one sequence or as integers.
+            dtype: Element type; None takes torch's default.
+            device: None: the current CUDA device; on the ``host`` driver, the CPU. An integer names
+                a device of the driver.
+            tag: None: the tag of the innermost open scope of this thread and allocator, else
+                ``"default"``.
+
+        Raises:
+            InvalidArgumentError: A negative or huge size, or a device that does not exist.
+            OutOfMemoryError: The device has no room, even with torch's cache emptied.
+            ClosedError: The allocator is closed.
+        """
+        return empty_tensor(self._state, size, dtype, device, tag)
+
+    def zeros(
+        self,
+        *size: int | Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        tag: str | None = None,
+    ) -> torch.Tensor:
+        """As `empty`, filled with zeros."""
+        return self.empty(*size, dtype=dtype, device=device, tag=tag).zero_()
+
+    def full(
+        self,
+        size: int | Sequence[int],
+        fill_value: complex,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        tag: str | None = None,
+    ) -> torch.Tensor:
+        """As `empty`, filled with a number.
+
+        Args:
+            size: The shape.
+            fill_value: The number.
+            dtype: Element type; None takes the one that ``torch.full`` takes for the number.
+            device: As for `empty`.
+            tag: As for `empty`.
+        """
+        import torch
+
+        if dtype is None:
+            dtype = torch.full((), fill_value).dtype
+        return self.empty(size, dtype=dtype, device=device, tag=tag).fill_(fill_value)
+
+    def empty_like(
+        self,
+        tensor: torch.Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        tag: str | None = None,
+    ) -> torch.Tensor:
+        """As `empty`, of the shape of another tensor; contiguous, whatever the strides of that are.
+
+        Args:
+            tensor: The other tensor.
+            dtype: Element type; None takes that of the other tensor.
+            device: None: the device of the other tensor, where the allocator has it; else as for
+                `empty`.
+            tag: As for `empty`.
+
+        Raises:
+            InvalidTypeError: It is no tensor.
+        """
+        return empty_like(self._state, tensor, dtype, device, tag)
+
+    def from_tensor(
+        self,
+        tensor: torch.Tensor,
+        *,
+        device: torch.device | str | int | None = None,
+        tag: str | None = None,
+    ) -> torch.Tensor:
+        """A copy of a tensor, contiguous and without a gradient, with an allocation of its own.
+
+        Args:
+            tensor: What to copy, on any device.
+            device: As for `empty_like`.
+            tag: As for `empty`.
+
+        Raises:
+            InvalidTypeError: It is no tensor, or one without strides, such as a sparse one.
+        """
+        return copy_of(self._state, tensor, device, tag)
+
+    def graph_pool(
+        self, tag: str, *, device: torch.device | str | int | None = None
+    ) -> tuple[int, int]:
+        """The id of a pool that CUDA graphs are captured into: ``torch.cuda.graph(g, pool=...)``.
+
+        The memory of the graphs sleeps and wakes with the tag, at the same addresses and with its
+        contents, so they replay as before. All of it is kept while a graph lives, which may read
+        what torch has as free. While it sleeps they must not be replayed. The id is the same for a
+        tag and device until `release_graph_pool` or `close`, and the pool holds a slot as long. Ask
+        for it before each capture: captures do not go with memory that sleeps.
+
+        Args:
+            tag: 1 to 255 bytes of UTF-8.
+            device: None: the current CUDA device.
+
+        Raises:
+            UnsupportedError: The ``host`` driver has no CUDA graphs; or torch before 2.11 has
+                expandable segments on.
+            InUseError: Memory of the pool is asleep: torch would hand out parts of it.
+            InvalidArgumentError: A tag or a device that does not exist.
+            OutOfSlotsError: Too many scopes and graph pools are open at the same time.
+            ClosedError: The allocator is closed.
+        """
+        if self.config.driver == "cuda" and not self.enabled:
+            import torch
+
+            return torch.cuda.graph_pool_handle()
+        self._state.tags.declare(tag, None, None)
+        if self.config.driver != "cuda":
+            raise UnsupportedError(
+                f"graph_pool: the {self.config.driver} driver has no CUDA graphs; "
+                "use the cuda driver",
+                operation="graph_pool",
+                tag=tag,
+                advice="use the cuda driver",
+            )
+        self._state.before_tensors()
+        return self._state.graph_pools.open(tag, self._state.devices.resolve(device)[0])
+
+    def release_graph_pool(
+        self, tag: str, *, device: torch.device | str | int | None = None
+    ) -> int:
+        """Gives up the graph pools of a tag; their ids must not be captured into any more.
+
+        Memory of graphs that live stays, and sleeps and wakes as before, until they are deleted.
+
+        Args:
+            tag: The tag.
+            device: None: those on every device.
+
+        Returns:
+            How many pools there were.
+
+        Raises:
+            InvalidArgumentError: A device that does not exist.
+        """
+        ordinal = None if device is None else self._state.devices.resolve(device)[0]
+        return self._state.graph_pools.release(check_tag(tag), ordinal)
+
+    def preserve_contents(self) -> MemoryPoolScope:
+        """A context manager inside a `use_memory_pool` scope: what it takes keeps its contents.
+
+        For what cannot be made again in a tag that is discarded: rotary caches, quantization
+        scales. Such memory sleeps and wakes with its tag and is backed up at each sleep, also where
+        the call or the tag's policy discards the tag, and at `discard`. It is for this thread only.
+
+        Raises:
+            InvalidArgumentError: No scope is open.
+            OutOfSlotsError: On entering: too many scopes are open at the same time.
+        """
+        return preserving_scope(self._state)
+
+    def preserve(self, what: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> int:
+        """Has contents kept from now on wherever their tag is discarded, as `preserve_contents`.
+
+        Nothing is moved: it goes for the whole allocation that a tensor lies in, so that what torch
+        has put beside it is backed up as well. Waits for a transition of another thread.
+
+        Args:
+            what: A tensor, some of them, or a module: its buffers.
+
+        Returns:
+            Bytes of the allocations that they lie in.
+
+        Raises:
+            NotInPoolError: Memory that is not of this allocator. Nothing is preserved then.
+            InvalidTypeError: Something that is no tensor.
+            TransitionInProgressError: Called from inside a transition.
+        """
+        return preserve_tensors(self._state, what)
+
+    def set_memory_margin(self, margin: int) -> None:
+        """Has allocations fail for lack of memory where less than that would stay free.
+
+        Free for other libraries and processes on the device. It concerns what is allocated from now
+        on, in scopes too, where torch empties its cache and tries once more; wakes take all there
+        is.
+
+        Args:
+            margin: Bytes; 0, as at the start, for none.
+
+        Raises:
+            InvalidArgumentError: A negative or huge number.
+        """
+        self._core.set_memory_margin(check_margin(margin))
+
+    def adopt(
+        self,
+        what: torch.nn.Module | torch.optim.Optimizer,
+        tag: str = "weights",
+        *,
+        gradients: bool | str = False,
+        preserve_buffers: bool = False,
+    ) -> int:
+        """Moves a module's parameters and buffers, or an optimizer's state, into the pool, packed.
+
+        Tensors keep their identity, class and attributes; tied weights, views of one storage and
+        strides stay as they are. Old storage is freed as far as nothing else refers to it. It does
+        not matter in which mode this is called (``no_grad``, ``inference_mode``): inference tensors
+        stay such, and ordinary ones can be trained as before.
+
+        Buffers on the CPU stay there; parameters on another device, or on ``meta``, are refused.
+
+        State that an optimizer makes later, in its first step for example, or takes from
+        ``load_state_dict``, is moved after the step that made it, unless it is under the tag
+        already: take that step inside ``use_memory_pool(tag)``, and nothing has to be moved. State
+        on the CPU stays there. Gradients that are made later are caught by
+        ``use_memory_pool(tag, all_threads=True)`` around ``backward()``.
+
+        Args:
+            what: The module, on the device of this allocator; or the optimizer.
+            tag: The tag to move it under.
+            gradients: Move the gradients that a module's parameters have now as well, under the
+                same tag, or under the one that is named.
+            preserve_buffers: Keep the contents of a module's buffers where the tag is discarded;
+                see `preserve_contents`.
+
+        Returns:
+            Bytes of device memory allocated for it; 0 where all of it was under the tag already.
+
+        Raises:
+            InvalidTypeError: It is neither, or a tensor of it is of a kind that cannot be moved,
+                such as a subclass that keeps its memory in other tensors; the message names it.
+                Nothing was moved.
+            InvalidArgumentError: A tensor of it is asleep under another tag. Nothing was moved.
+            OutOfMemoryError: The device has no room; what was moved so far stays moved.
+        """
+        from cumempool._pool.optimizer import adopt_object
+
+        if not isinstance(gradients, bool):
+            check_tag(gradients)
+        if not isinstance(preserve_buffers, bool):
+            raise InvalidTypeError(f"preserve_buffers is a bool, not {preserve_buffers!r}")
+        if not self.enabled:
+            return 0
+        return adopt_object(self._state, what, check_tag(tag), gradients, preserve_buffers)

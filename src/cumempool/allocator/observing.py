@@ -1,0 +1,119 @@
+"""What can be seen of an allocator: statistics, allocations, events, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cumempool._pool.events import EventLog
+from cumempool._pool.progress import OnProgress, ProgressRegistration
+from cumempool._pool.stats import AllocationInfo, Stats
+from cumempool._pool.waking import memory_of
+from cumempool.allocator._part import Part
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Observed"]
+
+
+class Observed(Part):
+    """The methods of `CuMemAllocator` that tell what there is and what goes on."""
+
+    def get_current_usage(self) -> int:
+        """Bytes of device memory that are awake, over all tags."""
+        return self.stats().awake_bytes
+
+    def stats(self) -> Stats:
+        """Bytes per tag and state, and totals. Cheap; works on a closed allocator too."""
+        return self._state.stats()
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Every tag that was ever used, in order of first use."""
+        return tuple(self._state.stats().tags)
+
+    def snapshot(self) -> list[AllocationInfo]:
+        """Every live allocation, in order of allocation."""
+        return self._state.snapshot()
+
+    def tag_of(self, tensor: torch.Tensor) -> str:
+        """The tag of the allocation that holds a tensor's memory.
+
+        Raises:
+            InvalidTypeError: It is no tensor.
+            NotInPoolError: Its memory is not of this allocator, or it has none.
+        """
+        return self.allocation_of(tensor).tag
+
+    def allocation_of(self, tensor: torch.Tensor) -> AllocationInfo:
+        """The allocation that holds a tensor's memory.
+
+        Raises:
+            InvalidTypeError: It is no tensor.
+            NotInPoolError: Its memory is not of this allocator, or it has none.
+        """
+        return self._state.allocation_at(memory_of(tensor))
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"<{type(self).__name__} on {self.config.driver}: {len(stats.tags)} tags, "
+            f"{stats.awake_bytes} bytes awake, {stats.asleep_bytes} asleep>"
+        )
+
+    @property
+    def events(self) -> EventLog:
+        """The latest transitions, and failures of them and of allocations; oldest first."""
+        return self._state.observer.log
+
+    def on_progress(
+        self,
+        callback: OnProgress,
+        *,
+        after: float = 1.0,
+        ended: Callable[[], object] | None = None,
+    ) -> ProgressRegistration:
+        """Has a callback told how far long transitions have come, about ten times a second.
+
+        Not for wakes in the background, whose handle tells. See also `show_progress`.
+
+        Args:
+            callback: Called with the operation, the bytes done, and the bytes in all, from a thread
+                of its own; at the end of a transition that succeeded with all of them. What it
+                raises is logged.
+            after: Seconds that a transition may take before the first call.
+            ended: Called after the last call for a transition, however that ended.
+
+        Returns:
+            What takes it out again; a context manager.
+
+        Raises:
+            InvalidTypeError: It cannot be called, or `after` is no number.
+            InvalidArgumentError: `after` is negative.
+        """
+        return self._progress.register(callback, after, ended)
+
+    def save_snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Writes statistics, allocations and the latest events to a file, as JSON.
+
+        ``cumempool report`` renders it.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        Path(path).write_text(json.dumps(self._state.observer.snapshot()), encoding="utf-8")
+
+    def record(self, path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+        """A context manager that writes a trace: each event meanwhile, as a line of JSON.
+
+        ``cumempool report`` renders it.
+
+        Raises:
+            OSError: On entering: the file cannot be made.
+        """
+        return self._state.observer.recording(Path(path))

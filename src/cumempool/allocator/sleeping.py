@@ -1,0 +1,297 @@
+"""How the memory of an allocator sleeps and wakes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Literal, overload
+
+from cumempool._pool import transition
+from cumempool._pool.backup_view import view_backup
+from cumempool._pool.report import TransitionReport
+from cumempool._pool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
+from cumempool._pool.tags import check_tags
+from cumempool._pool.waking import WakeHandle, addresses_of
+from cumempool.allocator._part import Part
+from cumempool.errors import InvalidArgumentError, InvalidTypeError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Sleeps"]
+
+
+class Sleeps(Part):
+    """The methods of `CuMemAllocator` that put memory to sleep and wake it."""
+
+    @takes_offload_tags_first
+    def sleep(
+        self,
+        tags: Sequence[str] | str | None = None,
+        *,
+        offload_tags: Sequence[str] | str | None = None,
+    ) -> TransitionReport:
+        """Gives the physical memory of tags back; addresses stay reserved.
+
+        All or nothing: on failure everything is awake as before. Work in flight is finished first.
+        Hooks of `register_hooks` are called before, and cancel it where they raise.
+        Only live bytes are backed up: blocks that torch has cached as free are not. Of those, only
+        what has changed since the last sleep is copied, where that backup was kept
+        (``retain_backups``); the report counts the others as clean.
+
+        Contents are kept, but for tags that were told ``on_sleep="discard"``.
+
+        Args:
+            tags: Touch only these. None: all.
+            offload_tags: Tags whose contents are kept; those of all others are discarded, whatever
+                their own policy says (the report lists such overrides), as vLLM's allocator does.
+                None: each tag follows its own policy, and is kept where it has none.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            InUseError: A scope of one of the tags is open, or a tag is pinned: by `pin`, or by
+                another process that has its memory open.
+            StreamCaptureError: The calling thread's current stream is being captured.
+            TransitionInProgressError: Called from inside a transition.
+            OutOfHostMemoryError: No host memory for the backup, or over ``host_backup_limit``.
+            OutOfMemoryError: The peer device has no room for the backup.
+            BackupError: A backup file cannot be made or written: a missing directory, a full disk.
+            UnsupportedError: A device of the tag cannot reach its peer, or memory of the tag is of
+                ``backing="cuda_malloc"``.
+            ClosedError: The allocator is closed.
+            DriverError: A driver call failed.
+        """
+        self._check_enabled("sleep")
+        actions, overrides = plan_sleep(self._core, tags, offload_tags)
+        return transition.sleep(self._state, "sleep", actions, overrides, drop_backups=False)
+
+    @overload
+    def prepare(
+        self,
+        tags: Sequence[str] | str | None = ...,
+        *,
+        offload_tags: Sequence[str] | str | None = ...,
+        background: Literal[False] = ...,
+    ) -> int: ...
+
+    @overload
+    def prepare(
+        self,
+        tags: Sequence[str] | str | None = ...,
+        *,
+        offload_tags: Sequence[str] | str | None = ...,
+        background: Literal[True],
+    ) -> Future[int]: ...
+
+    @takes_offload_tags_first
+    def prepare(
+        self,
+        tags: Sequence[str] | str | None = None,
+        *,
+        offload_tags: Sequence[str] | str | None = None,
+        background: bool = False,
+    ) -> int | Future[int]:
+        """Pins the host memory that a `sleep` with the same arguments will need, ahead of it.
+
+        Pinning is what makes a first sleep slower than later ones. A transition that starts while
+        this runs waits for it.
+
+        Args:
+            tags: As for `sleep`.
+            offload_tags: As for `sleep`.
+            background: Run in a thread of its own and return at once.
+
+        Returns:
+            Bytes pinned beyond what was there; with `background`, a future of that number, which
+            can be cancelled until the thread has begun.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            InUseError: A tag is pinned and has no hooks that could take the pin off, so that the
+                sleep would be refused.
+            UnsupportedError: Memory of a tag is of ``backing="cuda_malloc"``.
+            OutOfHostMemoryError: There is not so much host memory, or it is over
+                ``host_backup_limit``.
+            TransitionInProgressError: Called from inside a transition.
+            ClosedError: The allocator is closed.
+        """
+        self._check_enabled("prepare")
+        actions, _ = plan_sleep(self._core, tags, offload_tags)
+        return transition.prepare(self._state, actions, background=background)
+
+    def discard(self, tags: Sequence[str] | str) -> TransitionReport:
+        """Puts tags to sleep without keeping their contents.
+
+        Where memory of the tags sleeps already with a backup, the backup is dropped.
+
+        Raises:
+            As `sleep`.
+        """
+        self._check_enabled("discard")
+        actions, overrides = plan_discard(self._core, tags)
+        return transition.sleep(self._state, "discard", actions, overrides, drop_backups=True)
+
+    @overload
+    def wake_up(
+        self, tags: Sequence[str] | str | None = ..., *, blocking: Literal[True] = ...
+    ) -> TransitionReport: ...
+
+    @overload
+    def wake_up(
+        self,
+        tags: Sequence[str] | str | None = ...,
+        *,
+        blocking: Literal[False],
+        first: Iterable[torch.Tensor] = ...,
+    ) -> WakeHandle: ...
+
+    def wake_up(
+        self,
+        tags: Sequence[str] | str | None = None,
+        *,
+        blocking: bool = True,
+        first: Iterable[torch.Tensor] = (),
+    ) -> TransitionReport | WakeHandle:
+        """Maps physical memory at the old addresses and restores what was backed up.
+
+        All or nothing: on failure everything is still asleep with its backup, and the call can be
+        repeated. When it returns, the contents are visible to every stream, and hooks of
+        `register_hooks` have been called; what they failed with is among the report's problems.
+        Where the device has no room, torch's cache is emptied and the wake tried once more.
+
+        Args:
+            tags: Wake only these. None: all.
+            blocking: False returns a handle as soon as it is known that there is room. Tensors are
+                ready in order of allocation; ``handle.wait(tensor)`` comes before a tensor is used.
+                Other transitions wait for the end.
+            first: With ``blocking=False``: tensors whose allocations come before all others.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+            OutOfMemoryError: The device has no room (also a ``RuntimeError``).
+            StreamCaptureError: The calling thread's current stream is being captured.
+            TransitionInProgressError: Called from inside a transition.
+            BackupError: A backup file could not be read; `BackupDamagedError` where it does not
+                hold what was written to it.
+            NotInPoolError: A tensor of `first` is not of this allocator.
+            ClosedError: The allocator is closed.
+            DriverError: A driver call failed.
+        """
+        if not isinstance(blocking, bool):
+            raise InvalidTypeError(f"blocking is a bool, not {blocking!r}")
+        chosen = None if tags is None else list(check_tags(tags, "tags"))
+        addresses = addresses_of(first)
+        if blocking and addresses:
+            raise InvalidArgumentError("`first` goes with blocking=False: else all come at once")
+        if not blocking:
+            return transition.begin_wake(self._state, chosen, addresses)
+        return transition.wake(self._state, chosen)
+
+    def swap(
+        self,
+        *,
+        sleep: Sequence[str] | str,
+        wake: Sequence[str] | str | None = None,
+        offload_tags: Sequence[str] | str | None = None,
+    ) -> TransitionReport:
+        """Puts tags to sleep while others wake: one transition, both directions of the link busy.
+
+        All or nothing: on failure both are as they were. Needs no more device memory than what is
+        free and what the sleep gives back. Where that is not enough, torch's cache is emptied and
+        the swap tried once more.
+
+        Args:
+            sleep: The tags to put to sleep.
+            wake: The tags to wake; none of them may be in `sleep`. None: all others that sleep.
+            offload_tags: As for ``sleep(tags, offload_tags=...)``.
+
+        Raises:
+            As `sleep` and `wake_up`.
+        """
+        self._check_enabled("swap")
+        named = check_tags(sleep, "sleep")
+        chosen = None if wake is None else list(check_tags(wake, "wake"))
+        actions, overrides = plan_sleep(self._core, named, offload_tags)
+        return transition.swap(self._state, actions, overrides, chosen)
+
+    def is_asleep(self, tag: str) -> bool:
+        """Whether anything of a tag sleeps, so that it has to be woken before it is used.
+
+        Raises:
+            UnknownTagError: A tag that was never used.
+        """
+        self._state.tags.check_known(tag, "is_asleep")
+        return self._state.stats().tags[tag].asleep_bytes > 0
+
+    @contextlib.contextmanager
+    def awake(self, tags: Sequence[str] | str | None = None) -> Iterator[None]:
+        """A context manager that wakes tags, and at its end puts those to sleep that it has woken.
+
+        Those go to sleep as wholes, and by their own policies. What was awake stays so, and nothing
+        happens where all of it was. Blocks may be nested.
+
+        Args:
+            tags: The tags. None: all.
+
+        Raises:
+            As `wake_up` on entering, and as `sleep` on leaving.
+        """
+        self._check_enabled("awake")
+        named = self._state.stats().tags if tags is None else check_tags(tags, "tags")
+        asleep = [tag for tag in named if self.is_asleep(tag)]
+        if not asleep:
+            yield
+            return
+        self.wake_up(asleep)
+        try:
+            yield
+        finally:
+            self.sleep(asleep)
+
+    def read_backup(self, tensor: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
+        """The backup of a sleeping tensor as a tensor on the CPU, without a copy.
+
+        It keeps the memory that it shows: while it lives, the allocator cannot be closed without
+        force. After the wake it shows what was restored. A backup that was put together of several
+        pieces of free host memory is joined first, which takes its size once more. Pinned memory
+        can be copied to a device as a whole; for that, the first call that meets the border of two
+        blocks of 64 MiB pins the blocks about it anew, at some 50 GB/s.
+
+        Without `writable`, operations that would write to it or to its views raise
+        `InvalidArgumentError` (a ``ValueError``) and change nothing, NumPy arrays of it are
+        read-only, and DLPack is refused; what else is made of it is ordinary tensors. Not
+        protected from: its address and its storage, and the few operations that do not declare
+        what they write, such as running statistics of ``batch_norm``.
+
+        Args:
+            tensor: A tensor or view of memory that sleeps with a backup; also a part of it.
+            writable: Give an ordinary tensor: what is written to it is what the next wake restores.
+
+        Returns:
+            A tensor of the same shape, dtype and strides, without a gradient.
+
+        Raises:
+            InvalidTypeError: It is no tensor, or a quantized one.
+            NotInPoolError: Its memory is not of this allocator.
+            InvalidArgumentError: It is awake, its contents were discarded, or the bytes from its
+                first to its last element are not all in the backup.
+            UnsupportedError: The backup is on a peer device.
+            OutOfHostMemoryError: The backup is in pieces, and there is no room to join them, or
+                the system does not let its blocks be pinned as one.
+            TransitionInProgressError: Called from inside a transition.
+            ClosedError: The allocator is closed.
+        """
+        return view_backup(self._core, tensor, writable)
+
+    def release_host_memory(self) -> int:
+        """Gives back host memory that holds no contents of what sleeps; returns its bytes.
+
+        That is free room, backups kept of what is awake (the next sleep copies all of it), and
+        buffers.
+
+        Raises:
+            TransitionInProgressError: Called from inside a transition.
+            ClosedError: The allocator is closed.
+        """
+        return self._core.release_host_memory()
