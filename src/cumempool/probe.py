@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cumempool._pool.devices import HOST_GRANULARITY
+from cumempool._pool.report import format_bytes
 from cumempool._pool.stats import handle_type_names
 from cumempool.config import CuMemConfig, DriverName
 from cumempool.errors import CumempoolError, InvalidArgumentError, InvalidTypeError
@@ -69,6 +70,12 @@ class DeviceProbe:
     fence: FenceWay = ""
     pins_host_memory: bool = False
 
+    def __str__(self) -> str:
+        if not self.usable:
+            return f"device {self.ordinal} cannot be used: {self.reason}"
+        free, total = format_bytes(self.free_bytes), format_bytes(self.total_bytes)
+        return f"device {self.ordinal}: {self.name}, {free} of {total} free"
+
 
 @dataclass(frozen=True, slots=True)
 class TorchProbe:
@@ -112,6 +119,15 @@ class Availability:
 
     def __bool__(self) -> bool:
         return self.ok
+
+    def __str__(self) -> str:
+        if self.ok:
+            driver = f"{self.driver} {self.driver_version}".rstrip()
+            first = f"cumempool can be used: driver {driver}, torch {self.torch.version}"
+        else:
+            first = f"cumempool cannot be used with driver {self.driver}: {self.reason}"
+            first += f"; {self.hint}" if self.hint else ""
+        return "\n".join([first, *(f"  {device}" for device in self.devices)])
 
     def to_dict(self) -> dict[str, object]:
         """All fields, of types that ``json.dumps`` takes."""

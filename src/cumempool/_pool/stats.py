@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from cumempool._pool.report import format_bytes
+
 if TYPE_CHECKING:
     from cumempool import _core
 
@@ -118,6 +120,16 @@ class TagStats:
         """Bytes asleep, backed up or discarded."""
         return self.backed_up_bytes + self.discarded_bytes
 
+    def __str__(self) -> str:
+        amounts = {
+            "awake": self.awake_bytes,
+            "backed up": self.backed_up_bytes,
+            "discarded": self.discarded_bytes,
+        }
+        parts = [f"{format_bytes(count)} {what}" for what, count in amounts.items() if count]
+        parts += [f"{self.pins} pins"] if self.pins else []
+        return f"{self.tag}: {', '.join(parts) or 'nothing'}"
+
 
 _COUNTS = (
     "awake_allocations",
@@ -223,6 +235,21 @@ class Stats:
     def asleep_bytes(self) -> int:
         """Bytes asleep over all tags."""
         return sum(tag.asleep_bytes for tag in self.tags.values())
+
+    def __str__(self) -> str:
+        held = (
+            f"{format_bytes(self.awake_bytes)} awake, {format_bytes(self.asleep_bytes)} asleep; "
+            f"backups: {format_bytes(self.host_used_bytes)} pinned"
+        )
+        others = {
+            "pageable": self.pageable_bytes,
+            "in files": self.file_bytes,
+            "on other devices": self.peer_bytes,
+        }
+        held += "".join(f", {format_bytes(n)} {where}" for where, n in others.items() if n)
+        failed = f"last failed allocation: {self.last_malloc_failure}"
+        lines = [held, *(f"  {tag}" for tag in self.tags.values())]
+        return "\n".join([*lines, failed] if self.last_malloc_failure else lines)
 
     def to_dict(self) -> dict[str, object]:
         """All fields, of types that ``json.dumps`` takes."""

@@ -140,7 +140,14 @@ class Allocates(Part):
         device: torch.device | str | int | None = None,
         tag: str | None = None,
     ) -> torch.Tensor:
-        """As `empty`, filled with zeros."""
+        """As `empty`, filled with zeros.
+
+        Args:
+            size: The shape, as one sequence or as integers.
+            dtype: Element type; None takes torch's default.
+            device: As for `empty`.
+            tag: As for `empty`.
+        """
         return self.empty(*size, dtype=dtype, device=device, tag=tag).zero_()
 
     def full(

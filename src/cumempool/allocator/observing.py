@@ -34,7 +34,7 @@ class Observed(Part):
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Every tag that was ever used, in order of first use."""
+        """Every tag that was ever used, by name."""
         return tuple(self._state.stats().tags)
 
     def snapshot(self) -> list[AllocationInfo]:
