@@ -77,7 +77,7 @@ def test_readme_diagnosis_runs(run_python: RunPython) -> None:
     assert (program, option) == ("python", "-c")
     done = run_python(code)
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("Availability(ok=True, reason=''")
+    assert done.out.startswith("cumempool can be used: driver host")
 
 
 def test_configuration_page_has_the_table_of_the_code() -> None:
