@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -1040,7 +1041,7 @@ def test_the_runtime_calls_are_made_on_an_idle_device_and_waited_for(
         cuMemsetD8_v2=function("cuMemsetD8_v2"), cuMemcpy=function("cuMemcpy")
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: steps.append("idle"))
-    monkeypatch.setattr(compat.ctypes, "CDLL", {"libcuda.so.1": library}.__getitem__)
+    monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": library}.__getitem__)
     compat.libcudart.cudaMemset(2**40, 0xA5, 3 * 2**32)
     assert steps == ["idle", ("cuMemsetD8_v2", 2**40, 0xA5, 3 * 2**32), "idle"]
     steps.clear()

@@ -38,11 +38,10 @@ class Allocates(Part):
     ) -> MemoryPoolScope:
         """A context manager: what this thread allocates inside comes from a pool under `tag`.
 
-        Scopes nest, and the innermost one counts; a tag may be entered again. Other threads are not
-        affected, unless `all_threads`. On leaving, unused segments go back at once (where other
-        scopes are open, with the last of them, since torch frees nothing before); segments whose
-        tensors die later go back at ``torch.cuda.empty_cache()``. On the ``host`` driver torch
-        cannot be routed: there, the scope sets the tag that `empty` takes when it is given none.
+        Scopes nest, and the innermost one counts; a tag may be entered again. On leaving, unused
+        segments go back at once, or with the last open scope; segments whose tensors die later go
+        back at ``torch.cuda.empty_cache()``. On the ``host`` driver torch cannot be routed: there,
+        the scope sets the tag that `empty` takes if it is given none.
 
         Args:
             tag: 1 to 255 bytes of UTF-8.
@@ -50,21 +49,14 @@ class Allocates(Part):
             on_wake: What discarded memory of the tag holds after a wake: anything, or zero bytes.
             backup: Where contents of the tag are kept while it sleeps; see `set_backup`.
             devices: Ordinals to route on. None: the current device and every other one in use.
-            backing: What memory of the tag is made of: ``"vmm"`` (what holds for tags that were
-                never given one), or ``"cuda_malloc"``, which others can register that know no
-                virtual memory, and which can neither sleep nor be shared.
-            peers: Devices that get access to the memory beside its own, now and at each wake:
-                their ordinals, ``()`` for none, or ``"all"`` that can. Where nobody has chosen, it
-                is the devices that the process uses: one that it comes to use later is let in by
-                the next allocation, scope or transition. None leaves it as it was. Memory of
-                ``"cuda_malloc"`` takes none here: ``cudaDeviceEnablePeerAccess`` is for all of it.
-            rdma: Whether memory of the tag is made for GPUDirect RDMA where the device grants it
-                (what holds for tags that were never told). Without, no network card, GPUDirect
-                Storage or GDRCopy can reach it, and ``libcuda`` makes one call less to the kernel
-                at each map and unmap. None leaves it as it was.
-            all_threads: Take what every other thread allocates as well, for as long as the scope is
-                open; ``backward()`` runs in threads of autograd, and gradients land in the pool. A
-                scope that a thread enters meanwhile is its own.
+            backing: What memory of the tag is made of: ``"vmm"``, the default, or
+                ``"cuda_malloc"``, which can neither sleep nor be shared.
+            peers: Devices that get access beside the memory's own: ordinals, ``()`` for none, or
+                ``"all"``; by default those that the process uses. Not with ``"cuda_malloc"``.
+            rdma: Whether the memory is made for GPUDirect RDMA if the device grants it, as is the
+                default. Of all three, None leaves what was said before.
+            all_threads: Take what every other thread allocates as well, such as gradients. A scope
+                that a thread enters meanwhile is its own.
 
         Raises:
             InvalidArgumentError: A tag, policy or device that does not exist.

@@ -15,6 +15,8 @@ from vllm.device_allocator.sleep_mode_backend import (  # type: ignore[import-no
 )
 
 from cumempool.compat import vllm
+from cumempool.compat.vllm_install import MODULE, refuse_own_memory
+from cumempool.compat.vllm_memory import check_tags
 from cumempool.errors import InvalidArgumentError
 
 __all__ = ["CumempoolBackend"]
@@ -46,7 +48,7 @@ class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
             )
         super().__init__()
         self.suspend_tags = (
-            None if suspend_tags is None else vllm._tags(suspend_tags, "suspend_tags")
+            None if suspend_tags is None else check_tags(suspend_tags, "suspend_tags")
         )
 
     def suspend(self, level: int = 1, tags: Sequence[str] | str | None = None) -> None:
@@ -66,7 +68,7 @@ class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
             raise InvalidArgumentError(f"sleep: there are the levels 1 and 2, not {level!r}")
         chosen: tuple[str, ...] = ("weights",) if level == 1 else ()
         if tags is not None:
-            chosen = vllm._tags(tags, "tags")
+            chosen = check_tags(tags, "tags")
         elif self.suspend_tags is not None:
             chosen = self.suspend_tags
         _allocator("sleep").sleep((*chosen, *_KEPT))
@@ -123,5 +125,5 @@ class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
 
 
 def _allocator(operation: str) -> vllm.CuMemAllocator:
-    vllm._refuse_own_memory(operation, sys.modules.get(vllm._MODULE))
+    refuse_own_memory(operation, sys.modules.get(MODULE), vllm)
     return vllm.CuMemAllocator.get_instance()

@@ -14,6 +14,7 @@ from cumempool.allocator import CuMemAllocator
 from cumempool.compat.torch_memory_saver.cpu_backups import CpuBackups
 from cumempool.compat.torch_memory_saver.graph_captures import GraphCaptures
 from cumempool.compat.torch_memory_saver.open_regions import OpenRegions
+from cumempool.compat.torch_memory_saver.torch_memory import empty_cache, reserved_bytes
 from cumempool.config import CuMemConfig
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 
@@ -203,12 +204,12 @@ class TorchMemorySaver:
                 advice="allocate before the capture, or capture with torch.cuda.graph",
             )
         with self._regions.left():
-            reserved = _reserved_bytes()
+            reserved = reserved_bytes()
             try:
                 yield
             finally:
-                if _reserved_bytes() > reserved:
-                    _empty_cache()
+                if reserved_bytes() > reserved:
+                    empty_cache()
 
     # ---- pausing -------------------------------------------------------------------------------
 
@@ -436,22 +437,3 @@ def _warn_of_preload_variables() -> None:
             "all_threads=True where other threads allocate too",
             ", ".join(found),
         )
-
-
-def _reserved_bytes() -> int:
-    """What torch has reserved on all devices, pools included."""
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return 0
-    return sum(torch.cuda.memory_reserved(d) for d in range(torch.cuda.device_count()))
-
-
-def _empty_cache() -> None:
-    import torch
-
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        # torch before 2.9 refuses while somebody captures a graph. What is unused stays cached.
-        _logger.debug("torch refused to empty its cache")
