@@ -79,10 +79,10 @@ class FakeTorch:
         monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: self.backend)
         monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
         monkeypatch.setattr(_torch.routing, "_pluggable_allocator", lambda slot: slot)
-        monkeypatch.setattr(_torch.routing, "_open_pools", set())
+        monkeypatch.setattr(_torch.unused, "open_pools", set())
         monkeypatch.setattr(_torch.routing, "_idle_pools", {})
-        monkeypatch.setattr(_torch.routing, "_fresh_pools", {})
-        monkeypatch.setattr(_torch.routing, "_held", _torch.routing._HeldPools())
+        monkeypatch.setattr(_torch.unused, "fresh_pools", {})
+        monkeypatch.setattr(_torch.unused, "_held", _torch.unused._HeldPools())
         monkeypatch.setattr(_torch.routing, "_routes", [])
 
     def call(self, name: str) -> Callable[[int, tuple[int, int]], None]:
@@ -228,7 +228,7 @@ def test_a_device_that_fails_to_begin_unroutes_the_others(fake: FakeTorch) -> No
     release = "releasePool 1 (0, 2)"  # the count of its MemPool object
     assert fake.events == [f"{BEGIN} 0 (0, 1)", release, *ended(0, 1)]
     assert fake.counts == {(0, 1): 0, (0, 2): 0}
-    assert not _torch.routing._open_pools
+    assert not _torch.unused.open_pools
 
 
 def test_the_pool_is_given_up_even_while_a_traceback_of_the_scope_lives(fake: FakeTorch) -> None:
@@ -281,7 +281,7 @@ def test_a_renewed_route_gives_unused_segments_back_and_goes_on_in_a_fresh_pool(
     assert route.renew()
     assert fake.segments == []
     route.end()
-    assert not _torch.routing._open_pools
+    assert not _torch.unused.open_pools
 
 
 def test_a_route_is_not_renewed_while_others_are_routed_to_or_a_graph_is_captured(
@@ -316,7 +316,7 @@ def test_a_route_that_cannot_begin_again_says_so_and_can_be_ended(fake: FakeTorc
     with pytest.raises(RuntimeError, match="failed"):
         route.renew()
     route.end()
-    assert not _torch.routing._open_pools
+    assert not _torch.unused.open_pools
     assert not _torch.routing._routes
 
 
@@ -536,7 +536,7 @@ def test_pools_of_scopes_do_not_pile_up(fake: FakeTorch, emptied_by: str) -> Non
             fake.empty_cache()
         assert len(fake.segments) < 10
     assert fake_pools() <= before + 1
-    assert len(_torch.routing._held.devices) + len(_torch.routing._fresh_pools) <= 10
+    assert len(_torch.unused._held.devices) + len(_torch.unused.fresh_pools) <= 10
     assert fake.destroyed == []
 
 
@@ -604,7 +604,7 @@ def test_an_older_torch_is_asked_by_what_it_takes(
     use(fake, 1, "inactive")
     assert fake.segments == []
     assert use(fake, 1, "active_allocated") == (0, 2)
-    assert list(_torch.routing._held.devices) == [(0, 2)]
+    assert list(_torch.unused._held.devices) == [(0, 2)]
 
 
 def test_torch_gives_up_no_reference_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,7 +651,7 @@ def test_a_torch_with_another_allocator_is_an_error_that_says_so(
         PoolRoute(1, [0]).begin()
     assert "empty()" in caught.value.advice
     assert (fake.made, fake.events) == ([], [])
-    assert not _torch.routing._open_pools
+    assert not _torch.unused.open_pools
     assert _torch.live_settings() == {}
 
 
@@ -687,7 +687,7 @@ def test_an_interrupt_at_any_moment_leaves_nothing_routed(fake: FakeTorch, used:
         if "body" in fake.events:
             break
         assert begun == ended, interrupt.where
-        assert not _torch.routing._open_pools, interrupt.where
+        assert not _torch.unused.open_pools, interrupt.where
     assert moment > 20
     fake.failing.add("what was struck keeps counts")
     fake.destroyed.clear()

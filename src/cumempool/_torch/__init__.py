@@ -5,8 +5,6 @@ from cumempool._torch.routing import (
     LIBRARY,
     PoolRoute,
     PrivatePool,
-    return_unused,
-    settled_dead_ranges,
     warm_capture_stream,
 )
 from cumempool._torch.runtime import (
@@ -40,6 +38,7 @@ from cumempool._torch.tensors import (
     tensor_over,
     with_lazy_bits,
 )
+from cumempool._torch.unused import return_unused, settled_dead_ranges
 
 __all__ = [
     "LIBRARY",

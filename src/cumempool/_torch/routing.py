@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from cumempool._locks import fork_safe_lock
-from cumempool._torch import runtime, snapshots
+from cumempool._torch import runtime, snapshots, unused
 from cumempool._torch.settings import ExpandableSegmentsOff
-from cumempool._torch.snapshots import PoolId, Segment, dead_ranges, field_of, is_in_use, pool_of
+from cumempool._torch.snapshots import PoolId, dead_ranges, is_in_use
 from cumempool.errors import UnavailableError
 
 _C: Final[Any] = torch._C
 
 #: The shared library whose slots torch loads.
 LIBRARY: Final = Path(__file__).parents[1] / "lib" / "libcumempool.so"
-_logger = logging.getLogger("cumempool")
 
 
 def warm_capture_stream(device: int) -> None:
@@ -34,7 +31,7 @@ def warm_capture_stream(device: int) -> None:
     graph, and graphs of other tags that are captured later would use it while that tag sleeps.
     Does nothing where it would not end up in ordinary memory, or the stream is on another device.
     """
-    if runtime.is_capturing() or _open_pools or not runtime.has_native_allocator():
+    if runtime.is_capturing() or unused.open_pools or not runtime.has_native_allocator():
         return
     with torch.cuda.device(device):
         if torch.cuda.graph.default_capture_stream is None:
@@ -153,8 +150,8 @@ class PrivatePool:
 
     def forget(self) -> None:
         """Has `return_unused` see to its segments, now that nobody counts it."""
-        with _pools_lock:
-            _fresh_pools[self.id] = self.device
+        with unused.pools_lock:
+            unused.fresh_pools[self.id] = self.device
 
 
 #: From this version on, a ``MemPool`` may be destroyed while others count its pool (read in 2.11).
@@ -199,11 +196,11 @@ class PoolRoute:
         begin = _C._cuda_beginAllocateToPool
         if not self._all_threads:  # which older torch does not tell apart
             begin = getattr(_C, "_cuda_beginAllocateCurrentThreadToPool", begin)
-        with _pools_lock:
+        with unused.pools_lock:
             pool = _idle_pools.pop((self._slot, device), None) or PrivatePool(self._slot, device)
             # Before it begins: an interrupt may strike right after.
             self._pools.append(pool)
-            _open_pools.add(pool.id)
+            unused.open_pools.add(pool.id)
         begin(device, pool.id)
 
     def cached_bytes(self) -> int:
@@ -220,7 +217,7 @@ class PoolRoute:
                 kept for the next route of the slot.
         """
         with contextlib.ExitStack() as stack:
-            stack.callback(return_unused)
+            stack.callback(unused.return_unused)
             stack.callback(self._expandable.end)
             stack.callback(_unwatch_registrations, self)
             while self._pools:
@@ -237,11 +234,11 @@ class PoolRoute:
         """
         if self._all_threads or self._thread != threading.get_ident() or runtime.is_capturing():
             return False
-        with _pools_lock:
-            if not self._pools or _open_pools != {pool.id for pool in self._pools}:
+        with unused.pools_lock:
+            if not self._pools or unused.open_pools != {pool.id for pool in self._pools}:
                 return False
         with contextlib.ExitStack() as stack:
-            stack.callback(return_unused, thorough=True)
+            stack.callback(unused.return_unused, thorough=True)
             while self._pools:
                 stack.callback(_end_device, self._pools.pop(0), lambda: True)
         for device in self._devices:
@@ -251,9 +248,9 @@ class PoolRoute:
 
     def renew_if_worthwhile(self, device: int) -> None:
         """Renews the route if much has become unused on a device since the last renewal."""
-        reserved, unused = _held_bytes(device)
-        least = self._unused[device] = min(self._unused.get(device, unused), unused)
-        grown = unused - least
+        reserved, now = unused.held_bytes(device)
+        least = self._unused[device] = min(self._unused.get(device, now), now)
+        grown = now - least
         if grown < _RENEWED_BYTES:
             return
         if grown < reserved // _RENEWED_PART:
@@ -261,7 +258,7 @@ class PoolRoute:
             if grown < free // _RENEWED_ROOM:
                 return
         if not (self._is_innermost(device) and self.renew()):
-            self._unused[device] = unused  # later, once as much again is unused
+            self._unused[device] = now  # later, once as much again is unused
 
     def _is_innermost(self, device: int) -> bool:
         """Whether torch sends an allocation of this thread here, and to no pool of others."""
@@ -281,8 +278,8 @@ class PoolRoute:
 
 
 def _end_device(pool: PrivatePool, was_used: Callable[[], bool]) -> None:
-    with _pools_lock:
-        _open_pools.discard(pool.id)
+    with unused.pools_lock:
+        unused.open_pools.discard(pool.id)
     if pool.users() < 2:  # it has not begun
         pool.release()
         return
@@ -297,13 +294,10 @@ def _end_device(pool: PrivatePool, was_used: Callable[[], bool]) -> None:
         _C._cuda_releasePool(pool.device, pool.id)  # the count that beginning took
     else:
         _C._cuda_releasePool(pool.device, pool.id)
-        with _pools_lock:
+        with unused.pools_lock:
             _idle_pools[pool.slot, pool.device] = pool
 
 
-_pools_lock = fork_safe_lock()
-# Pools that are routed to.
-_open_pools: set[PoolId] = set()
 # Routes that have begun, in that order.
 _routes: list[PoolRoute] = []
 # Torch's hooks on registrations, while there are routes.
@@ -318,7 +312,7 @@ _RENEWED_ROOM: Final = 4
 
 
 def _watch_registrations(route: PoolRoute) -> None:
-    with _pools_lock:
+    with unused.pools_lock:
         _routes.append(route)
         if not _registration_hooks:
             module = torch.nn.modules.module
@@ -331,7 +325,7 @@ def _watch_registrations(route: PoolRoute) -> None:
 
 
 def _unwatch_registrations(route: PoolRoute) -> None:
-    with _pools_lock:
+    with unused.pools_lock:
         if route in _routes:
             _routes.remove(route)
         while _registration_hooks and not _routes:
@@ -353,147 +347,3 @@ def _on_registration(module: torch.nn.Module, name: str, value: torch.Tensor | N
 
 # Pools that nothing was ever allocated in, one per slot and device at most.
 _idle_pools: dict[tuple[int, int], PrivatePool] = {}
-# Pools whose scope has ended and that torch may hold unused segments of, with their device.
-_fresh_pools: dict[PoolId, int] = {}
-
-
-class _HeldPools:
-    """Released pools in which something was in use when they were last looked at.
-
-    Attributes:
-        devices: The device of each.
-        segments: How many segments they had.
-        looked_at: How many pools there were when all were last looked at.
-        releasable: The least that `_releasable_bytes` was since.
-    """
-
-    def __init__(self) -> None:
-        self.devices: dict[PoolId, int] = {}
-        self.segments = 0
-        self.looked_at = 0
-        self.releasable = 0
-        self._sizes: dict[PoolId, int] = {}
-
-    def put(self, pool: PoolId, device: int, segments: int) -> None:
-        """Adds a pool, or takes out one without segments."""
-        self.segments += segments - self._sizes.pop(pool, 0)
-        self.devices.pop(pool, None)
-        if segments:
-            self._sizes[pool] = segments
-            self.devices[pool] = device
-
-    def are_worth_a_look(self) -> bool:
-        """Whether so much has become unused somewhere, or so many pools have come, that it pays."""
-        now = _releasable_bytes()
-        self.releasable = min(self.releasable, now)
-        grown = now - self.releasable
-        many = len(self.devices) > 2 * self.looked_at + _ASKED_EACH
-        return many or grown >= max(1, self.segments * _WORTH_A_LOOK)
-
-    def were_looked_at(self, all_of_them: bool) -> None:
-        """Notes what can be released now that pools were looked at, and the unused was freed."""
-        if not self.devices:
-            self.looked_at = 0
-            return
-        now = _releasable_bytes()
-        self.releasable = now if all_of_them else min(self.releasable, now)
-        if all_of_them:
-            self.looked_at = len(self.devices)
-
-
-_held = _HeldPools()
-
-#: Bytes per held segment, of at least 2 MiB each, that have to become unused before all are looked
-#: at, which takes some microseconds per segment.
-_WORTH_A_LOOK: Final = 64 << 10
-#: Pools up to which torch is asked of each, and not of all that it holds.
-_ASKED_EACH: Final = 4
-
-
-def return_unused(*, thorough: bool = False) -> None:
-    """Has torch free the unused segments of pools whose scopes have ended, if there are any.
-
-    While a scope of ours is open on any device it waits, because torch frees nothing then; the end
-    of that scope comes here again. What cost this has does not depend on what torch holds, but for
-    pools whose scopes have just ended, and where enough has become unused to be worth it.
-
-    Args:
-        thorough: Looks at all pools, whether it is worth it or not.
-    """
-    with _pools_lock:
-        if _open_pools or not (_fresh_pools or _held.devices):
-            return
-        every = not _held.devices or thorough or _held.are_worth_a_look()
-        pools = {**_held.devices, **_fresh_pools} if every else dict(_fresh_pools)
-        if not pools:
-            return
-        if len(pools) <= _ASKED_EACH:
-            segments = [segment for pool in pools for segment in snapshots.segments_of(pool)]
-        else:
-            segments = snapshots.segments_of()
-        unused = _look_at(pools, segments)
-    _return(unused, every)
-
-
-def settled_dead_ranges(live: Collection[PoolId]) -> list[tuple[int, int]]:
-    """`return_unused` of all, and `dead_ranges`, by asking torch once.
-
-    Ranges of what is freed by it may be among them.
-    """
-    if not runtime.is_initialized() or not runtime.has_native_allocator():
-        return []
-    with _pools_lock:  # pools before segments: of one that ends meanwhile there may be more
-        pools = {} if _open_pools else {**_held.devices, **_fresh_pools}
-        segments = snapshots.segments_of()
-        unused = _look_at(pools, segments)
-    if pools:
-        _return(unused, every=True)
-    return dead_ranges(live, segments)
-
-
-def _look_at(pools: Mapping[PoolId, int], segments: Sequence[Segment]) -> dict[PoolId, int]:
-    """Notes which of the pools have segments in use; returns those with unused ones."""
-    used: Counter[PoolId] = Counter()
-    unused: dict[PoolId, int] = {}
-    for segment in segments:
-        pool = pool_of(segment)
-        if pool not in pools:
-            continue
-        if is_in_use(segment):
-            used[pool] += 1
-        else:
-            unused[pool] = pools[pool]
-    for pool, device in pools.items():
-        _fresh_pools.pop(pool, None)
-        _held.put(pool, device, used[pool])
-    return unused
-
-
-def _return(unused: Mapping[PoolId, int], every: bool) -> None:
-    """Has torch free what pools have unused. `every`: all released pools were looked at."""
-    if unused:
-        try:
-            torch.cuda.empty_cache()
-        except RuntimeError:
-            # torch before 2.9 refuses while somebody's capture or pool scope is under way. The
-            # segments stay cached, as after any other empty_cache() that came too early.
-            _logger.debug("torch refused to empty its cache; unused segments stay for now")
-            with _pools_lock:
-                _fresh_pools.update(unused)
-    with _pools_lock:
-        _held.were_looked_at(every)
-
-
-def _releasable_bytes() -> int:
-    """Bytes of segments of any pool that nothing uses, of the devices of pools that are held."""
-    return sum(_held_bytes(device)[1] for device in set(_held.devices.values()))
-
-
-def _held_bytes(device: int) -> tuple[int, int]:
-    """Bytes of torch's segments on a device, and of those in which nothing is in use."""
-    stats = torch.cuda.memory_stats_as_nested_dict(device)
-    reserved, active, split = (
-        int(field_of(stats, name)["all"]["current"])
-        for name in ("reserved_bytes", "active_bytes", "inactive_split_bytes")
-    )
-    return reserved, reserved - active - split
