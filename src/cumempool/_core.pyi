@@ -48,11 +48,20 @@ class Driver(metaclass=_Pybind11Type):
 class Connection(metaclass=_Pybind11Type):
     def __init__(self, fd: int) -> None: ...
 
+class Report(metaclass=_Pybind11Type):
+    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn: ...  # made by transitions alone
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def rows(self) -> list[dict[str, Any]]: ...
+    @property
+    def problems(self) -> list[str]: ...
+
 class Waking(metaclass=_Pybind11Type):
     def __init__(self, *args: Any, **kwargs: Any) -> NoReturn: ...  # made by wake_begin() alone
     def wait(self, address: int, device: int, stream: int) -> None: ...
     def done(self) -> bool: ...
-    def finish(self) -> dict[str, Any]: ...
+    def finish(self) -> Report: ...
 
 class Allocator(metaclass=_Pybind11Type):
     def __init__(
@@ -95,7 +104,7 @@ class Allocator(metaclass=_Pybind11Type):
         dead: Sequence[tuple[int, int]],
         streams: Sequence[tuple[int, int]],
         as_of: int = 0,
-    ) -> dict[str, Any]: ...
+    ) -> Report: ...
     def prepare(
         self,
         tags: Sequence[tuple[str, int]],
@@ -103,9 +112,7 @@ class Allocator(metaclass=_Pybind11Type):
         yielding: Sequence[str],
         as_of: int = 0,
     ) -> int: ...
-    def wake(
-        self, tags: Sequence[str] | None, streams: Sequence[tuple[int, int]]
-    ) -> dict[str, Any]: ...
+    def wake(self, tags: Sequence[str] | None, streams: Sequence[tuple[int, int]]) -> Report: ...
     def swap(
         self,
         sleep: Sequence[tuple[str, int]],
@@ -113,7 +120,7 @@ class Allocator(metaclass=_Pybind11Type):
         wake: Sequence[str] | None,
         streams: Sequence[tuple[int, int]],
         as_of: int = 0,
-    ) -> dict[str, Any]: ...
+    ) -> Report: ...
     def wake_begin(
         self,
         tags: Sequence[str] | None,

@@ -326,56 +326,17 @@ ERROR_BY_STATUS: dict[int, type[CumempoolError]] = {
 }
 
 
-def error_from_fields(fields: Mapping[str, object]) -> CumempoolError:
+def error_from_fields(fields: Mapping[str, Any]) -> CumempoolError:
     """Makes the exception for a failure record of the C interface (``cumempool_error``).
 
     Args:
-        fields: ``status``, ``message``, ``operation``, ``tag`` (``""`` = none), ``device``
-            (-1 = none), ``bytes``, ``driver_call``, ``result``, ``result_name``, ``free_bytes``,
-            ``total_bytes`` (0 = both unknown), ``advice``, ``secondary`` (texts). All but
-            ``status`` may be missing.
+        fields: ``status``, ``message``, and the arguments of `CumempoolError`. All but ``status``
+            may be missing.
 
     Returns:
         An instance of ``ERROR_BY_STATUS[status]``; of `InternalError` for an unknown status.
-
-    Raises:
-        TypeError: A field is of the wrong type.
     """
-    status = _number(fields, "status")
-    device = _number(fields, "device", -1)
-    total_bytes = _number(fields, "total_bytes")
-    return ERROR_BY_STATUS.get(status, InternalError)(
-        _text(fields, "message") or f"status {status} without a message",
-        operation=_text(fields, "operation"),
-        tag=_text(fields, "tag") or None,
-        device=device if device >= 0 else None,
-        bytes=_number(fields, "bytes"),
-        driver_call=_text(fields, "driver_call"),
-        result=_number(fields, "result"),
-        result_name=_text(fields, "result_name"),
-        free_bytes=_number(fields, "free_bytes") if total_bytes else None,
-        total_bytes=total_bytes or None,
-        advice=_text(fields, "advice"),
-        secondary=_texts(fields, "secondary"),
-    )
-
-
-def _number(fields: Mapping[str, object], name: str, default: int = 0) -> int:
-    value = fields.get(name, default)
-    if not isinstance(value, int):
-        raise TypeError(f"error field {name!r} is {value!r}, not an int")
-    return int(value)
-
-
-def _text(fields: Mapping[str, object], name: str) -> str:
-    value = fields.get(name, "")
-    if not isinstance(value, str):
-        raise TypeError(f"error field {name!r} is {value!r}, not a str")
-    return value
-
-
-def _texts(fields: Mapping[str, object], name: str) -> tuple[str, ...]:
-    value = fields.get(name, ())
-    if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) for text in value):
-        raise TypeError(f"error field {name!r} is {value!r}, not a sequence of str")
-    return tuple(value)
+    arguments = dict(fields)
+    status = arguments.pop("status")
+    message = arguments.pop("message", "") or f"status {status} without a message"
+    return ERROR_BY_STATUS.get(status, InternalError)(message, **arguments)

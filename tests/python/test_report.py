@@ -9,7 +9,6 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from cumempool._pool.report import TagReport, TransitionReport, format_bytes
-from cumempool.errors import InternalError
 
 GIB = 1 << 30
 
@@ -147,21 +146,6 @@ def test_a_line_leaves_out_what_there_is_nothing_of() -> None:
     assert str(TagReport("a")) == "a: 0 allocations"
     assert str(TagReport("a", (2,), 1)) == "a: 1 allocation on device 2"
     assert str(TagReport("a", (), 1, bytes_freed=GIB)) == "a: 1 allocation, freed 1.00 GiB"
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("tag", None),
-        ("device", "0"),
-        ("freed_bytes", 1.5),
-        ("clean_bytes", None),
-        ("copy_seconds", "1"),
-    ],
-)
-def test_a_row_field_of_the_wrong_type_is_named(field: str, value: object) -> None:
-    with pytest.raises(InternalError, match=field):
-        TransitionReport.from_rows("sleep", 0.0, [row("a") | {field: value}])
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-
-from cumempool.errors import InternalError
+from typing import Any
 
 __all__ = ["TagReport", "TransitionReport", "format_bytes"]
 
@@ -22,6 +21,8 @@ _BYTE_FIELDS = {
     "bytes_discarded": "discarded",
     "bytes_zeroed": "zeroed",
 }
+# Field of a report -> that of a row of the C interface: "bytes_freed" -> "freed_bytes".
+_ROW_FIELD = {field: f"{field.removeprefix('bytes_')}_bytes" for field in _BYTE_FIELDS}
 
 
 def format_bytes(count: int) -> str:
@@ -158,7 +159,7 @@ class TransitionReport:
         cls,
         operation: str,
         seconds: float,
-        rows: Sequence[Mapping[str, object]],
+        rows: Sequence[Mapping[str, Any]],
         problems: Sequence[str] = (),
         overrides: Mapping[str, str] = MappingProxyType({}),
     ) -> TransitionReport:
@@ -173,13 +174,10 @@ class TransitionReport:
                 added up.
             problems: Failures that did not stop the transition.
             overrides: Tag -> in what way the call overruled the policy of the tag.
-
-        Raises:
-            InternalError: A row lacks a field, or holds one of another type.
         """
-        rows_of_tag: dict[str, list[Mapping[str, object]]] = {}
+        rows_of_tag: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
-            rows_of_tag.setdefault(_tag(row), []).append(row)
+            rows_of_tag.setdefault(row["tag"], []).append(row)
         tags = {tag: _tag_report(tag, of_tag) for tag, of_tag in rows_of_tag.items()}
         return cls(operation, seconds, tags, overrides, tuple(problems))
 
@@ -255,41 +253,11 @@ class TransitionReport:
         return "\n".join(lines)
 
 
-def _tag_report(tag: str, rows: Sequence[Mapping[str, object]]) -> TagReport:
-    def total(field: str) -> int:
-        return sum(_integer(row, field) for row in rows)
-
+def _tag_report(tag: str, rows: Sequence[Mapping[str, Any]]) -> TagReport:
     return TagReport(
         tag=tag,
-        devices=tuple(sorted({device for row in rows if (device := _integer(row, "device")) >= 0})),
-        allocations=total("allocations"),
-        bytes_freed=total("freed_bytes"),
-        bytes_mapped=total("mapped_bytes"),
-        bytes_backed_up=total("backed_up_bytes"),
-        bytes_clean=total("clean_bytes"),
-        bytes_restored=total("restored_bytes"),
-        bytes_discarded=total("discarded_bytes"),
-        bytes_zeroed=total("zeroed_bytes"),
-        seconds=sum((_real(row, "copy_seconds") for row in rows), 0.0),
+        devices=tuple(sorted({row["device"] for row in rows if row["device"] >= 0})),
+        allocations=sum(row["allocations"] for row in rows),
+        seconds=sum((row["copy_seconds"] for row in rows), 0.0),
+        **{field: sum(row[_ROW_FIELD[field]] for row in rows) for field in _BYTE_FIELDS},
     )
-
-
-def _tag(row: Mapping[str, object]) -> str:
-    value = row.get("tag")
-    if not isinstance(value, str):
-        raise InternalError(f"report row field 'tag' is {value!r}, not a str")
-    return value
-
-
-def _integer(row: Mapping[str, object], field: str) -> int:
-    value = row.get(field)
-    if not isinstance(value, int):
-        raise InternalError(f"report row field {field!r} is {value!r}, not an int")
-    return int(value)
-
-
-def _real(row: Mapping[str, object], field: str) -> float:
-    value = row.get(field)
-    if not isinstance(value, (int, float)):
-        raise InternalError(f"report row field {field!r} is {value!r}, not a float")
-    return float(value)

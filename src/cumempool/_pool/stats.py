@@ -143,8 +143,7 @@ _COUNTS = (
     "unreleased_bytes",
     "preserved_bytes",
 )
-_ON_SLEEP = (None, "offload", "discard")
-_ON_WAKE = (None, "undefined", "zero")
+_OF_THE_TAG = ("tag", "on_sleep", "on_wake", "backup_tier", "backing", "pins")
 
 
 def _tag_stats(rows: Sequence[Mapping[str, Any]]) -> TagStats:
@@ -154,14 +153,9 @@ def _tag_stats(rows: Sequence[Mapping[str, Any]]) -> TagStats:
     for row in used:
         common &= row["handle_types"]
     return TagStats(
-        tag=first["tag"],
-        on_sleep=_ON_SLEEP[first["on_sleep"]],
-        on_wake=_ON_WAKE[first["on_wake"]],
         handle_types=handle_type_names(common),
-        backup_tier=first["backup_tier"],
-        backing=first["backing"],
-        pins=first["pins"],
         rdma=bool(used) and all(row["rdma"] for row in used),
+        **{name: first[name] for name in _OF_THE_TAG},
         **{name: sum(row[name] for row in rows) for name in _COUNTS},
     )
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cumempool._pool.hooks import Arrival, RegistrableRange, ranges_by_tag
 from cumempool._pool.report import TransitionReport
@@ -134,7 +134,7 @@ def swap(
         streams = current_streams(driver)
         asleep = _asleep(state, tags)
 
-        def attempt() -> dict[str, Any]:
+        def attempt() -> _core.Report:
             # At each try: emptying the cache changes what is dead.
             dead, as_of = _dead_ranges(state, pairs)
             return state.core.swap(pairs, dead, tags, streams, as_of)
@@ -199,10 +199,10 @@ def _dead_ranges(
 
 def _report(
     operation: str,
-    raw: Mapping[str, Any],
+    raw: _core.Report,
     overrides: Mapping[str, str],
     problems: Sequence[str] = (),
 ) -> TransitionReport:
     return TransitionReport.from_rows(
-        operation, raw["seconds"], raw["rows"], [*raw["problems"], *problems], overrides
+        operation, raw.seconds, raw.rows, [*raw.problems, *problems], overrides
     )

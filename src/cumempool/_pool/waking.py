@@ -96,7 +96,7 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
         problems = self._transitions.settle(self._arrival)
         if self._report is None:
             self._report = TransitionReport.from_rows(
-                "wake_up", raw["seconds"], raw["rows"], [*raw["problems"], *problems]
+                "wake_up", raw.seconds, raw.rows, [*raw.problems, *problems]
             )
         return self._report
 
