@@ -131,14 +131,19 @@ _HOMES: Final[dict[str, str]] = {
 #: Module as it is named in programs -> where it is.
 _MODULES: Final[dict[str, str]] = {
     "allocator": "allocator",
+    "backup": "_pool.backup",
+    "doctor": "tools.doctor",
     "events": "_pool.events",
     "kv_transfer": "integrations.kv_transfer",
+    "machine": "tools.machine",
     "nixl": "integrations.nixl",
     "progress": "_pool.progress",
     "prometheus": "integrations.prometheus",
     "report": "_pool.report",
     "scope": "_pool.scope",
+    "selftest": "tools.selftest",
     "sharing": "sharing",
+    "stats": "_pool.stats",
 }
 
 

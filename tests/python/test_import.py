@@ -69,13 +69,15 @@ def test_all_is_sorted_complete_and_importable() -> None:
         cumempool.CuMemAlocator  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "name", ["events", "kv_transfer", "nixl", "progress", "prometheus", "report", "scope"]
-)
+MOVED = ["backup", "doctor", "events", "kv_transfer", "machine", "nixl", "progress", "prometheus"]
+MOVED += ["report", "scope", "selftest", "stats"]
+
+
+@pytest.mark.parametrize("name", MOVED)
 def test_modules_that_moved_are_found_by_their_old_names(run_python: RunPython, name: str) -> None:
     done = run_python(f"import cumempool; print(cumempool.{name}.__name__)")
     assert (done.code, done.err) == (0, "")
-    assert re.fullmatch(rf"cumempool\.(_pool|integrations)\.{name}\n", done.out)
+    assert re.fullmatch(rf"cumempool\.(_pool|integrations|tools)\.{name}\n", done.out)
 
 
 def test_importing_loads_few_modules_in_little_time(run_python: RunPython) -> None:
