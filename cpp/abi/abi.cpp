@@ -300,6 +300,10 @@ cumempool_status cumempool_set_memory_margin(cumempool_allocator* allocator, uin
   return guarded("set_memory_margin", [&] { core(allocator).set_memory_margin(bytes); });
 }
 
+cumempool_status cumempool_reset_peaks(cumempool_allocator* allocator) {
+  return guarded("reset_peaks", [&] { core(allocator).reset_peaks(); });
+}
+
 cumempool_status cumempool_progress(cumempool_allocator* allocator, uint64_t* done_bytes,
                                     uint64_t* total_bytes) {
   return guarded("progress", [&] {

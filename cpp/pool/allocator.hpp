@@ -138,6 +138,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   const std::optional<BackupChoice>& overflow() const noexcept { return overflow_; }
   // Of digests; nobody outside the process knows it.
   std::uint64_t digest_seed() const noexcept { return digest_seed_; }
+  void reset_peaks() noexcept { memory_stats_.reset_peaks(); }
   const vmm::MemoryStats& memory_stats() const noexcept { return memory_stats_; }
   Counters& counters() noexcept { return counters_; }
   Progress& progress() noexcept { return progress_; }

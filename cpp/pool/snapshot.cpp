@@ -1,6 +1,7 @@
 // A consistent picture of an allocator: totals, tags, and single allocations where asked.
 #include "pool/snapshot.hpp"
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <utility>
@@ -119,6 +120,9 @@ class Collector {
     cumempool_totals& totals = snapshot_.totals;
     totals.reserved_address_bytes = allocator_.memory_stats().reserved_bytes;
     totals.physical_bytes = allocator_.memory_stats().physical_bytes;
+    // What has just been taken may not be in the peak yet.
+    totals.peak_physical_bytes =
+        std::max(totals.physical_bytes, allocator_.memory_stats().peak_physical_bytes.load());
     totals.mapped_bytes = allocator_.memory_stats().mapped_bytes;
   }
 

@@ -144,6 +144,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     return number;
   }
 
+  cumempool_allocator* get() const noexcept { return allocator_; }
   bool closed() const { return cumempool_allocator_closed(allocator_) != 0; }
 
   void declare_tag(const std::string& tag, int on_sleep, int on_wake) {
@@ -409,6 +410,10 @@ PYBIND11_MODULE(_core, module) {
       .def("preserve", &Allocator::tell<&cumempool_preserve>, py::arg("address"))
       .def("set_free_wait", &Allocator::tell<&cumempool_set_free_wait>, py::arg("nanoseconds"))
       .def("set_memory_margin", &Allocator::tell<&cumempool_set_memory_margin>, py::arg("bytes"))
+      .def("reset_peaks",
+           [](Allocator& allocator) {
+             call([&] { return cumempool_reset_peaks(allocator.get()); });
+           })
       .def("progress", &Allocator::progress)
       .def("sleep", &Allocator::sleep, py::arg("tags"), py::arg("drop_backups"), py::arg("dead"),
            py::arg("streams"), py::arg("as_of") = 0)

@@ -62,6 +62,7 @@ py::dict fields_of(const cumempool_totals& record) {
   FIELD(wakes);
   FIELD(swaps);
   FIELD(failed_transitions);
+  FIELD(peak_physical_bytes);
   return fields;
 }
 

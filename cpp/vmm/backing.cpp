@@ -30,7 +30,7 @@ VmmBacking::VmmBacking(VmmBacking&& other) noexcept
 void VmmBacking::adopt(cumempool_physical imported) noexcept {
   handle_ = imported;
   step_ = Step::kCreated;
-  stats_->physical_bytes += bytes_;
+  stats_->add_physical(bytes_);
 }
 
 void VmmBacking::map(const std::vector<int>& devices, cumempool_access access) {
@@ -113,7 +113,7 @@ CudaMallocBacking::CudaMallocBacking(driver::Driver driver, MemoryStats& stats, 
       device_(device),
       bytes_(bytes),
       address_(allocate(driver, device, bytes)) {
-  stats_->physical_bytes += bytes_;
+  stats_->add_physical(bytes_);
   stats_->mapped_bytes += bytes_;
 }
 

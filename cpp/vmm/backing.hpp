@@ -24,7 +24,22 @@ namespace cumempool::vmm {
 struct MemoryStats {
   std::atomic<std::uint64_t> reserved_bytes{0};
   std::atomic<std::uint64_t> physical_bytes{0};
+  std::atomic<std::uint64_t> peak_physical_bytes{0};  // the most of them since reset_peaks()
   std::atomic<std::uint64_t> mapped_bytes{0};
+
+  void add_physical(std::uint64_t bytes) noexcept { raise_peak(physical_bytes += bytes); }
+  // What is taken meanwhile counts.
+  void reset_peaks() noexcept {
+    peak_physical_bytes = physical_bytes.load();
+    raise_peak(physical_bytes);
+  }
+
+ private:
+  void raise_peak(std::uint64_t now) noexcept {
+    std::uint64_t peak = peak_physical_bytes.load(std::memory_order_relaxed);
+    while (now > peak && !peak_physical_bytes.compare_exchange_weak(peak, now)) {
+    }
+  }
 };
 
 // Virtual memory: reserved addresses, to which physical memory comes and from which it goes, in

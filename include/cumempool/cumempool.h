@@ -128,8 +128,8 @@ typedef struct cumempool_allocator_options {
   uint32_t size;           /* sizeof(cumempool_allocator_options) */
   uint32_t retain_backups; /* 1 = keep backups while awake, and copy only what has changed since */
   uint64_t host_backup_limit; /* most pinned host bytes held for backups; 0 = no limit */
-  /* What takes backups that the limit leaves no room for, or that the driver refuses to pin: PAGEABLE
-   * or FILE; UNSET refuses them. */
+  /* What takes backups that the limit leaves no room for, or that the driver refuses to pin:
+   * PAGEABLE or FILE; UNSET refuses them. */
   cumempool_backup_policy overflow;
 } cumempool_allocator_options;
 
@@ -494,7 +494,11 @@ typedef struct cumempool_totals {
   uint64_t wakes;
   uint64_t swaps;
   uint64_t failed_transitions;
+  uint64_t peak_physical_bytes; /* the most physical_bytes so far, or since cumempool_reset_peaks */
 } cumempool_totals;
+
+/* Peaks begin again with what is held now. */
+CUMEMPOOL_API cumempool_status cumempool_reset_peaks(cumempool_allocator *allocator);
 
 /* Exports the handle of the awake allocation that holds `address`: an int (POSIX fd, close-on-exec,
  * the caller's) or a fabric handle. Waits for a transition of another thread. */

@@ -1,7 +1,10 @@
 // What sleep and wake promise when nothing fails: contents, addresses, policies, dead ranges,
 // reports and statistics.
+#include <atomic>
 #include <cstring>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "driver/fault_driver.hpp"
 #include "host_fixture.hpp"
@@ -518,6 +521,54 @@ TEST_F(SleepWake, PrepareRefusesWhatSleepWouldRefuse) {
   EXPECT_EQ(pinned, 77U);
   must(pool.prepare(SleepCall{{{"weights", kDiscard}}}, pinned));
   EXPECT_EQ(pinned, 0U);
+}
+
+TEST(Statistics, R13_ThePeakIsTheMostThatWasHeldSinceItWasReset) {
+  const Host host;
+  const Pool pool{host};
+  const auto peak = [&] { return pool.snapshot().totals.peak_physical_bytes; };
+  EXPECT_EQ(peak(), 0U);
+  const auto first = pool.malloc("w", 3 * kGranule);
+  const auto second = pool.malloc("w", kGranule);
+  EXPECT_EQ(peak(), 4 * kGranule);
+  must(cumempool_free(second));
+  must(pool.sleep("w", kOffload).status);
+  EXPECT_EQ(peak(), 4 * kGranule) << "what has gone counts";
+  must(cumempool_reset_peaks(pool.get()));
+  EXPECT_EQ(peak(), 0U);
+  must(pool.wake().status);
+  EXPECT_EQ(peak(), 3 * kGranule) << "a wake takes memory, too";
+  must(cumempool_free(first));
+  must(pool.set_memory("plain", CUMEMPOOL_BACKING_CUDA_MALLOC));
+  must(cumempool_reset_peaks(pool.get()));
+  must(cumempool_free(pool.malloc("plain", 5 * kGranule)));
+  EXPECT_EQ(peak(), 5 * kGranule);
+}
+
+TEST(Statistics, R13_ThePeakOfManyThreadsIsNeverBelowWhatIsHeld) {
+  const Host host;
+  const Pool pool{host};
+  pool.declare("w");
+  std::atomic<bool> done{false};
+  std::thread resetting([&] {
+    while (!done) must(cumempool_reset_peaks(pool.get()));
+  });
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&] {
+      for (int round = 0; round < 200; ++round) must(cumempool_free(pool.malloc("w", kGranule)));
+    });
+  }
+  for (int i = 0; i < 200; ++i) {
+    const cumempool_totals totals = pool.snapshot().totals;
+    EXPECT_GE(totals.peak_physical_bytes, totals.physical_bytes);
+    EXPECT_LE(totals.peak_physical_bytes, 3 * kGranule);
+  }
+  for (std::thread& thread : threads) thread.join();
+  done = true;
+  resetting.join();
+  must(cumempool_reset_peaks(pool.get()));
+  EXPECT_EQ(pool.snapshot().totals.peak_physical_bytes, 0U);
 }
 
 }  // namespace

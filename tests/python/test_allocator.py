@@ -208,6 +208,15 @@ def test_stats_add_up(make_allocator: MakeAllocator) -> None:
     assert list(stats.tags) == ["a", "b", "c"]
 
 
+def test_r13_the_peak_is_the_most_that_was_held(alloc: CuMemAllocator) -> None:
+    tensor = alloc.empty(3 << 20, dtype=torch.uint8, tag="a")
+    held = alloc.stats().physical_bytes
+    del tensor
+    assert (alloc.stats().physical_bytes, alloc.stats().peak_physical_bytes) == (0, held)
+    alloc.reset_peak_stats()
+    assert alloc.stats().peak_physical_bytes == 0
+
+
 def test_stats_are_immutable_and_become_json(alloc: CuMemAllocator) -> None:
     kept = alloc.empty(1, tag="t")
     stats = alloc.stats()

@@ -184,6 +184,8 @@ class Stats:
         wakes: Wakes that succeeded.
         swaps: Swaps that succeeded.
         failed_transitions: Transitions that failed and changed nothing.
+        peak_physical_bytes: The most ``physical_bytes`` so far, or since
+            `CuMemAllocator.reset_peak_stats`.
         last_malloc_failure: Why the last failed allocation failed, or ``""``.
     """
 
@@ -205,6 +207,7 @@ class Stats:
     wakes: int
     swaps: int
     failed_transitions: int
+    peak_physical_bytes: int
     last_malloc_failure: str
 
     @classmethod

@@ -32,6 +32,10 @@ class Observed(Part):
         """Bytes per tag and state, and totals. Cheap; works on a closed allocator too."""
         return self._state.stats()
 
+    def reset_peak_stats(self) -> None:
+        """Has `Stats.peak_physical_bytes` begin again with what is held now."""
+        self._core.reset_peaks()
+
     @property
     def tags(self) -> tuple[str, ...]:
         """Every tag that was ever used, by name."""

@@ -38,6 +38,7 @@ _TAG_ALLOCATIONS: Final[Mapping[str, str]] = {
 _GAUGES: Final[Mapping[str, str]] = {
     "reserved_address_bytes": "Address space held from the driver.",
     "physical_bytes": "Device memory held from the driver.",
+    "peak_physical_bytes": "The most device memory held from the driver at a time.",
     "mapped_bytes": "Device memory that is mapped.",
     "pending_free_bytes": "Freed by the program, not yet given back.",
     "host_bytes": "Pinned host memory held for backups.",
