@@ -30,16 +30,9 @@ void keep_open(std::unique_ptr<HeldConnection> connection) noexcept {
   }
 }
 
-// Calls of the kernel that older headers, and Pythons built with those, do not know. Their numbers
-// are the same on every architecture. What they return is close-on-exec, and the caller's.
+// A call of the kernel that older headers, and Pythons built with those, do not know. Its number is
+// the same on every architecture.
 constexpr long kPidfdOpen = 434;
-constexpr long kPidfdGetfd = 438;
-
-int descriptor_of(long returned) {
-  if (returned >= 0) return static_cast<int>(returned);
-  PyErr_SetFromErrno(PyExc_OSError);
-  throw py::error_already_set();
-}
 
 void end_lease(DlManagedTensor* tensor) { delete static_cast<Lease*>(tensor->manager_ctx); }
 
@@ -69,10 +62,11 @@ Connection::~Connection() {
   close(number_);
 }
 
-int pidfd_open(int process) { return descriptor_of(syscall(kPidfdOpen, process, 0)); }
-
-int pidfd_getfd(int process, int number) {
-  return descriptor_of(syscall(kPidfdGetfd, process, number, 0));
+int pidfd_open(int process) {
+  const long fd = syscall(kPidfdOpen, process, 0);
+  if (fd >= 0) return static_cast<int>(fd);
+  PyErr_SetFromErrno(PyExc_OSError);
+  throw py::error_already_set();
 }
 
 // ---- capsules -----------------------------------------------------------------------------------

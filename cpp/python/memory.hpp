@@ -73,9 +73,8 @@ pybind11::capsule open_shared(const DriverPointer& driver, int device,
                               std::uint64_t bytes, bool writable,
                               const ConnectionPointer& connection);
 
-// A descriptor of a process, which becomes readable when the process ends; and a copy of a
-// descriptor of another process. Close-on-exec, and the caller's.
+// A descriptor of a process, which becomes readable when the process ends. Close-on-exec, and the
+// caller's.
 int pidfd_open(int process);
-int pidfd_getfd(int process, int number);
 
 }  // namespace cumempool::python

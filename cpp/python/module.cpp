@@ -371,7 +371,6 @@ PYBIND11_MODULE(_core, module) {
   py::class_<Connection, ConnectionPointer>(module, "Connection")
       .def(py::init<int>(), py::arg("fd"));
   module.def("pidfd_open", &pidfd_open, py::arg("process"));
-  module.def("pidfd_getfd", &pidfd_getfd, py::arg("process"), py::arg("number"));
   module.def("open_shared", &open_shared, py::arg("driver"), py::arg("device"), py::arg("exported"),
              py::arg("bytes"), py::arg("writable"), py::arg("connection"));
 

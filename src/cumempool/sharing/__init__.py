@@ -2,7 +2,7 @@
 
 from cumempool.sharing.descriptor import SharedLayout, SharedMemory, SharedRange
 from cumempool.sharing.importer import open_shared, rebuild_storage, rebuild_tensor
-from cumempool.sharing.owner import Export
+from cumempool.sharing.leases import Export
 
 __all__ = ["Export", "SharedLayout", "SharedMemory", "SharedRange", "open_shared"]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "SharedLayout", "SharedMemory", "SharedRange", "layout_of"]
 
 #: Of the format of `SharedMemory`.
-VERSION: Final = 2
+VERSION: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,7 @@ class SharedMemory:
         version: Of this format.
         driver: ``"cuda"`` or ``"host"``.
         owner: Process number of the owner.
-        home: What tells the host and PID namespace that `owner` is a number in; empty: not known.
         endpoint: Name of the owner's socket, in the abstract namespace.
-        relay: Number of the owner's file descriptor that takes connections from processes that
-            cannot reach that name.
         secret: What the importer has to present.
         tag: The tag of the memory.
         writable: Whether importers may ask for write access.
@@ -83,9 +80,7 @@ class SharedMemory:
     version: int
     driver: str
     owner: int
-    home: str
     endpoint: str
-    relay: int
     secret: str
     tag: str
     writable: bool

@@ -18,7 +18,8 @@ from cumempool._pool.tags import Tags
 from cumempool._pool.waking import memory_of
 from cumempool.errors import CumempoolError, InUseError, InvalidArgumentError, InvalidTypeError
 from cumempool.sharing.descriptor import SharedMemory, SharedRange, layout_of
-from cumempool.sharing.owner import Endpoint, Export
+from cumempool.sharing.leases import Export
+from cumempool.sharing.owner import Endpoint
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,8 @@ class Exports:
         layout = layout_of(tensor, found.address)
         endpoint = self._open_endpoint()
         with contextlib.ExitStack() as failed:
-            number = endpoint.keep(found.tag, found.bytes, kept)
-            failed.callback(endpoint.forget, number)
+            number = endpoint.leases.keep(found.tag, found.bytes, kept)
+            failed.callback(endpoint.leases.forget, number)
             # Once more: it may have slept before it was kept awake.
             ranges = self._ranges([AllocationInfo(**self._core.find(found.address))])
             memory = endpoint.describe(
@@ -108,18 +109,16 @@ class Exports:
     def revoke(self, tag: str) -> int:
         """See `CuMemAllocator.revoke`."""
         self._tags.check_known(tag, "revoke")
-        with self._lock:
-            endpoint = self._endpoint
-        return 0 if endpoint is None else endpoint.revoke(tag)
+        return 0 if self._endpoint is None else self._endpoint.leases.revoke(tag)
 
     def list(self) -> list[Export]:
         """See `CuMemAllocator.exports`."""
-        return [] if self._endpoint is None else self._endpoint.exports()
+        return [] if self._endpoint is None else self._endpoint.leases.exports()
 
     def settle(self, tags: Collection[str]) -> None:
         """Takes note of all that others have released of tags, before these are to sleep."""
         if self._endpoint is not None:
-            self._endpoint.settle(tags)
+            self._endpoint.leases.settle(tags)
 
     def settle_close(self, force: bool) -> None:
         """Lets go what messages keep, before a close. Importers keep what they have mapped.
@@ -127,9 +126,7 @@ class Exports:
         Raises:
             InUseError: Without `force`: some were not received.
         """
-        if self._endpoint is None:
-            return
-        waiting = [one for one in self._endpoint.exports() if not one.received]
+        waiting = [one for one in self.list() if not one.received]
         if waiting and not force:
             tags = sorted({one.tag for one in waiting})
             raise InUseError(
@@ -139,20 +136,17 @@ class Exports:
                 tag=tags[0],
                 advice="have them received; revoke() withdraws them, and close(force=True)",
             )
-        self._endpoint.forget_all()
+        if self._endpoint is not None:
+            self._endpoint.leases.forget_all()
 
     def close(self) -> None:
         """Ends all that was opened. Closing twice is no error."""
-        with self._lock:
-            endpoint = self._endpoint
-        if endpoint is not None:
-            endpoint.close()
+        if self._endpoint is not None:
+            self._endpoint.close()
 
     def _open_endpoint(self) -> Endpoint:
-        with self._lock:
-            endpoint = self._endpoint
-        if endpoint is not None:
-            return endpoint
+        if self._endpoint is not None:
+            return self._endpoint
         made = Endpoint(self._core)
         with self._lock:
             if self._endpoint is None:

@@ -5,7 +5,6 @@ Also how ``torch.multiprocessing`` sends tensors of a pool: as what they are, sh
 
 from __future__ import annotations
 
-import array
 import contextlib
 import logging
 import os
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.devices import HOST_GRANULARITY
-from cumempool._pool.publishing import home
 from cumempool.errors import (
     CumempoolError,
     DriverError,
@@ -30,7 +28,8 @@ from cumempool.errors import (
 )
 from cumempool.sharing.descriptor import VERSION, SharedLayout, SharedMemory, SharedRange, layout_of
 from cumempool.sharing.exports import Exports
-from cumempool.sharing.owner import Endpoint, Export
+from cumempool.sharing.leases import Export
+from cumempool.sharing.owner import Endpoint
 from cumempool.sharing.wire import (
     MOST_FDS,
     OPENED,
@@ -40,7 +39,6 @@ from cumempool.sharing.wire import (
     close_all,
     is_of_this_user,
     peer_of,
-    relay_name,
 )
 
 if TYPE_CHECKING:
@@ -363,7 +361,7 @@ def _talking(memory: SharedMemory) -> Iterator[None]:
 
 
 def _connect(memory: SharedMemory) -> socket.socket | None:
-    """A connection to the owner, by the name of its endpoint, or else by way of its relay.
+    """A connection to the owner, by the name of its endpoint.
 
     None where there is no way to it, and none is needed: the descriptor carries all handles.
     """
@@ -381,71 +379,18 @@ def _connect(memory: SharedMemory) -> socket.socket | None:
         raise BusyError("too many others wait for an answer") from None
     except (OSError, ValueError, TypeError) as error:
         connection.close()
-        try:
-            return _connect_by_relay(memory)
-        except (OSError, ValueError, TypeError, OverflowError) as second:
-            if all(part.fabric for part in memory.ranges):
-                return None
-            raise SharingError(
-                f"process {memory.owner}, which owns the memory, cannot be reached "
-                f"({type(error).__name__}: {error}; past namespaces: {second})",
-                tag=memory.tag,
-                advice="share it again from a process that lives",
-            ) from None
+        if all(part.fabric for part in memory.ranges):
+            return None
+        raise SharingError(
+            f"process {memory.owner}, which owns the memory, cannot be reached "
+            f"({type(error).__name__}: {error})",
+            tag=memory.tag,
+            advice="share it again from a process that lives, in this network namespace",
+        ) from None
     if not is_of_this_user(*peer_of(connection)):
         connection.close()
         raise SharingError("the endpoint belongs to another user", tag=memory.tag)
     return connection
-
-
-def _connect_by_relay(memory: SharedMemory) -> socket.socket:
-    """A connection made here, whose other end is sent to the owner over a socket copied from it.
-
-    The kernel permits that to who may trace the owner, in whatever network namespace.
-
-    Raises:
-        OSError: It is not permitted, or there is no such process or socket.
-    """
-    if not memory.home or memory.home != home():
-        raise ProcessLookupError("it is of another host or PID namespace")
-    with _relay_of(memory) as relay:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))
-            deadline = time.monotonic() + PATIENCE
-            while True:
-                try:
-                    # Its flags are the owner's as well, so it stays as it is: blocking.
-                    relay.sendmsg([b"\0"], [rights], socket.MSG_DONTWAIT)
-                    return ours
-                except OSError as error:
-                    if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
-                        ours.close()
-                        raise
-                time.sleep(0.01)
-
-
-def _relay_of(memory: SharedMemory) -> socket.socket:
-    """A copy of the owner's end of the relay."""
-    from cumempool import _core
-
-    process = _core.pidfd_open(memory.owner)
-    try:
-        # Who answers to the number still lives when the copy is made, so it is the same process.
-        if not is_of_this_user(memory.owner, os.stat(f"/proc/{memory.owner}").st_uid):
-            raise PermissionError("the process belongs to another user")
-        number = _core.pidfd_getfd(process, memory.relay)
-    finally:
-        os.close(process)
-    try:
-        relay = socket.socket(fileno=number)
-    except OSError:
-        os.close(number)
-        raise
-    if relay.getsockname() != relay_name(memory.endpoint).encode():
-        relay.close()
-        raise ProcessLookupError("the process is another one by now")
-    return relay
 
 
 def _handles(wire: Wire, count: int) -> Generator[int, None, None]:

@@ -27,13 +27,10 @@ __all__ = [
     "RELEASED",
     "BusyError",
     "Wire",
-    "as_stream",
     "close_all",
     "is_of_this_user",
     "peer_of",
     "pidfd_of_peer",
-    "receive_rights",
-    "relay_name",
 ]
 
 #: Seconds for a request and its answer.
@@ -116,9 +113,15 @@ class Wire:
     def receive_fds(self, count: int) -> list[int]:
         """As many descriptors, close-on-exec; none stays open where it raises."""
         self._hurry()
-        data, fds, flags = receive_rights(self.connection, count)
+        fds = array.array("i")
+        # `socket.recv_fds` passes no flags on, so that they would be inherited for a moment.
+        room, cloexec = socket.CMSG_LEN(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+        data, ancillary, flags, _ = self.connection.recvmsg(1, room, cloexec)
+        for level, kind, raw in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
         if data == _MORE and len(fds) == count:
-            return fds
+            return list(fds)
         close_all(fds)
         if data == FAILED:
             raise SharingError(f"the owner refused: {self.receive().get('error')}")
@@ -127,22 +130,6 @@ class Wire:
         if flags & socket.MSG_CTRUNC:
             raise SharingError("no room for more open files", advice="raise ulimit -n")
         raise EOFError("the other end hung up")
-
-
-def receive_rights(
-    connection: socket.socket, count: int, flags: int = 0
-) -> tuple[bytes, list[int], int]:
-    """A byte, at most that many descriptors, close-on-exec, and the flags of the message.
-
-    `socket.recv_fds` passes no flags on, so that descriptors would be inherited for a moment.
-    """
-    fds = array.array("i")
-    room, flags = socket.CMSG_LEN(count * fds.itemsize), flags | socket.MSG_CMSG_CLOEXEC
-    data, ancillary, flags, _ = connection.recvmsg(1, room, flags)
-    for level, kind, raw in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-    return data, list(fds), flags
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -184,11 +171,6 @@ def is_of_this_user(process: int, user: int) -> bool:
     return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
 
 
-def relay_name(endpoint: str) -> str:
-    """The address of the socket by which an endpoint takes connections that it is sent."""
-    return f"\0{endpoint}-relay"
-
-
 def pidfd_of_peer(connection: socket.socket, process: int) -> int | None:
     """What tells the end of the process at the other end; None where the kernel cannot say."""
     from cumempool import _core
@@ -204,16 +186,3 @@ def pidfd_of_peer(connection: socket.socket, process: int) -> int | None:
             return None
     os.set_inheritable(pidfd, False)
     return pidfd
-
-
-def as_stream(fd: int) -> socket.socket | None:
-    """The connection that a descriptor is; None, and the descriptor closed, where it is none."""
-    try:
-        connection = socket.socket(fileno=fd)
-    except OSError:
-        os.close(fd)
-        return None
-    if (connection.family, connection.type) == (socket.AF_UNIX, socket.SOCK_STREAM):
-        return connection
-    connection.close()
-    return None
