@@ -417,9 +417,8 @@ def test_a_rank_that_loses_the_store_goes_back(three: Threads, phase: str) -> No
 
     for rank, error in enumerate(refused(three.run(one))):
         assert error.states[rank] == "unchanged"
-        # It cannot write the last two. One that gives up before the others have come has not come.
         told = "the connection is gone" in str(error)
-        assert told or (rank != 1 and phase in {"here", "decision", "end"})
+        assert told or (rank != 1 and phase in {"decision", "end"})  # which it cannot write
     assert three.asleep() == [False] * 3
     assert all(tensor.equal(random_bytes(MIB)) for tensor in tensors)
 
@@ -545,6 +544,45 @@ def test_an_interrupt_while_a_rank_plans_is_told_at_once(three: Threads, number:
         assert error.failures == {1: "was interrupted"}
     assert three.asleep() == [False] * 3
     reports(three.sleep("w"))
+    reports(three.wake_up())
+    del tensors
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_gives_up_before_the_others_have_come_is_told_at_once(
+    three: Threads, number: int
+) -> None:
+    tensors = [filled(a, MIB, "w") for a in three.allocators]
+    if number:
+        reports(three.wake_up())
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    gave_up = threading.Event()
+
+    def one(rank: int) -> GroupReport:
+        if rank != 1:
+            assert gave_up.wait(PATIENCE)
+        try:
+            return distributed.sleep(
+                three.group(rank), "w", allocator=three.allocators[rank], timeout=PATIENCE
+            )
+        finally:
+            gave_up.set()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(three.allocators[1]._transitions, "turn", interrupt)
+        begun = time.monotonic()
+        outcomes = three.run(one)
+    assert time.monotonic() - begun < PATIENCE / 4
+    assert isinstance(outcomes[1], KeyboardInterrupt)
+    for error in refused([outcomes[0], outcomes[2]]):
+        assert error.failures == {1: "was interrupted"}
+        assert error.unanswered == ()
+        assert error.states[1] == error.states[error.rank] == "unchanged"
+    assert three.asleep() == [False] * 3
+    reports(three.sleep("w"))  # in the round after it all meet again
     reports(three.wake_up())
     del tensors
 

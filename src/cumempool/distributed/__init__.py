@@ -88,24 +88,9 @@ def wake_up(
     its contents, where it had a backup, which copies nothing if that backup was kept
     (``retain_backups``); discarded memory is discarded again.
 
-    Args:
-        group: As for `sleep`.
-        tags: Wake only these. None: all. Ranks need not name the same.
-        allocator: As for `sleep`.
-        timeout: As for `sleep`.
-
-    Returns:
-        The reports of all ranks.
-
-    Raises:
-        DistributedTransitionError: As for `sleep`.
-        InvalidArgumentError: As for `sleep`.
+    Arguments, result and errors are those of `sleep`; without tags, all wake.
     """
-
-    def plan(allocator: CuMemAllocator) -> list[Step]:
-        return wake_steps(allocator, tags)
-
-    return _transition("wake_up", group, allocator, plan, timeout)
+    return _transition("wake_up", group, allocator, lambda own: wake_steps(own, tags), timeout)
 
 
 def discard(
@@ -121,24 +106,9 @@ def discard(
     a rank fails all the same, the others wake again what was awake, with undefined contents: the
     error names the tags. Backups that were dropped do not come back.
 
-    Args:
-        group: As for `sleep`.
-        tags: The tags; ranks need not name the same.
-        allocator: As for `sleep`.
-        timeout: As for `sleep`.
-
-    Returns:
-        The reports of all ranks.
-
-    Raises:
-        DistributedTransitionError: As for `sleep`.
-        InvalidArgumentError: As for `sleep`.
+    Arguments, result and errors are those of `sleep`.
     """
-
-    def plan(allocator: CuMemAllocator) -> list[Step]:
-        return discard_steps(allocator, tags)
-
-    return _transition("discard", group, allocator, plan, timeout)
+    return _transition("discard", group, allocator, lambda own: discard_steps(own, tags), timeout)
 
 
 def _transition(

@@ -41,6 +41,7 @@ class Round:
     operation: str
     timeout: float
     number: int = -1  # not known yet
+    missed: bool = False  # a rank gave this round up before this one came
     failures: dict[int, str] = field(default_factory=dict)
     unanswered: set[int] = field(default_factory=set)
     done: list[Step] = field(default_factory=list)
@@ -118,11 +119,17 @@ class Round:
         return cause
 
     def _find_number(self) -> None:
-        """The round that is open."""
-        self.number = int(self.channel.first("round", 0))
-        while self.channel.has([f"{self.number}/decision"]):
-            self._begin_next()
+        """The round that is open, or that a rank gave up before this one came."""
+        while True:
             self.number = int(self.channel.first("round", 0))
+            if not self.channel.has([self._decision]):
+                return
+            gave_up = self.channel.get(self._decision).get("gave_up", {})
+            was_here = self.channel.has([self._key("here", self.rank)])
+            if gave_up and str(self.rank) not in gave_up and not was_here:
+                self.missed = True
+                return
+            self._begin_next()
 
     def _begin_next(self) -> None:
         self.channel.exchange("round", self.number, self.number + 1)
@@ -135,8 +142,10 @@ class Round:
         """
         answer["failure"] = self.failures.get(self.rank)
         self.channel.put(self._key(phase, self.rank), answer)
+        if self.missed:
+            raise _AbortedError
         made, missing = True, []
-        if not self._wait(phase, range(self.size), f"{self.number}/decision"):
+        if not self._wait(phase, range(self.size), self._decision):
             missing = self._missing(phase, range(self.size))
             made = self._decide({"commit": False, "unanswered": missing})["commit"]
         answers = self._answers(phase, set(range(self.size)) - set(missing))
@@ -158,9 +167,10 @@ class Round:
 
     def _decide(self, decision: dict[str, Any]) -> dict[str, Any]:
         """Decides the round, unless that was done; returns what was decided, once and for all."""
-        made: dict[str, Any] = self.channel.first(f"{self.number}/decision", decision)
-        with contextlib.suppress(StoreLostError):  # whoever comes next does it
-            self._begin_next()
+        made: dict[str, Any] = self.channel.first(self._decision, decision)
+        if "gave_up" not in made:  # else those who come later are told of it
+            with contextlib.suppress(StoreLostError):  # whoever comes next does it
+                self._begin_next()
         return made
 
     def _agree(self) -> bool:
@@ -177,10 +187,15 @@ class Round:
         """Undoes what was done here, and hears how the others fared."""
         state = self._undo()
         try:
-            decision = self.channel.get(f"{self.number}/decision")
+            decision = self.channel.get(self._decision)
+            gave_up = {int(rank): str(why) for rank, why in decision.get("gave_up", {}).items()}
+            self.failures.update(gave_up)
             self.unanswered.update(decision.get("unanswered", ()))
             self._tell_end(state)
-            others = sorted(set(range(self.size)) - self.unanswered - {self.rank})
+            came = set(range(self.size)) - self.unanswered
+            if gave_up:  # maybe before all had come
+                came -= {*self._missing("here", came)} - gave_up.keys()
+            others = sorted(came - {self.rank})
             if not self._wait("end", others, None):
                 self.unanswered.update(self._missing("end", others))
             ends = self._answers("end", set(others) - self.unanswered)
@@ -220,7 +235,8 @@ class Round:
         with contextlib.suppress(StoreLostError):
             if self.number < 0:
                 self._find_number()
-            return bool(self._decide({"commit": False})["commit"])
+            why = self.failures[self.rank]
+            return bool(self._decide({"commit": False, "gave_up": {self.rank: why}})["commit"])
         return False
 
     def _tell_end(self, state: RankState) -> None:
@@ -279,6 +295,10 @@ class Round:
         )
 
     # ---- keys
+
+    @property
+    def _decision(self) -> str:
+        return f"{self.number}/decision"
 
     def _key(self, phase: str, rank: int) -> str:
         return f"{self.number}/{phase}/{rank}"

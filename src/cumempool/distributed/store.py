@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
@@ -99,23 +98,16 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         self._calls = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="cumempool-store", daemon=True).start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._calls.put(None)
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
             future, work = call
             try:
-                answer = work()
+                future.set_result(work())
             except BaseException as error:  # noqa: BLE001 -- whatever it is, for who waits
                 future.set_exception(error)
-            else:
-                future.set_result(answer)
 
     def _call(self, what: str, work: Callable[[], _T]) -> _T:
         if self._lost:
@@ -126,9 +118,8 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
             return future.result(self._patience)
         except BaseException as error:
             if future.done() and error is future.exception():
-                self._lost = (
-                    f"the group's store failed in a {what}: {type(error).__name__}: {error}"
-                )
+                why = f"{type(error).__name__}: {error}"
+                self._lost = f"the group's store failed in a {what}: {why}"
             elif isinstance(error, FutureTimeoutError):
                 self._silent = True
                 self._lost = f"the group's store did not answer a {what} in {self._patience:g} s"
