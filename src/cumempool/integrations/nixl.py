@@ -9,8 +9,7 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cumempool._locks import fork_safe_lock
 from cumempool.errors import (
@@ -24,13 +23,14 @@ from cumempool.errors import (
 if TYPE_CHECKING:
     import torch
 
+    from cumempool._pool.hooks import HookRegistration, Pin, RegistrableRange
+    from cumempool.allocator import CuMemAllocator
+
+    _Piece = torch.Tensor | RegistrableRange
+
 __all__ = [
-    "Agent",
-    "Guard",
     "OnMetadata",
-    "Range",
     "RegisteredTag",
-    "RemoteAgents",
     "create_agent",
     "is_installed",
     "replace_remote_agent",
@@ -43,98 +43,8 @@ OnMetadata = Callable[[bytes, int], None]
 _PACKAGES: Final = ("nixl", "nixl_cu13", "nixl_cu12")
 
 
-class Range(Protocol):
-    """One range that can be registered, as ``CuMemAllocator.registrable_ranges`` yields them."""
-
-    @property
-    def address(self) -> int:
-        """Its first byte."""
-
-    @property
-    def bytes(self) -> int:
-        """Its size."""
-
-    @property
-    def device(self) -> int:
-        """Device ordinal."""
-
-    @property
-    def generation(self) -> int:
-        """Grows at each wake."""
-
-
 _Registration = tuple[int, Any]
 """A device and the NIXL registration list of its ranges."""
-
-
-class _Pin(Protocol):
-    def release(self) -> object: ...
-
-
-class _Hooks(Protocol):
-    def remove(self) -> object: ...
-
-
-class _Config(Protocol):
-    @property
-    def driver(self) -> str: ...
-
-
-class Guard(Protocol):
-    """What `RegisteredTag` needs of a ``CuMemAllocator``."""
-
-    @property
-    def config(self) -> _Config:
-        """Its configuration."""
-
-    def registrable_ranges(self, tag: str) -> Sequence[Range]:
-        """The ranges of a tag that are awake."""
-
-    def register_hooks(
-        self,
-        tag: str,
-        *,
-        before_unmap: Callable[[str, Any], None] | None = None,
-        after_map: Callable[[str, Any], None] | None = None,
-    ) -> _Hooks:
-        """Has functions called around each sleep and wake of a tag."""
-
-    def pin(self, tag: str, holder: str = ...) -> _Pin:
-        """Keeps a tag from sleeping."""
-
-
-class Agent(Protocol):
-    """What `RegisteredTag` calls of a ``nixl_agent``."""
-
-    def get_reg_descs(self, descs: Any, mem_type: str | None = None) -> Any:
-        """A registration list from (address, bytes, device, text) tuples."""
-
-    def get_xfer_descs(self, descs: Any, mem_type: str | None = None) -> Any:
-        """A transfer list from (address, bytes, device) tuples."""
-
-    def register_memory(
-        self,
-        reg_list: Any,
-        mem_type: str | None = None,
-        backends: list[str] = ...,
-    ) -> Any:
-        """Registers a registration list and returns it."""
-
-    def deregister_memory(self, dereg_list: Any, backends: list[str] = ...) -> None:
-        """Drops the registration of a list."""
-
-    def get_agent_metadata(self) -> bytes:
-        """What a peer needs to reach the registered memory."""
-
-
-class RemoteAgents(Protocol):
-    """What `replace_remote_agent` calls of a ``nixl_agent``."""
-
-    def add_remote_agent(self, metadata: bytes) -> Any:
-        """Loads a peer's metadata and returns the peer's name."""
-
-    def remove_remote_agent(self, agent: str) -> object:
-        """Forgets a peer and ends the connection to it."""
 
 
 def is_installed() -> bool:
@@ -142,9 +52,7 @@ def is_installed() -> bool:
     return any(importlib.util.find_spec(name) for name in _PACKAGES)
 
 
-def create_agent(
-    name: str, *, backends: Sequence[str] = ("UCX",), **settings: Any
-) -> Any:  # a nixl_agent, whose package need not be installed to check types
+def create_agent(name: str, *, backends: Sequence[str] = ("UCX",), **settings: Any) -> Any:
     """A ``nixl_agent`` of the NIXL that is installed.
 
     Create one per process and GPU, after ``torch.cuda.set_device`` and the first use of CUDA: UCX
@@ -188,7 +96,7 @@ def _import_nixl() -> Any:
     )
 
 
-def replace_remote_agent(agent: RemoteAgents, name: str, metadata: bytes) -> str:
+def replace_remote_agent(agent: Any, name: str, metadata: bytes) -> str:
     """Makes an agent forget what it knows of a peer and take the peer's new metadata.
 
     NIXL does not replace registrations that it has loaded: a peer that registered again has to be
@@ -222,7 +130,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
     Do not free memory while it is registered.
 
     Args:
-        agent: A ``nixl_agent``.
+        agent: A ``nixl_agent``, whose package need not be installed to check types.
         allocator: The allocator. Memory of its ``host`` driver is registered as ``"DRAM"``.
         tag: The tag; if it sleeps, it is registered when it wakes.
         backends: NIXL backends to register with; None = all that take such memory.
@@ -240,8 +148,8 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
 
     def __init__(
         self,
-        agent: Agent,
-        allocator: Guard,
+        agent: Any,
+        allocator: CuMemAllocator,
         tag: str,
         *,
         backends: Sequence[str] | None = None,
@@ -261,19 +169,18 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         )
         # Hooks take it inside transitions, so nothing that waits for one is called under it.
         self._lock = fork_safe_lock()
-        self._ranges: tuple[Range, ...] = ()
+        self._ranges: tuple[RegistrableRange, ...] = ()
         self._registrations: list[_Registration] = []
-        self._pin: _Pin | None = None
+        self._pin: Pin | None = None
         self._generation = 0
         self._closed = False
-        self._hooks: _Hooks | None = allocator.register_hooks(
+        self._hooks: HookRegistration | None = allocator.register_hooks(
             tag, before_unmap=self._before_unmap, after_map=self._after_map
         )
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
             self.refresh()
-        except BaseException:
-            self.close()
-            raise
+            failed.pop_all()
 
     @property
     def registered(self) -> bool:
@@ -286,7 +193,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         return self._generation
 
     @property
-    def ranges(self) -> tuple[Range, ...]:
+    def ranges(self) -> tuple[RegistrableRange, ...]:
         """The ranges that are registered now."""
         return self._ranges
 
@@ -300,7 +207,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         """
         with self._lock:
             self._check_registered("metadata")
-            return self._agent.get_agent_metadata()
+            return bytes(self._agent.get_agent_metadata())
 
     def refresh(self) -> int:
         """Drops the registration and makes it again for all memory of the tag that is awake.
@@ -321,7 +228,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         self._register_again()
         return self._generation
 
-    def xfer_descs(self, what: torch.Tensor | Range | Iterable[torch.Tensor | Range]) -> Any:
+    def xfer_descs(self, what: _Piece | Iterable[_Piece]) -> Any:
         """A NIXL transfer list over contiguous tensors or ranges of the tag.
 
         Raises:
@@ -356,12 +263,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
             self._closed = True
             self._deregister()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -370,11 +272,11 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
 
     # ---- registering ---------------------------------------------------------------------------
 
-    def _before_unmap(self, tag: str, ranges: Sequence[Range]) -> None:
+    def _before_unmap(self, tag: str, ranges: Sequence[RegistrableRange]) -> None:
         with self._lock:
             self._deregister()
 
-    def _after_map(self, tag: str, ranges: Sequence[Range]) -> None:
+    def _after_map(self, tag: str, ranges: Sequence[RegistrableRange]) -> None:
         self._register_again()
 
     def _register_again(self) -> None:
@@ -413,7 +315,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
                 self._agent.register_memory(descs, backends=self._backends)
             self._registrations.append((device, descs))
         self._ranges = ranges
-        return self._agent.get_agent_metadata() if ranges else None
+        return bytes(self._agent.get_agent_metadata()) if ranges else None
 
     def _deregister(self) -> None:
         """Drops the registrations, last first, then the pin; what is refused stays, pinned."""
