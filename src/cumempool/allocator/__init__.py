@@ -33,7 +33,7 @@ from cumempool.config import CuMemConfig
 from cumempool.errors import CumempoolError, InvalidArgumentError, InvalidTypeError
 from cumempool.probe import open_driver
 from cumempool.sharing.exports import Exports
-from cumempool.sharing.importer import install_reducers
+from cumempool.sharing.reducers import install_reducers
 
 if TYPE_CHECKING:
     from cumempool import _core

@@ -1,8 +1,9 @@
 """Memory shared with other processes: `share` hands it out, `open_shared` opens it."""
 
 from cumempool.sharing.descriptor import SharedLayout, SharedMemory, SharedRange
-from cumempool.sharing.importer import open_shared, rebuild_storage, rebuild_tensor
+from cumempool.sharing.importer import open_shared
 from cumempool.sharing.leases import Export
+from cumempool.sharing.reducers import rebuild_storage, rebuild_tensor
 
 __all__ = ["Export", "SharedLayout", "SharedMemory", "SharedRange", "open_shared"]
 

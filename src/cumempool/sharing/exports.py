@@ -95,15 +95,9 @@ class Exports:
     def _ranges(self, infos: list[AllocationInfo]) -> list[SharedRange]:
         for info in infos:
             os.close(self._core.export_fd(info.address)[0])  # which says what is in the way
+        name = self._devices.name_for_others
         return [
-            SharedRange(
-                i.address,
-                i.bytes,
-                i.generation,
-                i.sequence,
-                self._devices.name_for_others(i.device),
-            )
-            for i in infos
+            SharedRange(i.address, i.bytes, i.generation, i.sequence, name(i.device)) for i in infos
         ]
 
     def revoke(self, tag: str) -> int:

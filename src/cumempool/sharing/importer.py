@@ -1,7 +1,4 @@
-"""The importer's side of shared memory: asking its owner, mapping what he sends, tensors on it.
-
-Also how ``torch.multiprocessing`` sends tensors of a pool: as what they are, shared memory.
-"""
+"""Opens shared memory: asks its owner, maps what the owner sends, and makes tensors on it."""
 
 from __future__ import annotations
 
@@ -11,12 +8,9 @@ import os
 import random
 import socket
 import time
-import types
-import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from cumempool._locks import fork_safe_lock
 from cumempool._pool.devices import HOST_GRANULARITY
 from cumempool.errors import (
     CumempoolError,
@@ -26,10 +20,7 @@ from cumempool.errors import (
     SharingError,
     UnsupportedError,
 )
-from cumempool.sharing.descriptor import VERSION, SharedLayout, SharedMemory, SharedRange, layout_of
-from cumempool.sharing.exports import Exports
-from cumempool.sharing.leases import Export
-from cumempool.sharing.owner import Endpoint
+from cumempool.sharing.descriptor import VERSION, SharedLayout, SharedMemory
 from cumempool.sharing.wire import (
     MOST_FDS,
     OPENED,
@@ -46,18 +37,7 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-__all__ = [
-    "Endpoint",
-    "Export",
-    "SharedLayout",
-    "SharedMemory",
-    "SharedRange",
-    "install_reducers",
-    "layout_of",
-    "open_shared",
-    "rebuild_storage",
-    "rebuild_tensor",
-]
+__all__ = ["open_shared"]
 
 _logger = logging.getLogger("cumempool")
 
@@ -222,18 +202,16 @@ def _check_layout(memory: SharedMemory) -> None:
     import torch
 
     dtype = getattr(torch, layout.dtype, None)
-    fits = False
-    if isinstance(dtype, torch.dtype) and len(memory.ranges) == 1:
-        last = sum(
-            (extent - 1) * stride
-            for extent, stride in zip(layout.shape, layout.strides, strict=False)
-        )
+    fits = len(memory.ranges) == 1 and len(layout.shape) == len(layout.strides)
+    if fits and isinstance(dtype, torch.dtype):
+        last = sum((n - 1) * step for n, step in zip(layout.shape, layout.strides, strict=True))
         fits = (
-            len(layout.shape) == len(layout.strides)
-            and min((*layout.shape, *layout.strides, layout.offset), default=0) >= 0
+            min((*layout.shape, *layout.strides, layout.offset)) >= 0
             and layout.offset % dtype.itemsize == 0
             and layout.offset + (last + 1) * dtype.itemsize <= memory.ranges[0].bytes
         )
+    else:
+        fits = False
     if not fits:
         raise SharingError(
             f"the layout is not one of the memory that was shared: {layout} in {memory!r}",
@@ -314,34 +292,31 @@ def _refuse_unreachable(ordinal: int, uuid: str) -> None:
     import torch
 
     owner = _visible(uuid)
-    if owner in (None, ordinal) or torch.cuda.can_device_access_peer(ordinal, owner):
-        return
-    raise UnsupportedError(
-        f"device {ordinal} cannot reach the memory, which is on device {owner}",
-        operation="open_shared",
-        device=ordinal,
-        advice="open it on another; nvidia-smi topo -p2p rw says which reach each other",
-    )
+    if owner not in (None, ordinal) and not torch.cuda.can_device_access_peer(ordinal, owner):
+        raise UnsupportedError(
+            f"device {ordinal} cannot reach the memory, which is on device {owner}",
+            operation="open_shared",
+            device=ordinal,
+            advice="open it on another; nvidia-smi topo -p2p rw says which reach each other",
+        )
 
 
 def _by_uuid(uuid: str) -> int:
     ordinal = _visible(uuid)
-    if ordinal is not None:
-        return ordinal
-    raise InvalidArgumentError(
-        f"the GPU of the memory, {uuid}, is not visible in this process; name another by `device`, "
-        "or let CUDA_VISIBLE_DEVICES have it"
-    )
+    if ordinal is None:
+        raise InvalidArgumentError(
+            f"the GPU of the memory, {uuid}, is not visible in this process; name another by "
+            "`device`, or let CUDA_VISIBLE_DEVICES have it"
+        )
+    return ordinal
 
 
 def _visible(uuid: str) -> int | None:
     """The ordinal, in this process, of the GPU with that identity."""
-    import torch
+    from torch import cuda
 
-    for ordinal in range(torch.cuda.device_count()):
-        if str(torch.cuda.get_device_properties(ordinal).uuid) == uuid:
-            return ordinal
-    return None
+    ordinals = range(cuda.device_count())
+    return next((n for n in ordinals if str(cuda.get_device_properties(n).uuid) == uuid), None)
 
 
 @contextlib.contextmanager
@@ -404,163 +379,3 @@ def _handles(wire: Wire, count: int) -> Generator[int, None, None]:
                 os.close(fds.pop(0))
         finally:
             close_all(fds)
-
-
-# ---- torch.multiprocessing -----------------------------------------------------------------------
-
-_senders: Final[weakref.WeakSet[Exports]] = weakref.WeakSet()
-_senders_lock = fork_safe_lock()
-_installed = False
-
-
-def install_reducers(exports: Exports) -> None:
-    """Has torch.multiprocessing send tensors of an allocator as what they are: shared memory.
-
-    Both torch's functions themselves and `ForkingPickler` ask here first, so that it holds whoever
-    has imported those functions before, calls them, or registers reducers of his own.
-    """
-    global _installed
-    with _senders_lock:
-        _senders.add(exports)
-    if _installed:
-        return
-    # Outside of the lock: an import may run anything. It registers torch's own first.
-    from torch.multiprocessing import reductions
-
-    with _senders_lock:
-        if not _installed:
-            _ask_first(reductions.reduce_tensor, _first_reduce_tensor)
-            _ask_first(reductions.reduce_storage, _first_reduce_storage)
-            _ask_pickler_first()
-            _installed = True
-
-
-#: What torch's functions did before.
-_torchs_own: Final[dict[str, Callable[[Any], Any]]] = {}
-
-
-def _ask_first(function: Any, instead: Any) -> None:
-    """Replaces the code of a function, and with it all that is bound to the function anywhere."""
-    own = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__
-    )
-    _torchs_own[function.__name__] = own
-    function.__code__ = instead.__code__
-
-
-# The code of these two runs as that of torch's functions, among the globals of torch's module.
-def _first_reduce_tensor(tensor: Any) -> Any:
-    from cumempool.sharing import importer as sharing
-
-    reduced = sharing._reduce(tensor)
-    return sharing._torchs_own["reduce_tensor"](tensor) if reduced is None else reduced
-
-
-def _first_reduce_storage(storage: Any) -> Any:
-    from cumempool.sharing import importer as sharing
-
-    reduced = sharing._reduce(storage)
-    return sharing._torchs_own["reduce_storage"](storage) if reduced is None else reduced
-
-
-def _ask_pickler_first() -> None:
-    """Has every `ForkingPickler` ask here before it looks for a reducer that was registered."""
-    from multiprocessing.reduction import ForkingPickler
-
-    pickler: Any = ForkingPickler
-    before = getattr(pickler, "reducer_override", None)
-
-    def reducer_override(self: Any, what: Any) -> Any:
-        reduced = _reduce(what)
-        if reduced is not None:
-            return reduced
-        return NotImplemented if before is None else before(self, what)
-
-    pickler.reducer_override = reducer_override
-
-
-def _reduce(what: Any) -> Any:
-    """How a tensor, parameter or storage of a pool is sent; None: it is none.
-
-    Some receivers put their own device in the place that it has among the arguments of torch's
-    `rebuild_cuda_tensor`, the seventh: `rebuild_tensor` takes it there.
-    """
-    import torch
-
-    kind = type(what)
-    if kind is torch.UntypedStorage:
-        if what.device.type not in ("cpu", "cuda"):
-            return None
-        memory = _send(what, torch.empty(0, dtype=torch.uint8, device=what.device).set_(what))
-        return None if memory is None else (rebuild_storage, (memory,))
-    if kind not in (torch.Tensor, torch.nn.Parameter):
-        return None
-    taken_apart = what.layout is not torch.strided or what.is_nested
-    if taken_apart or (what.requires_grad and not what.is_leaf):
-        return None  # torch's own does that, and refuses the other
-    memory = _send(what, what.detach())
-    if memory is None or memory.layout is None:
-        return None
-    layout, is_parameter = memory.layout, kind is torch.nn.Parameter
-    described = (is_parameter, layout.shape, layout.strides, layout.offset, None, layout.dtype)
-    return rebuild_tensor, (*described, None, memory, what.requires_grad)
-
-
-def _send(what: Any, tensor: torch.Tensor) -> SharedMemory | None:
-    with _senders_lock:
-        senders = list(_senders)
-    for exports in senders:
-        if not exports.holds(tensor):
-            continue
-        try:
-            # They go with it: were they dropped, nobody could be answered.
-            return exports.send(tensor, (tensor, exports))
-        except UnsupportedError:
-            return None
-    return None
-
-
-def rebuild_tensor(
-    is_parameter: bool,
-    size: Sequence[int],
-    stride: Sequence[int],
-    offset: int,
-    storage: None,
-    dtype: str,
-    device: object,
-    memory: SharedMemory,
-    requires_grad: bool,
-) -> torch.Tensor:
-    """The tensor or parameter that was sent through `torch.multiprocessing`.
-
-    The name is part of what is sent: unpicklers with a list of what they admit have to admit it.
-
-    Args:
-        is_parameter: Whether it is a parameter.
-        size: Its shape; as all up to the device for those who look at what they receive.
-        stride: In elements.
-        offset: In bytes, inside the allocation.
-        storage: None.
-        dtype: Name of the element type.
-        device: The ordinal of a device here that is to use it; anything else: that of the memory.
-        memory: What was shared.
-        requires_grad: Whether it requires a gradient.
-
-    Raises:
-        SharingError: See `open_shared`, and all others.
-    """
-    import torch
-
-    here = device if isinstance(device, int) else None
-    tensor = cast("torch.Tensor", open_shared(memory, device=here))  # which has a layout
-    if is_parameter:
-        return torch.nn.Parameter(tensor, requires_grad)
-    return tensor.requires_grad_(requires_grad)
-
-
-def rebuild_storage(memory: SharedMemory) -> torch.UntypedStorage:
-    """The storage that was sent through `torch.multiprocessing`; see `rebuild_tensor`."""
-    from cumempool import _torch
-
-    part = cast("torch.Tensor", open_shared(memory))  # of bytes, somewhere in the allocation
-    return _torch.from_capsule(part).untyped_storage()
