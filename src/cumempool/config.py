@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from fractions import Fraction
-from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal, Protocol, cast
+from functools import partial
+from typing import Any, ClassVar, Final, Protocol
 
-from cumempool._locks import fork_safe_lock
-from cumempool._pool.backup import Backup, check_backup
-from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnavailableError
+from cumempool._pool.backup import Backup
+from cumempool._settings import (
+    BOOL,
+    BYTES,
+    DEVICES,
+    DIRECTORY,
+    DRIVER,
+    DRIVERS,
+    ENV_PREFIX,
+    OVERFLOW,
+    DriverName,
+    Kind,
+    Setting,
+    parse_bytes,
+)
+from cumempool.errors import InvalidArgumentError, UnavailableError
 
 __all__ = [
     "DRIVERS",
@@ -28,49 +40,9 @@ __all__ = [
     "settings_table",
 ]
 
-DriverName = Literal["cuda", "host"]
-#: The drivers that a configuration can name.
-DRIVERS: Final[tuple[DriverName, ...]] = ("cuda", "host")
-
-_ENV_PREFIX: Final = "CUMEMPOOL_"
-
-_BOOLEANS: Final = MappingProxyType(
-    {
-        "1": True,
-        "true": True,
-        "yes": True,
-        "on": True,
-        "0": False,
-        "false": False,
-        "no": False,
-        "off": False,
-    }
-)
-_UNITS: Final = MappingProxyType(
-    {"": 1, "B": 1}
-    | {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)}
-    | {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
-    | {letter: 1024**power for power, letter in enumerate("KMGT", start=1)}
-)
-_UNIT_BY_FOLDED_NAME: Final = {name.casefold(): factor for name, factor in _UNITS.items()}
-_BYTES_PATTERN: Final = re.compile(r"\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
-_MOST_BYTES: Final = 2**63 - 1
-_MOST_HOST_DEVICES: Final = 64
-_OVERFLOW_TIERS: Final = ("pageable", "file")
-_OVERFLOW_VALUES: Final = "pageable or file:DIRECTORY"
-_METAVARS: Final = MappingProxyType(
-    {
-        "driver": "{" + ",".join(DRIVERS) + "}",
-        "host_backup_overflow": "BACKUP",
-        "out_of_memory_directory": "DIRECTORY",
-    }
-)
-
 _logger = logging.getLogger("cumempool")
-_implied_lock = fork_safe_lock()
-_implied_logged = False
-# Variables that were warned of already.
-_warned_of: set[str] = set()
+# What was logged already, once per process.
+_logged: set[str] = set()
 
 
 class ReportsAvailability(Protocol):
@@ -114,280 +86,13 @@ class Above:
     of_package: ClassVar[Above]
 
 
-def parse_bytes(text: str) -> int:
-    """A number of bytes from text such as ``"16GiB"``, ``"512 MiB"``, ``"10GB"`` or ``"4096"``.
-
-    KiB, MiB, GiB and TiB count in powers of 1024, and so do K, M, G and T; KB, MB, GB and TB in
-    powers of 1000; no unit is bytes. Upper and lower case are the same; a fraction is fine where it
-    comes to whole bytes.
-
-    Raises:
-        InvalidArgumentError: The text is no such number, or it is not positive.
-    """
-    match = _BYTES_PATTERN.fullmatch(text)
-    factor = _UNIT_BY_FOLDED_NAME.get(match[2].casefold()) if match else None
-    if match is None or factor is None:
-        units = ", ".join(unit for unit in _UNITS if unit)
-        raise InvalidArgumentError(
-            f"{text!r} is not a number of bytes; give an integer or a number with one of the units "
-            f"{units}, such as '16GiB'"
-        )
-    count = Fraction(match[1]) * factor
-    if count.denominator != 1:
-        raise InvalidArgumentError(f"{text!r} is not a whole number of bytes")
-    return _in_range(int(count), repr(text), _MOST_BYTES)
+def _of(kind: Kind, default: str, doc: str) -> dict[str, Any]:
+    """The metadata of a field: all of a `Setting` that the field itself does not say."""
+    return {"kind": kind, "default": default, "doc": doc}
 
 
-def _parse_bool(text: str) -> bool:
-    value = _BOOLEANS.get(text.strip().casefold())
-    if value is None:
-        raise InvalidArgumentError(f"{text!r} is not one of {', '.join(_BOOLEANS)}")
-    return value
-
-
-def _parse_driver(text: str) -> DriverName:
-    if text not in DRIVERS:
-        raise InvalidArgumentError(f"{text!r} is not one of {', '.join(DRIVERS)}")
-    return text
-
-
-def _parse_overflow(text: str) -> Backup:
-    return _check_overflow(Backup.parse(text), repr(text))
-
-
-def _check_overflow(backup: Backup, what: str) -> Backup:
-    if backup.tier not in _OVERFLOW_TIERS:
-        raise InvalidArgumentError(f"{what} cannot take an overflow: give {_OVERFLOW_VALUES}")
-    return backup
-
-
-def _parse_directory(text: str) -> str:
-    return _check_directory(text, repr(text))
-
-
-def _check_directory(path: str, what: str) -> str:
-    if not os.path.isdir(path):
-        raise InvalidArgumentError(f"{what} is not a directory that exists")
-    return path
-
-
-def _parse_device_count(text: str) -> int:
-    if re.fullmatch(r"\s*[-+]?[0-9]+\s*", text) is None:
-        raise InvalidArgumentError(f"{text!r} is not an integer")
-    return _in_range(int(text), repr(text), _MOST_HOST_DEVICES)
-
-
-def _in_range(value: int, what: str, most: int) -> int:
-    if not 1 <= value <= most:
-        raise InvalidArgumentError(f"{what} is out of range: it must be 1 to {most}")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting under its three names.
-
-    The environment, the command line and the documentation are all made from `SETTINGS`.
-
-    Attributes:
-        name: The field of `CuMemConfig`.
-        env: The environment variable.
-        flag: The command-line flag; settings that are a yes or no also have its ``--no-`` form.
-        values: What it takes, for people.
-        default: What holds where it is not given, for people.
-        parse: From text to the value; raises `InvalidArgumentError`.
-        doc: What it does, in a sentence.
-    """
-
-    name: str
-    env: str
-    flag: str
-    values: str
-    default: str
-    parse: Callable[[str], object]
-    doc: str
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether it is a yes or no."""
-        return self.parse is _parse_bool
-
-    def flag_with(self, prefix: str) -> str:
-        """The flag in a parser whose flags of this library begin with `prefix`."""
-        name = self.flag.removeprefix("--")
-        return f"--{prefix}{name.removeprefix('cumem-')}" if prefix else f"--{name}"
-
-    def dest_with(self, prefix: str) -> str:
-        """The attribute of the ``argparse`` namespace."""
-        return self.flag_with(prefix).removeprefix("--").replace("-", "_")
-
-
-#: Every setting, in the order of the fields of `CuMemConfig`.
-SETTINGS: Final[tuple[Setting, ...]] = (
-    Setting(
-        "enable_sleep_mode",
-        "CUMEMPOOL_ENABLE_SLEEP_MODE",
-        "--enable-sleep-mode",
-        "/".join(_BOOLEANS),
-        "off",
-        _parse_bool,
-        "Allow memory to be put to sleep and woken; switches the allocator on.",
-    ),
-    Setting(
-        "enable_cumem_allocator",
-        "CUMEMPOOL_ENABLE_CUMEM_ALLOCATOR",
-        "--enable-cumem-allocator",
-        "/".join(_BOOLEANS),
-        "as sleep mode",
-        _parse_bool,
-        "Allocate in pools of virtual memory; an explicit no contradicts sleep mode.",
-    ),
-    Setting(
-        "driver",
-        "CUMEMPOOL_DRIVER",
-        "--cumem-driver",
-        " or ".join(DRIVERS),
-        "CUMEMPOOL_DRIVER, else cuda",
-        _parse_driver,
-        "The driver: cuda for GPUs, host for devices simulated in host memory.",
-    ),
-    Setting(
-        "host_backup_limit",
-        "CUMEMPOOL_HOST_BACKUP_LIMIT",
-        "--cumem-host-backup-limit",
-        "bytes, such as 16GiB",
-        "no limit",
-        parse_bytes,
-        "The most pinned host memory held for backups.",
-    ),
-    Setting(
-        "host_backup_overflow",
-        "CUMEMPOOL_HOST_BACKUP_OVERFLOW",
-        "--cumem-host-backup-overflow",
-        _OVERFLOW_VALUES,
-        "such a sleep is refused",
-        _parse_overflow,
-        "What takes the backups that the limit on pinned host memory leaves no room for.",
-    ),
-    Setting(
-        "retain_backups",
-        "CUMEMPOOL_RETAIN_BACKUPS",
-        "--cumem-retain-backups",
-        "/".join(_BOOLEANS),
-        "on",
-        _parse_bool,
-        "Keep backups while awake, and copy only what has changed since the last sleep.",
-    ),
-    Setting(
-        "nvtx",
-        "CUMEMPOOL_NVTX",
-        "--cumem-nvtx",
-        "/".join(_BOOLEANS),
-        "off",
-        _parse_bool,
-        "Mark transitions as NVTX ranges, for profilers.",
-    ),
-    Setting(
-        "out_of_memory_directory",
-        "CUMEMPOOL_OUT_OF_MEMORY_DIRECTORY",
-        "--cumem-out-of-memory-directory",
-        "a directory that exists",
-        "nothing is written",
-        _parse_directory,
-        "Where statistics, allocations and the latest events are written when memory runs out.",
-    ),
-    Setting(
-        "publish",
-        "CUMEMPOOL_PUBLISH",
-        "--cumem-publish",
-        "/".join(_BOOLEANS),
-        "off",
-        _parse_bool,
-        "Let other processes of this user read the statistics: cumempool top, cumempool snapshot.",
-    ),
-    Setting(
-        "host_driver_devices",
-        "CUMEMPOOL_HOST_DRIVER_DEVICES",
-        "--cumem-host-driver-devices",
-        f"1 to {_MOST_HOST_DEVICES}",
-        "1",
-        _parse_device_count,
-        "How many devices the host driver simulates.",
-    ),
-    Setting(
-        "host_driver_bytes",
-        "CUMEMPOOL_HOST_DRIVER_BYTES",
-        "--cumem-host-driver-bytes",
-        "bytes, such as 16GiB",
-        "8GiB",
-        parse_bytes,
-        "Memory of each device that the host driver simulates.",
-    ),
-)
-
-
-def settings_table() -> str:
-    """`SETTINGS` as a Markdown table, for documentation."""
-    lines = [
-        "| `CuMemConfig` | command line | environment | values | default | what it does |",
-        "|---|---|---|---|---|---|",
-    ]
-    for setting in SETTINGS:
-        flag = f"`{setting.flag}`"
-        if setting.is_switch:
-            flag += f", `--no-{setting.flag.removeprefix('--')}`"
-        lines.append(
-            f"| `{setting.name}` | {flag} | `{setting.env}` | {setting.values} | {setting.default} "
-            f"| {setting.doc} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _setting(name: str) -> Setting:
-    return next(setting for setting in SETTINGS if setting.name == name)
-
-
-def _read_env(setting: Setting, environ: Mapping[str, str]) -> object:
-    try:
-        return setting.parse(environ[setting.env])
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"environment variable {setting.env}: {error}") from None
-
-
-def _is_set(setting: Setting, environ: Mapping[str, str]) -> bool:
-    """Whether its variable has a value: an empty one, as containers pass it, is none."""
-    return bool(environ.get(setting.env, "").strip())
-
-
-def _driver_of_environment(environ: Mapping[str, str]) -> DriverName:
-    setting = _setting("driver")
-    return cast(DriverName, _read_env(setting, environ)) if _is_set(setting, environ) else "cuda"
-
-
-def _warn_of_unknown(environ: Mapping[str, str]) -> None:
-    """Says once of each variable with the prefix of the settings that it is none."""
-    known = {setting.env for setting in SETTINGS}
-    unknown = {name for name in environ if name.startswith(_ENV_PREFIX)} - known - _warned_of
-    if unknown:
-        _warned_of.update(unknown)
-        _logger.warning(
-            "unknown environment variable %s has no effect; the known ones are %s",
-            ", ".join(sorted(unknown)),
-            ", ".join(sorted(known)),
-        )
-
-
-def _of_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The settings that variables say, and the driver in any case."""
-    _warn_of_unknown(environ)
-    values: dict[str, Any] = {
-        setting.name: _read_env(setting, environ)
-        for setting in SETTINGS
-        if _is_set(setting, environ)
-    }
-    # Given always, so that os.environ has no say where other variables were passed.
-    values.setdefault("driver", "cuda")
-    return values
+def _default_driver() -> Any:
+    return _by_name["driver"].from_environment(os.environ) or "cuda"
 
 
 def _missing(driver: DriverName) -> str:
@@ -404,10 +109,6 @@ def _missing(driver: DriverName) -> str:
         except OSError as error:
             return f"libcuda.so.1 cannot be loaded: {error}"
     return ""
-
-
-def _default_driver() -> DriverName:
-    return _driver_of_environment(os.environ)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,61 +148,97 @@ class CuMemConfig:
             libcuda cannot be loaded here.
     """
 
-    enable_sleep_mode: bool = False
-    enable_cumem_allocator: bool | None = None
-    driver: DriverName = field(default_factory=_default_driver)
-    host_backup_limit: int | None = None
-    host_backup_overflow: Backup | None = None
-    retain_backups: bool = True
-    nvtx: bool = False
-    out_of_memory_directory: str | None = None
-    publish: bool = False
-    host_driver_devices: int = 1
-    host_driver_bytes: int = 8 * 1024**3
+    enable_sleep_mode: bool = field(
+        default=False,
+        metadata=_of(
+            BOOL, "off", "Allow memory to be put to sleep and woken; switches the allocator on."
+        ),
+    )
+    enable_cumem_allocator: bool | None = field(
+        default=None,
+        metadata=_of(
+            BOOL,
+            "as sleep mode",
+            "Allocate in pools of virtual memory; an explicit no contradicts sleep mode.",
+        ),
+    )
+    driver: DriverName = field(
+        default_factory=_default_driver,
+        metadata=_of(
+            DRIVER,
+            "CUMEMPOOL_DRIVER, else cuda",
+            "The driver: cuda for GPUs, host for devices simulated in host memory.",
+        ),
+    )
+    host_backup_limit: int | None = field(
+        default=None,
+        metadata=_of(BYTES, "no limit", "The most pinned host memory held for backups."),
+    )
+    host_backup_overflow: Backup | None = field(
+        default=None,
+        metadata=_of(
+            OVERFLOW,
+            "such a sleep is refused",
+            "What takes the backups that the limit on pinned host memory leaves no room for.",
+        ),
+    )
+    retain_backups: bool = field(
+        default=True,
+        metadata=_of(
+            BOOL,
+            "on",
+            "Keep backups while awake, and copy only what has changed since the last sleep.",
+        ),
+    )
+    nvtx: bool = field(
+        default=False,
+        metadata=_of(BOOL, "off", "Mark transitions as NVTX ranges, for profilers."),
+    )
+    out_of_memory_directory: str | None = field(
+        default=None,
+        metadata=_of(
+            DIRECTORY,
+            "nothing is written",
+            "Where statistics, allocations and the latest events are written when memory runs out.",
+        ),
+    )
+    publish: bool = field(
+        default=False,
+        metadata=_of(
+            BOOL,
+            "off",
+            "Let other processes of this user read the statistics: cumempool top, cumempool "
+            "snapshot.",
+        ),
+    )
+    host_driver_devices: int = field(
+        default=1, metadata=_of(DEVICES, "1", "How many devices the host driver simulates.")
+    )
+    host_driver_bytes: int = field(
+        default=8 * 1024**3,
+        metadata=_of(BYTES, "8GiB", "Memory of each device that the host driver simulates."),
+    )
 
     def __post_init__(self) -> None:
         """Checks every value, and lets sleep mode switch the allocator on."""
-        _check_bool("enable_sleep_mode", self.enable_sleep_mode)
-        if self.enable_cumem_allocator is not None:
-            _check_bool("enable_cumem_allocator", self.enable_cumem_allocator, " or None")
-        _check_driver(self.driver)
-        if self.host_backup_limit is not None:
-            _check_int("host_backup_limit", self.host_backup_limit, _MOST_BYTES, " or None")
-        if self.host_backup_overflow is not None:
-            backup = check_backup(self.host_backup_overflow, "host_backup_overflow")
-            _check_overflow(backup, f"host_backup_overflow={str(backup)!r}")
-            object.__setattr__(self, "host_backup_overflow", backup)
-        _check_bool("retain_backups", self.retain_backups)
-        _check_bool("nvtx", self.nvtx)
-        if self.out_of_memory_directory is not None:
-            if not isinstance(self.out_of_memory_directory, str):
-                raise _wrong_type(
-                    "out_of_memory_directory", self.out_of_memory_directory, "a str or None"
-                )
-            _check_directory(
-                self.out_of_memory_directory,
-                f"out_of_memory_directory={self.out_of_memory_directory!r}",
-            )
-        _check_bool("publish", self.publish)
-        _check_int("host_driver_devices", self.host_driver_devices, _MOST_HOST_DEVICES)
-        _check_int("host_driver_bytes", self.host_driver_bytes, _MOST_BYTES)
-        if self.enable_sleep_mode:
-            self._imply_allocator()
-        if self.enable_cumem_allocator:
-            missing = _missing(self.driver)
-            if missing:
-                raise self._unavailable(missing, "install the NVIDIA driver, or use driver='host'")
-
-    def _imply_allocator(self) -> None:
-        if self.enable_cumem_allocator is False:
+        for setting in SETTINGS:
+            value = setting.checked(getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+        if self.enable_sleep_mode and self.enable_cumem_allocator is None:
+            object.__setattr__(self, "enable_cumem_allocator", True)
+            if "implied" not in _logged:
+                _logged.add("implied")
+                _logger.info("enable_sleep_mode=True switches enable_cumem_allocator on")
+        if self.enable_sleep_mode and not self.enable_cumem_allocator:
             raise InvalidArgumentError(
                 "enable_sleep_mode=True contradicts enable_cumem_allocator=False: only memory of "
                 "the cumem allocator can sleep; leave enable_cumem_allocator out, or switch sleep "
                 "mode off"
             )
-        if self.enable_cumem_allocator is None:
-            object.__setattr__(self, "enable_cumem_allocator", True)
-            _log_allocator_implied()
+        if self.enable_cumem_allocator:
+            missing = _missing(self.driver)
+            if missing:
+                raise self._unavailable(missing, "install the NVIDIA driver, or use driver='host'")
 
     @property
     def cumem_allocator_enabled(self) -> bool:
@@ -641,60 +378,63 @@ class CuMemConfig:
         return cls(**_of_environment(os.environ if environ is None else environ))
 
 
+#: Every setting, in the order of the fields of `CuMemConfig`.
+SETTINGS: Final[tuple[Setting, ...]] = tuple(
+    Setting(each.name, optional=each.default is None, **each.metadata)
+    for each in dataclasses.fields(CuMemConfig)
+)
+_by_name: Final = {setting.name: setting for setting in SETTINGS}
+
+
+def settings_table() -> str:
+    """`SETTINGS` as a Markdown table, for documentation."""
+    lines = [
+        "| `CuMemConfig` | command line | environment | values | default | what it does |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in SETTINGS:
+        flag = f"`{each.flag}`"
+        if each.kind is BOOL:
+            flag += f", `--no-{each.flag.removeprefix('--')}`"
+        cells = (f"`{each.name}`", flag, f"`{each.env}`", each.kind.values, each.default, each.doc)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _of_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that variables say, and the driver in any case."""
+    known = {setting.env for setting in SETTINGS}
+    unknown = {name for name in environ if name.startswith(ENV_PREFIX)} - known - _logged
+    if unknown:
+        _logged.update(unknown)
+        _logger.warning(
+            "unknown environment variable %s has no effect; the known ones are %s",
+            ", ".join(sorted(unknown)),
+            ", ".join(sorted(known)),
+        )
+    read = {setting.name: setting.from_environment(environ) for setting in SETTINGS}
+    # The driver is given always: os.environ has no say where other variables were passed.
+    return {"driver": "cuda"} | {name: value for name, value in read.items() if value is not None}
+
+
 def _add_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
     group = parser.add_argument_group("cumempool", "GPU memory that can be put to sleep")
     for setting in SETTINGS:
-        flag = setting.flag_with(prefix)
-        text = f"{setting.doc} Default: {setting.default}."
-        if setting.is_switch:
+        flag, text = setting.flag_with(prefix), f"{setting.doc} Default: {setting.default}."
+        if setting.kind is BOOL:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             group.add_argument(
                 flag,
-                type=_for_argparse(setting.parse),
+                type=partial(_parse_flag, setting),
                 default=None,
-                metavar=_METAVARS.get(setting.name, "N"),
-                help=f"{text} Takes {setting.values}.",
+                metavar=setting.kind.metavar,
+                help=f"{text} Takes {setting.kind.values}.",
             )
 
 
-def _for_argparse(parse: Callable[[str], object]) -> Callable[[str], object]:
-    def convert(text: str) -> object:
-        try:
-            return parse(text)
-        except InvalidArgumentError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def _check_bool(name: str, value: object, also: str = "") -> None:
-    if not isinstance(value, bool):
-        raise _wrong_type(name, value, f"a bool{also}")
-
-
-def _check_driver(value: object) -> None:
-    if not isinstance(value, str):
-        raise _wrong_type("driver", value, "a str")
-    if value not in DRIVERS:
-        raise InvalidArgumentError(f"driver={value!r} is not one of {', '.join(DRIVERS)}")
-
-
-def _check_int(name: str, value: object, most: int, also: str = "") -> None:
-    # bool is an int to isinstance, but True is no number of bytes.
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _wrong_type(name, value, f"an int{also}")
-    _in_range(value, f"{name}={value}", most)
-
-
-def _wrong_type(name: str, value: object, expected: str) -> InvalidTypeError:
-    return InvalidTypeError(f"{name}={value!r} is of type {type(value).__name__}, not {expected}")
-
-
-def _log_allocator_implied() -> None:
-    global _implied_logged
-    with _implied_lock:
-        if _implied_logged:
-            return
-        _implied_logged = True
-    _logger.info("enable_sleep_mode=True switches enable_cumem_allocator on")
+def _parse_flag(setting: Setting, text: str) -> object:
+    try:
+        return setting.parse(text)
+    except InvalidArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

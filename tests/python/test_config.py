@@ -103,7 +103,7 @@ def test_sleep_mode_switches_the_allocator_on() -> None:
 def test_switching_the_allocator_on_is_logged_once_per_process(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(config_module, "_implied_logged", False)
+    monkeypatch.setattr(config_module, "_logged", set())
     with caplog.at_level(logging.INFO, logger="cumempool"):
         CuMemConfig(enable_sleep_mode=True, enable_cumem_allocator=True)
         CuMemConfig(enable_cumem_allocator=True)
@@ -421,7 +421,7 @@ def test_bad_values_in_the_environment_name_the_variable_and_what_is_allowed(
 def test_an_unknown_variable_stops_nobody_and_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(config_module, "_warned_of", set())
+    monkeypatch.setattr(config_module, "_logged", set())
     environ = {"CUMEMPOOL_ENABLE_SLEEPMODE": "1", "PATH": "/bin", "CUMEM": "x"}
     for _ in range(2):
         assert CuMemConfig.from_env(environ) == CuMemConfig()

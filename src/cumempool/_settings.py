@@ -1,0 +1,231 @@
+"""What a setting takes, how it reads text, and its names on the command line and elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+from cumempool._pool.backup import Backup, check_backup
+from cumempool.errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = [
+    "BOOL",
+    "BYTES",
+    "DEVICES",
+    "DIRECTORY",
+    "DRIVER",
+    "DRIVERS",
+    "ENV_PREFIX",
+    "OVERFLOW",
+    "DriverName",
+    "Kind",
+    "Setting",
+    "parse_bytes",
+]
+
+DriverName = Literal["cuda", "host"]
+#: The drivers that a configuration can name.
+DRIVERS: Final[tuple[DriverName, ...]] = ("cuda", "host")
+
+ENV_PREFIX: Final = "CUMEMPOOL_"
+_BOOLEANS: Final = MappingProxyType(
+    dict.fromkeys(("1", "true", "yes", "on"), True)
+    | dict.fromkeys(("0", "false", "no", "off"), False)
+)
+_UNITS: Final = MappingProxyType(
+    {"": 1, "B": 1}
+    | {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)}
+    | {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
+    | {letter: 1024**power for power, letter in enumerate("KMGT", start=1)}
+)
+_UNIT_BY_FOLDED_NAME: Final = {name.casefold(): factor for name, factor in _UNITS.items()}
+_BYTES_PATTERN: Final = re.compile(r"\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_MOST_BYTES: Final = 2**63 - 1
+_MOST_HOST_DEVICES: Final = 64
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from text such as ``"16GiB"``, ``"512 MiB"``, ``"10GB"`` or ``"4096"``.
+
+    KiB, MiB, GiB and TiB count in powers of 1024, and so do K, M, G and T; KB, MB, GB and TB in
+    powers of 1000; no unit is bytes. Upper and lower case are the same; a fraction is fine where it
+    comes to whole bytes.
+
+    Raises:
+        InvalidArgumentError: The text is no such number, or it is not positive.
+    """
+    match = _BYTES_PATTERN.fullmatch(text)
+    factor = _UNIT_BY_FOLDED_NAME.get(match[2].casefold()) if match else None
+    if match is None or factor is None:
+        units = ", ".join(unit for unit in _UNITS if unit)
+        raise InvalidArgumentError(
+            f"{text!r} is not a number of bytes; give an integer or a number with one of the units "
+            f"{units}, such as '16GiB'"
+        )
+    count = Fraction(match[1]) * factor
+    if count.denominator != 1:
+        raise InvalidArgumentError(f"{text!r} is not a whole number of bytes")
+    return int(_check_range(int(count), repr(text), _MOST_BYTES))
+
+
+# ---- kinds of values -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a setting takes: `read` converts text, `check` returns the value or raises."""
+
+    values: str
+    type: type | tuple[type, ...]
+    type_name: str
+    read: Callable[[str], Any]
+    check: Callable[[Any, str], Any] = lambda value, _: value
+    metavar: str = "N"
+
+
+def _read_choice(values: Mapping[str, Any], text: str) -> Any:
+    if text.strip().casefold() not in values:
+        raise InvalidArgumentError(f"{text!r} is not one of {', '.join(values)}")
+    return values[text.strip().casefold()]
+
+
+def _read_int(text: str) -> int:
+    if re.fullmatch(r"\s*[-+]?[0-9]+\s*", text) is None:
+        raise InvalidArgumentError(f"{text!r} is not an integer")
+    return int(text)
+
+
+def _check_range(value: int, what: str, most: int) -> int:
+    if not 1 <= value <= most:
+        raise InvalidArgumentError(f"{what} is out of range: it must be 1 to {most}")
+    return value
+
+
+def _check_driver(value: str, what: str) -> str:
+    if value not in DRIVERS:
+        raise InvalidArgumentError(f"{what} is not one of {', '.join(DRIVERS)}")
+    return value
+
+
+def _check_overflow(value: Backup | str, what: str) -> Backup:
+    backup = check_backup(value, what.partition("=")[0])
+    if backup.tier not in ("pageable", "file"):
+        raise InvalidArgumentError(f"{what} cannot take an overflow: give {OVERFLOW.values}")
+    return backup
+
+
+def _check_directory(value: str, what: str) -> str:
+    if not os.path.isdir(value):
+        raise InvalidArgumentError(f"{what} is not a directory that exists")
+    return value
+
+
+BOOL: Final = Kind("/".join(_BOOLEANS), bool, "a bool", partial(_read_choice, _BOOLEANS))
+DRIVER: Final = Kind(
+    " or ".join(DRIVERS), str, "a str", str, _check_driver, "{" + ",".join(DRIVERS) + "}"
+)
+BYTES: Final = Kind(
+    "bytes, such as 16GiB", int, "an int", parse_bytes, partial(_check_range, most=_MOST_BYTES)
+)
+DEVICES: Final = Kind(
+    f"1 to {_MOST_HOST_DEVICES}",
+    int,
+    "an int",
+    _read_int,
+    partial(_check_range, most=_MOST_HOST_DEVICES),
+)
+OVERFLOW: Final = Kind(
+    "pageable or file:DIRECTORY",
+    (Backup, str),
+    "a Backup or its text",
+    Backup.parse,
+    _check_overflow,
+    "BACKUP",
+)
+DIRECTORY: Final = Kind("a directory that exists", str, "a str", str, _check_directory, "DIRECTORY")
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: a field of `CuMemConfig`, a flag and an environment variable.
+
+    Attributes:
+        name: The field of `CuMemConfig`.
+        kind: What it takes.
+        default: What holds where it is not given, for people.
+        doc: What it does, in a sentence.
+        optional: Whether None is a value.
+    """
+
+    name: str
+    kind: Kind
+    default: str
+    doc: str
+    optional: bool
+
+    @property
+    def env(self) -> str:
+        """The environment variable."""
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        """The command-line flag; a yes or no also has its ``--no-`` form."""
+        return self.flag_with("" if self.name.startswith("enable_") else "cumem-")
+
+    def flag_with(self, prefix: str) -> str:
+        """The flag in a parser whose flags of this library begin with `prefix`."""
+        if not prefix and not self.name.startswith("enable_"):
+            prefix = "cumem-"
+        return f"--{prefix}{self.name.replace('_', '-')}"
+
+    def dest_with(self, prefix: str) -> str:
+        """The attribute of the ``argparse`` namespace."""
+        return self.flag_with(prefix).removeprefix("--").replace("-", "_")
+
+    def parse(self, text: str) -> Any:
+        """The value of a text.
+
+        Raises:
+            InvalidArgumentError: It is none.
+        """
+        return self.kind.check(self.kind.read(text), repr(text))
+
+    def checked(self, value: object) -> Any:
+        """The value of a keyword.
+
+        Raises:
+            InvalidArgumentError: It is out of range, or (`InvalidTypeError`) of the wrong type.
+        """
+        if value is None and self.optional:
+            return None
+        # bool is an int to isinstance, but True is no number of bytes.
+        fits = isinstance(value, self.kind.type)
+        if not fits or (isinstance(value, bool) and self.kind is not BOOL):
+            raise InvalidTypeError(
+                f"{self.name}={value!r} is of type {type(value).__name__}, not "
+                f"{self.kind.type_name}{' or None' if self.optional else ''}"
+            )
+        shown = str(value) if isinstance(value, Backup) else value
+        return self.kind.check(value, f"{self.name}={shown!r}")
+
+    def from_environment(self, environ: Mapping[str, str]) -> Any:
+        """The value of its variable; None where that is not set, or empty as containers pass it.
+
+        Raises:
+            InvalidArgumentError: The variable has a value that it does not take.
+        """
+        text = environ.get(self.env, "")
+        try:
+            return self.parse(text) if text.strip() else None
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"environment variable {self.env}: {error}") from None
