@@ -1,4 +1,4 @@
-"""Progress of long transitions: callbacks and the bar."""
+"""Progress of long transitions: callbacks and the line on a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from conftest import GRANULE, MakeAllocator, filled
 
 from cumempool import CuMemAllocator, InvalidArgumentError, InvalidTypeError, UnknownTagError
-from cumempool._pool import progress as progress_module
 from cumempool._pool.progress import ProgressRegistration, ProgressWatch, show_progress
 
 Calls = list[tuple[str, int, int]]
@@ -117,48 +116,37 @@ def test_bad_arguments(
         alloc.on_progress(callback, after=after)  # type: ignore[arg-type]
 
 
-def test_the_bar_follows_and_goes(
+def test_a_long_transition_is_shown_on_a_line_of_its_own(
     alloc: CuMemAllocator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with show_progress(alloc) as registration:
-        bar = registration.callback
-        assert isinstance(bar, progress_module._Bar)
-        for done in (0, GRANULE, 2 * GRANULE):
-            bar("wake_up", done, 2 * GRANULE)
-            assert bar._bar is not None  # also where all is done: the transition goes on
+        for done in (0, GRANULE):
+            registration.callback("wake_up", done, GRANULE)
         assert registration.ended is not None
         registration.ended()
-        assert bar._bar is None
-    printed = capsys.readouterr().out
-    assert "wake_up" in printed
-    assert "4.2/4.2 MB" in printed or "4.0/4.0 MiB" in printed
+    shown = capsys.readouterr().err
+    assert [line.rstrip() for line in shown.split("\r")] == [
+        "",
+        "wake_up: 0 bytes of 2.00 MiB",
+        "wake_up: 2.00 MiB of 2.00 MiB",
+    ]
+    assert shown.endswith("\n")
 
 
-def test_the_bar_of_a_transition_that_fails_goes_as_well() -> None:
+def test_the_end_of_a_transition_that_fails_is_told_as_well() -> None:
+    calls: Calls = []
+    ended: list[bool] = []
     watch = ProgressWatch(lambda: (1, 5))
-    bar = progress_module._Bar()
-    watch.register(bar, 0, bar.end)
+    watch.register(lambda *call: calls.append(call), 0, lambda: ended.append(True))
 
-    def fail_after_a_bar() -> None:
-        while bar._bar is None:
+    def fail_after_a_call() -> None:
+        while not calls:
             time.sleep(0.01)
         raise UnknownTagError("it fails")
 
     with pytest.raises(UnknownTagError), watch.watching("sleep"):
-        fail_after_a_bar()
-    assert bar._bar is None
-
-
-def test_a_bar_has_the_name_of_the_transition_that_it_shows(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    bar = progress_module._Bar()
-    bar("sleep", 1, 5)
-    bar("wake_up", 1, 5)
-    assert bar._bar is not None
-    assert [task.description for task in bar._bar.tasks] == ["wake_up"]
-    bar.end()
-    assert "wake_up" in capsys.readouterr().out
+        fail_after_a_call()
+    assert ended == [True]
 
 
 def test_threads_that_register_at_once_lose_no_callback() -> None:

@@ -1,20 +1,17 @@
-"""Tells how far long transitions have come: to a callback, or as a progress bar."""
+"""Tells how far long transitions have come: to a callback, or on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from cumempool._locks import fork_safe_lock
+from cumempool._pool.report import format_bytes
 from cumempool._pool.unfailing import unfailing
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
 
 __all__ = ["OnProgress", "ProgressRegistration", "ProgressWatch", "show_progress"]
 
@@ -43,12 +40,7 @@ class ProgressRegistration(contextlib.AbstractContextManager["ProgressRegistrati
         """Takes the callback out. Doing it twice is no error."""
         self._watch._remove(self)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -96,41 +88,35 @@ class ProgressWatch:
     @contextlib.contextmanager
     def watching(self, operation: str) -> Iterator[None]:
         """Calls the callbacks while the body runs, and once more when it has succeeded."""
-        with contextlib.ExitStack() as stack:
-            for entry in self._entries:
-                stack.enter_context(_Follower(entry, operation, self._progress))
+        followers = [_Follower(entry, operation, self._progress) for entry in self._entries]
+        try:
+            for follower in followers:
+                follower.start()
             yield
+            for follower in followers:
+                follower.succeeded = True
+        finally:
+            for follower in followers:
+                follower.ended.set()
+                if follower.ident is not None:  # it was started
+                    follower.join()
 
 
-class _Follower(contextlib.AbstractContextManager["_Follower"]):
-    """Calls one callback in a thread, while one transition runs."""
+class _Follower(threading.Thread):
+    """Calls one callback while one transition runs."""
 
     def __init__(
         self, entry: ProgressRegistration, operation: str, progress: Callable[[], tuple[int, int]]
     ) -> None:
+        super().__init__(name="cumempool-progress", daemon=True)
         self._entry = entry
         self._operation = operation
         self._progress = progress
-        self._succeeded = False
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cumempool-progress", daemon=True)
+        self.succeeded = False
+        self.ended: Final = threading.Event()
 
-    def __enter__(self) -> _Follower:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._succeeded = error is None
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        if self._ended.wait(self._entry.after):
+    def run(self) -> None:
+        if self.ended.wait(self._entry.after):
             return  # it was short: nothing was shown
         what = f"an on_progress callback of a {self._operation} failed"
         unfailing(what, self._follow)
@@ -138,9 +124,9 @@ class _Follower(contextlib.AbstractContextManager["_Follower"]):
             unfailing(what, self._entry.ended)
 
     def _follow(self) -> None:
-        while not self._ended.wait(_EVERY):
+        while not self.ended.wait(_EVERY):
             self._entry.callback(self._operation, *self._progress())
-        if self._succeeded:
+        if self.succeeded:
             _, total = self._progress()
             self._entry.callback(self._operation, total, total)
 
@@ -159,49 +145,18 @@ class ReportsProgress(Protocol):
 
 
 def show_progress(allocator: ReportsProgress, *, after: float = 1.0) -> ProgressRegistration:
-    """Shows a bar for each transition that takes longer, in terminals and in notebooks.
+    """Shows a line on stderr for each transition that takes longer, in terminals and notebooks.
 
     Args:
         allocator: Whose transitions.
-        after: Seconds that a transition may take before a bar is shown.
+        after: Seconds that a transition may take before a line is shown.
 
     Returns:
         What ends it: ``with show_progress(allocator): ...``.
     """
-    bar = _Bar()
-    return allocator.on_progress(bar, after=after, ended=bar.end)
 
+    def show(operation: str, done: int, total: int) -> None:
+        text = f"{operation}: {format_bytes(done)} of {format_bytes(total)}"
+        print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
 
-class _Bar:
-    """One bar at a time, taken away when its transition has ended. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = fork_safe_lock()
-        self._operation = ""
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-
-    def __call__(self, operation: str, done: int, total: int) -> None:
-        with self._lock:
-            self._show(operation, done, total)
-
-    def end(self) -> None:
-        """Takes the bar away."""
-        with self._lock:
-            bar, self._bar, self._task = self._bar, None, None
-        if bar is not None:
-            bar.stop()
-
-    def _show(self, operation: str, done: int, total: int) -> None:
-        if operation != self._operation:  # another thread's, which took its turn
-            self.end()
-            self._operation = operation
-        if self._bar is None or self._task is None:
-            from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-            self._bar = Progress(
-                "{task.description}", BarColumn(), DownloadColumn(True), TransferSpeedColumn()
-            )
-            self._task = self._bar.add_task(operation, total=total)
-            self._bar.start()
-        self._bar.update(self._task, completed=done, total=total)
+    return allocator.on_progress(show, after=after, ended=lambda: print(file=sys.stderr))
