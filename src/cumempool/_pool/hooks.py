@@ -8,7 +8,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from cumempool._locks import fork_safe_lock
@@ -86,12 +85,7 @@ class HookRegistration(contextlib.AbstractContextManager["HookRegistration"]):
         """Takes the hooks out. Doing it twice is no error."""
         self._hooks._remove(self._entry)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -161,11 +155,9 @@ class Hooks:
         return _owed(self._of(ranges), ranges)
 
     def departing(self, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> Departing:
-        """Calls ``before_unmap`` hooks, and their ``after_map`` where the body fails.
+        """Calls ``before_unmap`` hooks, and their ``after_map`` if the body fails.
 
-        Args:
-            ranges: What is about to go.
-            ranges_now: What is there after a failure.
+        `ranges` are about to go; `ranges_now` says what is there after a failure.
         """
         return Departing(self, ranges, ranges_now)
 
@@ -186,12 +178,7 @@ class Departing(contextlib.AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._ran = self._hooks._before_unmap(self._ranges)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
             _note(error, tell(_owed(self._ran, self._ranges_now())))
 
@@ -275,12 +262,7 @@ class Pin(contextlib.AbstractContextManager["Pin"]):
         if release is not None:
             release()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import weakref
 from collections.abc import Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from cumempool._locks import fork_safe_lock
@@ -100,12 +99,7 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
             )
         return self._report
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None:
             self.result()
         else:
