@@ -122,7 +122,6 @@ def test_a_trace_on_a_full_disk_ends_and_nothing_else(
 def test_an_empty_snapshot_has_a_page(alloc: CuMemAllocator, tmp_path: Path) -> None:
     alloc.save_snapshot(tmp_path / "snapshot.json")
     assert 'id="empty"' in page.to_html(page.load(tmp_path / "snapshot.json"))
-    assert page.to_png(page.load(tmp_path / "snapshot.json")).startswith(b"\x89PNG")
     assert pickle.loads(page.to_torch(page.load(tmp_path / "snapshot.json")))["segments"] == []
 
 
@@ -158,15 +157,10 @@ def test_the_command_writes_what_it_is_asked_for(snapshot: Path, tmp_path: Path)
     run("report", snapshot)
     assert "Address map" in Path(f"{snapshot}.html").read_text()
     out = tmp_path / "out.html"
-    picture, pickled = tmp_path / "out.png", tmp_path / "out.pickle"
-    said = run("report", snapshot, "-o", out, "--png", picture, "--torch", pickled, "--link", 55)
-    assert said.split() == [str(out), str(picture), str(pickled)]
+    pickled = tmp_path / "out.pickle"
+    said = run("report", snapshot, "-o", out, "--torch", pickled, "--link", 55)
+    assert said.split() == [str(out), str(pickled)]
     assert "of the link" in out.read_text()
-    with Image.open(picture) as image:
-        colours = image.convert("RGB").getcolors(1 << 24)
-        assert image.width >= 1000
-        assert colours is not None
-        assert len(colours) > 20
 
 
 def test_a_snapshot_of_a_running_process(

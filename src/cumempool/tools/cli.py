@@ -183,7 +183,6 @@ def snapshot(file: str, process: int | None) -> None:
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False), help="HTML; FILE.html if not given."
 )
-@click.option("--png", type=click.Path(dir_okay=False), help="Write the pictures as PNG as well.")
 @click.option(
     "--torch",
     "pickled",
@@ -197,9 +196,7 @@ def snapshot(file: str, process: int | None) -> None:
     metavar="GB/S",
     help="What the link can do; else rates are compared with the fastest one.",
 )
-def report(
-    file: str, output: str | None, png: str | None, pickled: str | None, link: float | None
-) -> None:
+def report(file: str, output: str | None, pickled: str | None, link: float | None) -> None:
     """Renders a snapshot or trace to one HTML page, which needs no network.
 
     Needs matplotlib: pip install cumempool[report].
@@ -212,9 +209,6 @@ def report(
             target = Path(output or f"{file}.html")
             target.write_text(page.to_html(record, link_gb_per_s=link), encoding="utf-8")
             written = [target]
-            if png:
-                Path(png).write_bytes(page.to_png(record))
-                written.append(Path(png))
             if pickled:
                 Path(pickled).write_bytes(page.to_torch(record))
                 written.append(Path(pickled))

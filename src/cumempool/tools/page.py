@@ -16,7 +16,7 @@ from markupsafe import Markup
 from cumempool._pool.report import format_bytes
 from cumempool.errors import InvalidArgumentError
 
-__all__ = ["Record", "load", "to_html", "to_png", "to_torch"]
+__all__ = ["Record", "load", "to_html", "to_torch"]
 
 _SNAPSHOT: Final = "cumempool snapshot 1"
 _TRACE: Final = "cumempool trace 1"
@@ -208,14 +208,6 @@ def to_html(record: Record, *, link_gb_per_s: float | None = None) -> str:
         address_map=Markup(plots.svg(plots.address_map(record.allocations))),
         memory_over_time=Markup(plots.svg(plots.memory_over_time(record.events))),
     )
-
-
-def to_png(record: Record) -> bytes:
-    """The pictures of the page, below one another."""
-    from cumempool.tools import plots
-
-    figures = [plots.address_map(record.allocations)] if record.allocations else []
-    return plots.png([*figures, plots.memory_over_time(record.events)])
 
 
 # ---- torch's memory visualizer -------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, Final
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-__all__ = ["address_map", "memory_over_time", "png", "svg"]
+__all__ = ["address_map", "memory_over_time", "svg"]
 
 _UNITS: Final = (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024))
 _ROWS: Final = 16
@@ -118,22 +118,3 @@ def svg(figure: Figure) -> str:
     figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
-
-
-def png(figures: Sequence[Figure]) -> bytes:
-    """Pictures below one another, as one PNG."""
-    from PIL import Image
-
-    images = []
-    for figure in figures:
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=150)
-        images.append(Image.open(out).convert("RGB"))
-    whole = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
-    top = 0
-    for image in images:
-        whole.paste(image, (0, top))
-        top += image.height
-    out = io.BytesIO()
-    whole.save(out, format="png")
-    return out.getvalue()
