@@ -572,7 +572,7 @@ def test_a_rank_that_gives_up_before_the_others_have_come_is_told_at_once(
             gave_up.set()
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(three.allocators[1]._transitions, "turn", interrupt)
+        patched.setattr(three.allocators[1]._state.transitions, "turn", interrupt)
         begun = time.monotonic()
         outcomes = three.run(one)
     assert time.monotonic() - begun < PATIENCE / 4

@@ -67,23 +67,20 @@ Hook = Callable[[str, Sequence[RegistrableRange]], object]
 Ranges = Mapping[str, Sequence[RegistrableRange]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Entry:
-    tag: str
-    before_unmap: Hook | None
-    after_map: Hook | None
-
-
 class HookRegistration(contextlib.AbstractContextManager["HookRegistration"]):
     """Hooks that were registered; `remove` takes them out, and so does leaving the context."""
 
-    def __init__(self, hooks: Hooks, entry: _Entry) -> None:
+    def __init__(
+        self, hooks: Hooks, tag: str, before_unmap: Hook | None, after_map: Hook | None
+    ) -> None:
         self._hooks = hooks
-        self._entry = entry
+        self._tag = tag
+        self._before_unmap = before_unmap
+        self._after_map = after_map
 
     def remove(self) -> None:
         """Takes the hooks out. Doing it twice is no error."""
-        self._hooks._remove(self._entry)
+        self._hooks._remove(self)
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -94,7 +91,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._lock = fork_safe_lock()
-        self._entries: list[_Entry] = []
+        self._entries: list[HookRegistration] = []
 
     def register(
         self, tag: str, before_unmap: Hook | None, after_map: Hook | None
@@ -107,48 +104,30 @@ class Hooks:
         for name, hook in (("before_unmap", before_unmap), ("after_map", after_map)):
             if hook is not None and not callable(hook):
                 raise InvalidTypeError(f"{name} is something to call or None, not {hook!r}")
-        entry = _Entry(tag, before_unmap, after_map)
+        entry = HookRegistration(self, tag, before_unmap, after_map)
         with self._lock:
             self._entries.append(entry)
-        return HookRegistration(self, entry)
+        return entry
 
-    def _remove(self, entry: _Entry) -> None:
-        with self._lock:
-            if entry in self._entries:
-                self._entries.remove(entry)
+    def _remove(self, entry: HookRegistration) -> None:
+        with self._lock, contextlib.suppress(ValueError):
+            self._entries.remove(entry)
 
-    def _of(self, tags: Ranges) -> list[_Entry]:
+    def _of(self, tags: Ranges) -> list[HookRegistration]:
         with self._lock:
-            return [entry for entry in self._entries if tags.get(entry.tag)]
+            return [entry for entry in self._entries if tags.get(entry._tag)]
 
     def tags(self) -> set[str]:
         """Tags that have hooks."""
         if not self._entries:
             return set()
         with self._lock:
-            return {entry.tag for entry in self._entries}
+            return {entry._tag for entry in self._entries}
 
     def yielding(self) -> set[str]:
         """Tags that have hooks which may take pins off before a sleep."""
         with self._lock:
-            return {entry.tag for entry in self._entries if entry.before_unmap is not None}
-
-    def _before_unmap(self, ranges: Ranges) -> list[_Entry]:
-        """Calls the hooks of tags whose memory is about to go; returns those that were called.
-
-        Where one raises, those that ran before it get their ranges back by `after_map`, and the
-        exception goes on, with their own failures as notes.
-        """
-        ran: list[_Entry] = []
-        try:
-            for entry in self._of(ranges):
-                if entry.before_unmap is not None:
-                    entry.before_unmap(entry.tag, ranges[entry.tag])
-                    ran.append(entry)
-        except BaseException as error:
-            _note(error, tell(_owed(ran, ranges)))
-            raise
-        return ran
+            return {entry._tag for entry in self._entries if entry._before_unmap is not None}
 
     def owed(self, ranges: Ranges) -> list[Owed]:
         """What hooks have to be told of memory that is there (again), by `tell`."""
@@ -165,49 +144,56 @@ class Hooks:
 class Departing(contextlib.AbstractContextManager[None]):
     """The hooks around memory that goes, from `Hooks.departing`.
 
-    No generator: one that an interrupt cuts off before its first ``yield`` has come back is ended
-    by whoever drops it, which is too late.
+    If a hook raises, or the body, those that ran get their ranges back by ``after_map``; the
+    exception goes on, with their own failures as notes. (No generator: one that an interrupt cuts
+    off before its first ``yield`` has come back is ended by whoever drops it, which is too late.)
     """
 
     def __init__(self, hooks: Hooks, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> None:
         self._hooks = hooks
         self._ranges = ranges
         self._ranges_now = ranges_now
-        self._ran: list[_Entry] = []
+        self._ran: list[HookRegistration] = []
 
     def __enter__(self) -> None:
-        self._ran = self._hooks._before_unmap(self._ranges)
+        try:
+            for entry in self._hooks._of(self._ranges):
+                if entry._before_unmap is not None:
+                    entry._before_unmap(entry._tag, self._ranges[entry._tag])
+                    self._ran.append(entry)
+        except BaseException as error:
+            self._undo(error, self._ranges)
+            raise
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
-            _note(error, tell(_owed(self._ran, self._ranges_now())))
+            self._undo(error, self._ranges_now())
+
+    def _undo(self, error: BaseException, ranges: Ranges) -> None:
+        problems = tell(_owed(self._ran, ranges))
+        if hasattr(error, "add_note"):  # Python 3.11
+            for problem in problems:
+                error.add_note(f"cumempool: {problem}")
 
 
 Owed = tuple[str, Hook, Sequence[RegistrableRange]]
 """A tag, its ``after_map`` hook, and the ranges that it is to be told of."""
 
 
-def _owed(entries: Sequence[_Entry], ranges: Ranges) -> list[Owed]:
+def _owed(entries: Sequence[HookRegistration], ranges: Ranges) -> list[Owed]:
     return [
-        (entry.tag, entry.after_map, ranges[entry.tag])
+        (entry._tag, entry._after_map, ranges[entry._tag])
         for entry in entries
-        if entry.after_map is not None and ranges.get(entry.tag)
+        if entry._after_map is not None and ranges.get(entry._tag)
     ]
 
 
 def tell(owed: list[Owed], problems: list[str] | None = None) -> list[str]:
-    """Calls ``after_map`` hooks, and takes each out of `owed` as it is called.
+    """Calls ``after_map`` hooks, taking each out of `owed` first; adds failures to `problems`.
 
     What they raise is no failure: the memory is awake. What is no `Exception`, such as the end of
-    the program, goes on when all of them have been called.
-
-    Args:
-        owed: From `Hooks.owed`. Where an interrupt strikes between two hooks, what is left of it
-            can be told later.
-        problems: Where what failed is added, as texts.
-
-    Returns:
-        `problems`.
+    the program, goes on when all of them have been called. If an interrupt strikes between two
+    hooks, what is left of `owed` can be told later.
     """
     problems = [] if problems is None else problems
     last: BaseException | None = None
@@ -226,12 +212,6 @@ def tell(owed: list[Owed], problems: list[str] | None = None) -> list[str]:
     if last is not None:
         raise last
     return problems
-
-
-def _note(error: BaseException, problems: Sequence[str]) -> None:
-    if hasattr(error, "add_note"):  # Python 3.11
-        for problem in problems:
-            error.add_note(f"cumempool: {problem}")
 
 
 class Pin(contextlib.AbstractContextManager["Pin"]):
