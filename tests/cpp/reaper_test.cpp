@@ -22,14 +22,18 @@ namespace {
 using driver::FaultDriver;
 using Repeat = FaultDriver::Repeat;
 
-// Work that lasts until it is told to end, or at the latest until the end of its scope.
+// Work that lasts until it is told to end, or at the latest until the end of its scope, which waits
+// for it: another thread may be inside.
 class Work {
  public:
-  explicit Work(const Host& host, int device = 0) {
+  explicit Work(const Host& host, int device = 0) : driver_(host.table()), device_(device) {
     must(cumempool_host_driver_launch(
         &host.table(), device, [](void* self) { static_cast<Work*>(self)->run(); }, this));
   }
-  ~Work() { end(); }
+  ~Work() {
+    end();
+    driver_.fence(driver_.self, &device_, 1);
+  }
   Work(const Work&) = delete;
   Work(Work&&) = delete;
   Work& operator=(const Work&) = delete;
@@ -52,6 +56,8 @@ class Work {
     ran_ = true;
   }
 
+  const cumempool_driver& driver_;
+  const int device_;
   std::mutex mutex_;
   std::condition_variable changed_;
   bool ends_ = false;
