@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "abi/boundary.hpp"
-#include "backup/host_room.hpp"
+#include "backup/host_limits.hpp"
 #include "cumempool/cumempool.h"
 #include "driver/builtin.hpp"
 #include "pool/allocator.hpp"

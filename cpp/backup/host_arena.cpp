@@ -8,8 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "backup/host_limits.hpp"
 #include "backup/host_pages.hpp"
-#include "backup/host_room.hpp"
 
 namespace cumempool::backup {
 namespace {
@@ -121,7 +121,7 @@ void HostArena::order(std::size_t bytes) {
 }
 
 void HostArena::start_touching(Order& order) const {
-  std::vector<PageRange> ranges;
+  std::vector<HostSpan> ranges;
   for (const std::size_t slot : order.slots) {
     const std::size_t bytes = blocks_.at(slot).bytes;
     for (std::size_t at = 0; at < bytes; at += kTouchBytes) {

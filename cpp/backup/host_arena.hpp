@@ -11,22 +11,17 @@
 #include <mutex>
 #include <vector>
 
-#include "backup/first_touch.hpp"
-#include "backup/host_budget.hpp"
+#include "backup/host_limits.hpp"
+#include "backup/host_pages.hpp"
 #include "backup/interval_set.hpp"
 #include "driver/driver.hpp"
 
 namespace cumempool::backup {
 
-// May cross blocks, which lie side by side; a copy call may not: see HostArena::run().
-struct HostSpan {
-  std::byte* data = nullptr;
-  std::size_t bytes = 0;
-};
-
 enum class Residence { kPinned, kPageable };
 
-// Thread-safe. The driver and the kernel are called outside its lock.
+// Thread-safe. The driver and the kernel are called outside its lock. Its spans may cross blocks,
+// which lie side by side; a copy call may not: see run().
 class HostArena {
  public:
   // Addresses of an arena: eight devices of twice today's size, should all of them be of one node.

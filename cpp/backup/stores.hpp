@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "backup/backup_file.hpp"
+#include "backup/file_storage.hpp"
 #include "backup/host_arena.hpp"
-#include "backup/host_budget.hpp"
-#include "backup/peer_place.hpp"
+#include "backup/host_limits.hpp"
+#include "backup/peer_storage.hpp"
 #include "driver/driver.hpp"
 
 namespace cumempool::backup {

@@ -375,7 +375,7 @@ std::uint64_t Allocator::trim_stores() {
 }
 
 bool Allocator::drop_retained(std::uint64_t bytes) {
-  std::vector<std::shared_ptr<backup::Image>> dropped;  // outside of the records' lock
+  std::vector<std::shared_ptr<backup::Backup>> dropped;  // outside of the records' lock
   std::uint64_t freed = 0;
   records_.for_each([&](Record& record) {
     if (record.asleep || record.claimed || record.image == nullptr || freed >= bytes) return;
@@ -387,9 +387,9 @@ bool Allocator::drop_retained(std::uint64_t bytes) {
   return !dropped.empty();
 }
 
-void Allocator::strand(const std::shared_ptr<backup::Image>& image, int device) noexcept {
+void Allocator::strand(const std::shared_ptr<backup::Backup>& image, int device) noexcept {
   const std::lock_guard lock(aside_mutex_);
-  for (const backup::Image* one = stranded_.get(); one != nullptr; one = one->next.get()) {
+  for (const backup::Backup* one = stranded_.get(); one != nullptr; one = one->next.get()) {
     if (one == image.get()) return;  // by an earlier failure
   }
   image->stranded_by = device;
@@ -416,15 +416,15 @@ void Allocator::release_leftovers() noexcept {
 }
 
 void Allocator::release_stranded(int device) noexcept {
-  std::shared_ptr<backup::Image> released;  // outside of the lock
+  std::shared_ptr<backup::Backup> released;  // outside of the lock
   {
     const std::lock_guard lock(aside_mutex_);
-    for (std::shared_ptr<backup::Image>* at = &stranded_; *at != nullptr;) {
+    for (std::shared_ptr<backup::Backup>* at = &stranded_; *at != nullptr;) {
       if ((*at)->stranded_by != device) {
         at = &(*at)->next;
         continue;
       }
-      std::shared_ptr<backup::Image> one = std::exchange(*at, std::move((*at)->next));
+      std::shared_ptr<backup::Backup> one = std::exchange(*at, std::move((*at)->next));
       one->next = std::exchange(released, nullptr);
       released = std::move(one);
     }
@@ -436,7 +436,7 @@ std::uint64_t Allocator::release_host_memory() {
   const Turnstile::Turn turn(turnstile_, "release_host_memory");
   check_open("release_host_memory");
   {
-    std::vector<std::shared_ptr<backup::Image>> dropped;  // outside of the records' lock
+    std::vector<std::shared_ptr<backup::Backup>> dropped;  // outside of the records' lock
     records_.for_each([&](Record& record) {
       if (!record.asleep && record.image != nullptr) dropped.push_back(std::move(record.image));
     });
@@ -524,7 +524,7 @@ void Allocator::vacate(Record& record) {
   if (!record.memory.can_sleep()) return;
   if (record.memory.mapped()) driver_.fence(record.memory.access());
   record.memory.unmap();
-  std::shared_ptr<backup::Image> dropped;
+  std::shared_ptr<backup::Backup> dropped;
   records_.update([&] {
     record.asleep = true;
     record.unreleased = record.memory.holds_physical();

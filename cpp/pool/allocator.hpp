@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "backup/image.hpp"
+#include "backup/backup.hpp"
 #include "backup/stores.hpp"
 #include "cumempool/cumempool.h"
 #include "driver/driver.hpp"
@@ -114,7 +114,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
   // An image that copies of `device` may still be using: it stays until that could be waited for
   // (R5).
-  void strand(const std::shared_ptr<backup::Image>& image, int device) noexcept;
+  void strand(const std::shared_ptr<backup::Backup>& image, int device) noexcept;
   // Tries again to give back what earlier failures have left: such images, and memory of peers. For
   // the transition under way.
   void release_leftovers() noexcept;
@@ -177,9 +177,9 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   std::atomic<std::uint64_t> memory_margin_{0};
   bool one_device_ = true;
 
-  mutable std::mutex aside_mutex_;           // guards the three below
-  std::vector<int> followed_;                // the devices in use that have access
-  std::shared_ptr<backup::Image> stranded_;  // the first of a list
+  mutable std::mutex aside_mutex_;            // guards the three below
+  std::vector<int> followed_;                 // the devices in use that have access
+  std::shared_ptr<backup::Backup> stranded_;  // the first of a list
   std::string last_malloc_failure_;
 };
 

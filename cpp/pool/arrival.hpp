@@ -61,9 +61,9 @@ class Arrival {
   const std::function<void()> withdraw_;
   std::vector<RecordPointer> records_;
   std::map<const Tag*, bool> zero_;
-  std::vector<std::size_t> attached_;                    // of records_, in order
-  std::vector<bool> held_before_;                        // of records_
-  std::vector<std::shared_ptr<backup::Image>> dropped_;  // outside of the records' lock
+  std::vector<std::size_t> attached_;                     // of records_, in order
+  std::vector<bool> held_before_;                         // of records_
+  std::vector<std::shared_ptr<backup::Backup>> dropped_;  // outside of the records' lock
   std::vector<int> busy_;  // devices that could not be asked, after a failure
   Lanes lanes_;
 };

@@ -23,8 +23,8 @@ class BackupView {
 
  private:
   std::shared_ptr<Allocator> allocator_;
-  std::shared_ptr<backup::Image> image_;
-  backup::Place::View data_;
+  std::shared_ptr<backup::Backup> image_;
+  backup::BackupStorage::View data_;
 };
 
 }  // namespace cumempool::pool

@@ -22,9 +22,9 @@ void Comparison::start(Device& device, const std::vector<Item>& items) {
   try {
     std::size_t count = 0;
     for (const Item& item : items) count += item.image->slices().size();
-    backup::DigestBoard& board = device.digest_board();
+    backup::DigestBuffer& board = device.digest_buffer();
     board.begin(count);
-    device.recheck_board().begin(count);
+    device.recheck_buffer().begin(count);
     Progress& progress = progress_[device.ordinal()];
     for (const Item& item : items) {
       for (const backup::Slice& slice : item.image->slices()) {
@@ -46,7 +46,7 @@ const cumempool_digest* Comparison::wait(Device& device, std::size_t item) {
   const auto found = places.find(item);
   if (found == places.end()) return nullptr;
   device.digest_queue().wait(launch_of(progress_.at(device.ordinal()), found->second.end)->mark);
-  return &device.digest_board().digest(found->second.first);
+  return &device.digest_buffer().digest(found->second.first);
 }
 
 void Comparison::pass(Device& device, std::size_t item) {
@@ -90,7 +90,7 @@ void Comparison::recheck(Device& device, const Item& item, std::vector<std::size
   if (slices.empty() || places_[device.ordinal()].count(item.item) == 0) return;
   Rechecks& rechecks = rechecks_[device.ordinal()];
   Progress& progress = rechecks.progress;
-  backup::DigestBoard& board = device.recheck_board();
+  backup::DigestBuffer& board = device.recheck_buffer();
   for (const std::size_t slice : slices) {
     const backup::Slice& part = item.image->slices()[slice];
     board.add(item.address + part.offset, part.bytes);
@@ -112,7 +112,7 @@ void Comparison::flush(Device& device, backup::CopyQueue& copies) {
     device.recheck_queue().follow(copies, copied);
     copies.end_mark(copied);
     const std::size_t mark =
-        device.recheck_board().start(allocator_.digest_seed(), progress.added - progress.started);
+        device.recheck_buffer().start(allocator_.digest_seed(), progress.added - progress.started);
     progress.started = progress.added;
     progress.launches.push_back({progress.started, mark});
   } catch (Error& error) {
@@ -124,7 +124,7 @@ void Comparison::flush(Device& device, backup::CopyQueue& copies) {
   }
 }
 
-std::uint64_t Comparison::verify(Device& device, std::size_t item, backup::Image& image) {
+std::uint64_t Comparison::verify(Device& device, std::size_t item, backup::Backup& image) {
   const auto rechecks = rechecks_.find(device.ordinal());
   if (rechecks == rechecks_.end()) return 0;
   const auto found = rechecks->second.items.find(item);
@@ -142,7 +142,7 @@ std::uint64_t Comparison::verify(Device& device, std::size_t item, backup::Image
   std::uint64_t bytes = 0;
   for (std::size_t i = 0; i < recheck.slices.size(); ++i) {
     const std::size_t slice = recheck.slices[i];
-    if (!image.differs(slice, device.recheck_board().digest(recheck.first + i))) continue;
+    if (!image.differs(slice, device.recheck_buffer().digest(recheck.first + i))) continue;
     image.forget_digest(slice);
     bytes += image.slices()[slice].bytes;
   }
@@ -158,7 +158,7 @@ void Comparison::advance(Device& device, std::size_t end) {
   Progress& progress = progress_.at(device.ordinal());
   while (progress.started < std::min(end, progress.added)) {
     const std::size_t count = std::min(kLaunchSlices, progress.added - progress.started);
-    const std::size_t mark = device.digest_board().start(allocator_.digest_seed(), count);
+    const std::size_t mark = device.digest_buffer().start(allocator_.digest_seed(), count);
     progress.started += count;
     progress.launches.push_back({progress.started, mark});
   }

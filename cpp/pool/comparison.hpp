@@ -6,7 +6,7 @@
 #include <map>
 #include <vector>
 
-#include "backup/image.hpp"
+#include "backup/backup.hpp"
 #include "pool/allocator.hpp"
 #include "pool/report.hpp"
 
@@ -22,7 +22,7 @@ class Comparison {
   struct Item {
     std::size_t item;  // the caller's name for it
     cumempool_address address;
-    const backup::Image* image;
+    const backup::Backup* image;
   };
   // Begins with the allocations of a device, which are asked for in this order.
   void start(Device& device, const std::vector<Item>& items);
@@ -40,7 +40,7 @@ class Comparison {
   void flush(Device& device, backup::CopyQueue& copies);
   // Waits for that, and has the image forget the digests of slices that are others now: what was
   // copied may be neither. Returns their bytes.
-  std::uint64_t verify(Device& device, std::size_t item, backup::Image& image);
+  std::uint64_t verify(Device& device, std::size_t item, backup::Backup& image);
 
   // Waits for all that was begun on a device before the copies, or behind them.
   void finish(Device& device);

@@ -5,7 +5,7 @@
 #include <set>
 #include <vector>
 
-#include "backup/image.hpp"
+#include "backup/backup.hpp"
 #include "cumempool/cumempool.h"
 #include "pool/record.hpp"
 

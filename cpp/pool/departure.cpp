@@ -132,7 +132,7 @@ void Departure::choose_images() {
       continue;
     }
     // What it has retained is no use any more, and its room is: it is awake and loses nothing.
-    std::shared_ptr<backup::Image> dropped;
+    std::shared_ptr<backup::Backup> dropped;
     allocator_.records().update([&] { dropped.swap(sleeper.record->image); });
   }
   plan_room();
@@ -299,7 +299,7 @@ void Departure::keep_digests() {
   lanes_.each([this](Lane& lane) {
     comparison_.complete(*lane.device);
     for (const std::size_t i : lane.items) {
-      backup::Image& image = *sleepers_[i].image;
+      backup::Backup& image = *sleepers_[i].image;
       const cumempool_digest* digests = comparison_.wait(*lane.device, i);
       const std::size_t count = digests == nullptr ? 0 : image.slices().size();
       image.set_digests({digests, digests + count});
@@ -512,7 +512,7 @@ void Departure::forget_overwritten() noexcept {
     if (sleeper.image == nullptr || lane == nullptr) continue;
     if (lane->stuck) allocator_.strand(sleeper.image, sleeper.record->device);
     if (sleeper.fresh) continue;
-    std::shared_ptr<backup::Image> dropped;
+    std::shared_ptr<backup::Backup> dropped;
     allocator_.records().update([&] {
       if (!sleeper.record->asleep) dropped.swap(sleeper.record->image);
     });

@@ -68,8 +68,8 @@ class Departure {
   // One allocation. `image` is handed to the record only when all have made it.
   struct Sleeper {
     RecordPointer record;
-    std::vector<backup::Extent> live;      // empty where it is discarded
-    std::shared_ptr<backup::Image> image;  // null where it is discarded
+    std::vector<backup::Extent> live;       // empty where it is discarded
+    std::shared_ptr<backup::Backup> image;  // null where it is discarded
     BackupChoice choice;
     bool fresh = true;  // the image is new; else it was retained since the last sleep
     std::uint64_t clean_bytes = 0;
@@ -105,11 +105,11 @@ class Departure {
   DeadRanges dead_;
   Report& report_;
   std::vector<Sleeper> sleepers_;
-  std::vector<std::size_t> discarded_;                   // of sleepers_
-  std::vector<RecordPointer> forgotten_;                 // asleep already; their backups go
-  std::vector<RecordPointer> unreleased_;                // asleep already; their memory goes
-  std::map<int, std::uint64_t> released_;                // by device
-  std::vector<std::shared_ptr<backup::Image>> dropped_;  // has room for those of forgotten_
+  std::vector<std::size_t> discarded_;                    // of sleepers_
+  std::vector<RecordPointer> forgotten_;                  // asleep already; their backups go
+  std::vector<RecordPointer> unreleased_;                 // asleep already; their memory goes
+  std::map<int, std::uint64_t> released_;                 // by device
+  std::vector<std::shared_ptr<backup::Backup>> dropped_;  // has room for those of forgotten_
   std::vector<std::unique_ptr<backup::ArenaOrder>> orders_;
   Lanes lanes_;  // of what is copied
   Comparison comparison_;

@@ -43,11 +43,11 @@ Device::Digests& Device::made(std::unique_ptr<Digests>& digests) {
 
 backup::CopyQueue& Device::digest_queue() { return made(digests_).queue; }
 
-backup::DigestBoard& Device::digest_board() { return made(digests_).board; }
+backup::DigestBuffer& Device::digest_buffer() { return made(digests_).board; }
 
 backup::CopyQueue& Device::recheck_queue() { return made(rechecks_).queue; }
 
-backup::DigestBoard& Device::recheck_board() { return made(rechecks_).board; }
+backup::DigestBuffer& Device::recheck_buffer() { return made(rechecks_).board; }
 
 void Device::settle() {
   if (settled_) return;
@@ -88,7 +88,7 @@ std::uint64_t Device::staging_missing() const {
   std::uint64_t bytes = 0;
   for (const Lane* lane : {out_.get(), in_.get()}) {
     const bool there = lane != nullptr && lane->staged.bytes() != 0;
-    bytes += there ? 0 : backup::StagedCopies::kAllBytes;
+    bytes += there ? 0 : backup::BounceBuffers::kAllBytes;
   }
   return bytes;
 }

@@ -9,10 +9,9 @@
 #include <mutex>
 #include <vector>
 
+#include "backup/backup_storage.hpp"
+#include "backup/bounce_buffers.hpp"
 #include "backup/copy_queue.hpp"
-#include "backup/digest_board.hpp"
-#include "backup/place.hpp"
-#include "backup/staged_copies.hpp"
 #include "driver/driver.hpp"
 #include "vmm/probe.hpp"
 
@@ -38,10 +37,10 @@ class Device {
   // inside a ContextScope.
   backup::Transfer transfer(Direction direction);
   backup::CopyQueue& digest_queue();
-  backup::DigestBoard& digest_board();
+  backup::DigestBuffer& digest_buffer();
   // The same for digests behind the copies.
   backup::CopyQueue& recheck_queue();
-  backup::DigestBoard& recheck_board();
+  backup::DigestBuffer& recheck_buffer();
 
   // A transition failed: what it has enqueued may still run.
   void unsettle() noexcept { settled_ = false; }
@@ -63,12 +62,12 @@ class Device {
   struct Lane {
     Lane(driver::Driver driver, int device) : queue(driver, device), staged(driver, queue) {}
     backup::CopyQueue queue;
-    backup::StagedCopies staged;
+    backup::BounceBuffers staged;
   };
   struct Digests {
     Digests(driver::Driver driver, int device) : queue(driver, device), board(driver, queue) {}
     backup::CopyQueue queue;
-    backup::DigestBoard board;
+    backup::DigestBuffer board;
   };
 
   Digests& made(std::unique_ptr<Digests>& digests);

@@ -7,7 +7,7 @@
 #include <map>
 #include <set>
 
-#include "backup/host_room.hpp"
+#include "backup/host_limits.hpp"
 #include "pool/places.hpp"
 
 namespace cumempool::pool {

@@ -4,9 +4,9 @@
 #include <string>
 #include <utility>
 
-#include "backup/file_place.hpp"
-#include "backup/host_place.hpp"
-#include "backup/peer_place.hpp"
+#include "backup/file_storage.hpp"
+#include "backup/host_storage.hpp"
+#include "backup/peer_storage.hpp"
 #include "pool/dead_ranges.hpp"
 
 namespace cumempool::pool {
@@ -45,7 +45,7 @@ void check_peer(Allocator& allocator, const BackupChoice& choice) {
 
 bool reusable(const Allocator& allocator, const Record& record, const BackupChoice& wanted,
               const std::vector<backup::Extent>& live) {
-  const std::shared_ptr<backup::Image>& image = record.image;
+  const std::shared_ptr<backup::Backup>& image = record.image;
   // A view of it may be open: what it shows must not change under its reader.
   if (image == nullptr || image.use_count() != 1 || image->digests().empty()) return false;
   const bool in_place = record.image_choice == wanted ||
@@ -66,30 +66,30 @@ backup::HostArena* arena_of(Allocator& allocator, const BackupChoice& choice, in
 
 namespace {
 
-std::unique_ptr<backup::Place> make_place(Allocator& allocator, const Record& record,
-                                          const BackupChoice& choice,
-                                          const std::vector<backup::Extent>& live) {
+std::unique_ptr<backup::BackupStorage> make_storage(Allocator& allocator, const Record& record,
+                                                    const BackupChoice& choice,
+                                                    const std::vector<backup::Extent>& live) {
   if (backup::HostArena* arena = arena_of(allocator, choice, record.device)) {
-    return std::make_unique<backup::HostPlace>(*arena, choice.tier, record.device);
+    return std::make_unique<backup::HostStorage>(*arena, choice.tier, record.device);
   }
   if (choice.tier == CUMEMPOOL_BACKUP_FILE) {
-    return std::make_unique<backup::FilePlace>(allocator.stores().file(choice.directory),
-                                               total_bytes(live), live.size(),
-                                               allocator.digest_seed());
+    return std::make_unique<backup::FileStorage>(allocator.stores().file(choice.directory),
+                                                 total_bytes(live), live.size(),
+                                                 allocator.digest_seed());
   }
   check_reach(allocator, choice, record.device);
   const vmm::MemoryKind& kind = allocator.devices().at(choice.peer)->kind();
-  return std::make_unique<backup::PeerPlace>(allocator.stores().peers(), kind.properties,
-                                             kind.granularity, record.device, total_bytes(live));
+  return std::make_unique<backup::PeerStorage>(allocator.stores().peers(), kind.properties,
+                                               kind.granularity, record.device, total_bytes(live));
 }
 
 }  // namespace
 
-std::shared_ptr<backup::Image> make_image(Allocator& allocator, const Record& record,
-                                          const BackupChoice& choice,
-                                          std::vector<backup::Extent> live) {
-  auto place = make_place(allocator, record, choice, live);
-  return std::make_shared<backup::Image>(std::move(live), std::move(place));
+std::shared_ptr<backup::Backup> make_image(Allocator& allocator, const Record& record,
+                                           const BackupChoice& choice,
+                                           std::vector<backup::Extent> live) {
+  auto place = make_storage(allocator, record, choice, live);
+  return std::make_shared<backup::Backup>(std::move(live), std::move(place));
 }
 
 }  // namespace cumempool::pool

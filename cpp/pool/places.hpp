@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "backup/image.hpp"
+#include "backup/backup.hpp"
 #include "pool/allocator.hpp"
 
 namespace cumempool::pool {
@@ -19,9 +19,9 @@ void check_peer(Allocator& allocator, const BackupChoice& choice);
 
 // A new image of `live` of a record. Files and peers give the room at once, host memory as it is
 // saved. Throws Error (CUMEMPOOL_BACKUP_FAILED, CUMEMPOOL_OUT_OF_MEMORY, CUMEMPOOL_UNSUPPORTED).
-std::shared_ptr<backup::Image> make_image(Allocator& allocator, const Record& record,
-                                          const BackupChoice& choice,
-                                          std::vector<backup::Extent> live);
+std::shared_ptr<backup::Backup> make_image(Allocator& allocator, const Record& record,
+                                           const BackupChoice& choice,
+                                           std::vector<backup::Extent> live);
 
 // Whether the image of a record that is awake can take its next backup as well, so that only what
 // has changed is copied.

@@ -57,7 +57,7 @@ void warm_up(Allocator& allocator, int ordinal) {
   device->transfer(Direction::kOut);
   if (!allocator.retains_backups()) return;
   try {
-    device->digest_board().begin(1);
+    device->digest_buffer().begin(1);
     device->digest_queue().digest(allocator.digest_seed(), nullptr, 0, nullptr);
   } catch (const Error& error) {
     if (error.result != CUMEMPOOL_RESULT_NOT_SUPPORTED) throw;

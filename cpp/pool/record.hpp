@@ -6,7 +6,7 @@
 #include <list>
 #include <memory>
 
-#include "backup/image.hpp"
+#include "backup/backup.hpp"
 #include "pool/tag.hpp"
 #include "vmm/allocation.hpp"
 
@@ -44,7 +44,7 @@ struct Record {
   bool intact = false;      // unreleased, and that memory still holds the contents
   // Asleep: the backup. Awake: a retained one, whose digests tell what has changed since. Null:
   // none.
-  std::shared_ptr<backup::Image> image;
+  std::shared_ptr<backup::Backup> image;
   BackupChoice image_choice;  // where it is
   bool claimed = false;       // by the transition under way
   bool freed = false;         // by the program; while it is claimed, its teardown waits for that

@@ -52,8 +52,8 @@ class RecordSet {
     }
   }
 
-  // Runs `visit` on every record, in order of allocation, then `last`, all under the lock: no driver
-  // calls in there. No record that was visited has been torn down when `last` runs.
+  // Runs `visit` on every record, in order of allocation, then `last`, all under the lock: no
+  // driver calls in there. No record that was visited has been torn down when `last` runs.
   void for_each(const std::function<void(Record&)>& visit,
                 const std::function<void()>& last = nullptr);
 

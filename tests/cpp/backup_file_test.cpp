@@ -1,6 +1,6 @@
 // The file that backups are written to: how it is made, its room, transfers, and what may go
 // wrong with a disk.
-#include "backup/backup_file.hpp"
+#include "backup/file_storage.hpp"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>

@@ -1,5 +1,5 @@
 // Memory touched by several threads: order, completeness, early ends.
-#include "backup/first_touch.hpp"
+#include "backup/host_pages.hpp"
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
@@ -33,7 +33,7 @@ class FirstTouchTest : public ::testing::Test {
 
   static constexpr std::size_t kRanges = 40;
   std::byte* memory_ = nullptr;
-  std::vector<PageRange> ranges_;
+  std::vector<HostSpan> ranges_;
 };
 
 TEST_F(FirstTouchTest, WaitReturnsWhenTheRangeIsResident) {

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "backup/host_budget.hpp"
+#include "backup/host_limits.hpp"
 #include "backup/host_pages.hpp"
 #include "driver/fault_driver.hpp"
 #include "host_fixture.hpp"

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "backup/staged_copies.hpp"
+#include "backup/bounce_buffers.hpp"
 #include "host_fixture.hpp"
 #include "host_root.hpp"
 #include "temporary_directory.hpp"
@@ -16,7 +16,7 @@ namespace cumempool::tests {
 namespace {
 
 constexpr std::size_t kSet = 8 * kGranule;
-constexpr std::uint64_t kBuffers = 2 * backup::StagedCopies::kAllBytes;  // out and in
+constexpr std::uint64_t kBuffers = 2 * backup::BounceBuffers::kAllBytes;  // out and in
 
 std::string failure() { return cumempool_last_error()->message; }
 
@@ -48,7 +48,7 @@ class LockLimit {
     limit = UINT64_MAX;
     table_.host_register = [](void* self, int device, void* pointer,
                               std::size_t bytes) -> cumempool_result {
-      const std::uint64_t counted = bytes == backup::StagedCopies::kAllBytes ? kSet : bytes;
+      const std::uint64_t counted = bytes == backup::BounceBuffers::kAllBytes ? kSet : bytes;
       if (held() + counted > limit) return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
       const cumempool_result result = real_.host_register(self, device, pointer, bytes);
       if (result == CUMEMPOOL_RESULT_SUCCESS) held_[pointer] = counted;

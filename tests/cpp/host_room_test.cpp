@@ -1,6 +1,6 @@
 // What the kernel leaves of host memory: limits of control groups at every level, of both versions,
 // and what of their use can be reclaimed.
-#include "backup/host_room.hpp"
+#include "backup/host_limits.hpp"
 
 #include <gtest/gtest.h>
 

@@ -6,7 +6,7 @@
 #include <fstream>
 #include <string>
 
-#include "backup/host_room.hpp"
+#include "backup/host_limits.hpp"
 #include "temporary_directory.hpp"
 
 namespace cumempool::tests {

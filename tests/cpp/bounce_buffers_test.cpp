@@ -1,5 +1,5 @@
 // Copies through pinned buffers: bytes, order, errors of either side, and nothing left behind.
-#include "backup/staged_copies.hpp"
+#include "backup/bounce_buffers.hpp"
 
 #include <gtest/gtest.h>
 
@@ -26,13 +26,13 @@
 namespace cumempool::tests {
 namespace {
 
+using backup::BounceBuffers;
 using backup::CopyQueue;
-using backup::StagedCopies;
 using driver::Driver;
 using driver::FaultDriver;
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
-constexpr std::size_t kBuffer = StagedCopies::kBufferBytes;
+constexpr std::size_t kBuffer = BounceBuffers::kBufferBytes;
 
 std::size_t live_threads() {
   const std::filesystem::directory_iterator tasks("/proc/self/task");
@@ -63,21 +63,21 @@ class Shelf {
 };
 
 // Bytes of device memory in equal pieces, out to a shelf and in again.
-class StagedCopiesTest : public ::testing::Test {
+class BounceBuffersTest : public ::testing::Test {
  protected:
   static constexpr std::size_t kPieces = 30;
   static constexpr std::size_t kPiece = 4096;
 
-  void out_all(StagedCopies& staged) {
+  void out_all(BounceBuffers& staged) {
     for (std::size_t i = 0; i < kPieces; ++i) staged.out(at(i), kPiece, shelf.sink(i));
     staged.finish();
   }
-  void in_all(StagedCopies& staged) {
+  void in_all(BounceBuffers& staged) {
     for (std::size_t i = 0; i < kPieces; ++i) staged.in(at(i), kPiece, shelf.source(i));
     staged.finish();
     queue.drain();
   }
-  void expect_round_trip(StagedCopies& staged) {
+  void expect_round_trip(BounceBuffers& staged) {
     write_pattern(memory.address(), kPieces * kPiece, 1);
     out_all(staged);
     write_pattern(memory.address(), kPieces * kPiece, 2);
@@ -97,13 +97,13 @@ class StagedCopiesTest : public ::testing::Test {
 };
 
 // By the number of threads; 0 = the calling thread.
-class StagedCopiesThreadsTest : public StagedCopiesTest,
-                                public ::testing::WithParamInterface<unsigned> {};
+class BounceBuffersThreadsTest : public BounceBuffersTest,
+                                 public ::testing::WithParamInterface<unsigned> {};
 
-INSTANTIATE_TEST_SUITE_P(Threads, StagedCopiesThreadsTest, ::testing::Values(0U, 1U, 4U));
+INSTANTIATE_TEST_SUITE_P(Threads, BounceBuffersThreadsTest, ::testing::Values(0U, 1U, 4U));
 
-TEST_P(StagedCopiesThreadsTest, PiecesOfAnySizeComeBackEqual) {
-  StagedCopies staged(table, queue, GetParam());
+TEST_P(BounceBuffersThreadsTest, PiecesOfAnySizeComeBackEqual) {
+  BounceBuffers staged(table, queue, GetParam());
   for (const std::size_t bytes : {std::size_t{16}, std::size_t{528}, kMiB - 16, kMiB, kMiB + 16,
                                   3 * kMiB + 4096 + 32, kBuffer - 16, kBuffer}) {
     write_pattern(memory.address(), bytes, 3);
@@ -117,13 +117,13 @@ TEST_P(StagedCopiesThreadsTest, PiecesOfAnySizeComeBackEqual) {
   }
 }
 
-TEST_P(StagedCopiesThreadsTest, TakesManyMorePiecesThanItHasBuffers) {
-  StagedCopies staged(table, queue, GetParam());
+TEST_P(BounceBuffersThreadsTest, TakesManyMorePiecesThanItHasBuffers) {
+  BounceBuffers staged(table, queue, GetParam());
   for (int round = 0; round < 3; ++round) expect_round_trip(staged);
 }
 
-TEST_P(StagedCopiesThreadsTest, CopiesInAreMadeInTheOrderOfTheCalls) {
-  StagedCopies staged(table, queue, GetParam());
+TEST_P(BounceBuffersThreadsTest, CopiesInAreMadeInTheOrderOfTheCalls) {
+  BounceBuffers staged(table, queue, GetParam());
   std::vector<std::size_t> order;
   for (std::size_t i = 0; i < kPieces; ++i) {
     const auto source = [i](std::byte* data, std::size_t bytes) {
@@ -144,8 +144,8 @@ TEST_P(StagedCopiesThreadsTest, CopiesInAreMadeInTheOrderOfTheCalls) {
   EXPECT_TRUE(all_are(memory.address(), kPiece, kPieces - 1)) << "the last call has the last word";
 }
 
-TEST_P(StagedCopiesThreadsTest, ChangingTheDirectionFinishesFirst) {
-  StagedCopies staged(table, queue, GetParam());
+TEST_P(BounceBuffersThreadsTest, ChangingTheDirectionFinishesFirst) {
+  BounceBuffers staged(table, queue, GetParam());
   for (std::uint8_t i = 1; i < 20; ++i) {
     staged.in(memory.address(), kPiece,
               [i](std::byte* data, std::size_t bytes) { std::memset(data, i, bytes); });
@@ -157,8 +157,8 @@ TEST_P(StagedCopiesThreadsTest, ChangingTheDirectionFinishesFirst) {
   }
 }
 
-TEST_P(StagedCopiesThreadsTest, TheFirstErrorOfAThreadIsThrownAndAbandonMakesItReady) {
-  StagedCopies staged(table, queue, GetParam());
+TEST_P(BounceBuffersThreadsTest, TheFirstErrorOfAThreadIsThrownAndAbandonMakesItReady) {
+  BounceBuffers staged(table, queue, GetParam());
   for (const bool outwards : {true, false}) {
     for (const std::size_t bad : {std::size_t{0}, kPieces / 2, kPieces - 1}) {
       std::atomic<int> running{0};
@@ -192,8 +192,8 @@ TEST_P(StagedCopiesThreadsTest, TheFirstErrorOfAThreadIsThrownAndAbandonMakesItR
   }
 }
 
-TEST_F(StagedCopiesTest, AfterAnErrorTheJobsThatWaitAreSkipped) {
-  StagedCopies staged(table, queue, 1);
+TEST_F(BounceBuffersTest, AfterAnErrorTheJobsThatWaitAreSkipped) {
+  BounceBuffers staged(table, queue, 1);
   std::atomic<std::size_t> calls{0};
   const auto all = [&] {
     for (std::size_t i = 0; i < kPieces; ++i) {
@@ -208,8 +208,8 @@ TEST_F(StagedCopiesTest, AfterAnErrorTheJobsThatWaitAreSkipped) {
   EXPECT_EQ(calls, 3U);
 }
 
-TEST_F(StagedCopiesTest, OtherExceptionsBecomeErrors) {
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, OtherExceptionsBecomeErrors) {
+  BounceBuffers staged(table, queue);
   const auto status_of = [&](const auto& exception) {
     try {
       staged.out(at(0), kPiece, [&](std::byte*, std::size_t) { throw exception; });
@@ -226,8 +226,8 @@ TEST_F(StagedCopiesTest, OtherExceptionsBecomeErrors) {
   EXPECT_NE(other.problem.find("out of luck"), std::string::npos);
 }
 
-TEST_F(StagedCopiesTest, ACallWaitsForTheCopiesBeforeItAndForNoOthers) {
-  StagedCopies staged(table, queue, 1);
+TEST_F(BounceBuffersTest, ACallWaitsForTheCopiesBeforeItAndForNoOthers) {
+  BounceBuffers staged(table, queue, 1);
   std::vector<int> calls;
   staged.when_queued([&] { calls.push_back(0); });
   EXPECT_EQ(calls.size(), 1U) << "there is nothing to wait for";
@@ -249,8 +249,8 @@ TEST_F(StagedCopiesTest, ACallWaitsForTheCopiesBeforeItAndForNoOthers) {
   EXPECT_EQ(calls, (std::vector<int>{0, 1, 2}));
 }
 
-TEST_F(StagedCopiesTest, WhatSuchACallThrowsComesOut) {
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, WhatSuchACallThrowsComesOut) {
+  BounceBuffers staged(table, queue);
   staged.in(at(0), kPiece, [](std::byte*, std::size_t) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   });
@@ -264,9 +264,9 @@ TEST_F(StagedCopiesTest, WhatSuchACallThrowsComesOut) {
   expect_round_trip(staged);
 }
 
-TEST_F(StagedCopiesTest, AllThreadsWorkAtATime) {
-  constexpr int wanted = StagedCopies::kThreads;
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, AllThreadsWorkAtATime) {
+  constexpr int wanted = BounceBuffers::kThreads;
+  BounceBuffers staged(table, queue);
   for (const bool outwards : {true, false}) {
     std::mutex mutex;
     std::condition_variable changed;
@@ -288,9 +288,9 @@ TEST_F(StagedCopiesTest, AllThreadsWorkAtATime) {
 }
 
 // A disk answers out of order: what came early must not keep the rest from being read.
-TEST_F(StagedCopiesTest, AllThreadsGoOnWorkingWhileTheFirstPieceIsLate) {
-  constexpr std::size_t wanted = StagedCopies::kThreads + 2;
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, AllThreadsGoOnWorkingWhileTheFirstPieceIsLate) {
+  constexpr std::size_t wanted = BounceBuffers::kThreads + 2;
+  BounceBuffers staged(table, queue);
   std::mutex mutex;
   std::condition_variable changed;
   std::size_t begun = 0;
@@ -307,8 +307,8 @@ TEST_F(StagedCopiesTest, AllThreadsGoOnWorkingWhileTheFirstPieceIsLate) {
   staged.finish();
 }
 
-TEST_F(StagedCopiesTest, OthersMayDrainTheQueue) {
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, OthersMayDrainTheQueue) {
+  BounceBuffers staged(table, queue);
   for (int i = 0; i < 5; ++i) {
     expect_round_trip(staged);  // drains it, with buffers that it has not settled
     const std::size_t mark = queue.mark();
@@ -317,10 +317,10 @@ TEST_F(StagedCopiesTest, OthersMayDrainTheQueue) {
   }
 }
 
-TEST_F(StagedCopiesTest, R13_MakesItsBuffersAtFirstUseAndGivesAllBack) {
+TEST_F(BounceBuffersTest, R13_MakesItsBuffersAtFirstUseAndGivesAllBack) {
   std::thread([] {}).join();  // the thread sanitizer starts one of its own beside the first
   const std::size_t threads = live_threads();
-  StagedCopies staged(table, queue, 3);
+  BounceBuffers staged(table, queue, 3);
   staged.finish();
   staged.abandon();
   EXPECT_EQ(staged.bytes(), 0U);
@@ -341,8 +341,8 @@ TEST_F(StagedCopiesTest, R13_MakesItsBuffersAtFirstUseAndGivesAllBack) {
   }
 }
 
-TEST_F(StagedCopiesTest, BuffersThatWillNotBeUnpinnedStayInUse) {
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, BuffersThatWillNotBeUnpinnedStayInUse) {
+  BounceBuffers staged(table, queue);
   expect_round_trip(staged);
   const std::uint64_t held = staged.bytes();
   faults.fail_nth("host_unregister", 1, CUMEMPOOL_RESULT_OPERATING_SYSTEM);
@@ -352,8 +352,8 @@ TEST_F(StagedCopiesTest, BuffersThatWillNotBeUnpinnedStayInUse) {
   EXPECT_EQ(staged.release(), held);
 }
 
-TEST_F(StagedCopiesTest, MemoryThatCannotBePinnedIsNamedAsSuch) {
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, MemoryThatCannotBePinnedIsNamedAsSuch) {
+  BounceBuffers staged(table, queue);
   faults.fail_nth("host_register", 1, CUMEMPOOL_RESULT_OUT_OF_MEMORY);
   try {
     staged.out(at(0), kPiece, shelf.sink(0));
@@ -366,8 +366,8 @@ TEST_F(StagedCopiesTest, MemoryThatCannotBePinnedIsNamedAsSuch) {
   expect_round_trip(staged);
 }
 
-TEST_F(StagedCopiesTest, AbandonThatFailsMayBeRepeated) {
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, AbandonThatFailsMayBeRepeated) {
+  BounceBuffers staged(table, queue);
   for (std::size_t i = 0; i < 5; ++i) staged.out(at(i), kPiece, shelf.sink(i));
   faults.fail_nth("stream_synchronize", 1, CUMEMPOOL_RESULT_OPERATING_SYSTEM);
   EXPECT_THROW(staged.abandon(), Error);
@@ -377,8 +377,8 @@ TEST_F(StagedCopiesTest, AbandonThatFailsMayBeRepeated) {
   expect_round_trip(staged);
 }
 
-TEST_F(StagedCopiesTest, AfterAnAbandonThatFailedTheBuffersCanBeReleased) {
-  StagedCopies staged(table, queue);
+TEST_F(BounceBuffersTest, AfterAnAbandonThatFailedTheBuffersCanBeReleased) {
+  BounceBuffers staged(table, queue);
   for (std::size_t i = 0; i < 5; ++i) staged.out(at(i), kPiece, shelf.sink(i));
   faults.fail_nth("stream_synchronize", 1, CUMEMPOOL_RESULT_OPERATING_SYSTEM);
   EXPECT_THROW(staged.abandon(), Error);
@@ -389,14 +389,14 @@ TEST_F(StagedCopiesTest, AfterAnAbandonThatFailedTheBuffersCanBeReleased) {
 
 // R4: whichever call the driver fails, an Error is thrown, and after abandon() all is as
 // before.
-TEST_P(StagedCopiesThreadsTest, R4_EveryDriverCallMayFail) {
+TEST_P(BounceBuffersThreadsTest, R4_EveryDriverCallMayFail) {
   for (const char* entry : {"context_enter", "context_leave", "context_retain", "context_release",
                             "event_destroy", "host_unregister"}) {
     faults.exclude(entry);
   }
   std::uint64_t failed = 0;
   for (std::uint64_t n = 1; n <= failed + 1; ++n) {
-    StagedCopies staged(table, queue, GetParam());
+    BounceBuffers staged(table, queue, GetParam());
     write_pattern(memory.address(), kPieces * kPiece, 1);
     const std::uint64_t before = faults.failures();
     faults.fail_nth_of_any(n, CUMEMPOOL_RESULT_OPERATING_SYSTEM);

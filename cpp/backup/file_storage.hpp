@@ -1,14 +1,17 @@
-// A file without a name that backups are written to: room in it, direct I/O, and mappings of
-// parts.
+// A file without a name that backups are written to, by direct I/O, and a backup in it, which goes
+// through bounce buffers and is checked slice by slice on its way back.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "backup/backup_storage.hpp"
 #include "backup/interval_set.hpp"
 
 namespace cumempool::backup {
@@ -30,7 +33,8 @@ class FileMapping {
   std::byte* data_;
 };
 
-// Thread-safe. Gone with the process, however that ends.
+// Room in a file, direct I/O, and mappings of parts. Thread-safe. Gone with the process, however
+// that ends.
 class BackupFile {
  public:
   // Offsets, room, and for direct I/O also memory and transfers, are multiples of this.
@@ -87,6 +91,64 @@ class BackupFile {
   IntervalSet free_;
   std::size_t end_ = 0;  // of the offsets that were ever handed out
   std::uint64_t held_bytes_ = 0;
+};
+
+// Slices are cut from the start of each save() that makes the storage grow. Each begins at a
+// block of the file, whatever its position in the backup: a slice whose bytes are no whole
+// blocks leaves a gap behind it. save() and load() take whole slices. The file outlives the
+// storage.
+class FileStorage : public BackupStorage {
+ public:
+  // Takes its whole room at once: `bytes`, all of them multiples of CUMEMPOOL_DIGEST_ALIGNMENT,
+  // that come in `extents` saves that do not end with a whole block. `seed` is that of the
+  // digests. Throws Error (CUMEMPOOL_BACKUP_FAILED).
+  FileStorage(BackupFile& file, std::size_t bytes, std::size_t extents, std::uint64_t seed);
+  ~FileStorage() override;
+  FileStorage(const FileStorage&) = delete;
+  FileStorage& operator=(const FileStorage&) = delete;
+
+  cumempool_backup_tier tier() const noexcept override { return CUMEMPOOL_BACKUP_FILE; }
+  void save(Transfer& transfer, std::size_t position, cumempool_address source,
+            std::size_t bytes) override;
+  // Throws Error (CUMEMPOOL_BACKUP_DAMAGED), here or from the bounce buffers, where the file
+  // does not hold what was saved.
+  void load(Transfer& transfer, std::size_t position, cumempool_address destination,
+            std::size_t bytes) override;
+  // With `writable` the file is right, from now on, whatever it holds: nothing is checked any
+  // more.
+  View view(std::size_t position, std::size_t bytes, bool writable) override;
+
+ private:
+  struct StoredSlice {
+    std::size_t position = 0;
+    std::size_t bytes = 0;
+    std::size_t offset = 0;  // in the file
+    cumempool_digest digest{};
+    bool written = false;
+    std::size_t end() const noexcept { return offset + bytes; }
+  };
+  // Slices side by side in the file, which one buffer takes.
+  struct Run {
+    StoredSlice* first = nullptr;
+    std::size_t count = 0;
+    std::size_t bytes = 0;
+  };
+
+  std::size_t saved_bytes() const noexcept;
+  void grow(std::size_t bytes);
+  StoredSlice* find(std::size_t position);
+  Run next_run(std::size_t position, std::size_t bytes);
+  void write(const Run& run, const std::byte* data);
+  void read(const Run& run, std::byte* data);
+  [[noreturn]] void refuse(const StoredSlice& slice, const char* problem) const;
+
+  BackupFile& file_;
+  const std::uint64_t seed_;
+  const std::size_t room_;
+  const std::size_t offset_;         // of the room
+  std::vector<StoredSlice> slices_;  // by position; never moves: threads use them
+  bool checked_ = true;
+  std::weak_ptr<FileMapping> mapping_;  // that views share; gone with the last of them
 };
 
 }  // namespace cumempool::backup

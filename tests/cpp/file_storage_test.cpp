@@ -1,5 +1,5 @@
 // A backup in a file: contents of any layout, checked on the way back, and views of it.
-#include "backup/file_place.hpp"
+#include "backup/file_storage.hpp"
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -13,9 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "backup/backup_file.hpp"
+#include "backup/bounce_buffers.hpp"
 #include "backup/copy_queue.hpp"
-#include "backup/staged_copies.hpp"
 #include "conformance_fixture.hpp"
 #include "driver/fault_driver.hpp"
 #include "host_fixture.hpp"
@@ -25,7 +24,7 @@ namespace cumempool::tests {
 namespace {
 
 using backup::BackupFile;
-using backup::FilePlace;
+using backup::FileStorage;
 using backup::kSliceBytes;
 
 constexpr std::size_t kBlock = BackupFile::kBlockBytes;
@@ -45,17 +44,17 @@ struct Layout {
   std::size_t bytes() const { return position(sizes.size()); }
 };
 
-class FilePlaceTest : public ::testing::Test {
+class FileStorageTest : public ::testing::Test {
  protected:
   static constexpr std::size_t kMemory = 24 * kSliceBytes;
 
-  void save_all(FilePlace& place, const Layout& all) {
+  void save_all(FileStorage& place, const Layout& all) {
     for (std::size_t i = 0; i < all.sizes.size(); ++i) {
       place.save(transfer, all.position(i), memory.address() + all.offset(i), all.sizes[i]);
     }
     staged.finish();
   }
-  void load_all(FilePlace& place, const Layout& all) {
+  void load_all(FileStorage& place, const Layout& all) {
     for (std::size_t i = 0; i < all.sizes.size(); ++i) {
       place.load(transfer, all.position(i), memory.address() + all.offset(i), all.sizes[i]);
     }
@@ -88,7 +87,7 @@ class FilePlaceTest : public ::testing::Test {
   driver::ContextScope scope{table, 0};
   conformance::Block memory{table.table(), kMemory, {0, 0, 0, 0}};
   backup::CopyQueue queue{table, 0};
-  backup::StagedCopies staged{table, queue, 3};
+  backup::BounceBuffers staged{table, queue, 3};
   backup::Transfer transfer{queue, staged};
   TemporaryDirectory directory;
   BackupFile file{directory.path()};
@@ -96,8 +95,8 @@ class FilePlaceTest : public ::testing::Test {
                        3 * kSliceBytes, kBlock + 16, kSliceBytes - 16}};
 };
 
-TEST_F(FilePlaceTest, HoldsExtentsOfAnySizeAndStaysAsItIs) {
-  FilePlace place(file, layout.bytes(), layout.sizes.size(), kSeed);
+TEST_F(FileStorageTest, HoldsExtentsOfAnySizeAndStaysAsItIs) {
+  FileStorage place(file, layout.bytes(), layout.sizes.size(), kSeed);
   EXPECT_EQ(place.tier(), CUMEMPOOL_BACKUP_FILE);
   write(1);
   save_all(place, layout);
@@ -108,9 +107,9 @@ TEST_F(FilePlaceTest, HoldsExtentsOfAnySizeAndStaysAsItIs) {
   }
 }
 
-TEST_F(FilePlaceTest, SlicesCanBeSavedAgainAndLoadedAlone) {
+TEST_F(FileStorageTest, SlicesCanBeSavedAgainAndLoadedAlone) {
   const Layout one{{16, 9 * kSliceBytes + 1040, 512}};
-  FilePlace place(file, one.bytes(), one.sizes.size(), kSeed);
+  FileStorage place(file, one.bytes(), one.sizes.size(), kSeed);
   write(1);
   save_all(place, one);
   write(3);
@@ -136,9 +135,9 @@ TEST_F(FilePlaceTest, SlicesCanBeSavedAgainAndLoadedAlone) {
   EXPECT_TRUE(slices_hold(5, kSliceBytes, 2));
 }
 
-TEST_F(FilePlaceTest, GrowsBySeveralSavesOfOneExtent) {
+TEST_F(FileStorageTest, GrowsBySeveralSavesOfOneExtent) {
   const std::size_t bytes = 5 * kSliceBytes + 528;
-  FilePlace place(file, bytes, 1, kSeed);
+  FileStorage place(file, bytes, 1, kSeed);
   write(1);
   place.save(transfer, 0, memory.address(), 2 * kSliceBytes);
   staged.finish();  // the next one writes part of it again
@@ -149,8 +148,8 @@ TEST_F(FilePlaceTest, GrowsBySeveralSavesOfOneExtent) {
   EXPECT_TRUE(holds_pattern(memory.address(), bytes, 1));
 }
 
-TEST_F(FilePlaceTest, ASliceIsTheLeastThatItTakes) {
-  FilePlace place(file, 2 * kSliceBytes, 1, kSeed);
+TEST_F(FileStorageTest, ASliceIsTheLeastThatItTakes) {
+  FileStorage place(file, 2 * kSliceBytes, 1, kSeed);
   save_all(place, {{2 * kSliceBytes}});
   const auto load = [&](std::size_t position, std::size_t bytes) {
     return error_of([&] { place.load(transfer, position, memory.address(), bytes); }).status;
@@ -162,9 +161,9 @@ TEST_F(FilePlaceTest, ASliceIsTheLeastThatItTakes) {
   EXPECT_EQ(error_of(grow).status, CUMEMPOOL_INTERNAL) << "past the room that it asked for";
 }
 
-TEST_F(FilePlaceTest, R13_RoomInTheFileIsHeldAsLongAsThePlace) {
+TEST_F(FileStorageTest, R13_RoomInTheFileIsHeldAsLongAsThePlace) {
   {
-    const FilePlace place(file, layout.bytes(), layout.sizes.size(), kSeed);
+    const FileStorage place(file, layout.bytes(), layout.sizes.size(), kSeed);
     const std::size_t most =
         BackupFile::whole_blocks(layout.bytes()) + layout.sizes.size() * kBlock;
     EXPECT_GE(file.held_bytes(), layout.bytes());
@@ -175,8 +174,8 @@ TEST_F(FilePlaceTest, R13_RoomInTheFileIsHeldAsLongAsThePlace) {
 
 // ---- damage -------------------------------------------------------------------------------------
 
-TEST_F(FilePlaceTest, R4_AnAlteredByteIsFoundWhereverItIs) {
-  FilePlace place(file, layout.bytes(), layout.sizes.size(), kSeed);
+TEST_F(FileStorageTest, R4_AnAlteredByteIsFoundWhereverItIs) {
+  FileStorage place(file, layout.bytes(), layout.sizes.size(), kSeed);
   write(1);
   save_all(place, layout);
   for (std::size_t extent = 0; extent < layout.sizes.size(); ++extent) {
@@ -198,8 +197,8 @@ TEST_F(FilePlaceTest, R4_AnAlteredByteIsFoundWhereverItIs) {
   EXPECT_TRUE(holds(layout, 1, 2)) << "the place is as it was";
 }
 
-TEST_F(FilePlaceTest, R4_ATruncatedFileIsFound) {
-  FilePlace place(file, layout.bytes(), layout.sizes.size(), kSeed);
+TEST_F(FileStorageTest, R4_ATruncatedFileIsFound) {
+  FileStorage place(file, layout.bytes(), layout.sizes.size(), kSeed);
   save_all(place, layout);
   ASSERT_EQ(ftruncate(file.fd(), static_cast<off_t>(5 * kSliceBytes)), 0);
   const Error error = error_of([&] { load_all(place, layout); });
@@ -207,9 +206,9 @@ TEST_F(FilePlaceTest, R4_ATruncatedFileIsFound) {
   EXPECT_NE(error.problem.find("truncated"), std::string::npos) << error.message();
 }
 
-TEST_F(FilePlaceTest, R4_ASaveThatFailedIsNotTakenForABackup) {
+TEST_F(FileStorageTest, R4_ASaveThatFailedIsNotTakenForABackup) {
   const Layout one{{12 * kSliceBytes}};
-  FilePlace place(file, one.bytes(), 1, kSeed);
+  FileStorage place(file, one.bytes(), 1, kSeed);
   write(1);
   save_all(place, one);
   write(3);
@@ -229,17 +228,17 @@ TEST_F(FilePlaceTest, R4_ASaveThatFailedIsNotTakenForABackup) {
   EXPECT_TRUE(holds_pattern(memory.address(), one.bytes(), 3)) << "saved over, it is good again";
 }
 
-TEST_F(FilePlaceTest, R4_AFullDiskIsMetBeforeAnythingIsCopied) {
+TEST_F(FileStorageTest, R4_AFullDiskIsMetBeforeAnythingIsCopied) {
   const FileSizeLimit full(kSliceBytes);
-  const Error error = error_of([&] { FilePlace(file, 8 * kSliceBytes, 1, kSeed); });
+  const Error error = error_of([&] { FileStorage(file, 8 * kSliceBytes, 1, kSeed); });
   EXPECT_EQ(error.status, CUMEMPOOL_BACKUP_FAILED);
   EXPECT_EQ(file.held_bytes(), 0U);
 }
 
 // ---- views --------------------------------------------------------------------------------------
 
-TEST_F(FilePlaceTest, AViewIsTheContents) {
-  FilePlace place(file, layout.bytes(), layout.sizes.size(), kSeed);
+TEST_F(FileStorageTest, AViewIsTheContents) {
+  FileStorage place(file, layout.bytes(), layout.sizes.size(), kSeed);
   write(1);
   save_all(place, layout);
   for (std::size_t i = 0; i < layout.sizes.size(); ++i) {
@@ -253,8 +252,8 @@ TEST_F(FilePlaceTest, AViewIsTheContents) {
   }
 }
 
-TEST_F(FilePlaceTest, TheFileIsMappedWhileAViewOfItLives) {
-  auto place = std::make_unique<FilePlace>(file, layout.bytes(), layout.sizes.size(), kSeed);
+TEST_F(FileStorageTest, TheFileIsMappedWhileAViewOfItLives) {
+  auto place = std::make_unique<FileStorage>(file, layout.bytes(), layout.sizes.size(), kSeed);
   write(1);
   save_all(*place, layout);
   const auto mapped = [this] {
@@ -284,9 +283,9 @@ TEST_F(FilePlaceTest, TheFileIsMappedWhileAViewOfItLives) {
   EXPECT_EQ(mapped(), 0U);
 }
 
-TEST_F(FilePlaceTest, ThereIsNoViewAcrossAGapOrPastTheEnd) {
+TEST_F(FileStorageTest, ThereIsNoViewAcrossAGapOrPastTheEnd) {
   const Layout two{{kBlock, 16, kBlock}};
-  FilePlace place(file, two.bytes(), two.sizes.size(), kSeed);
+  FileStorage place(file, two.bytes(), two.sizes.size(), kSeed);
   EXPECT_EQ(place.view(0, 16, false), nullptr) << "nothing was saved";
   save_all(place, two);
   EXPECT_NE(place.view(0, kBlock + 16, false), nullptr) << "no gap follows a whole block";
@@ -296,8 +295,8 @@ TEST_F(FilePlaceTest, ThereIsNoViewAcrossAGapOrPastTheEnd) {
   EXPECT_EQ(place.view(two.bytes(), 16, false), nullptr);
 }
 
-TEST_F(FilePlaceTest, WhatIsWrittenThroughAViewComesBack) {
-  FilePlace place(file, layout.bytes(), layout.sizes.size(), kSeed);
+TEST_F(FileStorageTest, WhatIsWrittenThroughAViewComesBack) {
+  FileStorage place(file, layout.bytes(), layout.sizes.size(), kSeed);
   write(1);
   save_all(place, layout);
   const auto view = place.view(layout.position(5), layout.sizes[5], true);
@@ -309,9 +308,9 @@ TEST_F(FilePlaceTest, WhatIsWrittenThroughAViewComesBack) {
   EXPECT_TRUE(holds_pattern(memory.address(), layout.offset(6), layout.sizes[6], 1));
 }
 
-TEST_F(FilePlaceTest, WorksWithoutDirectTransfersAndReservedRoom) {
+TEST_F(FileStorageTest, WorksWithoutDirectTransfersAndReservedRoom) {
   BackupFile plain(directory.path(), {false, false, false});
-  FilePlace place(plain, layout.bytes(), layout.sizes.size(), kSeed);
+  FileStorage place(plain, layout.bytes(), layout.sizes.size(), kSeed);
   write(1);
   save_all(place, layout);
   write(2);

@@ -1,4 +1,4 @@
-// An image in the memory of another device, which the sleeping memory's own device reaches
+// A backup in the memory of another device, which the sleeping memory's own device reaches
 // directly.
 #pragma once
 
@@ -8,12 +8,12 @@
 #include <mutex>
 #include <utility>
 
-#include "backup/place.hpp"
+#include "backup/backup_storage.hpp"
 #include "vmm/allocation.hpp"
 
 namespace cumempool::backup {
 
-// Memory of other devices that holds images, and what the driver would not take back of it so far.
+// Memory of other devices that holds backups, and what the driver would not take back of it so far.
 // Thread-safe.
 class PeerMemory {
  public:
@@ -46,15 +46,15 @@ class PeerMemory {
   std::unique_ptr<Piece> left_;  // guarded by mutex_
 };
 
-class PeerPlace : public Place {
+class PeerStorage : public BackupStorage {
  public:
   // As PeerMemory::acquire().
-  PeerPlace(PeerMemory& memory, const cumempool_memory_properties& properties,
-            std::size_t granularity, int device, std::size_t bytes)
+  PeerStorage(PeerMemory& memory, const cumempool_memory_properties& properties,
+              std::size_t granularity, int device, std::size_t bytes)
       : memory_(memory), piece_(memory.acquire(properties, granularity, device, bytes)) {}
-  ~PeerPlace() override { memory_.release(std::move(piece_)); }
-  PeerPlace(const PeerPlace&) = delete;
-  PeerPlace& operator=(const PeerPlace&) = delete;
+  ~PeerStorage() override { memory_.release(std::move(piece_)); }
+  PeerStorage(const PeerStorage&) = delete;
+  PeerStorage& operator=(const PeerStorage&) = delete;
 
   cumempool_backup_tier tier() const noexcept override { return CUMEMPOOL_BACKUP_PEER; }
   void save(Transfer& transfer, std::size_t position, cumempool_address source,

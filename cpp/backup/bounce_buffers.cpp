@@ -1,13 +1,13 @@
 // Copies through pinned buffers. The calling thread alone talks to the driver: it passes
 // buffers from the queue to the threads and back. The threads alone touch bytes.
-#include "backup/staged_copies.hpp"
+#include "backup/bounce_buffers.hpp"
 
 #include <exception>
 #include <new>
 #include <utility>
 
+#include "backup/host_limits.hpp"
 #include "backup/host_pages.hpp"
-#include "backup/host_room.hpp"
 
 namespace cumempool::backup {
 namespace {
@@ -28,7 +28,7 @@ Error failure_of(const std::exception& caught) {
 
 // Host memory in one registration, with an event per buffer. Where the driver pins none, copies
 // from and to it wait for the device, and the rest is the same.
-class StagedCopies::Buffers {
+class BounceBuffers::Buffers {
  public:
   Buffers(driver::Driver driver, int device) : Buffers(driver, device, nullptr) {
     commit_pages(data_, kAllBytes, driver_.device_attribute(device, CUMEMPOOL_ATTRIBUTE_HOST_NUMA));
@@ -83,58 +83,58 @@ class StagedCopies::Buffers {
 
 // ---- calls --------------------------------------------------------------------------------------
 
-StagedCopies::StagedCopies(driver::Driver driver, CopyQueue& queue, unsigned threads)
+BounceBuffers::BounceBuffers(driver::Driver driver, CopyQueue& queue, unsigned threads)
     : driver_(driver), queue_(queue), thread_count_(threads) {}
 
-StagedCopies::~StagedCopies() { stop_threads(); }
+BounceBuffers::~BounceBuffers() { stop_threads(); }
 
-void StagedCopies::out(cumempool_address source, std::size_t bytes, BufferWork sink) {
-  begin(Direction::kOut);
+void BounceBuffers::out(cumempool_address source, std::size_t bytes, BufferWork sink) {
+  begin(false);
   failed_ = true;
   const std::size_t buffer = take_buffer();
   queue_.to_host(buffers_->data(buffer), source, bytes);
   queue_.record(buffers_->event(buffer));
-  copies_.push_back({buffer, bytes, std::move(sink), label_});
+  copies_.push_back({buffer, bytes, std::move(sink), label_, false});
   failed_ = false;
 }
 
-void StagedCopies::in(cumempool_address destination, std::size_t bytes, BufferWork source) {
-  begin(Direction::kIn);
+void BounceBuffers::in(cumempool_address destination, std::size_t bytes, BufferWork source) {
+  begin(true);
   failed_ = true;
   const std::size_t buffer = take_buffer();
-  arrivals_.push_back({buffer, destination, bytes, {}});
-  give({buffer, bytes, std::move(source), true, label_});
+  incoming_.push_back({buffer, destination, bytes, {}});
+  give({buffer, bytes, std::move(source), label_, true});
   failed_ = false;
 }
 
-void StagedCopies::when_queued(std::function<void()> call) {
+void BounceBuffers::when_queued(std::function<void()> call) {
   refuse_after_failure();
-  if (arrivals_.empty()) {
+  if (incoming_.empty()) {
     call();
     return;
   }
-  arrivals_.back().queued.push_back(std::move(call));
+  incoming_.back().queued.push_back(std::move(call));
 }
 
-std::optional<std::size_t> StagedCopies::failed_label() {
+std::optional<std::size_t> BounceBuffers::failed_label() {
   const std::lock_guard lock(mutex_);
   return failed_label_;
 }
 
-void StagedCopies::finish() {
+void BounceBuffers::finish() {
   refuse_after_failure();
   if (buffers_ == nullptr) return;
   failed_ = true;
-  while (!arrivals_.empty()) {
+  while (!incoming_.empty()) {
     wait_for_threads([this] { return head_filled(); });
     enqueue_filled();
   }
-  while (direction_ == Direction::kOut && !copies_.empty()) settle_oldest_copy();
+  while (!inwards_ && !copies_.empty()) settle_oldest_copy();
   wait_for_threads([this] { return jobs_.empty() && running_ == 0; });
   failed_ = false;
 }
 
-void StagedCopies::abandon() {
+void BounceBuffers::abandon() {
   failed_ = true;
   std::deque<Job> dropped;  // goes after the lock: nobody knows what its captures do
   {
@@ -145,7 +145,7 @@ void StagedCopies::abandon() {
   dropped.clear();
   if (buffers_ != nullptr) queue_.drain();
   copies_.clear();
-  arrivals_.clear();
+  incoming_.clear();
   const std::lock_guard lock(mutex_);
   failure_ = nullptr;
   failed_label_.reset();
@@ -153,7 +153,7 @@ void StagedCopies::abandon() {
   failed_ = false;
 }
 
-std::uint64_t StagedCopies::release() noexcept {
+std::uint64_t BounceBuffers::release() noexcept {
   stop_threads();
   if (buffers_ == nullptr || !buffers_->unregister()) return 0;
   copies_.clear();
@@ -163,21 +163,21 @@ std::uint64_t StagedCopies::release() noexcept {
 
 // ---- the calling thread -------------------------------------------------------------------------
 
-void StagedCopies::refuse_after_failure() {
+void BounceBuffers::refuse_after_failure() {
   if (!failed_) return;
   const std::lock_guard lock(mutex_);
   throw_failure();
   throw Error(CUMEMPOOL_INTERNAL, "copies go on after a failure that was not abandoned");
 }
 
-void StagedCopies::begin(Direction direction) {
+void BounceBuffers::begin(bool inwards) {
   refuse_after_failure();
-  if (direction != direction_) finish();
-  direction_ = direction;
+  if (inwards != inwards_) finish();
+  inwards_ = inwards;
   start();
 }
 
-void StagedCopies::start() {
+void BounceBuffers::start() {
   if (buffers_ == nullptr) {
     filled_.resize(kBuffers);
     free_.reserve(kBuffers);
@@ -197,14 +197,14 @@ void StagedCopies::start() {
   }
 }
 
-void StagedCopies::free_all() {
+void BounceBuffers::free_all() {
   free_.clear();
   for (std::size_t buffer = 0; buffer < kBuffers; ++buffer) free_.push_back(buffer);
 }
 
 // A free buffer. Until there is one, what the device has filled goes to the threads, and what
 // the threads have filled goes to the device.
-std::size_t StagedCopies::take_buffer() {
+std::size_t BounceBuffers::take_buffer() {
   while (true) {
     settle_done_copies();
     enqueue_filled();
@@ -227,20 +227,22 @@ std::size_t StagedCopies::take_buffer() {
 }
 
 // Needs the lock.
-bool StagedCopies::head_filled() { return !arrivals_.empty() && filled_[arrivals_.front().buffer]; }
+bool BounceBuffers::head_filled() {
+  return !incoming_.empty() && filled_[incoming_.front().buffer];
+}
 
-void StagedCopies::settle_done_copies() {
+void BounceBuffers::settle_done_copies() {
   while (!copies_.empty() &&
          driver_.event_query(queue_.device(), buffers_->event(copies_.front().buffer))) {
     settle_oldest_copy();
   }
 }
 
-void StagedCopies::settle_oldest_copy() {
-  Copy& oldest = copies_.front();
+void BounceBuffers::settle_oldest_copy() {
+  Job& oldest = copies_.front();
   driver_.event_synchronize(queue_.device(), buffers_->event(oldest.buffer));
-  if (oldest.sink) {
-    give({oldest.buffer, oldest.bytes, std::move(oldest.sink), false, oldest.label});
+  if (oldest.work) {
+    give(std::move(oldest));
   } else {
     const std::lock_guard lock(mutex_);
     free_.push_back(oldest.buffer);
@@ -248,7 +250,7 @@ void StagedCopies::settle_oldest_copy() {
   copies_.pop_front();
 }
 
-void StagedCopies::enqueue_filled() {
+void BounceBuffers::enqueue_filled() {
   while (true) {
     {
       const std::lock_guard lock(mutex_);
@@ -259,16 +261,16 @@ void StagedCopies::enqueue_filled() {
   }
 }
 
-void StagedCopies::enqueue_head() {
-  const Arrival head = std::move(arrivals_.front());
-  arrivals_.pop_front();
+void BounceBuffers::enqueue_head() {
+  const Incoming head = std::move(incoming_.front());
+  incoming_.pop_front();
   queue_.to_device(head.destination, buffers_->data(head.buffer), head.bytes);
   queue_.record(buffers_->event(head.buffer));
-  copies_.push_back({head.buffer, head.bytes, {}, 0});
+  copies_.push_back({head.buffer, head.bytes, {}, 0, false});
   for (const auto& call : head.queued) call();
 }
 
-void StagedCopies::give(Job job) {
+void BounceBuffers::give(Job job) {
   {
     const std::lock_guard lock(mutex_);
     jobs_.push_back(std::move(job));
@@ -277,7 +279,7 @@ void StagedCopies::give(Job job) {
 }
 
 template <typename Condition>
-void StagedCopies::wait_for_threads(const Condition& reached) {
+void BounceBuffers::wait_for_threads(const Condition& reached) {
   std::unique_lock lock(mutex_);
   const auto over = [&] { return failure_ != nullptr || reached(); };
   while (threads_.empty() && !over()) run_next_job(lock);
@@ -286,7 +288,7 @@ void StagedCopies::wait_for_threads(const Condition& reached) {
 }
 
 // Needs the lock.
-void StagedCopies::throw_failure() const {
+void BounceBuffers::throw_failure() const {
   if (failure_ == nullptr) return;
   try {
     std::rethrow_exception(failure_);
@@ -297,7 +299,7 @@ void StagedCopies::throw_failure() const {
   }
 }
 
-void StagedCopies::stop_threads() noexcept {
+void BounceBuffers::stop_threads() noexcept {
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -310,7 +312,7 @@ void StagedCopies::stop_threads() noexcept {
 
 // ---- the threads --------------------------------------------------------------------------------
 
-void StagedCopies::work() {
+void BounceBuffers::work() {
   std::unique_lock lock(mutex_);
   while (true) {
     job_given_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
@@ -319,7 +321,7 @@ void StagedCopies::work() {
   }
 }
 
-void StagedCopies::run_next_job(std::unique_lock<std::mutex>& lock) {
+void BounceBuffers::run_next_job(std::unique_lock<std::mutex>& lock) {
   Job job = std::move(jobs_.front());
   jobs_.pop_front();
   ++running_;

@@ -1,6 +1,6 @@
-// An image in the memory of another device, which the sleeping memory's own device reaches
+// A backup in the memory of another device, which the sleeping memory's own device reaches
 // directly.
-#include "backup/peer_place.hpp"
+#include "backup/peer_storage.hpp"
 
 #include <exception>
 
@@ -46,19 +46,21 @@ void PeerMemory::retry() noexcept {
   }
 }
 
-// ---- image --------------------------------------------------------------------------------------
+// ---- storage
+// -------------------------------------------------------------------------------------
 
-void PeerPlace::save(Transfer& transfer, std::size_t position, cumempool_address source,
-                     std::size_t bytes) {
+void PeerStorage::save(Transfer& transfer, std::size_t position, cumempool_address source,
+                       std::size_t bytes) {
   transfer.queue.on_device(piece_->memory.address() + position, source, bytes);
 }
 
-void PeerPlace::load(Transfer& transfer, std::size_t position, cumempool_address destination,
-                     std::size_t bytes) {
+void PeerStorage::load(Transfer& transfer, std::size_t position, cumempool_address destination,
+                       std::size_t bytes) {
   transfer.queue.on_device(destination, piece_->memory.address() + position, bytes);
 }
 
-Place::View PeerPlace::view(std::size_t /*position*/, std::size_t /*bytes*/, bool /*writable*/) {
+BackupStorage::View PeerStorage::view(std::size_t /*position*/, std::size_t /*bytes*/,
+                                      bool /*writable*/) {
   return nullptr;
 }
 

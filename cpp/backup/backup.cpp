@@ -1,5 +1,5 @@
 // The contents of one allocation, kept outside of it.
-#include "backup/image.hpp"
+#include "backup/backup.hpp"
 
 #include <algorithm>
 #include <utility>
@@ -22,21 +22,21 @@ std::vector<Slice> slices_of(const std::vector<Extent>& extents) {
 
 }  // namespace
 
-Image::Image(std::vector<Extent> extents, std::unique_ptr<Place> place)
-    : extents_(std::move(extents)), slices_(slices_of(extents_)), place_(std::move(place)) {
+Backup::Backup(std::vector<Extent> extents, std::unique_ptr<BackupStorage> storage)
+    : extents_(std::move(extents)), slices_(slices_of(extents_)), storage_(std::move(storage)) {
   for (const Extent& extent : extents_) bytes_ += extent.bytes;
 }
 
-void Image::save(Transfer& transfer, cumempool_address address) {
+void Backup::save(Transfer& transfer, cumempool_address address) {
   std::size_t position = 0;
   for (const Extent& extent : extents_) {
-    place_->save(transfer, position, address + extent.offset, extent.bytes);
+    storage_->save(transfer, position, address + extent.offset, extent.bytes);
     position += extent.bytes;
   }
 }
 
-std::uint64_t Image::save_changes(Transfer& transfer, cumempool_address address,
-                                  const cumempool_digest* digests) {
+std::uint64_t Backup::save_changes(Transfer& transfer, cumempool_address address,
+                                   const cumempool_digest* digests) {
   std::uint64_t copied = 0;
   for (std::size_t first = 0; first < slices_.size();) {
     if (!differs(first, digests[first])) {
@@ -50,14 +50,14 @@ std::uint64_t Image::save_changes(Transfer& transfer, cumempool_address address,
            slices_[last].offset == slices_[first].offset + bytes) {
       bytes += slices_[last++].bytes;
     }
-    place_->save(transfer, slices_[first].position, address + slices_[first].offset, bytes);
+    storage_->save(transfer, slices_[first].position, address + slices_[first].offset, bytes);
     copied += bytes;
     first = last;
   }
   return copied;
 }
 
-std::vector<std::size_t> Image::changed(const cumempool_digest* digests) const {
+std::vector<std::size_t> Backup::changed(const cumempool_digest* digests) const {
   std::vector<std::size_t> changed;
   for (std::size_t slice = 0; slice < slices_.size(); ++slice) {
     if (differs(slice, digests[slice])) changed.push_back(slice);
@@ -65,15 +65,16 @@ std::vector<std::size_t> Image::changed(const cumempool_digest* digests) const {
   return changed;
 }
 
-void Image::restore(Transfer& transfer, cumempool_address address) {
+void Backup::restore(Transfer& transfer, cumempool_address address) {
   std::size_t position = 0;
   for (const Extent& extent : extents_) {
-    place_->load(transfer, position, address + extent.offset, extent.bytes);
+    storage_->load(transfer, position, address + extent.offset, extent.bytes);
     position += extent.bytes;
   }
 }
 
-std::size_t Image::zero_rest(CopyQueue& queue, cumempool_address address, std::size_t bytes) const {
+std::size_t Backup::zero_rest(CopyQueue& queue, cumempool_address address,
+                              std::size_t bytes) const {
   std::size_t at = 0;
   for (const Extent& extent : extents_) {
     if (extent.offset > at) queue.fill_zero(address + at, extent.offset - at);
@@ -83,13 +84,13 @@ std::size_t Image::zero_rest(CopyQueue& queue, cumempool_address address, std::s
   return bytes - static_cast<std::size_t>(bytes_);
 }
 
-Place::View Image::view(std::size_t offset, std::size_t bytes, bool writable) {
+BackupStorage::View Backup::view(std::size_t offset, std::size_t bytes, bool writable) {
   std::size_t position = 0;
   for (const Extent& extent : extents_) {
     const bool inside = offset >= extent.offset && bytes <= extent.bytes &&
                         offset - extent.offset <= extent.bytes - bytes;
     if (inside) {
-      Place::View data = place_->view(position + offset - extent.offset, bytes, writable);
+      BackupStorage::View data = storage_->view(position + offset - extent.offset, bytes, writable);
       if (data != nullptr && writable) {
         lent_for_writing_ = true;
         digests_.clear();

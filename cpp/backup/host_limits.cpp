@@ -1,5 +1,5 @@
-// How much more host memory the process may take before the kernel ends it.
-#include "backup/host_room.hpp"
+// Limits on host memory for backups.
+#include "backup/host_limits.hpp"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdlib>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <string_view>
@@ -236,6 +237,71 @@ HostRoom host_room() {
 void set_host_root(const std::string& root) {
   const std::lock_guard lock(root_mutex);
   chosen_root() = root;
+}
+
+std::uint64_t HostBudget::room_locked() const {
+  if (refused_) return 0;
+  if (limit_ == 0) return std::numeric_limits<std::uint64_t>::max();
+  return limit_ - std::min(limit_, claimed_);
+}
+
+std::uint64_t HostBudget::claimed() const {
+  const std::lock_guard lock(mutex_);
+  return claimed_;
+}
+
+std::uint64_t HostBudget::room() const {
+  const std::lock_guard lock(mutex_);
+  return room_locked();
+}
+
+bool HostBudget::claim(std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  if (bytes > room_locked()) return false;
+  claimed_ += bytes;
+  return true;
+}
+
+void HostBudget::unclaim(std::size_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  claimed_ -= bytes;
+}
+
+void HostBudget::refuse() noexcept {
+  const std::lock_guard lock(mutex_);
+  refused_ = true;
+}
+
+void HostBudget::allow() noexcept {
+  const std::lock_guard lock(mutex_);
+  refused_ = false;
+}
+
+Error HostBudget::refusal(std::uint64_t bytes) const {
+  const bool by_driver = [this] {
+    const std::lock_guard lock(mutex_);
+    return refused_;
+  }();
+  if (by_driver) {
+    Error error(
+        CUMEMPOOL_OUT_OF_HOST_MEMORY,
+        "the backup needs " + format_bytes(bytes) +
+            " more of pinned host memory, and the driver has refused to pin more than the " +
+            format_bytes(claimed()) + " that are held");
+    error.bytes = bytes;
+    error.advice =
+        "raise the limit on locked memory (ulimit -l) and call release_host_memory(), or give "
+        "host_backup_overflow more room";
+    return error;
+  }
+  Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
+              "the backup needs " + format_bytes(bytes) + " more of pinned host memory, " +
+                  format_bytes(claimed()) + " are held and the limit is " + format_bytes(limit()));
+  error.bytes = bytes;
+  error.advice =
+      "raise host_backup_limit, set host_backup_overflow, or discard tags instead of backing them "
+      "up";
+  return error;
 }
 
 }  // namespace cumempool::backup

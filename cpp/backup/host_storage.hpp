@@ -1,29 +1,29 @@
-// An image in host memory of an arena: pinned, where copy engines reach it, or pageable, where
+// A backup in host memory of an arena: pinned, where copy engines reach it, or pageable, where
 // threads bring it.
 #pragma once
 
 #include <cstddef>
 #include <vector>
 
+#include "backup/backup_storage.hpp"
 #include "backup/host_arena.hpp"
-#include "backup/place.hpp"
 
 namespace cumempool::backup {
 
-class HostPlace : public Place {
+class HostStorage : public BackupStorage {
  public:
   // Takes room as it is saved. `tier` is PINNED or PAGEABLE, as the arena.
-  HostPlace(HostArena& arena, cumempool_backup_tier tier, int device);
-  ~HostPlace() override;
-  HostPlace(const HostPlace&) = delete;
-  HostPlace& operator=(const HostPlace&) = delete;
+  HostStorage(HostArena& arena, cumempool_backup_tier tier, int device);
+  ~HostStorage() override;
+  HostStorage(const HostStorage&) = delete;
+  HostStorage& operator=(const HostStorage&) = delete;
 
   cumempool_backup_tier tier() const noexcept override { return tier_; }
   void save(Transfer& transfer, std::size_t position, cumempool_address source,
             std::size_t bytes) override;
   void load(Transfer& transfer, std::size_t position, cumempool_address destination,
             std::size_t bytes) override;
-  // Moves the image into one span where the bytes are in several, or are to be written and others
+  // Moves the backup into one span where the bytes are in several, or are to be written and others
   // are. A program may copy the bytes in one call. Inside a ContextScope of the device.
   View view(std::size_t position, std::size_t bytes, bool writable) override;
   void settle_views() noexcept override;

@@ -1,6 +1,6 @@
-// An image in host memory of an arena: pinned, where copy engines reach it, or pageable, where
+// A backup in host memory of an arena: pinned, where copy engines reach it, or pageable, where
 // threads bring it.
-#include "backup/host_place.hpp"
+#include "backup/host_storage.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -8,16 +8,16 @@
 
 namespace cumempool::backup {
 
-HostPlace::HostPlace(HostArena& arena, cumempool_backup_tier tier, int device)
+HostStorage::HostStorage(HostArena& arena, cumempool_backup_tier tier, int device)
     : arena_(arena), tier_(tier), device_(device) {}
 
-HostPlace::~HostPlace() {
+HostStorage::~HostStorage() {
   for (const Part& part : parts_) arena_.release(part.span);
   for (const HostSpan& span : left_behind_) arena_.release(span);
 }
 
 // The part that holds `position`, which is saved.
-std::vector<HostPlace::Part>::const_iterator HostPlace::part_at(std::size_t position) const {
+std::vector<HostStorage::Part>::const_iterator HostStorage::part_at(std::size_t position) const {
   const auto after =
       std::upper_bound(parts_.begin(), parts_.end(), position,
                        [](std::size_t wanted, const Part& part) { return wanted < part.position; });
@@ -26,9 +26,9 @@ std::vector<HostPlace::Part>::const_iterator HostPlace::part_at(std::size_t posi
 
 // Calls visit(data, done, count) for ranges that one copy call, or one buffer, may hold.
 template <typename Visit>
-void HostPlace::for_each_run(std::size_t position, std::size_t bytes, Visit visit) const {
+void HostStorage::for_each_run(std::size_t position, std::size_t bytes, Visit visit) const {
   const bool staged = tier_ == CUMEMPOOL_BACKUP_PAGEABLE;
-  const std::size_t most = staged ? StagedCopies::kBufferBytes : bytes;
+  const std::size_t most = staged ? BounceBuffers::kBufferBytes : bytes;
   auto part = part_at(position);
   for (std::size_t done = 0; done < bytes;) {
     const std::size_t inside = position + done - part->position;
@@ -42,7 +42,7 @@ void HostPlace::for_each_run(std::size_t position, std::size_t bytes, Visit visi
 }
 
 // Takes one more span, of at most `most` bytes.
-void HostPlace::grow(std::size_t most) {
+void HostStorage::grow(std::size_t most) {
   // A span has its owner from the moment it is taken.
   if (parts_.size() == parts_.capacity()) parts_.reserve(2 * parts_.size() + 1);
   const HostSpan span = arena_.acquire(device_, most);
@@ -56,8 +56,8 @@ void HostPlace::grow(std::size_t most) {
   bytes_ += span.bytes;
 }
 
-void HostPlace::save(Transfer& transfer, std::size_t position, cumempool_address source,
-                     std::size_t bytes) {
+void HostStorage::save(Transfer& transfer, std::size_t position, cumempool_address source,
+                       std::size_t bytes) {
   arena_.pin_lost(device_);
   // Span by span, so that the copy into one runs while the next is still being pinned.
   for (std::size_t done = 0; done < bytes;) {
@@ -78,8 +78,8 @@ void HostPlace::save(Transfer& transfer, std::size_t position, cumempool_address
   }
 }
 
-void HostPlace::load(Transfer& transfer, std::size_t position, cumempool_address destination,
-                     std::size_t bytes) {
+void HostStorage::load(Transfer& transfer, std::size_t position, cumempool_address destination,
+                       std::size_t bytes) {
   arena_.pin_lost(device_);
   for_each_run(position, bytes, [&](std::byte* data, std::size_t offset, std::size_t count) {
     const cumempool_address to = destination + offset;
@@ -93,7 +93,7 @@ void HostPlace::load(Transfer& transfer, std::size_t position, cumempool_address
   });
 }
 
-void HostPlace::gather() {
+void HostStorage::gather() {
   left_behind_.reserve(left_behind_.size() + parts_.size());
   const HostSpan whole = arena_.acquire_whole(device_, bytes_);
   for (const Part& part : parts_) {
@@ -104,16 +104,16 @@ void HostPlace::gather() {
   parts_.front() = {0, whole};
 }
 
-void HostPlace::settle_views() noexcept {
+void HostStorage::settle_views() noexcept {
   for (const HostSpan& span : left_behind_) arena_.release(span);
   left_behind_.clear();
 }
 
-Place::View HostPlace::view(std::size_t position, std::size_t bytes, bool writable) {
+BackupStorage::View HostStorage::view(std::size_t position, std::size_t bytes, bool writable) {
   if (position + bytes > bytes_) return nullptr;
   const auto part = part_at(position);
   const std::size_t inside = position - part->position;
-  // What is written must still be part of the image after a later view has gathered it.
+  // What is written must still be part of the backup after a later view has gathered it.
   const bool stays = !writable || parts_.size() == 1;
   std::byte* data = part->span.data + inside;
   if (!stays || inside + bytes > part->span.bytes) {
@@ -121,7 +121,7 @@ Place::View HostPlace::view(std::size_t position, std::size_t bytes, bool writab
     data = parts_.front().span.data + position;
   }
   arena_.join(device_, data, bytes);
-  return {View(), data};  // of the arena, as long as the place has it
+  return {View(), data};  // of the arena, as long as the storage has it
 }
 
 }  // namespace cumempool::backup

@@ -1,4 +1,4 @@
-// Copies between device memory and places that no copy engine reaches, through pinned buffers:
+// Copies between device memory and storages that no copy engine reaches, through pinned buffers:
 // threads write out, or read ahead, one buffer while the device fills or drains others.
 #pragma once
 
@@ -27,7 +27,7 @@ using BufferWork = std::function<void(std::byte* data, std::size_t bytes)>;
 // One thread at a time calls it, inside a ContextScope of the queue's device. The buffers and
 // threads are made at first use and stay until release() or destruction. It waits for events of
 // its own: others may drain the queue at any time.
-class StagedCopies {
+class BounceBuffers {
  public:
   // Bytes of a buffer; a multiple of kSliceBytes, aligned for direct I/O.
   static constexpr std::size_t kBufferBytes = std::size_t{8} << 20;
@@ -42,11 +42,11 @@ class StagedCopies {
   static constexpr unsigned kThreads = 12;
 
   // `threads` 0: the calling thread does the work itself, as where no thread can be started.
-  StagedCopies(driver::Driver driver, CopyQueue& queue, unsigned threads = kThreads);
+  BounceBuffers(driver::Driver driver, CopyQueue& queue, unsigned threads = kThreads);
   // finish() first: copies may not be under way.
-  ~StagedCopies();
-  StagedCopies(const StagedCopies&) = delete;
-  StagedCopies& operator=(const StagedCopies&) = delete;
+  ~BounceBuffers();
+  BounceBuffers(const BounceBuffers&) = delete;
+  BounceBuffers& operator=(const BounceBuffers&) = delete;
 
   // Starts a copy of device memory of at most kBufferBytes into a buffer, which `sink` is then
   // called with. Waits where all buffers are busy. Throws Error: of this call, or of the sink
@@ -86,33 +86,27 @@ class StagedCopies {
 
  private:
   class Buffers;
-  enum class Direction { kOut, kIn };
 
-  // A copy in the queue; its buffer goes to `sink` after it, or is free then.
-  struct Copy {
+  // Work for a thread on one buffer. Behind a copy out it waits in the queue; without work its
+  // buffer is free then.
+  struct Job {
     std::size_t buffer = 0;
     std::size_t bytes = 0;
-    BufferWork sink;
+    BufferWork work;
     std::size_t label = 0;
+    bool fills = false;  // else it empties the buffer
   };
-  // A buffer whose contents are on their way, and where they go.
-  struct Arrival {
+  // A buffer that is being filled, and where its contents go.
+  struct Incoming {
     std::size_t buffer = 0;
     cumempool_address destination = 0;
     std::size_t bytes = 0;
     std::vector<std::function<void()>> queued;
   };
-  struct Job {
-    std::size_t buffer = 0;
-    std::size_t bytes = 0;
-    BufferWork work;
-    bool fills = false;  // else it empties the buffer
-    std::size_t label = 0;
-  };
 
   // The calling thread.
   void refuse_after_failure();
-  void begin(Direction direction);
+  void begin(bool inwards);
   void start();
   void free_all();
   std::size_t take_buffer();
@@ -139,10 +133,10 @@ class StagedCopies {
 
   std::unique_ptr<Buffers> buffers_;
   std::vector<std::thread> threads_;
-  Direction direction_ = Direction::kOut;
-  bool failed_ = false;           // until abandon()
-  std::deque<Copy> copies_;       // in the queue, oldest first
-  std::deque<Arrival> arrivals_;  // not in the queue yet, in the order of the calls
+  bool inwards_ = false;           // to the device
+  bool failed_ = false;            // until abandon()
+  std::deque<Job> copies_;         // in the queue, oldest first
+  std::deque<Incoming> incoming_;  // not in the queue yet, in the order of the calls
 
   std::mutex mutex_;  // guards everything below
   std::condition_variable job_given_;

@@ -1,6 +1,6 @@
 // The contents of one allocation outside of it: the same promises for every tier, and what only
 // host memory can do.
-#include "backup/image.hpp"
+#include "backup/backup.hpp"
 
 #include <gtest/gtest.h>
 
@@ -9,12 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "backup/backup_file.hpp"
+#include "backup/bounce_buffers.hpp"
 #include "backup/copy_queue.hpp"
-#include "backup/file_place.hpp"
-#include "backup/host_place.hpp"
-#include "backup/peer_place.hpp"
-#include "backup/staged_copies.hpp"
+#include "backup/file_storage.hpp"
+#include "backup/host_storage.hpp"
+#include "backup/peer_storage.hpp"
 #include "driver/fault_driver.hpp"
 #include "host_fixture.hpp"
 #include "temporary_directory.hpp"
@@ -23,17 +22,17 @@
 namespace cumempool::tests {
 namespace {
 
+using backup::Backup;
 using backup::BackupFile;
+using backup::BackupStorage;
+using backup::BounceBuffers;
 using backup::CopyQueue;
 using backup::Extent;
 using backup::HostArena;
 using backup::HostBudget;
 using backup::HostSpan;
-using backup::Image;
 using backup::kSliceBytes;
-using backup::Place;
 using backup::Residence;
-using backup::StagedCopies;
 using driver::Driver;
 using driver::FaultDriver;
 
@@ -57,23 +56,24 @@ class ImageFixture {
   ImageFixture(const ImageFixture&) = delete;
   ImageFixture& operator=(const ImageFixture&) = delete;
 
-  std::unique_ptr<Place> place(cumempool_backup_tier tier, const std::vector<Extent>& extents) {
+  std::unique_ptr<BackupStorage> place(cumempool_backup_tier tier,
+                                       const std::vector<Extent>& extents) {
     std::size_t bytes = 0;
     for (const Extent& extent : extents) bytes += extent.bytes;
     switch (tier) {
       case CUMEMPOOL_BACKUP_PAGEABLE:
-        return std::make_unique<backup::HostPlace>(pageable, tier, 0);
+        return std::make_unique<backup::HostStorage>(pageable, tier, 0);
       case CUMEMPOOL_BACKUP_FILE:
-        return std::make_unique<backup::FilePlace>(file, bytes, extents.size(), kSeed);
+        return std::make_unique<backup::FileStorage>(file, bytes, extents.size(), kSeed);
       case CUMEMPOOL_BACKUP_PEER:
-        return std::make_unique<backup::PeerPlace>(peers, cumempool_memory_properties{1, 0, 0, 0},
-                                                   kGranule, 0, bytes);
+        return std::make_unique<backup::PeerStorage>(peers, cumempool_memory_properties{1, 0, 0, 0},
+                                                     kGranule, 0, bytes);
       default:
-        return std::make_unique<backup::HostPlace>(pinned, CUMEMPOOL_BACKUP_PINNED, 0);
+        return std::make_unique<backup::HostStorage>(pinned, CUMEMPOOL_BACKUP_PINNED, 0);
     }
   }
-  std::unique_ptr<Image> image(cumempool_backup_tier tier, const std::vector<Extent>& extents) {
-    return std::make_unique<Image>(extents, place(tier, extents));
+  std::unique_ptr<Backup> image(cumempool_backup_tier tier, const std::vector<Extent>& extents) {
+    return std::make_unique<Backup>(extents, place(tier, extents));
   }
 
   void write(std::uint32_t seed) { write_pattern(memory.address(), kBytes, seed); }
@@ -84,11 +84,11 @@ class ImageFixture {
     staged.finish();
     queue.drain();
   }
-  void save(Image& image) {
+  void save(Backup& image) {
     image.save(transfer, memory.address());
     wait();
   }
-  void restore(Image& image) {
+  void restore(Backup& image) {
     image.restore(transfer, memory.address());
     wait();
   }
@@ -111,7 +111,7 @@ class ImageFixture {
   BackupFile file{directory.path()};
   backup::PeerMemory peers{table};
   CopyQueue queue{table, 0};
-  StagedCopies staged{table, queue};
+  BounceBuffers staged{table, queue};
   backup::Transfer transfer{queue, staged};
 };
 
@@ -133,10 +133,10 @@ std::string name_of(cumempool_backup_tier tier) {
 class ImageOfAnyTier : public ::testing::TestWithParam<cumempool_backup_tier>,
                        protected ImageFixture {
  protected:
-  std::unique_ptr<Image> image_of(const std::vector<Extent>& extents) {
+  std::unique_ptr<Backup> image_of(const std::vector<Extent>& extents) {
     return image(GetParam(), extents);
   }
-  std::unique_ptr<Image> whole() { return image_of({{0, kBytes}}); }
+  std::unique_ptr<Backup> whole() { return image_of({{0, kBytes}}); }
 
   // Three extents with gaps: some slices, part of one, and a slice and a bit more.
   const std::vector<Extent> scattered{
@@ -278,10 +278,10 @@ TEST_P(ImageOfAnyTier, ShowsItsBytesWhereTheyAreHostMemory) {
     EXPECT_EQ(at(0, 1), nullptr);
     return;
   }
-  const std::byte* data = at(kGranule + 5, kSliceBytes);
+  const backup::BackupStorage::View data = saved->view(kGranule + 5, kSliceBytes, false);
   ASSERT_NE(data, nullptr);
   for (std::size_t i = 0; i < kSliceBytes; i += 1001) {
-    ASSERT_EQ(static_cast<std::uint8_t>(data[i]), pattern_byte(kGranule + 5 + i, 1));
+    ASSERT_EQ(static_cast<std::uint8_t>(data.get()[i]), pattern_byte(kGranule + 5 + i, 1));
   }
   EXPECT_NE(at(0, kUnit), nullptr);
   EXPECT_EQ(at(0, kUnit + 1), nullptr) << "the gap is not in the image";
@@ -420,11 +420,11 @@ TEST(LargeImage, CrossesBlocks) {
   HostBudget budget(0);
   HostArena arena(table, Residence::kPinned, -1, budget);
   CopyQueue queue(table, 0);
-  StagedCopies staged(table, queue);
+  BounceBuffers staged(table, queue);
   backup::Transfer transfer{queue, staged};
   {
-    Image saved({{0, kLarge}},
-                std::make_unique<backup::HostPlace>(arena, CUMEMPOOL_BACKUP_PINNED, 0));
+    Backup saved({{0, kLarge}},
+                 std::make_unique<backup::HostStorage>(arena, CUMEMPOOL_BACKUP_PINNED, 0));
     saved.save(transfer, memory.address());
     queue.drain();
     EXPECT_EQ(faults.calls("copy_to_host"), 2U) << "one per block";
