@@ -305,6 +305,24 @@ def test_python_modules_import_downwards_only() -> None:
     assert python_violations(ROOT) == []
 
 
+MOST_LINES = 450
+MOST_LINES_OF_A_FUNCTION = 60  # its docstring included
+
+
+def test_files_and_functions_stay_readable() -> None:
+    too_long = []
+    for path in sorted((ROOT / "src" / "cumempool").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > MOST_LINES:
+            too_long.append(f"{path.name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MOST_LINES_OF_A_FUNCTION:
+                    too_long.append(f"{path.name}: {node.name} of {lines} lines")
+    assert too_long == []
+
+
 # ---- the checks themselves
 
 

@@ -297,17 +297,9 @@ def verify_kv_transfer_compat(
     """
     sleeps = config.enable_sleep_mode if kv_sleeps is None else kv_sleeps
     _refuse_contradictions(config, kv_backing, sleeps)
-    warnings: list[str] = []
-    registering = []
-    for connector, known in _resolve(kv):
-        if not known:
-            warnings.append(
-                f"KV connector {connector.name} is not known here: it is taken to register the "
-                "memory of the KV cache, and not to follow a remap unless "
-                "KVTransferConfig(follows_remap=True) says so"
-            )
-        if connector.registers:
-            registering.append(connector)
+    connectors = list(_resolve(kv))
+    warnings = [_unknown(connector) for connector, known in connectors if not known]
+    registering = [connector for connector, _ in connectors if connector.registers]
     if registering and not config.cumem_allocator_enabled:
         segments = expandable_segments(environ, live)
         if segments.on:
@@ -326,6 +318,14 @@ def verify_kv_transfer_compat(
     for text in warnings:
         _logger.warning("%s", text)
     return warnings
+
+
+def _unknown(connector: Connector) -> str:
+    return (
+        f"KV connector {connector.name} is not known here: it is taken to register the memory of "
+        "the KV cache, and not to follow a remap unless KVTransferConfig(follows_remap=True) says "
+        "so"
+    )
 
 
 def _resolve(kv: KVTransferConfig | None) -> Iterator[tuple[Connector, bool]]:
