@@ -25,13 +25,13 @@ class Step:
     lost_tags: tuple[str, ...] = ()  # whose contents the way back does not bring
 
 
-def _none(allocator: CuMemAllocator, tags: Iterable[str], state: str) -> bool:
+def _has_none(allocator: CuMemAllocator, tags: Iterable[str], state: str) -> bool:
     """Whether no allocation of the tags is ``"awake"``, or is ``"asleep"``."""
     known = allocator.stats().tags
-    return not any(_counts(known[tag])[state] for tag in tags if tag in known)
+    return not any(_count_by_state(known[tag])[state] for tag in tags if tag in known)
 
 
-def _counts(tag: Any) -> dict[str, int]:
+def _count_by_state(tag: Any) -> dict[str, int]:
     asleep = tag.backed_up_allocations + tag.discarded_allocations
     return {"awake": tag.awake_allocations, "asleep": asleep}
 
@@ -41,7 +41,9 @@ def _check_known(operation: str, allocator: CuMemAllocator, tags: Iterable[str])
         allocator._state.tags.check_known(tag, operation)
 
 
-def _whole(operation: str, allocator: CuMemAllocator, tags: Iterable[str], state: str) -> list[str]:
+def _tags_wholly(
+    operation: str, allocator: CuMemAllocator, tags: Iterable[str], state: str
+) -> list[str]:
     """Those of the tags that have something in a state, all of which must be.
 
     A way back works on whole tags: from a tag of which only a part slept, it would wake too much.
@@ -49,7 +51,7 @@ def _whole(operation: str, allocator: CuMemAllocator, tags: Iterable[str], state
     known = allocator.stats().tags
     chosen = []
     for tag in tags:
-        if tag not in known or not (counts := _counts(known[tag]))[state]:
+        if tag not in known or not (counts := _count_by_state(known[tag]))[state]:
             continue
         if min(counts.values()):
             raise InUseError(
@@ -75,7 +77,7 @@ def _refuse_pinned(operation: str, allocator: CuMemAllocator, tags: Iterable[str
             )
 
 
-def _losing(allocator: CuMemAllocator, tags: Iterable[str]) -> tuple[str, ...]:
+def _tags_to_lose(allocator: CuMemAllocator, tags: Iterable[str]) -> tuple[str, ...]:
     """Those of some awake tags that have contents which a discard does not preserve."""
     known = allocator.stats().tags
     return tuple(tag for tag in tags if known[tag].awake_bytes > known[tag].preserved_bytes)
@@ -91,14 +93,14 @@ def sleep_steps(allocator: CuMemAllocator, actions: Mapping[str, int]) -> list[S
 
 def _sleep_step(allocator: CuMemAllocator, tags: list[str], kept: list[str]) -> Step:
     _check_known("sleep", allocator, tags)
-    touched = _whole("sleep", allocator, tags, "awake")
+    touched = _tags_wholly("sleep", allocator, tags, "awake")
     if not kept:
         _refuse_pinned("sleep", allocator, touched)
     return Step(
         run=lambda: allocator.sleep(offload_tags=kept, tags=tags),
         undo=lambda: allocator.wake_up(touched),
-        undone=lambda: _none(allocator, touched, "asleep"),
-        lost_tags=() if kept else _losing(allocator, touched),
+        undone=lambda: _has_none(allocator, touched, "asleep"),
+        lost_tags=() if kept else _tags_to_lose(allocator, touched),
     )
 
 
@@ -107,7 +109,7 @@ def wake_steps(allocator: CuMemAllocator, tags: Sequence[str] | str | None) -> l
     known = allocator.stats().tags
     named = list(known) if tags is None else [tags] if isinstance(tags, str) else list(tags)
     _check_known("wake_up", allocator, named)
-    touched = _whole("wake_up", allocator, named, "asleep")
+    touched = _tags_wholly("wake_up", allocator, named, "asleep")
     # What was preserved inside a discarded tag is backed up again whatever is done with the tag.
     backed_up = {i.tag for i in allocator.snapshot() if i.state == "backed_up" and not i.preserved}
     kept = [tag for tag in touched if tag in backed_up]
@@ -115,7 +117,7 @@ def wake_steps(allocator: CuMemAllocator, tags: Sequence[str] | str | None) -> l
         Step(
             run=lambda: allocator.wake_up(named),
             undo=lambda: allocator.sleep(offload_tags=kept, tags=touched),
-            undone=lambda: _none(allocator, touched, "awake"),
+            undone=lambda: _has_none(allocator, touched, "awake"),
         )
     ]
 
@@ -125,14 +127,14 @@ def discard_steps(allocator: CuMemAllocator, tags: Sequence[str] | str) -> list[
     named = [tags] if isinstance(tags, str) else list(tags)
     _check_known("discard", allocator, named)
     known = allocator.stats().tags
-    touched = _whole("discard", allocator, named, "awake")
+    touched = _tags_wholly("discard", allocator, named, "awake")
     _refuse_pinned("discard", allocator, touched)
     backed_up = [tag for tag in named if known[tag].backed_up_bytes > known[tag].preserved_bytes]
     return [
         Step(
             run=lambda: allocator.discard(named),
             undo=lambda: allocator.wake_up(touched),
-            undone=lambda: _none(allocator, touched, "asleep"),
-            lost_tags=(*_losing(allocator, touched), *backed_up),
+            undone=lambda: _has_none(allocator, touched, "asleep"),
+            lost_tags=(*_tags_to_lose(allocator, touched), *backed_up),
         )
     ]

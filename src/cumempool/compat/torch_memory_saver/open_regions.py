@@ -14,32 +14,19 @@ if TYPE_CHECKING:
 __all__ = ["OpenRegions"]
 
 
-class _Region:
-    """One region; each entry is a scope of its own."""
+class _Region(contextlib.ExitStack):
+    """One region. Each entry is a scope of its own, which sees the error that it is left with."""
 
     def __init__(self, name: str, make_scope: Callable[[], MemoryPoolScope]) -> None:
+        super().__init__()
         self.name = name
         self._make_scope = make_scope
-        self._scope: MemoryPoolScope | None = None
         self._ended = False
 
     def enter(self) -> None:
         """Routes, unless the region has ended meanwhile."""
         if not self._ended:
-            scope = self._make_scope()
-            scope.__enter__()
-            self._scope = scope
-
-    def leave(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        """Stops routing. The scope gets to see the error, to which it may have to add."""
-        scope, self._scope = self._scope, None
-        if scope is not None:
-            scope.__exit__(kind, error, traceback)
+            self.enter_context(self._make_scope())
 
     def end(
         self,
@@ -49,7 +36,7 @@ class _Region:
     ) -> None:
         """Leaves it for good."""
         self._ended = True
-        self.leave(kind, error, traceback)
+        self.__exit__(kind, error, traceback)
 
 
 class OpenRegions:
@@ -93,7 +80,7 @@ class OpenRegions:
         with contextlib.ExitStack() as stack:
             for region in reversed(regions):
                 stack.callback(region.enter)  # the stack unwinds outermost first
-                region.leave()
+                region.close()
             stack.callback(setattr, self._local, "regions", regions)
             self._local.regions = ()
             yield
