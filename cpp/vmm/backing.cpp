@@ -25,28 +25,28 @@ VmmBacking::VmmBacking(VmmBacking&& other) noexcept
       bytes_(other.bytes_),
       address_(other.address_),
       handle_(other.handle_),
-      step_(std::exchange(other.step_, Step::kNothing)) {}
+      held_(std::exchange(other.held_, Held::kNothing)) {}
 
 void VmmBacking::adopt(cumempool_physical imported) noexcept {
   handle_ = imported;
-  step_ = Step::kCreated;
+  held_ = Held::kPhysical;
   stats_->add_physical(bytes_);
 }
 
 void VmmBacking::map(const std::vector<int>& devices, cumempool_access access) {
-  const Step before = step_;
+  const Held before = held_;
   try {
-    if (step_ < Step::kCreated) adopt(driver_.create(bytes_, &properties_));
-    if (step_ < Step::kMapped) {
+    if (held_ < Held::kPhysical) adopt(driver_.create(bytes_, &properties_));
+    if (held_ < Held::kMapping) {
       driver_.map(address_, bytes_, handle_);
-      step_ = Step::kMapped;
+      held_ = Held::kMapping;
       stats_->mapped_bytes += bytes_;
     }
     driver_.set_access(address_, bytes_, devices, access);
-    step_ = Step::kAccessible;
+    held_ = Held::kAccess;
   } catch (const std::exception&) {
-    if (before < Step::kMapped) unmap();
-    if (before < Step::kCreated) release_physical();
+    if (before < Held::kMapping) unmap();
+    if (before < Held::kPhysical) release_physical();
     throw;
   }
 }
@@ -56,34 +56,34 @@ void VmmBacking::give_access(const std::vector<int>& devices) {
 }
 
 cumempool_result VmmBacking::unmap() noexcept {
-  if (step_ < Step::kMapped) return CUMEMPOOL_RESULT_SUCCESS;
+  if (held_ < Held::kMapping) return CUMEMPOOL_RESULT_SUCCESS;
   const auto& table = driver_.table();
   const cumempool_result result = table.unmap(table.self, address_, bytes_);
   if (result == CUMEMPOOL_RESULT_SUCCESS) {
     stats_->mapped_bytes -= bytes_;
-    step_ = Step::kCreated;
+    held_ = Held::kPhysical;
   }
   return result;
 }
 
 cumempool_result VmmBacking::release_physical() noexcept {
-  if (step_ != Step::kCreated) return CUMEMPOOL_RESULT_SUCCESS;
+  if (held_ != Held::kPhysical) return CUMEMPOOL_RESULT_SUCCESS;
   const auto& table = driver_.table();
   const cumempool_result result = table.release(table.self, handle_);
   if (result == CUMEMPOOL_RESULT_SUCCESS) {
     stats_->physical_bytes -= bytes_;
-    step_ = Step::kReserved;
+    held_ = Held::kAddresses;
   }
   return result;
 }
 
 cumempool_result VmmBacking::release_addresses() noexcept {
-  if (step_ != Step::kReserved) return CUMEMPOOL_RESULT_SUCCESS;
+  if (held_ != Held::kAddresses) return CUMEMPOOL_RESULT_SUCCESS;
   const auto& table = driver_.table();
   const cumempool_result result = table.unreserve(table.self, address_, bytes_);
   if (result == CUMEMPOOL_RESULT_SUCCESS) {
     stats_->reserved_bytes -= bytes_;
-    step_ = Step::kNothing;
+    held_ = Held::kNothing;
   }
   return result;
 }

@@ -67,8 +67,8 @@ class VmmBacking {
   // What the driver exports; only while physical memory is held.
   cumempool_physical handle() const noexcept { return handle_; }
   // Mapped without access is not usable, and so not mapped.
-  bool mapped() const noexcept { return step_ == Step::kAccessible; }
-  bool holds_physical() const noexcept { return step_ >= Step::kCreated; }
+  bool mapped() const noexcept { return held_ == Held::kAccess; }
+  bool holds_physical() const noexcept { return held_ >= Held::kPhysical; }
 
   // Takes memory that was imported over, as long as none is held: map() makes none then.
   void adopt(cumempool_physical imported) noexcept;
@@ -87,7 +87,7 @@ class VmmBacking {
   cumempool_result teardown() noexcept;
 
  private:
-  enum class Step { kNothing, kReserved, kCreated, kMapped, kAccessible };
+  enum class Held { kNothing, kAddresses, kPhysical, kMapping, kAccess };
 
   driver::Driver driver_;
   MemoryStats* stats_;
@@ -95,7 +95,7 @@ class VmmBacking {
   std::size_t bytes_;
   cumempool_address address_;
   cumempool_physical handle_ = 0;
-  Step step_ = Step::kReserved;
+  Held held_ = Held::kAddresses;
 };
 
 // Memory of cudaMalloc: it is there and mapped from the start, and goes as a whole.
