@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cumempool._pool.checks import check_bool
 from cumempool._pool.waking import memory_of
 from cumempool.errors import InvalidTypeError
 
@@ -17,8 +18,7 @@ __all__ = ["view_backup"]
 
 def view_backup(core: _core.Allocator, tensor: torch.Tensor, writable: bool) -> torch.Tensor:
     """See `CuMemAllocator.read_backup`."""
-    if not isinstance(writable, bool):
-        raise InvalidTypeError(f"writable is a bool, not {writable!r}")
+    check_bool(writable=writable)
     storage = memory_of(tensor)
     if tensor.is_quantized:
         raise InvalidTypeError("a quantized tensor has scales that are not in its memory")

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cumempool._locks import fork_safe_lock
+from cumempool._pool.checks import check_bool
 from cumempool._pool.devices import Devices
 from cumempool._pool.events import Observer
 from cumempool._pool.graph_pool import GraphPools
@@ -164,8 +165,7 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
                 being read, or messages that were sent were not received; nothing was changed.
             DriverError: The driver did not take something back.
         """
-        if not isinstance(force, bool):
-            raise InvalidTypeError(f"force is a bool, not {force!r}")
+        check_bool(force=force)
         self._exports.settle_close(force)
         empty_cache(self.config.driver)
         if force:

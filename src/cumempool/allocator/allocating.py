@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from cumempool._pool.backup import Backup, check_backup
+from cumempool._pool.checks import check_bool
 from cumempool._pool.preserve import preserve_tensors, preserving_scope
 from cumempool._pool.scope import MemoryPoolScope, NullScope
 from cumempool._pool.sizes import check_margin
 from cumempool._pool.tags import DEFAULT_TAG, Backing, OnSleep, OnWake, check_tag
 from cumempool._pool.tensors import copy_of, empty_like, empty_tensor
 from cumempool.allocator._part import Part
-from cumempool.errors import InvalidTypeError, UnsupportedError
+from cumempool.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +67,7 @@ class Allocates(Part):
             OutOfSlotsError: On entering: too many scopes are open at the same time.
             ClosedError: The allocator is closed.
         """
-        if not isinstance(all_threads, bool):
-            raise InvalidTypeError(f"all_threads is a bool, not {all_threads!r}")
+        check_bool(all_threads=all_threads)
         if not self.enabled:
             return NullScope(self._state, check_tag(tag), devices, all_threads=all_threads)
         place = None if backup is None else check_backup(backup, "backup")
@@ -358,8 +358,7 @@ class Allocates(Part):
 
         if not isinstance(gradients, bool):
             check_tag(gradients)
-        if not isinstance(preserve_buffers, bool):
-            raise InvalidTypeError(f"preserve_buffers is a bool, not {preserve_buffers!r}")
+        check_bool(preserve_buffers=preserve_buffers)
         if not self.enabled:
             return 0
         return adopt_object(self._state, what, check_tag(tag), gradients, preserve_buffers)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from cumempool._pool import transition
 from cumempool._pool.backup_view import view_backup
+from cumempool._pool.checks import check_bool
 from cumempool._pool.report import TransitionReport
 from cumempool._pool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
 from cumempool._pool.tags import check_tags
 from cumempool._pool.waking import WakeHandle, addresses_of
 from cumempool.allocator._part import Part
-from cumempool.errors import InvalidArgumentError, InvalidTypeError
+from cumempool.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -178,8 +179,7 @@ class Sleeps(Part):
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
         """
-        if not isinstance(blocking, bool):
-            raise InvalidTypeError(f"blocking is a bool, not {blocking!r}")
+        check_bool(blocking=blocking)
         chosen = None if tags is None else list(check_tags(tags, "tags"))
         addresses = addresses_of(first)
         if blocking and addresses:

@@ -12,11 +12,12 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from cumempool._locks import fork_safe_lock
+from cumempool._pool.checks import check_bool
 from cumempool._pool.devices import Devices
 from cumempool._pool.stats import AllocationInfo, allocations_of
 from cumempool._pool.tags import Tags
 from cumempool._pool.waking import memory_of
-from cumempool.errors import CumempoolError, InUseError, InvalidArgumentError, InvalidTypeError
+from cumempool.errors import CumempoolError, InUseError, InvalidArgumentError
 from cumempool.sharing.descriptor import SharedMemory, SharedRange, layout_of
 from cumempool.sharing.leases import Export
 from cumempool.sharing.owner import Endpoint
@@ -49,9 +50,7 @@ class Exports:
 
     def share(self, what: torch.Tensor | str, writable: bool, fabric: bool) -> SharedMemory:
         """See `CuMemAllocator.share`."""
-        for name, value in (("writable", writable), ("fabric", fabric)):
-            if not isinstance(value, bool):
-                raise InvalidTypeError(f"{name} is a bool, not {value!r}")
+        check_bool(writable=writable, fabric=fabric)
         if isinstance(what, str):
             self._tags.check_known(what, "share")
             infos, layout = [i for i in allocations_of(self._core) if i.tag == what], None

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from cumempool._pool.checks import check_bool
 from cumempool._pool.devices import HOST_GRANULARITY
 from cumempool.errors import (
     CumempoolError,
@@ -75,8 +76,7 @@ def open_shared(
     """
     if not isinstance(memory, SharedMemory):
         raise InvalidTypeError(f"a SharedMemory is needed, not {memory!r}")
-    if not isinstance(writable, bool):
-        raise InvalidTypeError(f"writable is a bool, not {writable!r}")
+    check_bool(writable=writable)
     if memory.version != VERSION:
         raise InvalidArgumentError(
             f"the descriptor is of version {memory.version}, this is {VERSION}: both processes "

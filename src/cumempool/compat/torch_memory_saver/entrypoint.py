@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.backup import Backup
+from cumempool._pool.checks import check_bool
 from cumempool.allocator import CuMemAllocator
 from cumempool.compat.torch_memory_saver.cpu_backups import CpuBackups
 from cumempool.compat.torch_memory_saver.graph_captures import GraphCaptures
@@ -347,8 +348,7 @@ class TorchMemorySaver:
 
     @retain_cpu_backup.setter
     def retain_cpu_backup(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise InvalidTypeError(f"retain_cpu_backup is a bool, not {value!r}")
+        check_bool(retain_cpu_backup=value)
         self._retain = value
 
     def set_disk_backup_dir(self, path: str) -> None:
