@@ -67,6 +67,20 @@ const Item* array(const std::vector<Item>* all, std::size_t* count) noexcept {
   return all == nullptr ? nullptr : all->data();
 }
 
+// Of a structure that the caller has, or has room for.
+template <typename Struct>
+void require_size(const Struct& given, const char* what) {
+  if (given.size == sizeof given) return;
+  throw Error(CUMEMPOOL_INVALID_ARGUMENT, std::string(what) + ": size is not that of this version");
+}
+
+std::vector<cumempool_device_stream> streams_of(const cumempool_device_stream* first,
+                                                std::size_t count) {
+  auto all = items(first, count, "streams is NULL");
+  for (const cumempool_device_stream& stream : all) require_size(stream, "stream");
+  return all;
+}
+
 pool::Allocator& core(cumempool_allocator* allocator) {
   require(allocator != nullptr, "allocator is NULL");
   return *allocator->core;
@@ -87,7 +101,7 @@ cumempool_report* fill(std::unique_ptr<cumempool_report> made, pool::Report&& re
 }
 
 pool::SleepRequest convert(pool::Allocator& allocator, const cumempool_sleep_request& request) {
-  require(request.size == sizeof request, "sleep request: size is not that of this version");
+  require_size(request, "sleep request");
   pool::SleepRequest converted;
   for (const auto& [tag, action] : items(request.tags, request.tag_count, "tags is NULL")) {
     require(action == CUMEMPOOL_ON_SLEEP_OFFLOAD || action == CUMEMPOOL_ON_SLEEP_DISCARD,
@@ -98,7 +112,7 @@ pool::SleepRequest convert(pool::Allocator& allocator, const cumempool_sleep_req
   converted.drop_backups = request.drop_backups != 0;
   converted.dead = items(request.dead, request.dead_count, "dead is NULL");
   converted.dead_as_of = request.dead_as_of;
-  converted.streams = items(request.streams, request.stream_count, "streams is NULL");
+  converted.streams = streams_of(request.streams, request.stream_count);
   return converted;
 }
 
@@ -140,7 +154,7 @@ cumempool_status cumempool_host_driver_create(const cumempool_host_driver_option
                                               const cumempool_driver** driver) {
   return guarded("host_driver_create", [&] {
     require(driver != nullptr && options != nullptr, "an argument is NULL");
-    require(options->size == sizeof *options, "options: size is not that of this version");
+    require_size(*options, "options");
     const cumempool_driver* made = cumempool::driver::make_host_driver(*options);
     Driver(*made).init();
     *driver = made;
@@ -166,7 +180,7 @@ cumempool_status cumempool_probe_device(const cumempool_driver* driver, int devi
                                         cumempool_device_probe* probe) {
   return guarded("probe", [&] {
     require(driver != nullptr && probe != nullptr, "an argument is NULL");
-    require(probe->size == sizeof *probe, "probe: size is not that of this version");
+    require_size(*probe, "probe");
     cumempool_device_probe filled = *probe;
     const Driver table(*driver);
     table.init();
@@ -178,7 +192,7 @@ cumempool_status cumempool_probe_device(const cumempool_driver* driver, int devi
 cumempool_status cumempool_host_room(cumempool_host_memory* memory) {
   return guarded("host_room", [&] {
     require(memory != nullptr, "memory is NULL");
-    require(memory->size == sizeof *memory, "host memory: size is not that of this version");
+    require_size(*memory, "host memory");
     const cumempool::backup::HostRoom room = cumempool::backup::host_room();
     memory->free_bytes = room.bytes;
     memory->limit_bytes = room.limit;
@@ -194,7 +208,7 @@ cumempool_status cumempool_allocator_create(const cumempool_driver* driver,
                                             cumempool_allocator** allocator) {
   return guarded("allocator_create", [&] {
     require(driver != nullptr && options != nullptr && allocator != nullptr, "an argument is NULL");
-    require(options->size == sizeof *options, "options: size is not that of this version");
+    require_size(*options, "options");
     require(driver->version == CUMEMPOOL_DRIVER_VERSION && driver->size == sizeof *driver,
             "the driver table is of another version");
     auto made = std::make_unique<cumempool_allocator>();
@@ -230,7 +244,7 @@ cumempool_status cumempool_set_backup(cumempool_allocator* allocator, const char
                                       const cumempool_backup_policy* policy) {
   return guarded("set_backup", [&] {
     require(policy != nullptr, "policy is NULL");
-    require(policy->size == sizeof *policy, "backup policy: size is not that of this version");
+    require_size(*policy, "backup policy");
     pool::Allocator& open = core(allocator);
     open.check_open("set_backup");
     pool::Tag& known = open.tags().find(text(tag, "tag is NULL"));
@@ -245,7 +259,7 @@ cumempool_status cumempool_set_memory(cumempool_allocator* allocator, const char
                                       const cumempool_memory_policy* policy) {
   return guarded("set_memory", [&] {
     require(policy != nullptr, "policy is NULL");
-    require(policy->size == sizeof *policy, "memory policy: size is not that of this version");
+    require_size(*policy, "memory policy");
     require(policy->peers != nullptr || policy->peer_count == 0, "peers is NULL");
     pool::Allocator& open = core(allocator);
     open.check_open("set_memory");
@@ -423,7 +437,7 @@ cumempool_status cumempool_wake(cumempool_allocator* allocator, const char* cons
     pool::Allocator& waking = core(allocator);
     waking.check_open("wake");
     pool::WakeRequest request = convert(waking, tags, tag_count);
-    request.streams = items(streams, stream_count, "streams is NULL");
+    request.streams = streams_of(streams, stream_count);
     auto made = std::make_unique<cumempool_report>();
     *report = fill(std::move(made), pool::wake(waking, request));
   });
@@ -434,7 +448,7 @@ cumempool_status cumempool_swap(cumempool_allocator* allocator,
   return guarded("swap", [&] {
     require(request != nullptr && report != nullptr && request->sleep != nullptr,
             "an argument is NULL");
-    require(request->size == sizeof *request, "swap request: size is not that of this version");
+    require_size(*request, "swap request");
     pool::Allocator& swapping = core(allocator);
     swapping.check_open("swap");
     const pool::SleepRequest sleep = convert(swapping, *request->sleep);
@@ -456,7 +470,7 @@ cumempool_status cumempool_wake_begin(cumempool_allocator* allocator, const char
     pool::Allocator& sleeping = core(allocator);
     sleeping.check_open("wake");
     pool::WakeRequest request = convert(sleeping, tags, tag_count);
-    request.streams = items(streams, stream_count, "streams is NULL");
+    request.streams = streams_of(streams, stream_count);
     for (const cumempool_address address : items(first, first_count, "first is NULL")) {
       const pool::RecordPointer record = pool::Registry::instance().find(address);
       if (record == nullptr || record->owner != allocator->core) {
@@ -475,6 +489,7 @@ cumempool_status cumempool_waking_wait(cumempool_waking* waking, cumempool_addre
                                        cumempool_device_stream stream) {
   return guarded("wait", [&] {
     require(waking != nullptr, "waking is NULL");
+    require_size(stream, "stream");
     waking->waking->wait(address, stream);
   });
 }
@@ -501,6 +516,7 @@ cumempool_status cumempool_view_backup(cumempool_allocator* allocator, cumempool
                                        uint64_t bytes, int writable, cumempool_backup_view* view) {
   return guarded("read_backup", [&] {
     require(view != nullptr, "view is NULL");
+    require_size(*view, "backup view");
     core(allocator).check_open("read_backup");
     auto made = std::make_unique<pool::BackupView>(allocator->core, address, bytes, writable != 0);
     view->data = made->data();
@@ -547,6 +563,7 @@ cumempool_status cumempool_export(cumempool_allocator* allocator, cumempool_addr
                                   cumempool_allocation_info* info) {
   return guarded("export", [&] {
     require(exported != nullptr && info != nullptr, "an argument is NULL");
+    require_size(*info, "allocation info");
     core(allocator).check_open("export");
     *info = pool::export_memory(*allocator->core, address, handle_type, exported);
   });
@@ -595,6 +612,7 @@ cumempool_status cumempool_find(cumempool_allocator* allocator, cumempool_addres
                                 cumempool_allocation_info* info) {
   return guarded("find", [&] {
     require(info != nullptr, "info is NULL");
+    require_size(*info, "allocation info");
     *info = pool::find_allocation(allocator == nullptr ? nullptr : allocator->core.get(), address);
   });
 }

@@ -9,6 +9,7 @@ cumempool_report_row& Report::row(const Record& record) {
     if (row.tag == tag && row.device == record.device) return row;
   }
   cumempool_report_row row{};
+  row.size = sizeof row;
   row.tag = tag;
   row.device = record.device;
   rows.push_back(row);

@@ -12,6 +12,7 @@ namespace cumempool::pool {
 
 cumempool_allocation_info describe(const Record& record) {
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   info.address = record.address;
   info.bytes = record.bytes;
   info.requested_bytes = record.requested_bytes;
@@ -99,6 +100,7 @@ class Collector {
     const auto [at, made] = rows_.try_emplace({tag.name, device});
     cumempool_tag_stats& stats = at->second;
     if (!made) return stats;
+    stats.size = sizeof stats;
     const TagPolicy policy = allocator_.tags().policy(tag);
     stats.tag = tag.name.c_str();
     stats.device = device;
@@ -118,6 +120,7 @@ class Collector {
   // Under the records' lock: later, the memory of records that were counted may have gone back.
   void held() {
     cumempool_totals& totals = snapshot_.totals;
+    totals.size = sizeof totals;
     totals.reserved_address_bytes = allocator_.memory_stats().reserved_bytes;
     totals.physical_bytes = allocator_.memory_stats().physical_bytes;
     // What has just been taken may not be in the peak yet.

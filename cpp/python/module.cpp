@@ -68,7 +68,10 @@ class Waking {
   }
 
   void wait(std::uint64_t address, int device, std::uint64_t stream) {
-    call([&] { return cumempool_waking_wait(waking_, address, {device, 0, stream}); });
+    call([&] {
+      return cumempool_waking_wait(waking_, address,
+                                   {sizeof(cumempool_device_stream), device, stream});
+    });
   }
   bool done() const { return cumempool_waking_done(waking_) != 0; }
 
@@ -189,6 +192,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   py::tuple export_fd(std::uint64_t address) {
     int number = -1;
     cumempool_allocation_info info{};
+    info.size = sizeof info;
     call([&] {
       return cumempool_export(allocator_, address, CUMEMPOOL_HANDLE_POSIX_FD, &number, &info);
     });
@@ -203,6 +207,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   py::tuple export_fabric(std::uint64_t address) {
     std::array<char, kFabricBytes> handle{};
     cumempool_allocation_info info{};
+    info.size = sizeof info;
     call([&] {
       return cumempool_export(allocator_, address, CUMEMPOOL_HANDLE_FABRIC, handle.data(), &info);
     });
@@ -231,6 +236,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     auto lease = std::make_unique<Lease>();
     lease->driver = driver_;
     cumempool_backup_view view{};
+    view.size = sizeof view;
     call(
         [&] { return cumempool_view_backup(allocator_, address, bytes, writable ? 1 : 0, &view); });
     lease->view = view.lease;
@@ -325,6 +331,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
   py::dict find(std::uint64_t address) {
     cumempool_allocation_info info{};
+    info.size = sizeof info;
     call([&] { return cumempool_find(allocator_, address, &info); });
     return fields_of(info);
   }

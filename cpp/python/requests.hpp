@@ -58,7 +58,8 @@ using Stream = std::pair<int, std::uint64_t>;
 inline std::vector<cumempool_device_stream> device_streams(const std::vector<Stream>& streams) {
   std::vector<cumempool_device_stream> converted;
   converted.reserve(streams.size());
-  for (const auto& [device, stream] : streams) converted.push_back({device, 0, stream});
+  for (const auto& [device, stream] : streams)
+    converted.push_back({sizeof(cumempool_device_stream), device, stream});
   return converted;
 }
 

@@ -186,6 +186,7 @@ std::uint64_t physical_bytes(cumempool_allocator* allocator) {
 
 cumempool_allocation_info look_at(cumempool_allocator* allocator, const Memory& memory) {
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   check(cumempool_find(allocator, memory.address(), &info));
   return info;
 }

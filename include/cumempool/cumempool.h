@@ -4,6 +4,11 @@
  * untouched, nothing is lost, and cumempool_last_error() says why. No function throws, exits or
  * prints. All of them may be called from any thread at the same time. Those that return no status
  * take NULL as an object without anything in it.
+ *
+ * Structures that may grow begin with their size. Where the caller sets it, one of
+ * another version is refused with CUMEMPOOL_INVALID_ARGUMENT. Where the library sets it, fields are
+ * only added at the end: read those that the size covers, and go from one element of an array to
+ * the next by it.
  */
 #ifndef CUMEMPOOL_H
 #define CUMEMPOOL_H
@@ -283,8 +288,8 @@ CUMEMPOOL_API cumempool_status cumempool_unbind_slot(uint32_t slot);
 /* ---- transitions -------------------------------------------------------------------------- */
 
 typedef struct cumempool_device_stream {
+  uint32_t size; /* sizeof(cumempool_device_stream) */
   int32_t device;
-  uint32_t reserved;
   cumempool_stream stream;
 } cumempool_device_stream;
 
@@ -313,9 +318,9 @@ CUMEMPOOL_API cumempool_status cumempool_moment(cumempool_allocator *allocator, 
 
 /* One tag on one device. */
 typedef struct cumempool_report_row {
-  const char *tag;
+  uint32_t size; /* bytes from this row to the next */
   int32_t device;
-  uint32_t reserved;
+  const char *tag;
   uint64_t allocations;     /* allocations that changed state */
   uint64_t freed_bytes;     /* device memory given back */
   uint64_t mapped_bytes;    /* device memory taken */
@@ -403,6 +408,8 @@ CUMEMPOOL_API void cumempool_waking_destroy(cumempool_waking *waking);
 
 /* A lease on the backup of sleeping memory. */
 typedef struct cumempool_backup_view {
+  uint32_t size; /* sizeof(cumempool_backup_view), set by the caller */
+  uint32_t reserved;
   void *data;     /* host memory that holds the bytes, without a copy */
   uint64_t bytes; /* as asked for */
   void *lease;    /* for cumempool_end_backup_view */
@@ -431,11 +438,13 @@ typedef enum cumempool_state {
 } cumempool_state;
 
 typedef struct cumempool_allocation_info {
+  uint32_t size; /* sizeof(cumempool_allocation_info), set by the caller; in a snapshot, bytes from
+                    this one to the next */
+  int32_t device;
   cumempool_address address;
   uint64_t bytes;           /* of the allocation; a multiple of the granularity */
   uint64_t requested_bytes; /* what malloc was asked for */
   const char *tag;          /* valid for the life of the process, as all names of tags */
-  int32_t device;
   cumempool_state state;
   uint64_t generation;   /* grows at each wake: physical pages changed, registrations are stale */
   uint64_t backup_bytes; /* bytes of the backup that has its contents, or those of its last sleep */
@@ -454,8 +463,9 @@ CUMEMPOOL_API cumempool_status cumempool_find(cumempool_allocator *allocator,
 
 /* One tag on one device (or device -1: declared and empty). */
 typedef struct cumempool_tag_stats {
-  const char *tag;
+  uint32_t size; /* bytes from this one to the next */
   int32_t device;
+  const char *tag;
   cumempool_on_sleep on_sleep;
   cumempool_on_wake on_wake;
   uint32_t handle_types; /* properties of its memory, frozen at the first allocation */
@@ -477,6 +487,8 @@ typedef struct cumempool_tag_stats {
 } cumempool_tag_stats;
 
 typedef struct cumempool_totals {
+  uint32_t size; /* sizeof(cumempool_totals) where the library was built: what it has written */
+  uint32_t reserved;
   uint64_t reserved_address_bytes; /* address space held from the driver */
   uint64_t physical_bytes;         /* memory held from the driver = created - released */
   uint64_t mapped_bytes;

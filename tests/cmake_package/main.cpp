@@ -53,6 +53,7 @@ int main() {
   cumempool_report_destroy(report);
 
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   require(cumempool_find(allocator, address, &info));
   const bool same = std::string(bytes, 0x5a) == std::string(static_cast<char*>(memory), bytes);
   std::printf("%s %llu %d %d\n", cumempool_version(), freed, info.address == address ? 1 : 0,

@@ -169,6 +169,7 @@ TEST_F(Abi, ArgumentsOfPoliciesPinsAndSharingThatAreMissingAreInvalid) {
   EXPECT_EQ(pool.snapshot().tag("kv").pins, 0U);
   int descriptor = -1;
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   EXPECT_EQ(cumempool_export(nullptr, address, kFd, &descriptor, &info), kInvalid);
   EXPECT_EQ(cumempool_export(pool.get(), address, kFd, nullptr, &info), kInvalid);
   EXPECT_EQ(cumempool_export(pool.get(), address, kFd, &descriptor, nullptr), kInvalid);
@@ -421,6 +422,7 @@ TEST_F(Abi, R12_NoSizeOrAddressThatACallerPassesIsInternal) {
     for (const cumempool_address base : {cumempool_address{0}, awake, asleep}) {
       const cumempool_address at = base + size;
       cumempool_allocation_info info{};
+      info.size = sizeof info;
       EXPECT_TRUE(fine(View(pool.get(), base, size).status())) << size;
       EXPECT_TRUE(fine(View(pool.get(), at, size).status())) << size;
       EXPECT_TRUE(fine(cumempool_find(nullptr, at, &info))) << size;
@@ -528,6 +530,7 @@ TEST_F(Abi, ProgressCountsTheBytesOfWhatIsCopied) {
 TEST(AbiNames, TheNameOfATagOutlivesWhatItWasReadFrom) {
   const Host host;
   cumempool_allocation_info found{};
+  found.size = sizeof found;
   const char* told = nullptr;
   {
     const Pool pool{host};
@@ -543,6 +546,41 @@ TEST(AbiNames, TheNameOfATagOutlivesWhatItWasReadFrom) {
   }
   EXPECT_STREQ(found.tag, "a tag with a name that is not a short one");
   EXPECT_STREQ(told, found.tag);
+}
+
+// What an old program, whose structures are smaller, would have overwritten or misread.
+TEST(AbiSizes, StructuresOfAnotherSizeAreRefusedAndThoseOfTheLibrarySayTheirs) {
+  const Host host;
+  const Pool pool{host};
+  const cumempool_address address = pool.malloc("w", kGranule);
+  cumempool_allocation_info info{};
+  int descriptor = -1;
+  for (const std::uint32_t size : {0U, std::uint32_t{sizeof info} - 8}) {
+    info.size = size;
+    EXPECT_EQ(cumempool_find(pool.get(), address, &info), CUMEMPOOL_INVALID_ARGUMENT);
+    EXPECT_EQ(cumempool_export(pool.get(), address, CUMEMPOOL_HANDLE_POSIX_FD, &descriptor, &info),
+              CUMEMPOOL_INVALID_ARGUMENT);
+    EXPECT_EQ(info.address, 0U) << "nothing is written";
+  }
+  EXPECT_EQ(descriptor, -1);
+  const cumempool_device_stream stream{};
+  cumempool_report* report = nullptr;
+  EXPECT_EQ(cumempool_wake(pool.get(), nullptr, 0, &stream, 1, &report),
+            CUMEMPOOL_INVALID_ARGUMENT);
+  must(pool.sleep("w", kOffload).status);
+  cumempool_backup_view view{};
+  EXPECT_EQ(cumempool_view_backup(pool.get(), address, 1, 0, &view), CUMEMPOOL_INVALID_ARGUMENT);
+  must(cumempool_wake(pool.get(), nullptr, 0, nullptr, 0, &report));
+  std::size_t count = 0;
+  EXPECT_EQ(cumempool_report_rows(report, &count)->size, sizeof(cumempool_report_row));
+  cumempool_report_destroy(report);
+  cumempool_snapshot* snapshot = nullptr;
+  must(cumempool_take_snapshot(pool.get(), 1, &snapshot));
+  EXPECT_EQ(cumempool_snapshot_totals(snapshot)->size, sizeof(cumempool_totals));
+  EXPECT_EQ(cumempool_snapshot_tags(snapshot, &count)->size, sizeof(cumempool_tag_stats));
+  EXPECT_EQ(cumempool_snapshot_allocations(snapshot, &count)->size,
+            sizeof(cumempool_allocation_info));
+  cumempool_snapshot_destroy(snapshot);
 }
 
 }  // namespace

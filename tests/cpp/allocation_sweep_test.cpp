@@ -138,6 +138,7 @@ cumempool_status close_in_use(World& world) {
 
 cumempool_status export_first(World& world, int& descriptor, std::uint64_t& bytes) {
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   const cumempool_status status = cumempool_export(world.pool.get(), world.blocks[0].address,
                                                    CUMEMPOOL_HANDLE_POSIX_FD, &descriptor, &info);
   bytes = info.bytes;
@@ -216,6 +217,7 @@ cumempool_status look(World& world) {
 
 cumempool_status view(World& world) {
   cumempool_backup_view lent{};
+  lent.size = sizeof lent;
   const cumempool_status status =
       cumempool_view_backup(world.pool.get(), world.blocks[4].address, world.page, 0, &lent);
   cumempool_end_backup_view(lent.lease);

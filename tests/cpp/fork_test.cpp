@@ -40,6 +40,7 @@ TEST_F(Fork, R14_EveryCallInTheChildFailsWithANamedError) {
       return status == CUMEMPOOL_FORKED && cumempool_last_error()->status == CUMEMPOOL_FORKED;
     };
     cumempool_allocation_info info{};
+    info.size = sizeof info;
     cumempool_address made = 0;
     cumempool_snapshot* snapshot = nullptr;
     cumempool_allocator* allocator = nullptr;

@@ -127,7 +127,9 @@ class UserStream {
   UserStream& operator=(const UserStream&) = delete;
   UserStream& operator=(UserStream&&) = delete;
 
-  cumempool_device_stream get() const { return {device_, 0, stream_}; }
+  cumempool_device_stream get() const {
+    return {sizeof(cumempool_device_stream), device_, stream_};
+  }
 
   // Queues a fill, which runs only when somebody waits for it.
   void fill(cumempool_address address, std::size_t bytes, std::uint8_t value) {
@@ -286,8 +288,10 @@ class Waking {
 class View {
  public:
   View(cumempool_allocator* allocator, cumempool_address address, std::uint64_t bytes,
-       bool writable = false)
-      : status_(cumempool_view_backup(allocator, address, bytes, writable ? 1 : 0, &view_)) {}
+       bool writable = false) {
+    view_.size = sizeof view_;
+    status_ = cumempool_view_backup(allocator, address, bytes, writable ? 1 : 0, &view_);
+  }
   ~View() { end(); }
   View(const View&) = delete;
   View(View&&) = delete;
@@ -457,6 +461,7 @@ class Pool {
 
   cumempool_allocation_info find(cumempool_address address) const {
     cumempool_allocation_info info{};
+    info.size = sizeof info;
     must(cumempool_find(allocator_, address, &info));
     return info;
   }

@@ -51,6 +51,7 @@ class Race : public ::testing::Test {
 TEST_F(Race, R6_FindAgainstFree) {
   free_against([&](cumempool_address address) {
     cumempool_allocation_info info{};
+    info.size = sizeof info;
     const auto status = cumempool_find(nullptr, address, &info);
     if (status == CUMEMPOOL_NOT_OWNED) return;
     if (status != CUMEMPOOL_OK || info.state != CUMEMPOOL_ASLEEP_BACKED_UP) ++failures;
@@ -79,6 +80,7 @@ TEST_F(Race, R6_ExportsAgainstFree) {
   free_against([&](cumempool_address address) {
     int number = -1;
     cumempool_allocation_info info{};
+    info.size = sizeof info;
     const auto status =
         cumempool_export(pool.get(), address, CUMEMPOOL_HANDLE_POSIX_FD, &number, &info);
     if (status != CUMEMPOOL_INVALID_ARGUMENT && status != CUMEMPOOL_NOT_OWNED) ++failures;

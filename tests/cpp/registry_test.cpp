@@ -32,6 +32,7 @@ TEST_F(RegistryTest, FindsAnAllocationFromItsFirstByteToItsLast) {
 TEST_F(RegistryTest, DoesNotFindWhatLiesBesideAnAllocation) {
   const auto address = pool.malloc("weights", kGranule);
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   info.bytes = 5;
   for (const cumempool_address outside : {address - 1, address + kGranule, cumempool_address{0},
                                           cumempool_address{1}, ~cumempool_address{0}}) {
@@ -55,6 +56,7 @@ TEST_F(RegistryTest, TellsAllocatorsApart) {
   const Pool other(host);
   const auto address = pool.malloc("weights", kGranule);
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   EXPECT_EQ(find(other.get(), address, info), CUMEMPOOL_NOT_OWNED);
   EXPECT_EQ(find(nullptr, address + 5, info), CUMEMPOOL_OK);
   EXPECT_EQ(info.address, address);
@@ -74,6 +76,7 @@ TEST_F(RegistryTest, FreeTakesTheFirstByteOnlyAndOnlyOnce) {
   EXPECT_EQ(cumempool_free(address), CUMEMPOOL_OK);
   EXPECT_EQ(cumempool_free(address), CUMEMPOOL_NOT_OWNED);
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   EXPECT_EQ(find(nullptr, address, info), CUMEMPOOL_NOT_OWNED);
 }
 

@@ -32,8 +32,10 @@ std::string last_message() { return cumempool_last_error()->message; }
 class Export {
  public:
   Export(const Pool& pool, cumempool_address address,
-         std::uint32_t handle_type = CUMEMPOOL_HANDLE_POSIX_FD)
-      : status_(cumempool_export(pool.get(), address, handle_type, &number_, &info_)) {}
+         std::uint32_t handle_type = CUMEMPOOL_HANDLE_POSIX_FD) {
+    info_.size = sizeof info_;
+    status_ = cumempool_export(pool.get(), address, handle_type, &number_, &info_);
+  }
   ~Export() { close(); }
   Export(const Export&) = delete;
   Export(Export&&) = delete;
@@ -553,6 +555,7 @@ class FabricSharing : public Sharing {
   FabricHandle exported_of(cumempool_address at) const {
     FabricHandle handle{};
     cumempool_allocation_info info{};
+    info.size = sizeof info;
     must(cumempool_export(pool.get(), at, CUMEMPOOL_HANDLE_FABRIC, handle.data(), &info));
     EXPECT_EQ(info.address, at);
     return handle;
@@ -719,6 +722,7 @@ TEST(SharingProcesses, AnotherProcessImportsByAFabricHandleAlone) {
   write_pattern(address, kBytes, 1);
   FabricHandle handle{};
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   must(cumempool_export(pool.get(), address, CUMEMPOOL_HANDLE_FABRIC, handle.data(), &info));
   int ends[2];
   ASSERT_EQ(pipe(ends), 0);

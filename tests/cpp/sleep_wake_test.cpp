@@ -195,6 +195,7 @@ TEST_F(SleepWake, TwoAllocatorsOnOneDriverDoNotTouchEachOther) {
   EXPECT_TRUE(holds_pattern(theirs, kGranule, 9));
   EXPECT_EQ(other.find(theirs).state, CUMEMPOOL_AWAKE);
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   EXPECT_EQ(cumempool_find(other.get(), mine, &info), CUMEMPOOL_NOT_OWNED);
   EXPECT_EQ(cumempool_find(nullptr, mine, &info), CUMEMPOOL_OK);
   EXPECT_EQ(info.state, CUMEMPOOL_ASLEEP_BACKED_UP);

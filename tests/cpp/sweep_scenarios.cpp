@@ -380,6 +380,7 @@ Scenario export_scenario() {
           [](World& world) {
             int descriptor = -1;
             cumempool_allocation_info info{};
+            info.size = sizeof info;
             const cumempool_status status =
                 cumempool_export(world.pool.get(), world.blocks[0].address,
                                  CUMEMPOOL_HANDLE_POSIX_FD, &descriptor, &info);
@@ -395,6 +396,7 @@ cumempool_status export_open_and_close(World& world) {
   const Block& block = world.blocks[0];
   int descriptor = -1;
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   cumempool_status status = cumempool_export(world.pool.get(), block.address,
                                              CUMEMPOOL_HANDLE_POSIX_FD, &descriptor, &info);
   if (status != CUMEMPOOL_OK) return status;

@@ -72,7 +72,9 @@ class ProgramStream {
   ProgramStream& operator=(const ProgramStream&) = delete;
   ProgramStream& operator=(ProgramStream&&) = delete;
 
-  cumempool_device_stream get() const { return {device_, 0, stream_}; }
+  cumempool_device_stream get() const {
+    return {sizeof(cumempool_device_stream), device_, stream_};
+  }
 
  private:
   const cumempool_driver& table_;
@@ -167,6 +169,7 @@ class World {
   void expect_contents(bool whole) const {
     for (const Block& block : blocks) {
       cumempool_allocation_info info{};
+      info.size = sizeof info;
       if (cumempool_find(pool.get(), block.address, &info) != CUMEMPOOL_OK) continue;  // freed
       if (info.state != CUMEMPOOL_AWAKE) continue;
       const bool offloaded = block.tag == "weights" || block.tag == "next";

@@ -348,8 +348,11 @@ TEST_F(TransitionFailure, R5_CaptureOnAStreamThatIsNotTheCallersDisturbsNothing)
 
 TEST_F(TransitionFailure, StreamsOfDevicesWithoutAllocationsAreNotLookedAt) {
   filled("weights", kGranule, 1);
-  EXPECT_EQ(pool.sleep({{{"weights", kOffload}}, {}, {{1, 0, 99}, {-1, 0, 0}, {77, 0, 0}}}).status,
-            CUMEMPOOL_OK);
+  constexpr std::uint32_t kSize = sizeof(cumempool_device_stream);
+  EXPECT_EQ(
+      pool.sleep({{{"weights", kOffload}}, {}, {{kSize, 1, 99}, {kSize, -1, 0}, {kSize, 77, 0}}})
+          .status,
+      CUMEMPOOL_OK);
 }
 
 TEST_F(TransitionFailure, R3_CallsFromInsideATransitionAreBusy) {

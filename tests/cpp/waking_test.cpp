@@ -289,7 +289,8 @@ TEST_F(WakingTest, AStreamOfADeviceWithoutAContextIsRefusedAndMakesNone) {
   const Waking waking = pool.begin_wake();
   must(waking.status());
   gate.wait_until_somebody_waits();
-  EXPECT_EQ(waking.wait(all[1], {1, 0, 0}), CUMEMPOOL_INVALID_ARGUMENT);
+  EXPECT_EQ(waking.wait(all[1], {sizeof(cumempool_device_stream), 1, 0}),
+            CUMEMPOOL_INVALID_ARGUMENT);
   EXPECT_EQ(cumempool_last_error()->device, 1);
   EXPECT_EQ(host.counters().retained_contexts, 1U);
   gate.open();

@@ -110,7 +110,7 @@ void Machine::synchronize() {
 }
 
 cumempool_device_stream Machine::stream(int device) const {
-  return {device, 0, streams_.at(static_cast<std::size_t>(device))};
+  return {sizeof(cumempool_device_stream), device, streams_.at(static_cast<std::size_t>(device))};
 }
 
 void Machine::set_capturing(int device, bool capturing) {

@@ -253,6 +253,7 @@ void Program::run_find(const Operation& operation) {
   const bool hit = !past || std::any_of(model_.blocks.begin(), model_.blocks.end(),
                                         [at](const Block& other) { return other.address == at; });
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   const Result anywhere = call([&] { return cumempool_find(nullptr, at, &info); });
   judge(anywhere, Expectation::of(hit ? CUMEMPOOL_OK : CUMEMPOOL_NOT_OWNED));
   if (past) return;

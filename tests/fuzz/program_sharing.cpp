@@ -25,6 +25,7 @@ void Program::run_export(const Operation& operation) {
   }
   std::array<int, CUMEMPOOL_FABRIC_HANDLE_BYTES / sizeof(int)> exported{};
   cumempool_allocation_info info{};
+  info.size = sizeof info;
   const Result result = call([&] {
     return cumempool_export(allocator_, block->address,
                             fabric ? CUMEMPOOL_HANDLE_FABRIC : CUMEMPOOL_HANDLE_POSIX_FD,

@@ -37,6 +37,7 @@ void Program::run_view(const Operation& operation) {
     if (touched) expected.or_else(CUMEMPOOL_INVALID_ARGUMENT);
   }
   cumempool_backup_view shown{};
+  shown.size = sizeof shown;
   const Result result = call([&] {
     return cumempool_view_backup(allocator_, block->address + offset, bytes, writable ? 1 : 0,
                                  &shown);
