@@ -13,18 +13,14 @@
 #include "backup/host_limits.hpp"
 #include "cumempool/cumempool.h"
 #include "driver/builtin.hpp"
+#include "pool/access.hpp"
 #include "pool/allocator.hpp"
-#include "pool/backup_view.hpp"
-#include "pool/places.hpp"
-#include "pool/prepare.hpp"
-#include "pool/registry.hpp"
-#include "pool/sharing.hpp"
-#include "pool/sleep.hpp"
-#include "pool/slot_table.hpp"
-#include "pool/snapshot.hpp"
-#include "pool/swap.hpp"
-#include "pool/wake.hpp"
-#include "pool/waking.hpp"
+#include "pool/backup_plan.hpp"
+#include "pool/offload.hpp"
+#include "pool/records.hpp"
+#include "pool/restore.hpp"
+#include "pool/transitions.hpp"
+#include "torch/slot_table.hpp"
 #include "vmm/probe.hpp"
 #include "vmm/shared_mapping.hpp"
 
@@ -33,6 +29,7 @@ using cumempool::abi::guarded;
 using cumempool::abi::require;
 using cumempool::driver::Driver;
 namespace pool = cumempool::pool;
+namespace torch = cumempool::torch;
 
 struct cumempool_allocator {
   std::shared_ptr<pool::Allocator> core;
@@ -129,7 +126,7 @@ pool::WakeRequest convert(pool::Allocator& allocator, const char* const* tags, s
 
 struct cumempool_waking {
   std::unique_ptr<cumempool_report> report;  // to be filled at its end
-  std::unique_ptr<pool::Waking> waking;
+  std::unique_ptr<pool::AsyncWake> waking;
 };
 
 const char* cumempool_version(void) { return CUMEMPOOL_VERSION; }
@@ -278,7 +275,7 @@ cumempool_status cumempool_pin(cumempool_allocator* allocator, const char* tag, 
     open.check_open("pin");
     pool::Tag& known = open.tags().find(text(tag, "tag is NULL"));
     const std::string name = text(holder, "holder is NULL");
-    const pool::Turnstile::Turn turn(open.turnstile(), "pin");
+    const pool::TransitionLock::Turn turn(open.transition_lock(), "pin");
     *pin = open.tags().pin(known, name);
   });
 }
@@ -352,16 +349,16 @@ cumempool_status cumempool_set_free_wait(cumempool_allocator* allocator, uint64_
 
 // ---- slots -------------------------------------------------------------------------------------
 
-uint32_t cumempool_slot_count(void) { return pool::kSlotCount; }
+uint32_t cumempool_slot_count(void) { return torch::kSlotCount; }
 
 namespace {
 
-cumempool_status bind(cumempool_allocator* allocator, const char* tag, pool::SlotTable::Use use,
+cumempool_status bind(cumempool_allocator* allocator, const char* tag, torch::SlotTable::Use use,
                       uint32_t* slot) {
   return guarded("bind_slot", [&] {
     require(slot != nullptr, "slot is NULL");
     pool::Tag& known = core(allocator).tags().find(text(tag, "tag is NULL"));
-    *slot = pool::SlotTable::instance().bind(allocator->core, known, use);
+    *slot = torch::SlotTable::instance().bind(allocator->core, known, use);
   });
 }
 
@@ -369,27 +366,27 @@ cumempool_status bind(cumempool_allocator* allocator, const char* tag, pool::Slo
 
 cumempool_status cumempool_bind_slot(cumempool_allocator* allocator, const char* tag,
                                      uint32_t* slot) {
-  return bind(allocator, tag, pool::SlotTable::Use::kScope, slot);
+  return bind(allocator, tag, torch::SlotTable::Use::kScope, slot);
 }
 
 cumempool_status cumempool_bind_lasting_slot(cumempool_allocator* allocator, const char* tag,
                                              uint32_t* slot) {
-  return bind(allocator, tag, pool::SlotTable::Use::kLasting, slot);
+  return bind(allocator, tag, torch::SlotTable::Use::kLasting, slot);
 }
 
 cumempool_status cumempool_preserve_slot(uint32_t slot) {
-  return guarded("preserve_slot", [&] { pool::SlotTable::instance().preserve(slot); });
+  return guarded("preserve_slot", [&] { torch::SlotTable::instance().preserve(slot); });
 }
 
 cumempool_status cumempool_slot_mallocs(uint32_t slot, uint64_t* count) {
   return guarded("slot_mallocs", [&] {
     require(count != nullptr, "count is NULL");
-    *count = pool::SlotTable::instance().mallocs(slot);
+    *count = torch::SlotTable::instance().mallocs(slot);
   });
 }
 
 cumempool_status cumempool_unbind_slot(uint32_t slot) {
-  return guarded("unbind_slot", [&] { pool::SlotTable::instance().unbind(slot); });
+  return guarded("unbind_slot", [&] { torch::SlotTable::instance().unbind(slot); });
 }
 
 // ---- transitions -------------------------------------------------------------------------------
@@ -480,7 +477,7 @@ cumempool_status cumempool_wake_begin(cumempool_allocator* allocator, const char
     }
     auto made = std::make_unique<cumempool_waking>();
     made->report = std::make_unique<cumempool_report>();
-    made->waking = std::make_unique<pool::Waking>(allocator->core, std::move(request));
+    made->waking = std::make_unique<pool::AsyncWake>(allocator->core, std::move(request));
     *waking = made.release();
   });
 }

@@ -82,7 +82,7 @@ class Backup {
 
   // The link of a list of backups that must stay; takes no memory, so that it cannot fail.
   std::shared_ptr<Backup> next;
-  int stranded_by = -1;  // the device whose copies keep it there
+  int leaked_by = -1;  // the device whose copies keep it there
 
  private:
   const std::vector<Extent> extents_;

@@ -19,8 +19,11 @@ constexpr std::size_t kSliceBytes = std::size_t{1} << 20;
 // What moves bytes between one device and the storages of backups: a stream, and buffers for what a
 // stream cannot reach.
 struct Transfer {
-  CopyQueue& queue;
-  BounceBuffers& staged;
+  Transfer(driver::Driver driver, int device, unsigned threads = BounceBuffers::kThreads)
+      : queue(driver, device), staged(driver, queue, threads) {}
+
+  CopyQueue queue;
+  BounceBuffers staged;
 };
 
 // One thread at a time. Calls that take a Transfer are made inside a ContextScope of its device.

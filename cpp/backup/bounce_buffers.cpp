@@ -94,7 +94,7 @@ void BounceBuffers::out(cumempool_address source, std::size_t bytes, BufferWork 
   const std::size_t buffer = take_buffer();
   queue_.to_host(buffers_->data(buffer), source, bytes);
   queue_.record(buffers_->event(buffer));
-  copies_.push_back({buffer, bytes, std::move(sink), label_, false});
+  copies_.push_back({buffer, bytes, std::move(sink), annotate_, false});
   failed_ = false;
 }
 
@@ -103,7 +103,7 @@ void BounceBuffers::in(cumempool_address destination, std::size_t bytes, BufferW
   failed_ = true;
   const std::size_t buffer = take_buffer();
   incoming_.push_back({buffer, destination, bytes, {}});
-  give({buffer, bytes, std::move(source), label_, true});
+  give({buffer, bytes, std::move(source), annotate_, true});
   failed_ = false;
 }
 
@@ -114,11 +114,6 @@ void BounceBuffers::when_queued(std::function<void()> call) {
     return;
   }
   incoming_.back().queued.push_back(std::move(call));
-}
-
-std::optional<std::size_t> BounceBuffers::failed_label() {
-  const std::lock_guard lock(mutex_);
-  return failed_label_;
 }
 
 void BounceBuffers::finish() {
@@ -148,7 +143,6 @@ void BounceBuffers::abandon() {
   incoming_.clear();
   const std::lock_guard lock(mutex_);
   failure_ = nullptr;
-  failed_label_.reset();
   if (buffers_ != nullptr) free_all();
   failed_ = false;
 }
@@ -266,7 +260,7 @@ void BounceBuffers::enqueue_head() {
   incoming_.pop_front();
   queue_.to_device(head.destination, buffers_->data(head.buffer), head.bytes);
   queue_.record(buffers_->event(head.buffer));
-  copies_.push_back({head.buffer, head.bytes, {}, 0, false});
+  copies_.push_back({head.buffer, head.bytes, {}, {}, false});
   for (const auto& call : head.queued) call();
 }
 
@@ -321,6 +315,15 @@ void BounceBuffers::work() {
   }
 }
 
+void BounceBuffers::run_annotated(const Job& job, std::byte* data) {
+  try {
+    job.work(data, job.bytes);
+  } catch (Error& error) {
+    if (job.annotate) job.annotate(error);
+    throw;
+  }
+}
+
 void BounceBuffers::run_next_job(std::unique_lock<std::mutex>& lock) {
   Job job = std::move(jobs_.front());
   jobs_.pop_front();
@@ -329,7 +332,7 @@ void BounceBuffers::run_next_job(std::unique_lock<std::mutex>& lock) {
   lock.unlock();
   std::exception_ptr failure;  // told by the calling thread: this one has nobody to fail to
   try {
-    if (!skipped) job.work(buffers_->data(job.buffer), job.bytes);
+    if (!skipped) run_annotated(job, buffers_->data(job.buffer));
   } catch (const std::exception&) {
     failure = std::current_exception();
   }
@@ -338,7 +341,6 @@ void BounceBuffers::run_next_job(std::unique_lock<std::mutex>& lock) {
   --running_;
   if (failure != nullptr && failure_ == nullptr) {
     failure_ = std::move(failure);
-    failed_label_ = job.label;
   }
   if (job.fills) {
     filled_[job.buffer] = true;

@@ -61,10 +61,9 @@ class BounceBuffers {
   // they are, else inside a later call of in(), out() or finish(), which throws what it throws.
   void when_queued(std::function<void()> call);
 
-  // A name for what the next out() and in() calls are about; and that of the call whose sink or
-  // source failed, until abandon().
-  void label(std::size_t item) noexcept { label_ = item; }
-  std::optional<std::size_t> failed_label();
+  // Has an Error of sinks and sources of later out() and in() calls say what they are about.
+  using Annotate = std::function<void(Error&)>;
+  void about(Annotate annotate) { annotate_ = std::move(annotate); }
 
   // Returns when the copies of all in() calls so far are in the queue, and the sinks of all
   // out() calls so far have returned. Throws the first Error of a sink or source. An out()
@@ -93,7 +92,7 @@ class BounceBuffers {
     std::size_t buffer = 0;
     std::size_t bytes = 0;
     BufferWork work;
-    std::size_t label = 0;
+    Annotate annotate;
     bool fills = false;  // else it empties the buffer
   };
   // A buffer that is being filled, and where its contents go.
@@ -122,13 +121,14 @@ class BounceBuffers {
   void stop_threads() noexcept;
 
   // Any thread, with the lock, which is given up while the job runs.
+  static void run_annotated(const Job& job, std::byte* data);
   void run_next_job(std::unique_lock<std::mutex>& lock);
   void work();
 
   driver::Driver driver_;
   CopyQueue& queue_;
   const unsigned thread_count_;
-  std::size_t label_ = 0;
+  Annotate annotate_;
   std::atomic<std::uint64_t> bytes_{0};
 
   std::unique_ptr<Buffers> buffers_;
@@ -146,7 +146,6 @@ class BounceBuffers {
   std::vector<std::size_t> free_;  // has room for all buffers
   std::vector<bool> filled_;
   std::exception_ptr failure_;  // the first one; jobs are skipped from then on
-  std::optional<std::size_t> failed_label_;
   bool stopping_ = false;
 };
 

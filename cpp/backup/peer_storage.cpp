@@ -8,12 +8,11 @@ namespace cumempool::backup {
 
 // ---- memory -------------------------------------------------------------------------------------
 
-PeerMemory::~PeerMemory() { retry(); }
+PeerMemory::~PeerMemory() { release_leaked(); }
 
 std::unique_ptr<PeerMemory::Piece> PeerMemory::acquire(
     const cumempool_memory_properties& properties, std::size_t granularity, int device,
     std::size_t bytes) {
-  retry();  // what is left over may be what is missing now
   const std::size_t whole = (bytes + granularity - 1) / granularity * granularity;
   auto piece = std::make_unique<Piece>(Piece{
       vmm::Allocation(driver_, memory_stats_, properties, whole, {properties.device, device}), {}});
@@ -29,15 +28,15 @@ std::unique_ptr<PeerMemory::Piece> PeerMemory::acquire(
 void PeerMemory::release(std::unique_ptr<Piece> piece) noexcept {
   if (piece->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS) return;
   const std::lock_guard lock(mutex_);
-  piece->next = std::move(left_);
-  left_ = std::move(piece);
+  piece->next = std::move(leaked_);
+  leaked_ = std::move(piece);
 }
 
-void PeerMemory::retry() noexcept {
+void PeerMemory::release_leaked() noexcept {
   std::unique_ptr<Piece> left;
   {
     const std::lock_guard lock(mutex_);
-    left.swap(left_);
+    left.swap(leaked_);
   }
   while (left != nullptr) {
     std::unique_ptr<Piece> next = std::move(left->next);

@@ -13,13 +13,12 @@
 
 namespace cumempool::backup {
 
-// Memory of other devices that holds backups, and what the driver would not take back of it so far.
-// Thread-safe.
+// Memory of other devices that holds backups, and what is leaked of it. Thread-safe.
 class PeerMemory {
  public:
   struct Piece {
     vmm::Allocation memory;
-    std::unique_ptr<Piece> next;  // of what is left over
+    std::unique_ptr<Piece> next;  // of what is leaked
   };
 
   explicit PeerMemory(driver::Driver driver) : driver_(driver) {}
@@ -31,11 +30,13 @@ class PeerMemory {
   // well. Throws Error (CUMEMPOOL_OUT_OF_MEMORY).
   std::unique_ptr<Piece> acquire(const cumempool_memory_properties& properties,
                                  std::size_t granularity, int device, std::size_t bytes);
-  // Never fails: what the driver does not take back now is kept for retry().
+  // Never fails: what the driver refuses to take back is leaked.
   void release(std::unique_ptr<Piece> piece) noexcept;
-  void retry() noexcept;
+  // Tries once more to give back what is leaked.
+  void release_leaked() noexcept;
 
   std::uint64_t held_bytes() const noexcept { return memory_stats_.physical_bytes; }
+  std::uint64_t leaked_bytes() const noexcept { return memory_stats_.leaked_bytes; }
   // Nothing is held, addresses included.
   bool empty() const noexcept { return memory_stats_.reserved_bytes == 0; }
 
@@ -43,7 +44,7 @@ class PeerMemory {
   driver::Driver driver_;
   vmm::MemoryStats memory_stats_;
   std::mutex mutex_;
-  std::unique_ptr<Piece> left_;  // guarded by mutex_
+  std::unique_ptr<Piece> leaked_;  // guarded by mutex_
 };
 
 class PeerStorage : public BackupStorage {

@@ -7,11 +7,60 @@
 #include <map>
 #include <optional>
 #include <random>
+#include <string>
 #include <utility>
 
-#include "pool/registry.hpp"
+#include "driver/error.hpp"
+#include "pool/records.hpp"
 
 namespace cumempool::pool {
+
+// ---- one transition at a time -------------------------------------------------------------------
+
+void TransitionLock::refuse_locked(const char* operation) const {
+  if (operation_ == nullptr || owner_ != std::this_thread::get_id()) return;
+  Error error(CUMEMPOOL_BUSY,
+              std::string("called from inside a ") + operation_ + " of the same allocator");
+  error.operation = operation;
+  error.advice = "call it after that one has returned";
+  throw error;
+}
+
+void TransitionLock::refuse_inside(const char* operation) const {
+  const std::lock_guard lock(mutex_);
+  refuse_locked(operation);
+}
+
+TransitionLock::Turn::Turn(TransitionLock& transition_lock, const char* operation)
+    : transition_lock_(transition_lock) {
+  std::unique_lock lock(transition_lock_.mutex_);
+  transition_lock_.refuse_locked(operation);
+  transition_lock_.free_.wait(lock, [this] { return transition_lock_.operation_ == nullptr; });
+  transition_lock_.operation_ = operation;
+  transition_lock_.owner_ = std::this_thread::get_id();
+}
+
+TransitionLock::Turn::Turn(TransitionLock& transition_lock, const char* operation,
+                           std::try_to_lock_t)
+    : transition_lock_(transition_lock) {
+  const std::lock_guard lock(transition_lock_.mutex_);
+  taken_ = transition_lock_.operation_ == nullptr;
+  if (!taken_) return;
+  transition_lock_.operation_ = operation;
+  transition_lock_.owner_ = std::this_thread::get_id();
+}
+
+TransitionLock::Turn::~Turn() {
+  if (!taken_) return;
+  {
+    const std::lock_guard lock(transition_lock_.mutex_);
+    transition_lock_.operation_ = nullptr;
+  }
+  transition_lock_.free_.notify_one();
+}
+
+// ---- the allocator ------------------------------------------------------------------------------
+
 namespace {
 
 constexpr std::size_t kLargest = std::size_t{1} << 62;
@@ -148,7 +197,7 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
 
 void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
   check_peers(choice);
-  const Turnstile::Turn turn(turnstile_, "set_memory");
+  const TransitionLock::Turn turn(transition_lock_, "set_memory");
   if (tags_.is_made_of(tag, choice)) return;
   // In one step: what is being allocated meanwhile looks at the choice again when it is published.
   const std::uint64_t bytes =
@@ -164,7 +213,8 @@ void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
 }
 
 void Allocator::preserve(cumempool_address address) {
-  const Turnstile::Turn turn(turnstile_, "preserve");  // transitions read it without the lock
+  const TransitionLock::Turn turn(transition_lock_,
+                                  "preserve");  // transitions read it without the lock
   const RecordPointer record = Registry::instance().find(address);
   bool lives = false;
   if (record != nullptr && record->owner.get() == this) {
@@ -270,7 +320,7 @@ void Allocator::follow_use() noexcept {
     const std::lock_guard lock(aside_mutex_);
     if (in_use == followed_) return;
   }
-  const Turnstile::Turn turn(turnstile_, "giving access to peers", std::try_to_lock);
+  const TransitionLock::Turn turn(transition_lock_, "giving access to peers", std::try_to_lock);
   if (turn.taken()) follow_use_inside();
 }
 
@@ -283,7 +333,9 @@ void Allocator::follow_use_inside() noexcept {
   }
   std::vector<RecordPointer> claimed;
   try {
-    claimed = records_.claim([](const Record& record) { return !record.asleep && !record.freed; });
+    claimed = records_.claim("giving access to peers", [](const Record& record) {
+      return !record.contents.asleep() && !record.freed;
+    });
   } catch (const std::exception&) {
     return;  // the next call tries again
   }
@@ -316,7 +368,7 @@ bool Allocator::publish(const RecordPointer& record, const MemoryChoice& made_of
       return false;
     }
   } catch (const std::exception&) {
-    reaper_->take(record);  // kept, should the driver not take back what it gave
+    reaper_->take(record);  // leaked, should the driver not take back what it gave
     throw;
   }
   try {
@@ -353,12 +405,11 @@ void Allocator::free(const RecordPointer& record) noexcept {
 void Allocator::unclaim(const std::vector<RecordPointer>& claimed) noexcept {
   RecordList freed;
   records_.unclaim(claimed, [&](const RecordPointer& record) { freed.push(record); });
-  reaper_->retry();
   while (const RecordPointer record = freed.pop()) reaper_->take(record);
 }
 
 std::uint64_t Allocator::trim_stores() {
-  release_leftovers();
+  release_leaked();
   std::uint64_t released = 0;
   std::optional<Error> failure;  // of one device: the others give back what they can
   for (const auto& device : devices_.used()) {
@@ -378,30 +429,33 @@ bool Allocator::drop_retained(std::uint64_t bytes) {
   std::vector<std::shared_ptr<backup::Backup>> dropped;  // outside of the records' lock
   std::uint64_t freed = 0;
   records_.for_each([&](Record& record) {
-    if (record.asleep || record.claimed || record.image == nullptr || freed >= bytes) return;
-    const cumempool_backup_tier tier = record.image->tier();
+    const auto& image = record.contents.image();
+    if (record.claimed_by != nullptr || image == nullptr || freed >= bytes) return;
+    if (record.contents.asleep()) return;
+    const cumempool_backup_tier tier = image->tier();
     if (tier != CUMEMPOOL_BACKUP_PINNED && tier != CUMEMPOOL_BACKUP_PAGEABLE) return;
-    freed += record.image->bytes();
-    dropped.push_back(std::move(record.image));
+    freed += image->bytes();
+    dropped.emplace_back();  // takes the memory that it needs before anything changes
+    dropped.back() = record.contents.drop_retained();
   });
   return !dropped.empty();
 }
 
-void Allocator::strand(const std::shared_ptr<backup::Backup>& image, int device) noexcept {
+void Allocator::leak(const std::shared_ptr<backup::Backup>& image, int device) noexcept {
   const std::lock_guard lock(aside_mutex_);
-  for (const backup::Backup* one = stranded_.get(); one != nullptr; one = one->next.get()) {
+  for (const backup::Backup* one = leaked_.get(); one != nullptr; one = one->next.get()) {
     if (one == image.get()) return;  // by an earlier failure
   }
-  image->stranded_by = device;
-  image->next = std::move(stranded_);
-  stranded_ = image;
+  image->leaked_by = device;
+  image->next = std::move(leaked_);
+  leaked_ = image;
 }
 
-void Allocator::release_leftovers() noexcept {
-  stores_.peers().retry();
+void Allocator::release_leaked() noexcept {
+  stores_.peers().release_leaked();
   {
     const std::lock_guard lock(aside_mutex_);
-    if (stranded_ == nullptr) return;
+    if (leaked_ == nullptr) return;
   }
   for (const auto& device : devices_.used()) {
     try {
@@ -411,16 +465,16 @@ void Allocator::release_leftovers() noexcept {
     } catch (const std::exception&) {
       continue;  // its images stay
     }
-    release_stranded(device->ordinal());
+    release_images_of(device->ordinal());
   }
 }
 
-void Allocator::release_stranded(int device) noexcept {
+void Allocator::release_images_of(int device) noexcept {
   std::shared_ptr<backup::Backup> released;  // outside of the lock
   {
     const std::lock_guard lock(aside_mutex_);
-    for (std::shared_ptr<backup::Backup>* at = &stranded_; *at != nullptr;) {
-      if ((*at)->stranded_by != device) {
+    for (std::shared_ptr<backup::Backup>* at = &leaked_; *at != nullptr;) {
+      if ((*at)->leaked_by != device) {
         at = &(*at)->next;
         continue;
       }
@@ -433,19 +487,17 @@ void Allocator::release_stranded(int device) noexcept {
 }
 
 std::uint64_t Allocator::release_host_memory() {
-  const Turnstile::Turn turn(turnstile_, "release_host_memory");
+  const TransitionLock::Turn turn(transition_lock_, "release_host_memory");
   check_open("release_host_memory");
   {
     std::vector<std::shared_ptr<backup::Backup>> dropped;  // outside of the records' lock
-    records_.for_each([&](Record& record) {
-      if (!record.asleep && record.image != nullptr) dropped.push_back(std::move(record.image));
-    });
+    records_.for_each([&](Record& record) { dropped.push_back(record.contents.drop_retained()); });
   }
   return trim_stores();
 }
 
 void Allocator::close(bool force) {
-  const Turnstile::Turn turn(turnstile_, "close");
+  const TransitionLock::Turn turn(transition_lock_, "close");
   if (!closed_) {
     if (!force) refuse_close_in_use();
     records_.seal(false);
@@ -454,7 +506,7 @@ void Allocator::close(bool force) {
   reaper_->seal();
   // From here on a repeated close goes on where this one fails.
   const std::vector<std::string> problems = give_everything_back();
-  if (problems.empty() && !reaper_->holds_refused() && holds_nothing()) {
+  if (problems.empty() && !reaper_->holds_leaked() && holds_nothing()) {
     if (!context_needed()) devices_.close();
     return;
   }
@@ -478,7 +530,7 @@ std::vector<std::string> Allocator::give_everything_back() {
     }
   };
   problems.reserve(kMostProblems);
-  const auto all = records_.claim([](const Record&) { return true; });
+  const auto all = records_.claim("close", [](const Record&) { return true; });
   for (const RecordPointer& record : all) attempt(record.get(), [&] { vacate(*record); });
   unclaim(all);
   attempt(nullptr, [&] { trim_stores(); });
@@ -523,17 +575,9 @@ void Allocator::refuse_close_in_use() {
 void Allocator::vacate(Record& record) {
   if (!record.memory.can_sleep()) return;
   if (record.memory.mapped()) driver_.fence(record.memory.access());
-  record.memory.unmap();
-  std::shared_ptr<backup::Backup> dropped;
-  records_.update([&] {
-    record.asleep = true;
-    record.unreleased = record.memory.holds_physical();
-    record.intact = false;
-    dropped.swap(record.image);
-  });
-  driver::check(driver_.table(), "release", record.memory.release_physical(), record.device,
-                record.bytes);
-  records_.update([&] { record.unreleased = false; });
+  Contents::ImagePointer dropped;
+  records_.update([&] { dropped = record.contents.discard(); });
+  record.memory.vacate();
 }
 
 }  // namespace cumempool::pool

@@ -1,8 +1,10 @@
-// An allocator: tags, devices, live records and the stores of backups over one driver. Transitions
-// (sleep.hpp, wake.hpp, swap.hpp) work on it from outside.
+// An allocator: tags, devices, live records and the stores of backups over one driver, and the lock
+// that lets one transition through at a time. Transitions (transitions.hpp) work on it from
+// outside.
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -10,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "backup/backup.hpp"
@@ -18,12 +21,47 @@
 #include "driver/driver.hpp"
 #include "pool/device.hpp"
 #include "pool/reaper.hpp"
-#include "pool/record_set.hpp"
-#include "pool/tag.hpp"
-#include "pool/turnstile.hpp"
+#include "pool/records.hpp"
 #include "vmm/backing.hpp"
 
 namespace cumempool::pool {
+
+// ---- one transition at a time -------------------------------------------------------------------
+
+class TransitionLock {
+ public:
+  // The right to run a transition; ends with the object.
+  class Turn {
+   public:
+    // Waits for the transition of another thread. Throws Error (CUMEMPOOL_BUSY) where the calling
+    // thread is inside one itself.
+    Turn(TransitionLock& transition_lock, const char* operation);
+    // Does not wait, and throws nothing: see taken().
+    Turn(TransitionLock& transition_lock, const char* operation, std::try_to_lock_t);
+    ~Turn();
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+    bool taken() const noexcept { return taken_; }
+
+   private:
+    TransitionLock& transition_lock_;
+    bool taken_ = true;
+  };
+
+  // Throws Error (CUMEMPOOL_BUSY) where the calling thread is inside a transition.
+  void refuse_inside(const char* operation) const;
+
+ private:
+  void refuse_locked(const char* operation) const;
+
+  mutable std::mutex mutex_;
+  std::condition_variable free_;
+  std::thread::id owner_;
+  const char* operation_ = nullptr;  // null = nobody is inside
+};
+
+// ---- the allocator ------------------------------------------------------------------------------
 
 struct Counters {
   std::atomic<std::uint64_t> malloc_calls{0};
@@ -112,12 +150,9 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // it claimed.
   bool drop_retained(std::uint64_t bytes);
 
-  // An image that copies of `device` may still be using: it stays until that could be waited for
-  // (R5).
-  void strand(const std::shared_ptr<backup::Backup>& image, int device) noexcept;
-  // Tries again to give back what earlier failures have left: such images, and memory of peers. For
-  // the transition under way.
-  void release_leftovers() noexcept;
+  // An image that copies of `device` may still be using is leaked: it stays until the device could
+  // be waited for (R5), which release_host_memory() and close() try.
+  void leak(const std::shared_ptr<backup::Backup>& image, int device) noexcept;
 
   // Ends the claims of a transition, and tears down what was freed meanwhile.
   void unclaim(const std::vector<RecordPointer>& claimed) noexcept;
@@ -130,7 +165,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   TagTable& tags() noexcept { return tags_; }
   DeviceTable& devices() noexcept { return devices_; }
   RecordSet& records() noexcept { return records_; }
-  Turnstile& turnstile() noexcept { return turnstile_; }
+  TransitionLock& transition_lock() noexcept { return transition_lock_; }
   backup::Stores& stores() noexcept { return stores_; }
   // Whether backups are kept while awake, and only what has changed since is copied.
   bool retains_backups() const noexcept { return retains_backups_; }
@@ -156,7 +191,8 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   std::vector<std::string> give_everything_back();
   void vacate(Record& record);
   std::uint64_t trim_stores();
-  void release_stranded(int device) noexcept;
+  void release_leaked() noexcept;
+  void release_images_of(int device) noexcept;
   bool holds_nothing() const;
   bool context_needed();
 
@@ -172,14 +208,14 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   DeviceTable devices_;
   backup::Stores stores_;
   RecordSet records_;
-  Turnstile turnstile_;
+  TransitionLock transition_lock_;
   std::atomic<bool> closed_{false};
   std::atomic<std::uint64_t> memory_margin_{0};
   bool one_device_ = true;
 
-  mutable std::mutex aside_mutex_;            // guards the three below
-  std::vector<int> followed_;                 // the devices in use that have access
-  std::shared_ptr<backup::Backup> stranded_;  // the first of a list
+  mutable std::mutex aside_mutex_;          // guards the three below
+  std::vector<int> followed_;               // the devices in use that have access
+  std::shared_ptr<backup::Backup> leaked_;  // the first of a list
   std::string last_malloc_failure_;
 };
 

@@ -22,23 +22,18 @@ Device::~Device() {
   }
 }
 
-backup::Transfer Device::transfer(Direction direction) {
-  std::unique_ptr<Lane>& lane = direction == Direction::kOut ? out_ : in_;
-  if (lane == nullptr) {
-    auto made = std::make_unique<Lane>(driver_, ordinal_);
+template <typename Made>
+Made& Device::made(std::unique_ptr<Made>& one) {
+  if (one == nullptr) {
+    auto made = std::make_unique<Made>(driver_, ordinal_);
     const std::lock_guard lock(mutex_);
-    lane = std::move(made);
+    one = std::move(made);
   }
-  return {lane->queue, lane->staged};
+  return *one;
 }
 
-Device::Digests& Device::made(std::unique_ptr<Digests>& digests) {
-  if (digests == nullptr) {
-    auto made = std::make_unique<Digests>(driver_, ordinal_);
-    const std::lock_guard lock(mutex_);
-    digests = std::move(made);
-  }
-  return *digests;
+backup::Transfer& Device::transfer(Direction direction) {
+  return made(direction == Direction::kOut ? out_ : in_);
 }
 
 backup::CopyQueue& Device::digest_queue() { return made(digests_).queue; }
@@ -51,10 +46,10 @@ backup::DigestBuffer& Device::recheck_buffer() { return made(rechecks_).board; }
 
 void Device::settle() {
   if (settled_) return;
-  for (Lane* lane : {out_.get(), in_.get()}) {
-    if (lane == nullptr) continue;
-    lane->staged.abandon();
-    lane->queue.drain();
+  for (backup::Transfer* transfer : {out_.get(), in_.get()}) {
+    if (transfer == nullptr) continue;
+    transfer->staged.abandon();
+    transfer->queue.drain();
   }
   for (Digests* digests : {digests_.get(), rechecks_.get()}) {
     if (digests != nullptr) digests->queue.drain();
@@ -64,7 +59,8 @@ void Device::settle() {
 
 std::uint64_t Device::release_buffers() noexcept {
   std::uint64_t bytes = 0;
-  for (Lane* lane : {out_.get(), in_.get()}) bytes += lane == nullptr ? 0 : lane->staged.release();
+  for (backup::Transfer* transfer : {out_.get(), in_.get()})
+    bytes += transfer == nullptr ? 0 : transfer->staged.release();
   for (Digests* digests : {digests_.get(), rechecks_.get()}) {
     bytes += digests == nullptr ? 0 : digests->board.release();
   }
@@ -74,8 +70,8 @@ std::uint64_t Device::release_buffers() noexcept {
 std::uint64_t Device::staging_bytes() const {
   const std::lock_guard lock(mutex_);
   std::uint64_t bytes = 0;
-  for (const Lane* lane : {out_.get(), in_.get()}) {
-    bytes += lane == nullptr ? 0 : lane->staged.bytes();
+  for (const backup::Transfer* transfer : {out_.get(), in_.get()}) {
+    bytes += transfer == nullptr ? 0 : transfer->staged.bytes();
   }
   for (const Digests* digests : {digests_.get(), rechecks_.get()}) {
     bytes += digests == nullptr ? 0 : digests->board.bytes();
@@ -86,8 +82,8 @@ std::uint64_t Device::staging_bytes() const {
 std::uint64_t Device::staging_missing() const {
   const std::lock_guard lock(mutex_);
   std::uint64_t bytes = 0;
-  for (const Lane* lane : {out_.get(), in_.get()}) {
-    const bool there = lane != nullptr && lane->staged.bytes() != 0;
+  for (const backup::Transfer* transfer : {out_.get(), in_.get()}) {
+    const bool there = transfer != nullptr && transfer->staged.bytes() != 0;
     bytes += there ? 0 : backup::BounceBuffers::kAllBytes;
   }
   return bytes;

@@ -35,7 +35,7 @@ class Device {
 
   // The private streams and what belongs to them; made at first use. For the transition under way,
   // inside a ContextScope.
-  backup::Transfer transfer(Direction direction);
+  backup::Transfer& transfer(Direction direction);
   backup::CopyQueue& digest_queue();
   backup::DigestBuffer& digest_buffer();
   // The same for digests behind the copies.
@@ -59,18 +59,14 @@ class Device {
   void drop_streams();
 
  private:
-  struct Lane {
-    Lane(driver::Driver driver, int device) : queue(driver, device), staged(driver, queue) {}
-    backup::CopyQueue queue;
-    backup::BounceBuffers staged;
-  };
   struct Digests {
     Digests(driver::Driver driver, int device) : queue(driver, device), board(driver, queue) {}
     backup::CopyQueue queue;
     backup::DigestBuffer board;
   };
 
-  Digests& made(std::unique_ptr<Digests>& digests);
+  template <typename Made>
+  Made& made(std::unique_ptr<Made>& one);
 
   driver::Driver driver_;
   int ordinal_;
@@ -78,8 +74,8 @@ class Device {
   vmm::MemoryKind kind_;
   int numa_node_;
   mutable std::mutex mutex_;  // guards the pointers below against staging_bytes()
-  std::unique_ptr<Lane> out_;
-  std::unique_ptr<Lane> in_;
+  std::unique_ptr<backup::Transfer> out_;
+  std::unique_ptr<backup::Transfer> in_;
   std::unique_ptr<Digests> digests_;
   std::unique_ptr<Digests> rechecks_;
   bool settled_ = true;  // for the transition under way

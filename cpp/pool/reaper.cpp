@@ -11,6 +11,7 @@
 #include "driver/driver.hpp"
 
 namespace cumempool::pool {
+
 namespace {
 
 // Batches of all reapers' threads, of which none is under way once exit handlers have run: the
@@ -102,14 +103,12 @@ class Reaper::Fences {
   }
 
  private:
-  enum class State : char { kUnknown, kIdle, kRefused };
-
   bool is_idle(int device) noexcept {
     const auto index = static_cast<std::size_t>(device);
     if (index >= state_.size()) return fence(device);
-    State& state = state_.at(index);
-    if (state == State::kUnknown) state = fence(device) ? State::kIdle : State::kRefused;
-    return state == State::kIdle;
+    std::optional<bool>& idle = state_.at(index);
+    if (!idle) idle = fence(device);
+    return *idle;
   }
   bool fence(int device) noexcept {
     const Step step(reaper_);
@@ -118,14 +117,14 @@ class Reaper::Fences {
   }
 
   Reaper& reaper_;
-  std::array<State, 64> state_{};
+  std::array<std::optional<bool>, 64> state_{};  // by device; none: not asked
 };
 
 // ---- what frees, transitions and close call -----------------------------------------------------
 
 void Reaper::take(const RecordPointer& record) noexcept {
   bytes_ += record->bytes;
-  record->image.reset();
+  record->contents.discard();      // drops the backup
   if (!record->memory.mapped()) {  // nothing can be using it
     finish(record, record->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS);
     return;
@@ -137,33 +136,21 @@ void Reaper::take(const RecordPointer& record) noexcept {
   wait_for([&] { return record->reaped; }, lock);
 }
 
-void Reaper::retry() noexcept {
-  Lock lock(mutex_);
-  if (refused_.empty()) return;
-  const std::uint64_t last = take_refused(lock);
-  wait_for([&] { return batches_ >= last; }, lock);
-}
-
 void Reaper::drain() noexcept {
   Lock lock(mutex_);
-  const std::uint64_t last = take_refused(lock);
+  const std::uint64_t last = batches_ + (working_ ? 1 : 0) + (waiting_.empty() ? 0 : 1);
   work_until([&] { return batches_ >= last; }, lock);
-}
-
-// Lets what was refused wait again; returns the number of batches after which nothing waits any
-// more that does so now.
-std::uint64_t Reaper::take_refused(const Lock& /*lock*/) noexcept {
-  while (RecordPointer record = refused_.pop()) {
-    record->reaped = false;
-    waiting_.push(std::move(record));
-  }
-  return batches_ + (working_ ? 1 : 0) + (waiting_.empty() ? 0 : 1);
 }
 
 void Reaper::seal() noexcept {
   {
     const Lock lock(mutex_);
     sealed_ = true;
+    while (RecordPointer record = leaked_.pop()) {
+      record->reaped = false;
+      bytes_ += record->bytes;
+      waiting_.push(std::move(record));
+    }
   }
   drain();
 }
@@ -225,15 +212,12 @@ void Reaper::work_off(Lock& lock) noexcept {
 }
 
 void Reaper::finish(RecordPointer record, bool given_back) noexcept {
-  const std::uint64_t bytes = record->bytes;
+  if (!given_back) record->memory.leak();
   const Lock lock(mutex_);
   record->reaped = true;
   finished_ += 1;
-  if (given_back) {
-    bytes_ -= bytes;
-  } else {
-    refused_.push(std::move(record));
-  }
+  bytes_ -= record->bytes;
+  if (!given_back) leaked_.push(std::move(record));
   changed_.notify_all();
 }
 

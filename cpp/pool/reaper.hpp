@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "driver/driver.hpp"
-#include "pool/record_set.hpp"
+#include "pool/records.hpp"
 
 namespace cumempool::pool {
 
@@ -62,28 +62,27 @@ class Reaper : public std::enable_shared_from_this<Reaper> {
   Reaper(const Reaper&) = delete;
   Reaper& operator=(const Reaper&) = delete;
 
-  // Takes a record that is in no set any more. Returns when its memory was given back, or the
-  // driver has refused that, or one call of the driver has lasted for the free wait already.
+  // Takes a record that is in no set any more. Returns when its memory was given back, or is leaked
+  // because the driver has refused that, or one call of the driver has lasted for the free wait
+  // already.
   void take(const RecordPointer& record) noexcept;
 
-  // Tries once more what the driver has refused, as take() does.
-  void retry() noexcept;
-
-  // Waits for the devices: what was taken so far has been given back, or refused once more.
+  // Waits for the devices: what was taken so far has been given back, or is leaked.
   void drain() noexcept;
 
-  // From now on take() waits for the devices, since their contexts are about to go. Then drains.
+  // From now on take() waits for the devices, since their contexts are about to go. Then drains,
+  // and tries once more to give back what is leaked.
   void seal() noexcept;
 
   // How long a free waits for a call of the driver that waits for a device.
   void set_free_wait(Duration wait) noexcept { free_wait_ = wait; }
 
-  // Of what was taken and not given back.
+  // Of what waits.
   std::uint64_t bytes() const noexcept { return bytes_; }
-  // Whether the driver has refused to take any of it back.
-  bool holds_refused() noexcept {
+  // Whether anything is leaked.
+  bool holds_leaked() noexcept {
     const Lock lock(mutex_);
-    return !refused_.empty();
+    return !leaked_.empty();
   }
 
  private:
@@ -93,7 +92,6 @@ class Reaper : public std::enable_shared_from_this<Reaper> {
   class Step;
   class Fences;
 
-  std::uint64_t take_refused(const Lock& lock) noexcept;
   template <typename Done>
   void wait_for(const Done& done, Lock& lock) noexcept;
   template <typename Done>
@@ -109,12 +107,12 @@ class Reaper : public std::enable_shared_from_this<Reaper> {
   std::atomic<Duration> free_wait_{std::chrono::milliseconds(1)};
   std::atomic<std::uint64_t> bytes_{0};
   std::atomic<std::uint64_t> taken_{0};     // records that have waited
-  std::atomic<std::uint64_t> finished_{0};  // given back, or refused
+  std::atomic<std::uint64_t> finished_{0};  // given back, or leaked
 
   std::mutex mutex_;  // guards everything below
   std::condition_variable changed_;
   RecordList waiting_;
-  RecordList refused_;  // by the driver
+  RecordList leaked_;
   bool sealed_ = false;
   bool thread_lives_ = false;
   bool working_ = false;       // some thread, on a batch

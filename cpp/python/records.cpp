@@ -63,6 +63,7 @@ py::dict fields_of(const cumempool_totals& record) {
   FIELD(swaps);
   FIELD(failed_transitions);
   FIELD(peak_physical_bytes);
+  FIELD(leaked_bytes);
   return fields;
 }
 

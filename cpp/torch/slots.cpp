@@ -3,19 +3,19 @@
 // void(void*, ssize_t, int, cudaStream_t). They never throw, enter Python or exit (R1).
 #include "cumempool/cumempool.h"
 #include "driver/driver.hpp"
-#include "pool/slot_table.hpp"
+#include "torch/slot_table.hpp"
 
 namespace {
 
 void* slot_malloc(std::uint32_t slot, ssize_t bytes, int device) noexcept {
   if (bytes <= 0 || cumempool::driver::in_forked_child()) return nullptr;
-  return cumempool::pool::SlotTable::instance().malloc(slot, static_cast<std::size_t>(bytes),
-                                                       device);
+  return cumempool::torch::SlotTable::instance().malloc(slot, static_cast<std::size_t>(bytes),
+                                                        device);
 }
 
 void slot_free(void* address) noexcept {
   if (address == nullptr || cumempool::driver::in_forked_child()) return;
-  cumempool::pool::SlotTable::free(address);
+  cumempool::torch::SlotTable::free(address);
 }
 
 }  // namespace
@@ -49,4 +49,4 @@ CUMEMPOOL_SLOTS_OF_8(40, 41, 42, 43, 44, 45, 46, 47)
 CUMEMPOOL_SLOTS_OF_8(48, 49, 50, 51, 52, 53, 54, 55)
 CUMEMPOOL_SLOTS_OF_8(56, 57, 58, 59, 60, 61, 62, 63)
 
-static_assert(cumempool::pool::kSlotCount == 64, "the list above has 64 slots");
+static_assert(cumempool::torch::kSlotCount == 64, "the list above has 64 slots");

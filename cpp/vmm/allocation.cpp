@@ -28,7 +28,6 @@ Allocation::Allocation(driver::Driver driver, MemoryStats& stats, int device, st
       address_(std::get<CudaMallocBacking>(backing_).address()) {}
 
 void Allocation::map() {
-  if (mapped()) return;
   std::visit([this](auto& backing) { backing.map(access_); }, backing_);
 }
 
@@ -58,6 +57,23 @@ void Allocation::unmap() {
 
 cumempool_result Allocation::release_physical() noexcept {
   return std::visit([](auto& backing) { return backing.release_physical(); }, backing_);
+}
+
+void Allocation::vacate() {
+  cumempool_result unmapped = CUMEMPOOL_RESULT_SUCCESS;
+  cumempool_result released = CUMEMPOOL_RESULT_SUCCESS;
+  std::visit(
+      [&](auto& backing) {
+        unmapped = backing.unmap();
+        if (unmapped == CUMEMPOOL_RESULT_SUCCESS) released = backing.release_physical();
+        if (backing.holds_physical()) backing.leak();
+        const cumempool_result aside = backing.release_set_aside();
+        if (released == CUMEMPOOL_RESULT_SUCCESS) released = aside;
+      },
+      backing_);
+  if (unmapped == CUMEMPOOL_RESULT_SUCCESS) access_.resize(chosen_);
+  driver::check(driver_.table(), "unmap", unmapped, access_.front(), bytes_);
+  driver::check(driver_.table(), "release", released, access_.front(), bytes_);
 }
 
 cumempool_result Allocation::teardown() noexcept {

@@ -66,7 +66,13 @@ class Allocation {
     return std::visit([](const auto& backing) { return backing.handle(); }, backing_);
   }
 
-  // Makes the range usable. Throws Error; then it is as before. No effect where it is mapped.
+  // Whether map() takes device memory.
+  bool needs_physical() const noexcept {
+    return std::visit([](const auto& backing) { return backing.needs_physical(); }, backing_);
+  }
+
+  // Makes the range usable. Throws Error; then it is as before. No effect where it is mapped. See
+  // VmmBacking::map() for what is leaked.
   void map();
 
   // Lets more devices use the range, until it is detached. No effect for those who may already, and
@@ -76,12 +82,21 @@ class Allocation {
   // Detaches the range from its memory, which stays held. Throws Error; then it is as before.
   void unmap();
 
-  // Gives the memory of a detached range back. On failure it stays held; may be repeated.
+  // Gives the memory of a detached range back. On failure it stays held, with its contents.
   cumempool_result release_physical() noexcept;
 
-  // Everything back, in reverse order. Stops at the first failure, with what is left still held,
-  // and may be repeated.
+  // Unmaps and releases all memory, leaked handles included; the addresses stay. Throws Error for
+  // what the driver refuses, which is leaked.
+  void vacate();
+
+  // Everything back, in reverse order. Stops at the first failure; then what is left is leaked, and
+  // it may be repeated.
   cumempool_result teardown() noexcept;
+
+  // Counts the memory that is held, if any, as leaked: it cannot be given back.
+  void leak() noexcept {
+    if (holds_physical()) std::visit([](auto& backing) { backing.leak(); }, backing_);
+  }
 
  private:
   driver::Driver driver_;

@@ -25,7 +25,14 @@ VmmBacking::VmmBacking(VmmBacking&& other) noexcept
       bytes_(other.bytes_),
       address_(other.address_),
       handle_(other.handle_),
-      held_(std::exchange(other.held_, Held::kNothing)) {}
+      held_(std::exchange(other.held_, Held::kNothing)),
+      leaked_(std::exchange(other.leaked_, false)),
+      set_aside_(std::move(other.set_aside_)) {}
+
+VmmBacking::~VmmBacking() {
+  teardown();
+  recover();
+}
 
 void VmmBacking::adopt(cumempool_physical imported) noexcept {
   handle_ = imported;
@@ -34,7 +41,12 @@ void VmmBacking::adopt(cumempool_physical imported) noexcept {
 }
 
 void VmmBacking::map(const std::vector<int>& devices, cumempool_access access) {
+  if (leaked_ && held_ == Held::kPhysical) set_aside();
   const Held before = held_;
+  if (before == Held::kAccess) {
+    recover();
+    return;
+  }
   try {
     if (held_ < Held::kPhysical) adopt(driver_.create(bytes_, &properties_));
     if (held_ < Held::kMapping) {
@@ -44,11 +56,30 @@ void VmmBacking::map(const std::vector<int>& devices, cumempool_access access) {
     }
     driver_.set_access(address_, bytes_, devices, access);
     held_ = Held::kAccess;
+    recover();
   } catch (const std::exception&) {
-    if (before < Held::kMapping) unmap();
-    if (before < Held::kPhysical) release_physical();
+    if (before < Held::kMapping && unmap() != CUMEMPOOL_RESULT_SUCCESS) leak();
+    if (before < Held::kPhysical && release_physical() != CUMEMPOOL_RESULT_SUCCESS) leak();
     throw;
   }
+}
+
+void VmmBacking::set_aside() {
+  set_aside_.push_front(handle_);  // stays counted
+  held_ = Held::kAddresses;
+  leaked_ = false;
+}
+
+void VmmBacking::leak() noexcept {
+  if (leaked_ || held_ == Held::kNothing) return;
+  leaked_ = true;
+  stats_->leaked_bytes += bytes_;
+}
+
+void VmmBacking::recover() noexcept {
+  if (!leaked_) return;
+  leaked_ = false;
+  stats_->leaked_bytes -= bytes_;
 }
 
 void VmmBacking::give_access(const std::vector<int>& devices) {
@@ -73,8 +104,21 @@ cumempool_result VmmBacking::release_physical() noexcept {
   if (result == CUMEMPOOL_RESULT_SUCCESS) {
     stats_->physical_bytes -= bytes_;
     held_ = Held::kAddresses;
+    recover();
   }
   return result;
+}
+
+cumempool_result VmmBacking::release_set_aside() noexcept {
+  const auto& table = driver_.table();
+  while (!set_aside_.empty()) {
+    const cumempool_result result = table.release(table.self, set_aside_.front());
+    if (result != CUMEMPOOL_RESULT_SUCCESS) return result;
+    set_aside_.pop_front();
+    stats_->physical_bytes -= bytes_;
+    stats_->leaked_bytes -= bytes_;
+  }
+  return CUMEMPOOL_RESULT_SUCCESS;
 }
 
 cumempool_result VmmBacking::release_addresses() noexcept {
@@ -91,7 +135,9 @@ cumempool_result VmmBacking::release_addresses() noexcept {
 cumempool_result VmmBacking::teardown() noexcept {
   cumempool_result result = unmap();
   if (result == CUMEMPOOL_RESULT_SUCCESS) result = release_physical();
+  if (result == CUMEMPOOL_RESULT_SUCCESS) result = release_set_aside();
   if (result == CUMEMPOOL_RESULT_SUCCESS) result = release_addresses();
+  result == CUMEMPOOL_RESULT_SUCCESS ? recover() : leak();
   return result;
 }
 
@@ -123,20 +169,42 @@ CudaMallocBacking::CudaMallocBacking(CudaMallocBacking&& other) noexcept
       device_(other.device_),
       bytes_(other.bytes_),
       address_(other.address_),
-      held_(std::exchange(other.held_, false)) {}
+      held_(std::exchange(other.held_, false)),
+      leaked_(std::exchange(other.leaked_, false)) {}
+
+CudaMallocBacking::~CudaMallocBacking() {
+  teardown();
+  recover();
+}
+
+void CudaMallocBacking::leak() noexcept {
+  if (leaked_ || !held_) return;
+  leaked_ = true;
+  stats_->leaked_bytes += bytes_;
+}
+
+void CudaMallocBacking::recover() noexcept {
+  if (!leaked_) return;
+  leaked_ = false;
+  stats_->leaked_bytes -= bytes_;
+}
 
 cumempool_result CudaMallocBacking::teardown() noexcept {
   if (!held_) return CUMEMPOOL_RESULT_SUCCESS;
   const auto& table = driver_.table();
   cumempool_context_token token{};
   cumempool_result result = table.context_enter(table.self, device_, &token);
-  if (result != CUMEMPOOL_RESULT_SUCCESS) return result;
-  result = table.deallocate(table.self, device_, address_);
-  table.context_leave(table.self, &token);
+  if (result == CUMEMPOOL_RESULT_SUCCESS) {
+    result = table.deallocate(table.self, device_, address_);
+    table.context_leave(table.self, &token);
+  }
   if (result == CUMEMPOOL_RESULT_SUCCESS) {
     stats_->physical_bytes -= bytes_;
     stats_->mapped_bytes -= bytes_;
     held_ = false;
+    recover();
+  } else {
+    leak();
   }
   return result;
 }

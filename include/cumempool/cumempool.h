@@ -482,7 +482,7 @@ typedef struct cumempool_tag_stats {
   cumempool_backup_tier backup_tier;
   cumempool_backing backing;
   uint64_t pins;             /* see cumempool_pin */
-  uint64_t unreleased_bytes; /* asleep, but the driver would not take the memory back */
+  uint64_t unreleased_bytes; /* asleep, with contents in memory that could not be mapped again */
   uint64_t preserved_bytes;  /* awake or asleep, with contents that no discard touches */
 } cumempool_tag_stats;
 
@@ -507,6 +507,7 @@ typedef struct cumempool_totals {
   uint64_t swaps;
   uint64_t failed_transitions;
   uint64_t peak_physical_bytes; /* the most physical_bytes so far, or since cumempool_reset_peaks */
+  uint64_t leaked_bytes; /* the driver refused to take it back; tried once more at close */
 } cumempool_totals;
 
 /* Peaks begin again with what is held now. */

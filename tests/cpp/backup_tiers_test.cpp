@@ -206,7 +206,7 @@ TEST_F(BackupTiers, R4_APeerWithoutRoomRefusesTheSleep) {
   EXPECT_TRUE(holds_pattern(second, kBytes, 2));
 }
 
-TEST_F(BackupTiers, R13_MemoryOfAPeerThatIsNotTakenBackGoesLater) {
+TEST_F(BackupTiers, R13_MemoryOfAPeerThatIsNotTakenBackIsLeakedUntilAllIsAskedFor) {
   must(pool.set_backup("weights", backup_in(CUMEMPOOL_BACKUP_PEER, nullptr, 1)));
   const auto address = filled("weights", kBytes, 1);
   must(pool.sleep("weights", kOffload).status);
@@ -214,9 +214,15 @@ TEST_F(BackupTiers, R13_MemoryOfAPeerThatIsNotTakenBackGoesLater) {
   must(pool.wake().status);
   EXPECT_TRUE(holds_pattern(address, kBytes, 1));
   EXPECT_EQ(totals().peer_bytes, kBytes);
+  EXPECT_EQ(totals().leaked_bytes, kBytes);
   expect_exact_numbers(pool, host);
+  faults.reset_counts();
+  must(pool.sleep("weights", kOffload).status);
+  EXPECT_EQ(faults.calls("unreserve"), 0U);
+  must(pool.wake().status);
+  EXPECT_EQ(totals().leaked_bytes, kBytes);
   pool.release_host_memory();
-  EXPECT_EQ(totals().peer_bytes, 0U);
+  EXPECT_EQ(totals().peer_bytes + totals().leaked_bytes, 0U);
   expect_exact_numbers(pool, host);
 }
 

@@ -86,9 +86,9 @@ class FileStorageTest : public ::testing::Test {
   driver::RetainedContext context{table, 0};
   driver::ContextScope scope{table, 0};
   conformance::Block memory{table.table(), kMemory, {0, 0, 0, 0}};
-  backup::CopyQueue queue{table, 0};
-  backup::BounceBuffers staged{table, queue, 3};
-  backup::Transfer transfer{queue, staged};
+  backup::Transfer transfer{table, 0, 3};
+  backup::CopyQueue& queue = transfer.queue;
+  backup::BounceBuffers& staged = transfer.staged;
   TemporaryDirectory directory;
   BackupFile file{directory.path()};
   const Layout layout{{16, 512, kBlock, kSliceBytes, kSliceBytes + 512, 9 * kSliceBytes + 1040,

@@ -240,18 +240,20 @@ TEST_F(OrdinaryMemory, R1_IsAllocatedAndFreedThroughSlots) {
   expect_exact_numbers(pool, host);
 }
 
-TEST_F(OrdinaryMemory, R13_WhatTheDriverDoesNotTakeBackIsPendingAndGoesLater) {
+TEST_F(OrdinaryMemory, R13_WhatTheDriverDoesNotTakeBackIsLeakedAndGoesAtClose) {
   for (const char* entry : {"fence", "deallocate"}) {
-    const cumempool_address address = filled_ordinary();
+    const Pool closing(faults.table());
+    must(closing.set_memory("plain", CUMEMPOOL_BACKING_CUDA_MALLOC));
+    const cumempool_address address = closing.malloc("plain", kBytes);
     faults.fail_nth(entry, 1, 719);
     must(cumempool_free(address));
-    EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, kBytes) << entry;
+    EXPECT_EQ(closing.snapshot().totals.leaked_bytes, kBytes) << entry;
     EXPECT_EQ(cumempool_free(address), CUMEMPOOL_NOT_OWNED);
-    expect_exact_numbers(pool, host);
-    must(pool.wake().status);
-    EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, 0U) << entry;
+    expect_exact_numbers(closing, host);
+    EXPECT_EQ(closing.close(), CUMEMPOOL_OK) << entry;
+    EXPECT_EQ(closing.snapshot().totals.leaked_bytes, 0U) << entry;
     EXPECT_EQ(host.counters().allocations, 0U) << entry;
-    expect_exact_numbers(pool, host);
+    expect_exact_numbers(closing, host);
   }
 }
 

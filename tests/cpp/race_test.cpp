@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "host_fixture.hpp"
-#include "pool/record_set.hpp"
+#include "pool/records.hpp"
 
 namespace cumempool::tests {
 namespace {

@@ -1,5 +1,5 @@
 // Which live allocation an address belongs to: anywhere inside it, whichever allocator made it.
-#include "pool/registry.hpp"
+#include "pool/records.hpp"
 
 #include <gtest/gtest.h>
 

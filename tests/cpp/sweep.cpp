@@ -29,18 +29,20 @@ void expect_all_or_nothing(const World& world, const Scenario& scenario, const R
   world.expect_contents(scenario.sleeps && !succeeded && !scenario.reuses);
 }
 
+// What is leaked does not come back before the end.
+void make_room_for_leaks(const World& world, const Scenario& scenario) {
+  if (scenario.make_room && world.leaked() != 0) scenario.make_room(world);
+}
+
 void expect_retry_succeeds(World& world, const Scenario& scenario, const State& expected,
-                           bool regrown) {
+                           bool regrown, bool settled) {
+  make_room_for_leaks(world, scenario);
   EXPECT_EQ(scenario.again(world), CUMEMPOOL_OK) << cumempool_last_error()->message;
-  // What the driver has refused to take back is tried again when a transition ends.
-  if (world.pool.snapshot().totals.pending_free_bytes != 0) {
-    must(world.pool.wake(std::vector<const char*>{}).status);
-  }
   EXPECT_TRUE(same(world.state(), expected, regrown)) << ::testing::PrintToString(world.state());
   EXPECT_EQ(world.pool.snapshot().totals.pending_free_bytes, 0U);
   for (const auto& tag : world.pool.snapshot().tags) EXPECT_EQ(tag.unreleased_bytes, 0U);
   if (scenario.finally) scenario.finally(world);
-  world.expect_exact(!scenario.gathers);
+  world.expect_exact(settled && !scenario.gathers);
 }
 
 // What the operation did with these failures.
@@ -71,6 +73,16 @@ Ending act_with_failures(World& world, const Scenario& scenario, const Point& po
   return ending;
 }
 
+// Nothing is lost for good: what was leaked is tried once more.
+void expect_close_gives_all_back(const World& world) {
+  EXPECT_EQ(world.pool.close(true), CUMEMPOOL_OK) << cumempool_last_error()->message;
+  const cumempool_totals totals = world.pool.snapshot().totals;
+  EXPECT_EQ(totals.leaked_bytes + totals.pending_free_bytes + totals.peer_bytes, 0U);
+  for (const auto& block : world.pool.snapshot().allocations) must(cumempool_free(block.address));
+  EXPECT_EQ(world.counters().charged_bytes + world.counters().handles, 0U);
+  EXPECT_EQ(world.counters().mapped_bytes + world.counters().reserved_bytes, 0U);
+}
+
 // Runs the operation with these failures. Returns whether all of them were reached.
 bool run(const Site& site, const Scenario& scenario, const Reference& reference,
          const Point& point) {
@@ -85,14 +97,18 @@ bool run(const Site& site, const Scenario& scenario, const Reference& reference,
   expect_all_or_nothing(world, scenario, reference, point, succeeded, ending.secondary_count);
   if (point.recovery == Recovery::kRetry) {
     expect_retry_succeeds(world, scenario, succeeded ? reference.after_retry : reference.after,
-                          !succeeded);
+                          !succeeded, point.alone());
   }
   world.opened.reset();
   if (!scenario.closes) {
+    make_room_for_leaks(world, scenario);
     const bool lost = succeeded || scenario.reuses || point.recovery == Recovery::kRetry;
     (scenario.look ? scenario.look : wake_and_look)(world, scenario.sleeps && !lost);
+    world.expect_exact(point.alone());
+    world.pool.release_host_memory();  // and what copies may have been using
     world.expect_exact();
   }
+  expect_close_gives_all_back(world);
   return ending.failures >= (point.second == 0 ? 1U : 2U);
 }
 

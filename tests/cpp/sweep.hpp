@@ -7,8 +7,8 @@
 // contents kept, and the error's secondary failures say so; then a retry, and in its place a wake,
 // must bring everything back. What a swap discards may have been reused before it failed: then it
 // sleeps, and the error says so. A `release` that fails once all contents are safe is no failure of
-// a sleep but a problem in its report: the memory is counted as unreleased and goes with the next
-// sleep, which is held to that.
+// a sleep but a problem in its report. What the driver refuses to take back is leaked: it may be
+// missing where a device is full, and closing gives it back.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +41,7 @@ struct Scenario {
   // What a program would do next, so that all contents are seen; none = wakes everything. For
   // worlds that have not the room.
   std::function<void(const World&, bool whole)> look{};
+  std::function<void(const World&)> make_room{};  // for as much as may be leaked; none = there is
 
   cumempool_status again(World& world) const { return retry ? retry(world) : act(world); }
 };

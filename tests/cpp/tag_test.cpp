@@ -1,5 +1,5 @@
 // Tags: which names are taken, what a declaration changes, and what an unknown one is told.
-#include "pool/tag.hpp"
+#include "pool/records.hpp"
 
 #include <gtest/gtest.h>
 

@@ -27,6 +27,7 @@ class TransitionFailure : public ::testing::Test {
     return address;
   }
   std::uint64_t failed_transitions() const { return pool.snapshot().totals.failed_transitions; }
+  std::uint64_t leaked() const { return pool.snapshot().totals.leaked_bytes; }
 
   Host host{16};
   FaultDriver faults{host.table()};
@@ -100,27 +101,50 @@ TEST_F(TransitionFailure, R5_WakeThatCannotWaitForItsCopiesUnmapsNothing) {
   EXPECT_EQ(cumempool_last_error()->secondary_count, 1U);
   faults.fail_nothing();
   EXPECT_EQ(host.counters().mapped_bytes, kGranule) << "a copy may still write to it";
-  EXPECT_EQ(pool.snapshot().tag("weights").unreleased_bytes, kGranule);
+  EXPECT_EQ(leaked(), kGranule);
   EXPECT_EQ(pool.find(address).state, CUMEMPOOL_ASLEEP_BACKED_UP);
   expect_exact_numbers(pool, host);
   must(pool.wake().status);
   EXPECT_TRUE(holds_pattern(address, kGranule, 1));
-  EXPECT_EQ(pool.snapshot().tag("weights").unreleased_bytes, 0U);
+  EXPECT_EQ(leaked(), 0U);
 }
 
-TEST_F(TransitionFailure, R4_WhatAFailedWakeCouldNotGiveBackGoesWithTheNextSleep) {
+TEST_F(TransitionFailure, R4_MemoryThatAFailedWakeCouldNotUnmapIsWhereTheNextOneRestores) {
   const auto address = filled("weights", kGranule, 1);
   must(pool.sleep("weights", kOffload).status);
   faults.fail_nth("copy_to_device", 1, 719);
   faults.fail_nth("unmap", 1, 719);
   EXPECT_EQ(pool.wake().status, CUMEMPOOL_DRIVER_ERROR);
   EXPECT_EQ(host.counters().charged_bytes, kGranule);
-  const Outcome slept = pool.sleep("weights", kOffload);
-  EXPECT_EQ(slept.row("weights").freed_bytes, kGranule);
-  EXPECT_EQ(slept.row("weights").allocations, 0U) << "it was asleep before";
-  EXPECT_EQ(host.counters().charged_bytes, 0U);
+  EXPECT_EQ(leaked(), kGranule);
+  EXPECT_TRUE(pool.sleep("weights", kOffload).rows.empty()) << "it was asleep before";
+  EXPECT_EQ(leaked(), kGranule);
+  faults.reset_counts();
   must(pool.wake().status);
+  EXPECT_EQ(faults.calls("create"), 0U) << "nothing else can be mapped at its addresses";
   EXPECT_TRUE(holds_pattern(address, kGranule, 1));
+  EXPECT_EQ(leaked(), 0U);
+  expect_exact_numbers(pool, host);
+}
+
+TEST_F(TransitionFailure, R4_AHandleThatAFailedWakeCouldNotReleaseIsNeverUsedAgain) {
+  const auto address = filled("weights", kGranule, 1);
+  must(pool.sleep("weights", kOffload).status);
+  faults.fail_nth("copy_to_device", 1, 719);
+  faults.fail_nth("release", 1, 719);
+  EXPECT_EQ(pool.wake().status, CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(cumempool_last_error()->secondary_count, 1U);
+  EXPECT_EQ(leaked(), kGranule);
+  faults.reset_counts();
+  must(pool.wake().status);
+  EXPECT_EQ(faults.calls("create"), 1U) << "the driver has refused the other";
+  EXPECT_TRUE(holds_pattern(address, kGranule, 1));
+  EXPECT_EQ(leaked(), kGranule);
+  EXPECT_EQ(host.counters().charged_bytes, 2 * kGranule);
+  expect_exact_numbers(pool, host);
+  must(cumempool_free(address));
+  EXPECT_EQ(leaked(), 0U) << "all of an allocation goes with it";
+  EXPECT_EQ(host.counters().charged_bytes, 0U);
 }
 
 // ---- sleep -------------------------------------------------------------------------------------
@@ -248,7 +272,7 @@ TEST_F(TransitionFailure, R5_ImagesThatCopiesMayUseStayUntilTheDeviceCouldBeWait
   EXPECT_EQ(pool.release_host_memory(), kGranule) << "the device could be waited for";
   EXPECT_EQ(host.counters().registered_bytes, 0U);
   must(pool.sleep("weights", kOffload).status);
-  // The same image twice: what may still be read goes only with the third wake.
+  // The same image twice.
   for (int attempt = 0; attempt < 2; ++attempt) {
     faults.fail_nth("stream_synchronize", 1, 719, Repeat::kFromThenOn);
     faults.fail_nth("fence", 1, 719, Repeat::kFromThenOn);
@@ -257,7 +281,8 @@ TEST_F(TransitionFailure, R5_ImagesThatCopiesMayUseStayUntilTheDeviceCouldBeWait
   }
   must(pool.wake().status);
   EXPECT_TRUE(holds_pattern(address, kGranule, 1));
-  EXPECT_EQ(pool.snapshot().totals.host_used_bytes, 0U);
+  EXPECT_EQ(pool.snapshot().totals.host_used_bytes, kGranule) << "it is tried when asked for";
+  EXPECT_EQ(pool.release_host_memory(), kGranule);
 }
 
 TEST_F(TransitionFailure, R12_ADiscardThatFailsIsCalledSo) {
@@ -281,16 +306,53 @@ TEST_F(TransitionFailure, R12_MemoryThatIsNotTakenBackIsAProblemNotAFailure) {
   EXPECT_EQ(slept.row("weights").freed_bytes, kGranule);
   EXPECT_EQ(slept.row("weights").backed_up_bytes, 3 * kGranule);
   EXPECT_EQ(pool.find(address).state, CUMEMPOOL_ASLEEP_BACKED_UP);
-  EXPECT_EQ(pool.snapshot().tag("weights").unreleased_bytes, 2 * kGranule);
+  EXPECT_EQ(leaked(), 2 * kGranule);
   EXPECT_EQ(host.counters().charged_bytes, 2 * kGranule);
 
-  const Outcome again = pool.sleep("weights", kOffload);
-  EXPECT_TRUE(again.problems.empty());
-  EXPECT_EQ(again.row("weights").freed_bytes, 2 * kGranule);
-  EXPECT_EQ(pool.snapshot().tag("weights").unreleased_bytes, 0U);
-  EXPECT_EQ(host.counters().charged_bytes, 0U);
+  faults.reset_counts();
+  EXPECT_TRUE(pool.sleep("weights", kOffload).rows.empty());
+  EXPECT_EQ(faults.calls("release"), 0U) << "until it is closed";
   must(pool.wake().status);
   EXPECT_TRUE(holds_pattern(address, 2 * kGranule, 1));
+  EXPECT_EQ(host.counters().charged_bytes, 5 * kGranule);
+  EXPECT_EQ(leaked(), 2 * kGranule);
+  expect_exact_numbers(pool, host);
+  must(pool.close(true));
+  EXPECT_EQ(leaked(), 0U);
+  EXPECT_EQ(host.counters().charged_bytes, 0U);
+}
+
+TEST_F(TransitionFailure, R4_ASleepThatFailsBehindARefusedReleaseMapsThatMemoryAgain) {
+  const auto first = filled("weights", 8 * kGranule, 1);
+  const auto second = filled("weights", 8 * kGranule, 2);  // the device is full
+  faults.fail_nth("release", 1, 719);
+  faults.fail_nth("unmap", 2, 719);
+  EXPECT_EQ(pool.sleep("weights", kOffload).status, CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(cumempool_last_error()->secondary_count, 0U) << last_message();
+  EXPECT_EQ(pool.find(first).state, CUMEMPOOL_AWAKE);
+  EXPECT_EQ(pool.find(first).generation, 1U) << "its contents never left";
+  EXPECT_EQ(leaked(), 0U) << "nothing is, before the sleep has succeeded";
+  EXPECT_TRUE(holds_pattern(first, 8 * kGranule, 1));
+  EXPECT_TRUE(holds_pattern(second, 8 * kGranule, 2));
+  expect_exact_numbers(pool, host);
+}
+
+TEST_F(TransitionFailure, R4_ContentsThatAFailedDiscardCouldNotMapAgainGoWithTheNext) {
+  const auto first = filled("kv", kGranule, 1);
+  filled("kv", kGranule, 2);
+  faults.fail_nth("unmap", 2, 719);
+  faults.fail_nth("map", 1, 719);
+  EXPECT_EQ(pool.sleep("kv", kDiscard).status, CUMEMPOOL_DRIVER_ERROR);
+  EXPECT_EQ(pool.snapshot().tag("kv").unreleased_bytes, kGranule);
+  must(pool.sleep("kv", kOffload).status);
+  EXPECT_EQ(pool.snapshot().tag("kv").unreleased_bytes, kGranule) << "it keeps its contents";
+  const Outcome slept = pool.sleep("kv", kDiscard);
+  must(slept.status);
+  EXPECT_EQ(slept.row("kv").freed_bytes, kGranule);
+  EXPECT_EQ(slept.row("kv").discarded_bytes, kGranule);
+  EXPECT_EQ(pool.snapshot().tag("kv").unreleased_bytes, 0U);
+  EXPECT_EQ(host.counters().charged_bytes, 0U);
+  EXPECT_EQ(pool.find(first).state, CUMEMPOOL_ASLEEP_DISCARDED);
 }
 
 TEST_F(TransitionFailure, TheHostBackupLimitRefusesASleepAndLosesNothing) {
@@ -468,17 +530,23 @@ TEST_F(TransitionFailure, R5_FreeDuringAWakeWaitsForWorkInFlightWhenItIsCarriedO
   EXPECT_TRUE(holds_pattern(kept, kGranule, 1));
 }
 
-TEST_F(TransitionFailure, R6_FreeThatTheDriverRefusesIsTriedAgainWhenATransitionEnds) {
+TEST_F(TransitionFailure, R6_FreeThatTheDriverRefusesIsLeakedAndTriedAgainAtClose) {
   for (const char* entry : {"fence", "unmap", "release", "unreserve"}) {
-    const auto address = filled("weights", kGranule, 1);
+    const Pool closing(faults.table());
+    const auto address = closing.malloc("weights", kGranule);
     faults.fail_nth(entry, 1, 719);
     EXPECT_EQ(cumempool_free(address), CUMEMPOOL_OK) << entry;
-    EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, kGranule) << entry;
-    expect_exact_numbers(pool, host);
-    must(cumempool_free(pool.malloc("weights", kGranule)));
-    EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, kGranule) << "not at every free";
-    must(pool.wake().status);
-    EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, 0U) << entry;
+    EXPECT_EQ(cumempool_free(address), CUMEMPOOL_NOT_OWNED) << entry;
+    EXPECT_EQ(closing.snapshot().totals.leaked_bytes, kGranule) << entry;
+    EXPECT_EQ(closing.snapshot().totals.pending_free_bytes, 0U) << entry;
+    expect_exact_numbers(closing, host);
+    faults.reset_counts();
+    must(closing.wake().status);
+    EXPECT_EQ(faults.calls("unmap") + faults.calls("release") + faults.calls("unreserve"), 0U);
+    must(cumempool_free(closing.malloc("weights", kGranule)));
+    EXPECT_EQ(closing.snapshot().totals.leaked_bytes, kGranule) << "until it is closed";
+    EXPECT_EQ(closing.close(), CUMEMPOOL_OK) << entry;
+    EXPECT_EQ(closing.snapshot().totals.leaked_bytes, 0U) << entry;
     EXPECT_EQ(host.counters().reserved_bytes, 0U) << entry;
   }
 }
@@ -495,18 +563,21 @@ TEST_F(TransitionFailure, R1_AllocatingDuringATransitionWorks) {
   expect_exact_numbers(pool, host);
 }
 
-TEST_F(TransitionFailure, R1_AFailedMallocThatCannotBeUndoneIsUndoneLater) {
+TEST_F(TransitionFailure, R1_AFailedMallocThatCannotBeUndoneIsLeaked) {
   cumempool_address address = 7;
   must(cumempool_free(pool.malloc("weights", 1)));
   faults.fail_nth("set_access", 1, kOutOfMemory);
   faults.fail_nth("unmap", 1, 719, Repeat::kFromThenOn);
   EXPECT_EQ(pool.try_malloc("weights", kGranule, 0, address), CUMEMPOOL_OUT_OF_MEMORY);
   EXPECT_EQ(address, 7U);
-  EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, kGranule);
+  EXPECT_EQ(leaked(), kGranule);
   expect_exact_numbers(pool, host);
   faults.fail_nothing();
-  must(pool.try_malloc("weights", 16 * kGranule, 0, address));  // needs the memory of the other
-  EXPECT_EQ(pool.snapshot().totals.pending_free_bytes, 0U);
+  EXPECT_EQ(pool.try_malloc("weights", 16 * kGranule, 0, address), CUMEMPOOL_OUT_OF_MEMORY);
+  must(cumempool_free(pool.malloc("weights", 15 * kGranule)));
+  EXPECT_EQ(pool.close(), CUMEMPOOL_OK);
+  EXPECT_EQ(leaked(), 0U);
+  EXPECT_EQ(host.counters().charged_bytes, 0U);
 }
 
 // ---- close -------------------------------------------------------------------------------------

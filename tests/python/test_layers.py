@@ -20,7 +20,7 @@ CPP_ALLOWED: dict[str, frozenset[str]] = {
     for folder, height in CORE.items()
 } | {
     "torch": frozenset({*CORE, "torch"}),
-    "abi": frozenset({*CORE, "abi"}),
+    "abi": frozenset({*CORE, "torch", "abi"}),
     "python": frozenset({"python"}),
 }
 CUDA_HEADER = re.compile(r"cuda(_runtime(_api)?|Typedefs)?\.h")
@@ -340,7 +340,7 @@ def plant(root: Path, path: str, text: str) -> None:
         ("cpp/backup/a.cpp", '  #  include "pool/registry.hpp"'),
         ("cpp/pool/a.cpp", '#include "torch/slots.hpp"'),
         ("cpp/torch/a.cpp", '#include "abi/guard.hpp"'),
-        ("cpp/abi/a.cpp", '#include "torch/slots.hpp"'),
+        ("cpp/torch/a.cpp", '#include "abi/boundary.hpp"'),
         ("cpp/python/a.cpp", '#include "pool/registry.hpp"'),
         ("cpp/pool/a.cpp", '#include "registry.hpp"'),
         ("cpp/pool/a.cpp", '#include "../torch/slots.hpp"'),

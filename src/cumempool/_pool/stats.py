@@ -92,7 +92,8 @@ class TagStats:
             ``"file"`` or ``"peer"``.
         backing: What its memory is made of: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
         pins: How many forbid that it goes to sleep; see `CuMemAllocator.pin`.
-        unreleased_bytes: Asleep, but the driver would not take the memory back.
+        unreleased_bytes: Asleep, with contents still in device memory, which a failed sleep could
+            not map again.
         preserved_bytes: Awake or asleep, with contents that are kept where the tag is discarded.
     """
 
@@ -169,8 +170,8 @@ class Stats:
         reserved_address_bytes: Address space held from the driver.
         physical_bytes: Device memory held from the driver: created minus released.
         mapped_bytes: The part of it that is mapped.
-        pending_free_bytes: Freed by the program, not given back yet: a device is busy, a transition
-            runs, or the driver has refused to take it.
+        pending_free_bytes: Freed by the program, not given back yet: a device is busy, or a
+            transition runs.
         host_bytes: Pinned host memory held for backups.
         host_used_bytes: The part of it that holds backups, those kept of what is awake included.
         pageable_bytes: Pageable host memory held for backups.
@@ -186,6 +187,7 @@ class Stats:
         failed_transitions: Transitions that failed and changed nothing.
         peak_physical_bytes: The most ``physical_bytes`` so far, or since
             `CuMemAllocator.reset_peak_stats`.
+        leaked_bytes: Memory that the driver refuses to take back. `close` tries once more.
         last_malloc_failure: Why the last failed allocation failed, or ``""``.
     """
 
@@ -208,6 +210,7 @@ class Stats:
     swaps: int
     failed_transitions: int
     peak_physical_bytes: int
+    leaked_bytes: int
     last_malloc_failure: str
 
     @classmethod

@@ -41,6 +41,7 @@ _GAUGES: Final[Mapping[str, str]] = {
     "peak_physical_bytes": "The most device memory held from the driver at a time.",
     "mapped_bytes": "Device memory that is mapped.",
     "pending_free_bytes": "Freed by the program, not yet given back.",
+    "leaked_bytes": "Refused by the driver, which was to take it back.",
     "host_bytes": "Pinned host memory held for backups.",
     "host_used_bytes": "Pinned host memory that holds backups.",
     "pageable_bytes": "Pageable host memory held for backups.",

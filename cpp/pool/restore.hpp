@@ -1,26 +1,29 @@
-// Allocations on their way back: physical memory mapped ahead of the copies into it, and all of it
-// given up again where something fails.
+// Allocations that wake: physical memory mapped ahead of the copies into it, all of it given up
+// again if something fails.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <set>
 #include <vector>
 
-#include "pool/lane.hpp"
+#include "cumempool/cumempool.h"
+#include "pool/allocator.hpp"
+#include "pool/transfer.hpp"
 
 namespace cumempool::pool {
 
 // The steps of one wake or swap, in the order of the calls.
-class Arrival {
+class Restore {
  public:
   // Called when all copies into an allocation are in the queue of its device.
   using Queued = std::function<void(const Record& record, backup::CopyQueue& queue)>;
 
   // With `queued`, memory may be in use before all of it has arrived. Then undo() calls `withdraw`
   // first, behind which nobody gets any more of it.
-  Arrival(Allocator& allocator, const char* operation, Report& report, Queued queued = {},
+  Restore(Allocator& allocator, const char* operation, Report& report, Queued queued = {},
           std::function<void()> withdraw = {});
 
   // Takes on what was claimed, in the order in which it shall be ready. Throws Error.
@@ -41,15 +44,16 @@ class Arrival {
   // Changes the states.
   void commit();
 
-  // Takes back what was mapped so far. Memory that an earlier failure had left with its allocation
-  // stays with it, and so does what copies may still write to (R5).
+  // Takes back what was mapped so far. Memory that copies may still write to stays mapped (R5), and
+  // so does what the driver refuses to unmap: it is leaked, and the next wake uses it again.
   void undo(Error& failure);
 
  private:
-  void bring(Lane& lane, std::size_t index);
+  void bring(DeviceTransfer& transfer, std::size_t position);
   void attach(std::size_t index);
   void explain(Error& error, std::size_t failed) const;
-  void load(Lane& lane, Record& record);
+  void load(backup::Transfer& streams, Record& record);
+  void detach(Record& record, bool may_be_written_to);
   // The devices with access to what was attached on one.
   std::vector<int> users_of(int device) const;
   void fence_all();
@@ -62,10 +66,23 @@ class Arrival {
   std::vector<RecordPointer> records_;
   std::map<const Tag*, bool> zero_;
   std::vector<std::size_t> attached_;                     // of records_, in order
-  std::vector<bool> held_before_;                         // of records_
+  std::vector<bool> held_before_;                         // of records_: takes no device memory
   std::vector<std::shared_ptr<backup::Backup>> dropped_;  // outside of the records' lock
   std::vector<int> busy_;  // devices that could not be asked, after a failure
-  Lanes lanes_;
+  DeviceTransfers transfers_;
+};
+
+struct WakeRequest {
+  std::set<const Tag*> tags;  // ignored where `all`
+  bool all = false;
+  std::set<const Record*> first;  // before all others
+  std::vector<cumempool_device_stream> streams;
+
+  // Of an asynchronous wake: called once it is known what will wake and that there is room for it,
+  // when all copies into an allocation are in the queue, and before what has arrived is taken back.
+  std::function<void(const std::vector<RecordPointer>& records)> planned;
+  Restore::Queued queued;
+  std::function<void()> withdraw;
 };
 
 }  // namespace cumempool::pool

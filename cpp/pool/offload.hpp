@@ -1,5 +1,5 @@
-// Allocations on their way to sleep: what of them is copied where, the copies, the memory's return
-// to the device behind them, and the way back where something fails.
+// Allocations that go to sleep: which of their bytes are copied where, the copies, the return of
+// their memory to the device behind them, and the way back if something fails.
 #pragma once
 
 #include <cstddef>
@@ -11,12 +11,20 @@
 #include <string>
 #include <vector>
 
-#include "pool/comparison.hpp"
-#include "pool/dead_ranges.hpp"
-#include "pool/lane.hpp"
-#include "pool/sleep.hpp"
+#include "cumempool/cumempool.h"
+#include "pool/allocator.hpp"
+#include "pool/backup_plan.hpp"
+#include "pool/transfer.hpp"
 
 namespace cumempool::pool {
+
+struct SleepRequest {
+  std::map<const Tag*, cumempool_on_sleep> actions;  // OFFLOAD or DISCARD
+  bool drop_backups = false;
+  std::vector<cumempool_extent> dead;
+  std::uint64_t dead_as_of = 0;  // the moment before that list was made; 0 = it holds
+  std::vector<cumempool_device_stream> streams;
+};
 
 // Throws Error where memory that is awake cannot sleep: CUMEMPOOL_IN_USE where it is pinned, unless
 // `pinned` is left out, CUMEMPOOL_UNSUPPORTED where it is ordinary.
@@ -26,10 +34,9 @@ void refuse_to_sleep(Allocator& allocator, const char* operation, const Record& 
 
 // The steps of one sleep or swap, in the order of the calls. Until finish() has returned, undo()
 // takes all of it back.
-class Departure {
+class Offload {
  public:
-  Departure(Allocator& allocator, const char* operation, const SleepRequest& request,
-            Report& report);
+  Offload(Allocator& allocator, const char* operation, const SleepRequest& request, Report& report);
 
   // Before records are claimed, under their lock: throws Error (CUMEMPOOL_IN_USE) where a scope of
   // one of the tags is open. One that begins later is given nothing of what was claimed.
@@ -49,13 +56,12 @@ class Departure {
   // write out has been written when it returns.
   void start_copies();
   // Waits for the copies of the next allocation of a device, and gives its memory back; false where
-  // none is left. What earlier failures have left with allocations that sleep already comes first;
-  // allocations that are discarded come last, and only where `with_discarded`.
+  // none is left. Allocations that are discarded come last, and only where `with_discarded`.
   bool release_next(int device, bool with_discarded);
   // Gives back the rest of what is copied, and detaches the rest of what is discarded.
   void finish();
   // Past the point of no return: changes the states, and gives back what is left. What the driver
-  // will not take back stays with its allocation, is reported, and is used by the next wake.
+  // refuses to take back is leaked, and reported.
   void commit() noexcept;
 
   // Everything as it was. Contents that were discarded and given back already cannot return: those
@@ -79,21 +85,19 @@ class Departure {
 
   bool discards(const Record& record) const;
   bool forgettable(const Record& record) const;
-  static bool spare(const Record& record);
-  bool releasable(const Record& record) const;
 
   void choose_images();
   void plan_room();
-  void make_room(std::map<backup::HostArena*, std::size_t>& needed);
-  void copy(Lane& lane, std::size_t index, std::size_t& culprit);
-  void recheck(Lane& lane, std::size_t index);
-  void finish_copies(Lane& lane, std::size_t& culprit);
-  void keep_digests();
-  void verify(Lane& lane, std::size_t index);
+  void make_room();
+  void start_digests(DeviceTransfer& transfer);
+  void copy(DeviceTransfer& transfer, std::size_t position);
+  void recheck(DeviceTransfer& transfer, std::size_t position);
+  void finish_copies(DeviceTransfer& transfer);
+  void keep_digests(DeviceTransfer& transfer);
+  void verify(DeviceTransfer& transfer, std::size_t position);
   void detach(Sleeper& sleeper);
   void release(Sleeper& sleeper);
-  void give_back(Record& record, cumempool_report_row& row) noexcept;
-  void release_left_over(Record& record);
+  void give_back(Record& record) noexcept;
   void account(const Sleeper& sleeper);
   void reattach(Sleeper& sleeper, Error& failure) noexcept;
   void keep_asleep(Sleeper& sleeper, Error& failure, std::string&& why) noexcept;
@@ -107,12 +111,10 @@ class Departure {
   std::vector<Sleeper> sleepers_;
   std::vector<std::size_t> discarded_;                    // of sleepers_
   std::vector<RecordPointer> forgotten_;                  // asleep already; their backups go
-  std::vector<RecordPointer> unreleased_;                 // asleep already; their memory goes
   std::map<int, std::uint64_t> released_;                 // by device
   std::vector<std::shared_ptr<backup::Backup>> dropped_;  // has room for those of forgotten_
   std::vector<std::unique_ptr<backup::ArenaOrder>> orders_;
-  Lanes lanes_;  // of what is copied
-  Comparison comparison_;
+  DeviceTransfers transfers_;  // of what is copied
 };
 
 }  // namespace cumempool::pool

@@ -1,13 +1,13 @@
 // Which allocator and tag each exported malloc/free pair serves at present.
-#include "pool/slot_table.hpp"
+#include "torch/slot_table.hpp"
 
 #include <exception>
 #include <string>
 #include <utility>
 
-#include "pool/registry.hpp"
+#include "pool/records.hpp"
 
-namespace cumempool::pool {
+namespace cumempool::torch {
 namespace {
 
 Error not_bound(std::uint32_t number) {
@@ -21,7 +21,8 @@ SlotTable& SlotTable::instance() {
   return table;
 }
 
-std::uint32_t SlotTable::bind(const std::shared_ptr<Allocator>& allocator, Tag& tag, Use use) {
+std::uint32_t SlotTable::bind(const std::shared_ptr<pool::Allocator>& allocator, pool::Tag& tag,
+                              Use use) {
   allocator->check_open("bind_slot");
   allocator->follow_use();
   for (std::uint32_t number = 0; number < kSlotCount; ++number) {
@@ -67,7 +68,7 @@ std::uint64_t SlotTable::mallocs(std::uint32_t number) {
 }
 
 void SlotTable::unbind(std::uint32_t number) {
-  std::shared_ptr<Allocator> allocator;
+  std::shared_ptr<pool::Allocator> allocator;
   if (number < kSlotCount) {
     Slot& slot = slots_.at(number);
     const std::lock_guard lock(slot.mutex);
@@ -81,8 +82,8 @@ void SlotTable::unbind(std::uint32_t number) {
 }
 
 void* SlotTable::malloc(std::uint32_t number, std::size_t bytes, int device) noexcept {
-  std::shared_ptr<Allocator> allocator;
-  const Tag* tag = nullptr;
+  std::shared_ptr<pool::Allocator> allocator;
+  const pool::Tag* tag = nullptr;
   bool preserves = false;
   {
     Slot& slot = slots_.at(number);
@@ -98,16 +99,16 @@ void* SlotTable::malloc(std::uint32_t number, std::size_t bytes, int device) noe
     return reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
         static_cast<std::uintptr_t>(allocator->malloc(*tag, device, bytes, preserves)));
   } catch (const std::exception&) {
-    return nullptr;  // Allocator::malloc has noted why
+    return nullptr;  // pool::Allocator::malloc has noted why
   }
 }
 
 void SlotTable::free(void* address) noexcept {
-  const RecordPointer record = Registry::instance().take(
+  const pool::RecordPointer record = pool::Registry::instance().take(
       static_cast<cumempool_address>(reinterpret_cast<std::uintptr_t>(address)));
   if (record == nullptr) return;
-  const std::shared_ptr<Allocator> owner = record->owner;  // outlives its last record
+  const std::shared_ptr<pool::Allocator> owner = record->owner;  // outlives its last record
   owner->free(record);
 }
 
-}  // namespace cumempool::pool
+}  // namespace cumempool::torch

@@ -9,7 +9,7 @@
 
 #include "pool/allocator.hpp"
 
-namespace cumempool::pool {
+namespace cumempool::torch {
 
 constexpr std::uint32_t kSlotCount = 64;
 
@@ -21,7 +21,7 @@ class SlotTable {
   // A scope's slot keeps its tag from sleeping, since torch hands out parts of what came through
   // it; a lasting one does not. Throws Error (CUMEMPOOL_OUT_OF_SLOTS, CUMEMPOOL_CLOSED).
   enum class Use { kScope, kLasting };
-  std::uint32_t bind(const std::shared_ptr<Allocator>& allocator, Tag& tag, Use use);
+  std::uint32_t bind(const std::shared_ptr<pool::Allocator>& allocator, pool::Tag& tag, Use use);
   // What is allocated through the slot until it is unbound keeps its contents where its tag is
   // discarded. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a slot that is not bound.
   void preserve(std::uint32_t slot);
@@ -38,8 +38,8 @@ class SlotTable {
  private:
   struct Slot {
     std::mutex mutex;
-    std::shared_ptr<Allocator> allocator;
-    Tag* tag = nullptr;
+    std::shared_ptr<pool::Allocator> allocator;
+    pool::Tag* tag = nullptr;
     Use use = Use::kScope;
     bool preserves = false;
     std::uint64_t mallocs = 0;  // since it was bound
@@ -48,4 +48,4 @@ class SlotTable {
   std::array<Slot, kSlotCount> slots_;
 };
 
-}  // namespace cumempool::pool
+}  // namespace cumempool::torch

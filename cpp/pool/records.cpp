@@ -1,13 +1,17 @@
-// A name under which allocations are slept, woken and counted, with its policy.
-#include "pool/tag.hpp"
+// Allocations as the pool sees them: tags, records, the set of an allocator, the registry.
+#include "pool/records.hpp"
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <set>
 
 #include "driver/error.hpp"
 
 namespace cumempool::pool {
+
+// ---- tags ---------------------------------------------------------------------------------------
+
 namespace {
 
 constexpr std::size_t kLongestName = 255;
@@ -214,6 +218,108 @@ std::vector<const Tag*> TagTable::all() const {
   tags.reserve(tags_.size());
   for (const auto& entry : tags_) tags.push_back(entry.second.get());
   return tags;
+}
+
+// ---- the set of an allocator --------------------------------------------------------------------
+
+bool RecordSet::add(const RecordPointer& record, const std::function<bool()>& still) {
+  const std::lock_guard lock(mutex_);
+  if (sealed_) throw Error(CUMEMPOOL_CLOSED, "the allocator is closed");
+  if (!still()) return false;
+  record->place = records_.insert(records_.end(), record);
+  record->sequence = next_sequence_++;
+  return true;
+}
+
+bool RecordSet::retire(const RecordPointer& record) {
+  const std::lock_guard lock(mutex_);
+  record->freed = true;
+  if (record->claimed_by != nullptr) return false;
+  records_.erase(record->place);
+  return true;
+}
+
+std::vector<RecordPointer> RecordSet::claim(const char* operation,
+                                            const std::function<bool(const Record&)>& wanted,
+                                            const std::function<void()>& admit) {
+  const std::lock_guard lock(mutex_);
+  if (admit) admit();
+  std::vector<RecordPointer> claimed;
+  for (const RecordPointer& record : records_) {
+    if (wanted(*record)) claimed.push_back(record);
+  }
+  for (const RecordPointer& record : claimed) record->claimed_by = operation;
+  return claimed;
+}
+
+void RecordSet::begin_scope(Tag& tag) noexcept {
+  const std::lock_guard lock(mutex_);
+  tag.scopes += 1;
+  tag.scopes_changed = next_sequence_++;
+}
+
+void RecordSet::end_scope(Tag& tag) noexcept {
+  const std::lock_guard lock(mutex_);
+  tag.scopes -= 1;
+  tag.scopes_changed = next_sequence_++;
+}
+
+std::uint64_t RecordSet::moment() const noexcept {
+  const std::lock_guard lock(mutex_);
+  return next_sequence_;
+}
+
+void RecordSet::for_each(const std::function<void(Record&)>& visit,
+                         const std::function<void()>& last) {
+  const std::lock_guard lock(mutex_);
+  for (const RecordPointer& record : records_) visit(*record);
+  if (last) last();
+}
+
+std::uint64_t RecordSet::update_unless(const std::function<bool(const Record&)>& hinders,
+                                       const std::function<void()>& change) {
+  const std::lock_guard lock(mutex_);
+  std::uint64_t bytes = 0;
+  for (const RecordPointer& record : records_) bytes += hinders(*record) ? record->bytes : 0;
+  if (bytes == 0) change();
+  return bytes;
+}
+
+bool RecordSet::seal(bool only_if_empty) {
+  const std::lock_guard lock(mutex_);
+  if (only_if_empty && !records_.empty()) return false;
+  sealed_ = true;
+  return true;
+}
+
+// ---- the registry of the process ----------------------------------------------------------------
+
+Registry& Registry::instance() {
+  // Never destroyed: torch may free through a slot after static destructors have run (R14).
+  static auto& registry = *new Registry;
+  return registry;
+}
+
+void Registry::add(const RecordPointer& record) {
+  const std::lock_guard lock(mutex_);
+  records_.emplace_hint(records_.end(), record->address, record);  // addresses ascend, mostly
+}
+
+RecordPointer Registry::take(cumempool_address address) {
+  const std::lock_guard lock(mutex_);
+  const auto found = records_.find(address);
+  if (found == records_.end()) return nullptr;
+  RecordPointer record = found->second;
+  records_.erase(found);
+  return record;
+}
+
+RecordPointer Registry::find(cumempool_address address) const {
+  const std::lock_guard lock(mutex_);
+  const auto after = records_.upper_bound(address);
+  if (after == records_.begin()) return nullptr;
+  const RecordPointer& record = std::prev(after)->second;
+  return address - record->address < record->bytes ? record : nullptr;
 }
 
 }  // namespace cumempool::pool

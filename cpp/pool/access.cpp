@@ -1,14 +1,26 @@
-// A consistent picture of an allocator: totals, tags, and single allocations where asked.
-#include "pool/snapshot.hpp"
+// What programs read of an allocator: statistics, backups, handles for other processes.
+#include "pool/access.hpp"
 
 #include <algorithm>
+#include <exception>
 #include <map>
 #include <optional>
 #include <utility>
 
-#include "pool/registry.hpp"
+#include "pool/records.hpp"
 
 namespace cumempool::pool {
+
+// ---- statistics ---------------------------------------------------------------------------------
+
+namespace {
+
+cumempool_state public_state(State state) noexcept {
+  if (state == State::kAwake) return CUMEMPOOL_AWAKE;
+  return state == State::kBackedUp ? CUMEMPOOL_ASLEEP_BACKED_UP : CUMEMPOOL_ASLEEP_DISCARDED;
+}
+
+}  // namespace
 
 cumempool_allocation_info describe(const Record& record) {
   cumempool_allocation_info info{};
@@ -18,14 +30,11 @@ cumempool_allocation_info describe(const Record& record) {
   info.requested_bytes = record.requested_bytes;
   info.tag = record.tag->name.c_str();
   info.device = record.device;
-  info.state = CUMEMPOOL_AWAKE;
-  if (record.asleep) {
-    info.state = record.image ? CUMEMPOOL_ASLEEP_BACKED_UP : CUMEMPOOL_ASLEEP_DISCARDED;
-  }
+  info.state = public_state(record.contents.state());
   info.generation = record.generation;
-  if (record.image != nullptr) {
-    info.backup_bytes = record.image->bytes();
-    info.backup_tier = record.image->tier();
+  if (const auto& image = record.contents.image()) {
+    info.backup_bytes = image->bytes();
+    info.backup_tier = image->tier();
   }
   info.sequence = record.sequence;
   info.preserved = record.preserved ? 1 : 0;
@@ -51,8 +60,8 @@ void count(const cumempool_allocation_info& info, const Record& record,
       stats.discarded_bytes += info.bytes;
       break;
   }
-  (record.asleep ? stats.backup_bytes : stats.retained_bytes) += info.backup_bytes;
-  if (record.unreleased) stats.unreleased_bytes += info.bytes;
+  (record.contents.asleep() ? stats.backup_bytes : stats.retained_bytes) += info.backup_bytes;
+  if (record.contents.state() == State::kDetached) stats.unreleased_bytes += info.bytes;
   if (record.preserved) stats.preserved_bytes += info.bytes;
 }
 
@@ -127,6 +136,8 @@ class Collector {
     totals.peak_physical_bytes =
         std::max(totals.physical_bytes, allocator_.memory_stats().peak_physical_bytes.load());
     totals.mapped_bytes = allocator_.memory_stats().mapped_bytes;
+    totals.leaked_bytes =
+        allocator_.memory_stats().leaked_bytes + allocator_.stores().peers().leaked_bytes();
   }
 
   void total() {
@@ -179,6 +190,127 @@ cumempool_allocation_info find_allocation(const Allocator* allocator, cumempool_
   error.operation = "find";
   error.advice = "pass a tensor allocated inside use_memory_pool() or by empty() or adopt()";
   throw error;
+}
+
+// ---- backups ------------------------------------------------------------------------------------
+
+namespace {
+
+Error refusal(cumempool_status status, const char* why, const Record* record, const char* advice) {
+  Error error(status, why);
+  error.advice = advice;
+  annotate(error, "read_backup", record);
+  return error;
+}
+
+}  // namespace
+
+BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address address,
+                       std::size_t bytes, bool writable)
+    : allocator_(std::move(allocator)) {
+  const TransitionLock::Turn turn(allocator_->transition_lock(), "read_backup");
+  if (bytes == 0) {
+    throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "a view has at least one byte", nullptr,
+                  "ask for the bytes that you read");
+  }
+  const RecordPointer record = Registry::instance().find(address);
+  bool lives = false;
+  bool asleep = false;
+  if (record != nullptr && record->owner == allocator_) {
+    allocator_->records().update([&] {
+      lives = !record->freed;  // else it is being torn down
+      asleep = record->contents.asleep();
+      if (lives && asleep) image_ = record->contents.image();
+    });
+  }
+  if (!lives) {
+    throw refusal(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator",
+                  nullptr, "pass a tensor of the allocator's pools");
+  }
+  if (image_ == nullptr) {
+    throw refusal(CUMEMPOOL_INVALID_ARGUMENT,
+                  asleep ? "its contents were discarded" : "the memory is awake", record.get(),
+                  "read backups of tags that sleep with a backup");
+  }
+  {
+    const driver::ContextScope scope(allocator_->driver(), record->device);
+    data_ = image_->view(address - record->address, bytes, writable);
+    if (image_.use_count() == 2) image_->settle_views();  // the record's and this one
+  }
+  if (data_ == nullptr && image_->tier() == CUMEMPOOL_BACKUP_PEER) {
+    throw refusal(CUMEMPOOL_UNSUPPORTED, "the backup is in the memory of another device",
+                  record.get(), "wake it, or use another tier");
+  }
+  if (data_ == nullptr) {
+    throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "the bytes are not all in the backup", record.get(),
+                  "read live bytes of one allocation");
+  }
+  allocator_->counters().open_views += 1;
+}
+
+BackupView::~BackupView() {
+  const bool was_open = data_ != nullptr;
+  data_.reset();
+  image_.reset();
+  if (was_open) allocator_->counters().open_views -= 1;
+}
+
+// ---- handles ------------------------------------------------------------------------------------
+
+namespace {
+
+Error refusal(cumempool_status status, const char* why, const char* advice) {
+  Error error(status, why);
+  error.advice = advice;
+  return error;
+}
+
+void refuse(Allocator& allocator, const Record& record, std::uint32_t handle_type) {
+  if (!record.memory.can_export()) {
+    throw refusal(CUMEMPOOL_UNSUPPORTED, "memory of cudaMalloc has no handle to export",
+                  "share it with torch's own means, or give the tag backing='vmm'");
+  }
+  if (record.contents.asleep()) {
+    throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "the memory is asleep", "wake its tag first");
+  }
+  const auto& properties = allocator.devices().at(record.device)->kind().properties;
+  if ((properties.handle_types & handle_type) == 0) {
+    throw refusal(CUMEMPOOL_UNSUPPORTED, "the memory cannot be exported as that type of handle",
+                  "cumempool.probe() says which types the device grants");
+  }
+}
+
+}  // namespace
+
+cumempool_allocation_info export_memory(Allocator& allocator, cumempool_address address,
+                                        std::uint32_t handle_type, void* exported) {
+  const TransitionLock::Turn turn(allocator.transition_lock(), "export");
+  const RecordPointer record = Registry::instance().find(address);
+  // Claimed, so that it cannot be freed meanwhile.
+  const auto claimed = allocator.records().claim("export", [&](const Record& candidate) {
+    return &candidate == record.get() && !candidate.freed;
+  });
+  if (claimed.empty()) {
+    throw refusal(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator",
+                  "pass a tensor of the allocator's pools");
+  }
+  try {
+    refuse(allocator, *record, handle_type);
+    const auto& table = allocator.driver().table();
+    driver::check(table, "export_handle",
+                  table.export_handle(table.self, record->memory.handle(), handle_type, exported),
+                  record->device, record->bytes);
+  } catch (Error& error) {
+    allocator.unclaim(claimed);
+    annotate(error, "export", record.get());
+    throw;
+  } catch (const std::exception&) {  // no memory to say what failed
+    allocator.unclaim(claimed);
+    throw;
+  }
+  const cumempool_allocation_info info = describe(*record);
+  allocator.unclaim(claimed);
+  return info;
 }
 
 }  // namespace cumempool::pool
