@@ -368,7 +368,7 @@ BackupStorage::View FileStorage::view(std::size_t position, std::size_t bytes, b
   if (writable) checked_ = false;
   std::byte* const data =
       mapping->data() + (first->offset - offset_) + (position - first->position);
-  return {std::move(mapping), data};
+  return {mapping, data};
 }
 
 }  // namespace cumempool::backup

@@ -125,6 +125,7 @@ class DeviceTransfer {
                  Direction direction, Report& report);
   DeviceTransfer(const DeviceTransfer&) = delete;
   DeviceTransfer& operator=(const DeviceTransfer&) = delete;
+  ~DeviceTransfer() = default;
 
   Device& device() noexcept { return *device_; }
   int ordinal() const noexcept { return device_->ordinal(); }
@@ -172,8 +173,8 @@ class DeviceTransfer {
 
  private:
   struct Item {
-    const Record* record;
-    std::size_t index;
+    const Record* record = nullptr;
+    std::size_t index = 0;
     std::optional<std::size_t> mark{};  // behind its copies; none: done
   };
 

@@ -165,6 +165,12 @@ class Done:
 
 
 @pytest.fixture
+def uncounted() -> dict[str, str]:
+    """The environment without coverage, which deadlocks with signal handlers and needs memory."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+
+
+@pytest.fixture
 def run_python(monkeypatch: pytest.MonkeyPatch) -> RunPython:
     """Runs code in an interpreter of its own, on the host driver, warnings being errors."""
     monkeypatch.setenv("CUMEMPOOL_DRIVER", "host")
