@@ -28,7 +28,9 @@ SCRIPT = Path(__file__).with_name("failing_memory.py")
         "view",
     ],
 )
-def test_r4_r13_a_call_that_raises_has_changed_nothing(call: str, uncounted: dict[str, str]) -> None:
+def test_r4_r13_a_call_that_raises_has_changed_nothing(
+    call: str, uncounted: dict[str, str]
+) -> None:
     command = [sys.executable, "-X", "faulthandler", str(SCRIPT), call]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env=uncounted
