@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -24,6 +25,7 @@ from cumempool import (
     SharingError,
     _core,
 )
+from cumempool.sharing.leases import Leases
 
 pytestmark = pytest.mark.extensive
 
@@ -71,6 +73,36 @@ def test_what_lies_in_a_queue_is_kept_until_it_was_received_and_released(
     alloc.exports()  # which takes note of what was released
     assert alloc.snapshot() == []
     assert pins(alloc) == 0
+
+
+class SlowToGo:
+    """Something that a message keeps, and that takes a while to go, as memory of a busy device."""
+
+    def __init__(self) -> None:
+        self.going = threading.Event()
+        self.gone = threading.Event()
+
+    def __del__(self) -> None:
+        self.going.set()
+        time.sleep(0.2)
+        self.gone.set()
+
+
+def test_who_asks_after_the_end_of_a_message_finds_that_its_memory_has_gone(
+    alloc: CuMemAllocator,
+) -> None:
+    kept = SlowToGo()
+    going, gone = kept.going, kept.gone
+    alloc._core.declare_tag("kv", 0, 0)
+    leases = Leases(alloc._core)
+    number = leases.keep("kv", 1, kept)
+    del kept
+    forgetting = threading.Thread(target=leases.forget, args=(number,))
+    forgetting.start()
+    assert going.wait(20)
+    assert leases.exports() == []
+    assert gone.is_set()
+    forgetting.join()
 
 
 def test_memory_that_was_sent_says_who_keeps_it_awake(alloc: CuMemAllocator) -> None:

@@ -723,7 +723,7 @@ def test_close_ends_leases_that_the_serving_thread_has_not_seen_end(
     def line() -> int:
         return sys._current_frames()[thread].f_lineno
 
-    with serving.leases.lock:  # which the thread needs once a lease has ended
+    with serving.leases._turn:  # which the thread needs once a lease has ended
         waiting = line()
         del opened[0]
         until(lambda: line() != waiting)

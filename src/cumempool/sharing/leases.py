@@ -128,6 +128,7 @@ class Leases:
     def __init__(self, core: _core.Allocator) -> None:
         self._core = core
         self.lock: Final = fork_safe_lock()
+        self._turn: Final = fork_safe_lock()  # of a change; taken before the lock
         self.withdrawals: Final = Counter[str]()
         self.closed = False
         self._leases: set[Lease] = set()
@@ -139,13 +140,17 @@ class Leases:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Holds the lock. Messages that are dropped go after it: that may wait for a device."""
-        with self.lock:
-            try:
-                yield
-            finally:
-                dropped, self._dropped = self._dropped, []
-        del dropped
+        """Holds the lock. Messages that are dropped go after it, which may wait for a device.
+
+        They have gone when the next change begins: a close finds nothing that is on its way.
+        """
+        with self._turn:
+            with self.lock:
+                try:
+                    yield
+                finally:
+                    dropped, self._dropped = self._dropped, []
+            del dropped
 
     def keep(self, tag: str, size: int, kept: object) -> int:
         """Keeps memory for a message, and its tag awake, until it is received; its number."""
