@@ -507,7 +507,7 @@ typedef struct cumempool_totals {
   uint64_t swaps;
   uint64_t failed_transitions;
   uint64_t peak_physical_bytes; /* the most physical_bytes so far, or since cumempool_reset_peaks */
-  uint64_t leaked_bytes; /* the driver refused to take it back; tried once more at close */
+  uint64_t leaked_bytes;        /* the driver refused to take it back; tried once more at close */
 } cumempool_totals;
 
 /* Peaks begin again with what is held now. */
