@@ -10,7 +10,7 @@ target_link_options(fake_libcuda PRIVATE LINKER:-soname,libcuda.so.1)
 set_target_properties(fake_libcuda PROPERTIES NO_SONAME ON)
 
 file(GLOB_RECURSE test_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/tests/cpp/*.cpp")
-add_executable(cumempool_tests ${test_sources} ${test_driver_sources})
+add_executable(cumempool_tests ${test_sources})
 add_dependencies(cumempool_tests fake_libcuda)
 target_compile_definitions(cumempool_tests PRIVATE FAKE_LIBCUDA="$<TARGET_FILE:fake_libcuda>")
 target_include_directories(cumempool_tests PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests/cpp")

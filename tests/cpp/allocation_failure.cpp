@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)

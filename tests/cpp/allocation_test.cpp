@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 namespace cumempool::tests {

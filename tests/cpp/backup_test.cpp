@@ -14,7 +14,7 @@
 #include "backup/file_storage.hpp"
 #include "backup/host_storage.hpp"
 #include "backup/peer_storage.hpp"
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 #include "temporary_directory.hpp"
 #include "vmm/allocation.hpp"

@@ -2,7 +2,7 @@
 #include <memory>
 #include <string>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 #include "temporary_directory.hpp"
 

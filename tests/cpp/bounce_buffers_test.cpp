@@ -20,7 +20,7 @@
 
 #include "backup/copy_queue.hpp"
 #include "conformance_fixture.hpp"
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 namespace cumempool::tests {

@@ -1,6 +1,6 @@
 // The fault driver: it passes calls on, counts them, fails the ones it was told to, and lets a test
 // watch them.
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 
 #include <gtest/gtest.h>
 

@@ -16,7 +16,7 @@
 #include "backup/bounce_buffers.hpp"
 #include "backup/copy_queue.hpp"
 #include "conformance_fixture.hpp"
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 #include "temporary_directory.hpp"
 

@@ -12,7 +12,7 @@
 
 #include "backup/host_limits.hpp"
 #include "backup/host_pages.hpp"
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 namespace cumempool::tests {

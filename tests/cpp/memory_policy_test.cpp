@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 extern "C" {

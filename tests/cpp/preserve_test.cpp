@@ -2,7 +2,7 @@
 // free on a device.
 #include <string>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 extern "C" {

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 extern "C" {

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 #include "temporary_directory.hpp"
 

@@ -7,7 +7,7 @@
 #include <set>
 #include <thread>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 #define EACH_OF_8(X, a, b, c, d, e, f, g, h) X(a) X(b) X(c) X(d) X(e) X(f) X(g) X(h)

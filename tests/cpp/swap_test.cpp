@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 namespace cumempool::tests {

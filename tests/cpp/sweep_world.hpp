@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 #include "sweep_site.hpp"
 #include "tracked_driver.hpp"

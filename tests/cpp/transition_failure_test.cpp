@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 
 namespace cumempool::tests {

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 #include "host_fixture.hpp"
 #include "temporary_directory.hpp"
 

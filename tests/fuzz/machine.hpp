@@ -8,8 +8,8 @@
 #include <string>
 
 #include "cumempool/cumempool.h"
-#include "driver/fault_driver.hpp"
 #include "driver/host_driver.hpp"
+#include "fault_driver.hpp"
 
 namespace cumempool::fuzz {
 

@@ -1,5 +1,5 @@
 // A driver that fails on request, over any other driver.
-#include "driver/fault_driver.hpp"
+#include "fault_driver.hpp"
 
 #include <algorithm>
 #include <stdexcept>
