@@ -161,7 +161,6 @@ cumempool_status cumempool_host_driver_create(const cumempool_host_driver_option
 
 void cumempool_host_driver_destroy(const cumempool_driver* driver) {
   if (driver == nullptr || cumempool::driver::in_forked_child()) return;
-  cumempool::vmm::SharedMapping::forget_leftovers(*driver);
   cumempool::driver::destroy_host_driver(driver);
 }
 

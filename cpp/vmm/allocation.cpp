@@ -40,7 +40,7 @@ void Allocation::extend(const std::vector<int>& devices) noexcept {
         more.push_back(device);
     }
     if (more.empty()) return;
-    access_.reserve(access_.size() + more.size());  // who has access is waited for, without fail
+    access_.reserve(access_.size() + more.size());  // so that each device with access is fenced
     std::visit([&more](auto& backing) { backing.give_access(more); }, backing_);
     access_.insert(access_.end(), more.begin(), more.end());
   } catch (const std::exception&) {
@@ -49,7 +49,7 @@ void Allocation::extend(const std::vector<int>& devices) noexcept {
 }
 
 void Allocation::unmap() {
-  if (!can_sleep()) throw Error(CUMEMPOOL_INTERNAL, "the memory cannot be detached");
+  if (!can_sleep()) throw Error(CUMEMPOOL_INTERNAL, "memory of this backing cannot be detached");
   const auto result = std::visit([](auto& backing) { return backing.unmap(); }, backing_);
   driver::check(driver_.table(), "unmap", result, access_.front(), bytes_);
   access_.resize(chosen_);

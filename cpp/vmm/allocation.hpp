@@ -2,9 +2,9 @@
 //
 //   reserved --map()--> mapped --unmap()--> detached --release_physical()--> reserved
 //
-// `detached` is unmapped with the physical memory (and so its contents) still held; map() from
-// there needs no memory and cannot run out of it, which is what makes a sleep reversible (R4).
-// A backing that cannot sleep knows one state, `mapped`, for life.
+// A detached range is unmapped and still holds its physical memory with the contents. map() from
+// there takes no memory and cannot run out of it, so a sleep can be undone (R4). A backing that
+// cannot sleep has one state, `mapped`, for life.
 #pragma once
 
 #include <cstddef>
@@ -17,15 +17,15 @@ namespace cumempool::vmm {
 
 class Allocation {
  public:
-  // Virtual memory. Reserves addresses; `access` are the devices that will use them. Throws Error;
-  // then nothing is held.
+  // Virtual memory. Reserves addresses, which the devices in `access` will use. Throws Error, and
+  // then holds nothing.
   Allocation(driver::Driver driver, MemoryStats& stats,
              const cumempool_memory_properties& properties, std::size_t bytes,
              std::vector<int> access);
   // The same for the device of the properties alone.
   Allocation(driver::Driver driver, MemoryStats& stats,
              const cumempool_memory_properties& properties, std::size_t bytes);
-  // Memory of cudaMalloc, which is there at once.
+  // Memory of cudaMalloc, mapped at once.
   Allocation(driver::Driver driver, MemoryStats& stats, int device, std::size_t bytes);
 
   cumempool_address address() const noexcept { return address_; }
@@ -36,11 +36,11 @@ class Allocation {
   bool holds_physical() const noexcept {
     return std::visit([](const auto& backing) { return backing.holds_physical(); }, backing_);
   }
-  // The devices that may use it, its own first; only for those who may map and unmap it.
+  // The devices with access, its own first. Only the thread that may map and unmap reads this.
   const std::vector<int>& access() const noexcept { return access_; }
 
-  // What it is made of, and what that can do: give memory back while the address stays, be
-  // exported, let more devices in later. Whether a teardown waits for work in flight.
+  // The kind of the backing, and its capabilities: give memory back and keep the address, export,
+  // give more devices access later. free_waits: teardown() waits for work in flight.
   cumempool_backing kind() const noexcept {
     return std::visit([](const auto& backing) { return backing.kKind; }, backing_);
   }
@@ -57,11 +57,11 @@ class Allocation {
     return std::visit([](const auto& backing) { return backing.kFreeWaits; }, backing_);
   }
 
-  // What its memory is made with at each wake; null where the driver chooses.
+  // The properties of the memory that a wake creates; null if the driver chooses them.
   const cumempool_memory_properties* properties() const noexcept {
     return std::visit([](const auto& backing) { return backing.properties(); }, backing_);
   }
-  // What the driver exports; only while it holds physical memory, and can be exported.
+  // The handle to export. Valid only while holds_physical() and can_export().
   cumempool_physical handle() const noexcept {
     return std::visit([](const auto& backing) { return backing.handle(); }, backing_);
   }
@@ -71,29 +71,30 @@ class Allocation {
     return std::visit([](const auto& backing) { return backing.needs_physical(); }, backing_);
   }
 
-  // Makes the range usable. Throws Error; then it is as before. No effect where it is mapped. See
-  // VmmBacking::map() for what is leaked.
+  // Makes the range usable. No effect if it is mapped. Throws Error, and then the range is as
+  // before; VmmBacking::map() says what it leaks.
   void map();
 
-  // Lets more devices use the range, until it is detached. No effect for those who may already, and
-  // where it is not mapped, or refused: nobody was promised that they could.
+  // Gives more devices access to a mapped range, until it is detached. Skips devices that have
+  // access. Ignores a refusal by the driver: no caller was promised this access.
   void extend(const std::vector<int>& devices) noexcept;
 
-  // Detaches the range from its memory, which stays held. Throws Error; then it is as before.
+  // Detaches the range from its memory, which stays held. Throws Error, and then the range is as
+  // before.
   void unmap();
 
-  // Gives the memory of a detached range back. On failure it stays held, with its contents.
+  // Gives the memory of a detached range back. On failure it keeps the memory and its contents.
   cumempool_result release_physical() noexcept;
 
-  // Unmaps and releases all memory, leaked handles included; the addresses stay. Throws Error for
-  // what the driver refuses, which is leaked.
+  // Unmaps and releases all memory, leaked handles included, and keeps the addresses. Leaks what
+  // the driver refuses to take back, and throws Error for it.
   void vacate();
 
-  // Everything back, in reverse order. Stops at the first failure; then what is left is leaked, and
-  // it may be repeated.
+  // Gives everything back, in reverse order. Stops at the first failure and leaks the rest; may be
+  // repeated.
   cumempool_result teardown() noexcept;
 
-  // Counts the memory that is held, if any, as leaked: it cannot be given back.
+  // Counts the memory that it holds, if any, as leaked: the driver refuses to take it back.
   void leak() noexcept {
     if (holds_physical()) std::visit([](auto& backing) { backing.leak(); }, backing_);
   }
@@ -102,7 +103,7 @@ class Allocation {
   driver::Driver driver_;
   std::size_t bytes_;
   std::vector<int> access_;
-  std::size_t chosen_ = access_.size();  // of them; the others were let in since
+  std::size_t chosen_ = access_.size();  // the first ones; extend() added the others
   Backing backing_;
   cumempool_address address_;
 };

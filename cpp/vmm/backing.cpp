@@ -1,4 +1,4 @@
-// What an allocation is made of.
+// The backings of allocations: virtual memory, and memory of cudaMalloc.
 #include "vmm/backing.hpp"
 
 #include <exception>
@@ -65,7 +65,7 @@ void VmmBacking::map(const std::vector<int>& devices, cumempool_access access) {
 }
 
 void VmmBacking::set_aside() {
-  set_aside_.push_front(handle_);  // stays counted
+  set_aside_.push_front(handle_);  // leaked_bytes still counts it
   held_ = Held::kAddresses;
   leaked_ = false;
 }

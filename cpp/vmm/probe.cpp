@@ -1,4 +1,4 @@
-// Tries a device's memory for real.
+// Finds out what a device's memory can do by trying.
 #include "vmm/probe.hpp"
 
 #include <sys/mman.h>
@@ -10,26 +10,11 @@
 #include <cstring>
 #include <optional>
 
+#include "driver/scope_exit.hpp"
 #include "vmm/allocation.hpp"
 
 namespace cumempool::vmm {
 namespace {
-
-// Physical memory without an address.
-class Granule {
- public:
-  Granule(driver::Driver driver, std::size_t bytes, const cumempool_memory_properties& properties)
-      : driver_(driver), handle_(driver.create(bytes, &properties)) {}
-  ~Granule() { driver_.table().release(driver_.table().self, handle_); }
-  Granule(const Granule&) = delete;
-  Granule& operator=(const Granule&) = delete;
-
-  cumempool_physical handle() const noexcept { return handle_; }
-
- private:
-  driver::Driver driver_;
-  cumempool_physical handle_;
-};
 
 void try_export(driver::Driver driver, int device, cumempool_physical memory, std::uint32_t type) {
   const auto& table = driver.table();
@@ -46,11 +31,13 @@ void try_export(driver::Driver driver, int device, cumempool_physical memory, st
 }
 
 MemoryKind try_kind(driver::Driver driver, const cumempool_memory_properties& properties) {
+  const auto& table = driver.table();
   const std::size_t granularity = driver.granularity(&properties);
-  const Granule granule(driver, granularity, properties);
+  const cumempool_physical granule = driver.create(granularity, &properties);
+  const driver::ScopeExit release([&] { table.release(table.self, granule); });
   for (const std::uint32_t type : {CUMEMPOOL_HANDLE_POSIX_FD, CUMEMPOOL_HANDLE_FABRIC}) {
     if ((properties.handle_types & type) != 0) {
-      try_export(driver, properties.device, granule.handle(), type);
+      try_export(driver, properties.device, granule, type);
     }
   }
   return {properties, granularity};
@@ -66,7 +53,7 @@ MemoryKind choose_memory_kind(driver::Driver driver, int device) {
       try {
         return try_kind(driver, {device, types, rdma, 0});
       } catch (const Error& error) {
-        // A full device says nothing about properties: freezing a lesser kind now would be wrong.
+        // A full device refuses every kind: choosing a lesser one now would freeze it wrongly.
         if (error.status == CUMEMPOOL_OUT_OF_MEMORY) throw;
         last = error;
       }
@@ -79,79 +66,42 @@ namespace {
 
 constexpr unsigned char kPattern = 0xA5;
 
-// One page of host memory for the copy back, pinned where the driver pins any.
-class HostPage {
- public:
-  HostPage(driver::Driver driver, int device)
-      : driver_(driver), device_(device), bytes_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))) {
-    void* page = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (page == MAP_FAILED) throw Error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "mmap of one page failed");
-    page_ = static_cast<unsigned char*>(page);
-    try {
-      pinned_ = driver_.pin(device_, page_, bytes_);
-    } catch (const Error&) {
-      munmap(page_, bytes_);
-      throw;
-    }
-  }
-  ~HostPage() {
-    const auto& table = driver_.table();
-    if (!pinned_ || table.host_unregister(table.self, device_, page_) == CUMEMPOOL_RESULT_SUCCESS) {
-      munmap(page_, bytes_);
-    }
-  }
-  HostPage(const HostPage&) = delete;
-  HostPage& operator=(const HostPage&) = delete;
+// Fills one page of a granule and copies it back to `page`. Uses a stream of its own: work on the
+// legacy default stream would break captures on the streams that wait for it (C4).
+void fill_and_copy_back(driver::Driver driver, int device, const Allocation& granule,
+                        unsigned char* page, std::size_t bytes) {
+  const auto& table = driver.table();
+  const cumempool_stream stream = driver.stream_create(device);
+  const driver::ScopeExit destroy([&] { table.stream_destroy(table.self, device, stream); });
+  driver.fill(device, granule.address(), kPattern, bytes, stream);
+  driver.copy_to_host(device, page, granule.address(), bytes, stream);
+  driver.stream_synchronize(device, stream);
+  driver.fence({device});
+}
 
-  bool pinned() const noexcept { return pinned_; }
-
-  unsigned char* data() const noexcept { return page_; }
-  std::size_t bytes() const noexcept { return bytes_; }
-
- private:
-  driver::Driver driver_;
-  int device_;
-  std::size_t bytes_;
-  unsigned char* page_ = nullptr;
-  bool pinned_ = false;
-};
-
-// Work on the legacy default stream would break captures on the streams that wait for it (C4).
-class PrivateStream {
- public:
-  PrivateStream(driver::Driver driver, int device)
-      : driver_(driver), device_(device), stream_(driver.stream_create(device)) {}
-  ~PrivateStream() {
-    const auto& table = driver_.table();
-    table.stream_destroy(table.self, device_, stream_);
-  }
-  PrivateStream(const PrivateStream&) = delete;
-  PrivateStream& operator=(const PrivateStream&) = delete;
-
-  cumempool_stream get() const noexcept { return stream_; }
-
- private:
-  driver::Driver driver_;
-  int device_;
-  cumempool_stream stream_;
-};
-
-// Returns whether the host memory was pinned.
+// Returns whether the driver pins host memory.
 bool write_and_read_back(driver::Driver driver, int device, const MemoryKind& kind) {
   MemoryStats stats;
   Allocation granule(driver, stats, kind.properties, kind.granularity);
   granule.map();
-  const HostPage page(driver, device);
-  const PrivateStream stream(driver, device);
-  const std::size_t bytes = std::min(page.bytes(), granule.bytes());
-  driver.fill(device, granule.address(), kPattern, bytes, stream.get());
-  driver.copy_to_host(device, page.data(), granule.address(), bytes, stream.get());
-  driver.stream_synchronize(device, stream.get());
-  driver.fence({device});
-  if (!std::all_of(page.data(), page.data() + bytes, [](auto byte) { return byte == kPattern; })) {
-    throw Error(CUMEMPOOL_DRIVER_ERROR, "memory read back does not hold what was written");
+  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  void* const mapped =
+      mmap(nullptr, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw Error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "mmap of one page failed");
+  auto* const page = static_cast<unsigned char*>(mapped);
+  bool pinned = false;
+  const driver::ScopeExit unmap([&] {  // a page that stays pinned stays mapped
+    const auto& table = driver.table();
+    const bool free = !pinned || table.host_unregister(table.self, device, page) == 0;
+    if (free) munmap(page, page_bytes);
+  });
+  pinned = driver.pin(device, page, page_bytes);
+  const std::size_t bytes = std::min(page_bytes, granule.bytes());
+  fill_and_copy_back(driver, device, granule, page, bytes);
+  if (!std::all_of(page, page + bytes, [](auto byte) { return byte == kPattern; })) {
+    throw Error(CUMEMPOOL_DRIVER_ERROR, "memory that was read back differs from what was written");
   }
-  return page.pinned();
+  return pinned;
 }
 
 void read_attributes(driver::Driver driver, int device, cumempool_device_probe& probe) {

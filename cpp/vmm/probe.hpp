@@ -1,4 +1,4 @@
-// Tries a device's memory for real: which properties it can have, and whether it can be used.
+// Finds out what a device's memory can do by creating, exporting, mapping and copying some.
 #pragma once
 
 #include <cstddef>
@@ -8,20 +8,20 @@
 
 namespace cumempool::vmm {
 
-// Properties that memory of a device was made with, not those that its attributes promise and that
-// cuMemCreate then refuses (R8).
+// Properties that memory of a device was created with. A device may claim more in its attributes
+// and then refuse it in cuMemCreate (R8).
 struct MemoryKind {
   cumempool_memory_properties properties;
   std::size_t granularity;
 };
 
-// The first of: fabric and POSIX fd handles, then POSIX fd alone, then none; each with RDMA before
-// without. Throws Error where not even plain memory can be made.
+// Returns the first kind that works: fabric and POSIX fd handles, then POSIX fd alone, then none;
+// each with RDMA before without. Throws Error if not even plain memory can be created.
 MemoryKind choose_memory_kind(driver::Driver driver, int device);
 
-// Tries one granule: create, map, write, read back, return. Fills every field but `size`. Throws
-// Error only for a device that does not exist; what fails while trying ends up in `reason`. A
-// context that was not there before is gone afterwards.
+// Tries one granule: create, map, write, read back, give back. Fills every field but `size`. Puts a
+// failure of the trial into `reason`; throws Error only for a device that does not exist. Leaves no
+// context behind that was not there before.
 void probe_device(driver::Driver driver, int device, cumempool_device_probe& probe);
 
 }  // namespace cumempool::vmm

@@ -1,41 +1,43 @@
-// Physical memory of another process, mapped here: imported, addressed, and given back.
+// Physical memory of another process: imported, mapped here, and given back.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
 #include "driver/driver.hpp"
+#include "vmm/backing.hpp"
 
 namespace cumempool::vmm {
 
-struct SharedParts;
-
-// Not thread-safe. The memory lives as long as this mapping, whatever becomes of its owner. What
-// cannot be given back at its end, or where opening fails, is kept as it is, since work may still
-// use it (R5), and tried again whenever memory of the same driver is opened or closed.
+// Not thread-safe. The memory lives as long as this mapping, even if its owner ends before. What
+// the driver refuses to take back is leaked (ADR 35), where opening fails as well.
 class SharedMapping {
  public:
-  // `exported` is what export_handle wrote there: an int (POSIX fd, stays the caller's) or a fabric
-  // handle, of `bytes` in all. `device` is the one that will use it here. Throws Error.
+  // Imports `bytes` that export_handle wrote to `exported`: an int (POSIX fd, which stays the
+  // caller's) or a fabric handle. Maps them for use by `device`. Throws Error.
   SharedMapping(driver::Driver driver, int device, std::uint32_t handle_type, const void* exported,
                 std::size_t bytes, cumempool_access access);
-  // Like close().
+  // Waits and gives everything back, as close() does. Leaves the memory mapped if the wait fails,
+  // because work may still use it (R5).
   ~SharedMapping();
   SharedMapping(const SharedMapping&) = delete;
   SharedMapping& operator=(const SharedMapping&) = delete;
 
-  cumempool_address address() const noexcept;
+  cumempool_address address() const noexcept { return memory_.address(); }
 
-  // Waits for work in flight on the device, and gives everything back. Throws Error; may be
-  // repeated.
+  // Waits for work in flight on the device, then unmaps, releases and unreserves. Throws Error at
+  // the first step that fails; another call goes on from there.
   void close();
 
-  // Tries what is kept of a driver once more, and never again: the driver goes.
-  static void forget_leftovers(const cumempool_driver& table) noexcept;
-
  private:
-  std::unique_ptr<SharedParts> parts_;
+  cumempool_result wait() const noexcept;
+
+  driver::Driver driver_;
+  int device_;
+  std::size_t bytes_;
+  MemoryStats stats_;
+  driver::RetainedContext context_;
+  VmmBacking memory_;
 };
 
 }  // namespace cumempool::vmm

@@ -25,6 +25,8 @@ class Machine {
   Machine(std::uint64_t pages_per_device, bool peers_reach_each_other);
   // Gives back what is the program's, and holds the driver to having nothing left.
   ~Machine();
+  // Leaked memory of a share may be left.
+  void expect_leaks() noexcept { leaks_ = true; }
   Machine(const Machine&) = delete;
   Machine(Machine&&) = delete;
   Machine& operator=(const Machine&) = delete;
@@ -54,6 +56,7 @@ class Machine {
   driver::FaultDriver faults_;
   std::array<cumempool_stream, kDevices> streams_{};
   std::array<bool, kDevices> capturing_{};
+  bool leaks_ = false;
 };
 
 // One for the process, gone at its end.

@@ -170,7 +170,7 @@ class Program {
   void check_share(const Share& share);
   void close_share(std::size_t index, bool close_first);
   bool shared_elsewhere() const {
-    return !exports_.empty() || !model_.shares.empty() || shares_kept_;
+    return !exports_.empty() || !model_.shares.empty() || shares_leaked_;
   }
 
   // ---- what must hold at any time (program_checks.cpp)
@@ -200,7 +200,7 @@ class Program {
   bool armed_ = false;
   bool warm_ = false;  // all devices have been used by the allocator
   bool peers_used_ = false;
-  bool shares_kept_ = false;  // that the driver would not take back
+  bool shares_leaked_ = false;  // the driver has refused to take memory of a share back
   std::uint64_t margin_ = 0;
   std::optional<std::uint64_t> full_disk_;
 };

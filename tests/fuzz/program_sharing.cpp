@@ -55,6 +55,7 @@ void Program::run_shared_open(const Operation& operation) {
   const bool wrong_size = operation.c % 16 == 15;
   const bool reaches = settings_.peers_reach_each_other || operation.b % kDevices == from.device;
   Share share{nullptr, 0, from.block, from.generation, false, !reads, Contents(from.bytes)};
+  const std::uint64_t before = machine_.faults().failures();
   const Result result = call([&] {
     return cumempool_shared_open(
         &machine_.table(), operation.b % kDevices, CUMEMPOOL_HANDLE_POSIX_FD, &from.descriptor,
@@ -65,7 +66,8 @@ void Program::run_shared_open(const Operation& operation) {
   if (reads) expected.or_else(CUMEMPOOL_UNSUPPORTED);
   if (wrong_size || !reaches) expected = Expectation::of(CUMEMPOOL_DRIVER_ERROR);
   judge(result, expected);
-  shares_kept_ = shares_kept_ || result.disturbed;
+  // The first failure ends the opening; another one stops its undoing.
+  shares_leaked_ = shares_leaked_ || machine_.faults().failures() - before > 1;
   if (!result.ok()) return;
   share.address = cumempool_shared_address(share.handle);
   model_.add(std::move(share));
@@ -103,7 +105,7 @@ void Program::close_share(std::size_t index, bool close_first) {
   }
   const std::uint64_t before = machine_.faults().failures();
   cumempool_shared_destroy(share.handle);
-  shares_kept_ = shares_kept_ || machine_.faults().failures() != before;
+  shares_leaked_ = shares_leaked_ || machine_.faults().failures() != before;
   model_.shares.erase(model_.shares.begin() + static_cast<std::ptrdiff_t>(index));
 }
 
