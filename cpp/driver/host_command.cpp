@@ -1,6 +1,6 @@
-// Commands of the host driver at work. Bytes move through the file behind the memory, not through
-// its mapping, and host memory is only touched by the kernel, so that work into memory that is gone
-// ends in an error and never in a SIGSEGV.
+// Runs commands of the host driver. Bytes move through the file behind the memory, not through its
+// mapping, and only the kernel touches host memory. So work into memory that is gone ends in an
+// error and never in a SIGSEGV.
 #include "driver/host_command.hpp"
 
 #include <sys/mman.h>
@@ -19,7 +19,7 @@ static_assert(kPieceBytes % kDigestTileBytes == 0, "Digester takes whole tiles")
 
 using Segments = std::vector<HostSegment>;
 
-// Calls transfer(done) until it has moved all bytes; false where the kernel refuses.
+// Calls transfer(done) until it has moved all bytes. Returns false if the kernel refuses.
 template <typename Transfer>
 bool move_all(std::size_t bytes, const Transfer& transfer) {
   for (std::size_t done = 0; done < bytes;) {
@@ -81,7 +81,7 @@ bool write_device(const Segments& segments, std::size_t offset, const void* from
                    });
 }
 
-// Calls piece(offset, bytes) for one piece of the range after the other.
+// Calls piece(offset, bytes) for each piece of the range in turn.
 template <typename Piece>
 bool in_pieces(std::uint64_t bytes, const Piece& piece) {
   for (std::uint64_t offset = 0; offset < bytes; offset += kPieceBytes) {
@@ -90,7 +90,7 @@ bool in_pieces(std::uint64_t bytes, const Piece& piece) {
   return true;
 }
 
-// Copies between host ranges of which either may be gone.
+// Copies between host ranges. Either may be gone; then it returns false.
 bool copy_on_host(void* to, const void* from, std::size_t bytes) {
   const Descriptor file(memfd_create("cumempool-bounce", MFD_CLOEXEC));
   return file.get() >= 0 &&
@@ -141,41 +141,69 @@ bool uses(const HostCommand& command, const void* pointer, std::size_t bytes) {
   return false;
 }
 
-bool HostOperands::read(const HostCommand& command) {
-  if (command.kind == HostCommand::Kind::kCall) return true;
+std::optional<std::vector<cumempool_extent>> device_ranges(const HostCommand& command) {
+  std::vector<cumempool_extent> ranges;
+  if (command.kind == HostCommand::Kind::kCall) return ranges;
   if (command.kind == HostCommand::Kind::kDigest) {
-    extents_.resize(command.count);
-    return copy_on_host(extents_.data(), command.extents,
-                        command.count * sizeof(*command.extents)) &&
-           std::all_of(extents_.begin(), extents_.end(), [](const cumempool_extent& extent) {
-             return digest_takes(extent.address, extent.bytes);
-           });
+    ranges.resize(command.count);
+    const bool good =
+        copy_on_host(ranges.data(), command.extents, command.count * sizeof(*command.extents)) &&
+        std::all_of(ranges.begin(), ranges.end(), [](const cumempool_extent& extent) {
+          return digest_takes(extent.address, extent.bytes);
+        });
+    if (!good) return std::nullopt;
+    return ranges;
   }
-  extents_.push_back({command.address, command.bytes});
+  ranges.push_back({command.address, command.bytes});
   if (command.kind == HostCommand::Kind::kCopyOnDevice) {
-    extents_.push_back({command.source, command.bytes});
+    ranges.push_back({command.source, command.bytes});
   }
-  return true;
+  return ranges;
 }
 
-bool HostOperands::resolve(const HostMemory& memory, int device, const HostCommand& command) {
-  std::vector<Segments> found;
-  HostAccess access{device, command.epoch, access_to_address(command)};
-  for (const cumempool_extent& extent : extents_) {
+std::optional<HostOperands> find_operands(const HostMemory& memory, int device,
+                                          const HostCommand& command,
+                                          const std::vector<cumempool_extent>& ranges) {
+  HostOperands found;
+  cumempool_access access = access_to_address(command);
+  for (const cumempool_extent& range : ranges) {
     found.emplace_back();
-    if (!memory.resolve(extent.address, extent.bytes, access, &found.back())) return false;
-    access.kind = CUMEMPOOL_ACCESS_READ;  // only the first is ever written
+    if (!memory.resolve(range, device, access, command.epoch, &found.back())) return std::nullopt;
+    access = CUMEMPOOL_ACCESS_READ;  // a command writes its first range only
   }
-  segments_ = std::move(found);
-  return true;
+  return found;
 }
 
-bool HostOperands::execute(const HostCommand& command) const {
+namespace {
+
+bool execute_digests(const HostCommand& command, const std::vector<cumempool_extent>& ranges,
+                     const HostOperands& operands) {
+  std::vector<std::byte> piece;
+  std::vector<cumempool_digest> digests;
+  digests.reserve(ranges.size());
+  for (std::size_t i = 0; i < ranges.size(); ++i) {
+    Digester digester(command.seed);
+    const bool all = in_pieces(ranges[i].bytes, [&](std::size_t offset, std::size_t bytes) {
+      piece.resize(std::max(piece.size(), bytes));
+      if (!read_device(operands[i], offset, piece.data(), bytes)) return false;
+      digester.add(piece.data(), bytes);
+      return true;
+    });
+    if (!all) return false;
+    digests.push_back(digester.finish());
+  }
+  return copy_on_host(command.digests, digests.data(), digests.size() * sizeof(cumempool_digest));
+}
+
+}  // namespace
+
+bool execute(const HostCommand& command, const std::vector<cumempool_extent>& ranges,
+             const HostOperands& operands) {
   if (command.kind == HostCommand::Kind::kCall) {
     command.function(command.argument);
     return true;
   }
-  const Segments& first = segments_.front();
+  const Segments& first = operands.front();
   switch (command.kind) {
     case HostCommand::Kind::kCopyToHost:
       return read_device(first, 0, writable(command.host), command.bytes);
@@ -184,7 +212,7 @@ bool HostOperands::execute(const HostCommand& command) const {
     case HostCommand::Kind::kCopyOnDevice: {
       std::vector<unsigned char> piece(std::min(kPieceBytes, command.bytes));
       return in_pieces(command.bytes, [&](std::size_t offset, std::size_t bytes) {
-        return read_device(segments_.back(), offset, piece.data(), bytes) &&
+        return read_device(operands.back(), offset, piece.data(), bytes) &&
                write_device(first, offset, piece.data(), bytes);
       });
     }
@@ -195,30 +223,12 @@ bool HostOperands::execute(const HostCommand& command) const {
       });
     }
     case HostCommand::Kind::kDigest:
-      return execute_digests(command);
+      return execute_digests(command, ranges, operands);
     case HostCommand::Kind::kCall:
     case HostCommand::Kind::kWait:
       break;
   }
   return true;
-}
-
-bool HostOperands::execute_digests(const HostCommand& command) const {
-  std::vector<std::byte> piece;
-  std::vector<cumempool_digest> digests;
-  digests.reserve(extents_.size());
-  for (std::size_t i = 0; i < extents_.size(); ++i) {
-    Digester digester(command.seed);
-    const bool all = in_pieces(extents_[i].bytes, [&](std::size_t offset, std::size_t bytes) {
-      piece.resize(std::max(piece.size(), bytes));
-      if (!read_device(segments_[i], offset, piece.data(), bytes)) return false;
-      digester.add(piece.data(), bytes);
-      return true;
-    });
-    if (!all) return false;
-    digests.push_back(digester.finish());
-  }
-  return copy_on_host(command.digests, digests.data(), digests.size() * sizeof(cumempool_digest));
 }
 
 }  // namespace cumempool::driver

@@ -1,8 +1,9 @@
-// A command queued on a stream of the host driver, and how it moves bytes.
+// A command in a stream of the host driver, and how it moves bytes.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cumempool/driver.h"
@@ -10,7 +11,7 @@
 
 namespace cumempool::driver {
 
-// A place in a stream: its commands up to and including `sequence`.
+// A position in a stream: all commands up to and including `sequence`.
 struct HostMark {
   int device = 0;
   cumempool_stream stream = 0;
@@ -20,7 +21,7 @@ struct HostMark {
 struct HostCommand {
   enum class Kind { kCopyToHost, kCopyToDevice, kCopyOnDevice, kFill, kDigest, kCall, kWait };
   Kind kind = Kind::kWait;
-  cumempool_address address = 0;  // copies, fills: device memory; the destination where both are
+  cumempool_address address = 0;  // copies, fills: device memory; the destination if both sides are
   std::size_t bytes = 0;
   const void* host = nullptr;                 // copies from and to the host
   cumempool_address source = 0;               // copies on the device
@@ -31,35 +32,32 @@ struct HostCommand {
   std::uint64_t seed = 0;
   void (*function)(void*) = nullptr;  // calls
   void* argument = nullptr;
-  HostMark wait{};             // waits: what goes first
-  std::uint64_t epoch = 0;     // the mappings that it was submitted for; HostMemory::resolve
+  HostMark wait{};             // waits: the work to wait for
+  std::uint64_t epoch = 0;     // of its submission; see HostMemory::resolve
   std::uint64_t sequence = 0;  // set by HostWork::submit
 };
 
-// What the command does with device memory at `address`.
+// Returns the access to device memory at `address` that the command needs.
 cumempool_access access_to_address(const HostCommand& command);
 
 // Whether the command uses any byte of the host range.
 bool uses(const HostCommand& command, const void* pointer, std::size_t bytes);
 
-// The device memory of one command, looked up when it runs.
-class HostOperands {
- public:
-  // Says false where host memory that says what is meant is gone, or makes no sense.
-  bool read(const HostCommand& command);
-  // Whether all of it is mapped with the access that the device needs since the command was
-  // submitted. Keeps the memory behind it.
-  bool resolve(const HostMemory& memory, int device, const HostCommand& command);
-  // Moves the bytes; false where the kernel refuses, as for host memory that is gone.
-  bool execute(const HostCommand& command) const;
+// Lists the device ranges of a command that is about to run. Returns nothing if host memory that
+// lists them is gone or lists ranges that digest() does not take.
+std::optional<std::vector<cumempool_extent>> device_ranges(const HostCommand& command);
 
- private:
-  using Segments = std::vector<HostSegment>;
+// The physical memory behind each device range of a command.
+using HostOperands = std::vector<std::vector<HostSegment>>;
 
-  bool execute_digests(const HostCommand& command) const;
+// Finds the memory behind the ranges, and keeps it alive. Returns nothing unless each range has
+// been mapped, with the access that the device needs, since the command was submitted.
+std::optional<HostOperands> find_operands(const HostMemory& memory, int device,
+                                          const HostCommand& command,
+                                          const std::vector<cumempool_extent>& ranges);
 
-  std::vector<cumempool_extent> extents_;
-  std::vector<Segments> segments_;  // per extent
-};
+// Moves the bytes. Returns false if the kernel refuses, as for host memory that is gone.
+bool execute(const HostCommand& command, const std::vector<cumempool_extent>& ranges,
+             const HostOperands& operands);
 
 }  // namespace cumempool::driver

@@ -1,4 +1,4 @@
-// The simulated devices of one host driver.
+// The simulated devices of one host driver: its entries, by family.
 #include "driver/host_devices.hpp"
 
 #include <sys/mman.h>
@@ -16,7 +16,7 @@
 namespace cumempool::driver {
 namespace {
 
-using Stack = std::vector<int>;  // devices; the last one is current
+using Stack = std::vector<int>;  // the last device is current
 
 std::uint64_t next_serial() {
   static std::atomic<std::uint64_t> serial{0};
@@ -86,7 +86,7 @@ cumempool_result HostRegistrations::add(const void* pointer, std::size_t bytes) 
       (next != ranges_.begin() && begin - std::prev(next)->first < std::prev(next)->second)) {
     return CUMEMPOOL_RESULT_HOST_MEMORY_ALREADY_REGISTERED;
   }
-  // msync changes nothing here; it fails where a page is not mapped.
+  // msync changes nothing here, but fails if a page is not mapped.
   if (msync(const_cast<void*>(pointer), bytes, MS_ASYNC) != 0) {  // NOLINT
     return CUMEMPOOL_RESULT_INVALID_VALUE;
   }
@@ -118,7 +118,7 @@ std::uint64_t HostRegistrations::bytes() const {
 HostDevices::HostDevices(const cumempool_host_driver_options& options)
     : options_(options), contexts_(options.device_count), memory_(options) {
   for (int device = 0; device < options.device_count; ++device) {
-    works_.push_back(std::make_unique<HostWork>(device, state_, memory_, works_));
+    works_.push_back(std::make_unique<HostWork>(device, mutex_, ran_, memory_, works_));
   }
 }
 
@@ -129,28 +129,28 @@ cumempool_result HostDevices::check_device(int device) const {
   return exists(device) ? CUMEMPOOL_RESULT_SUCCESS : CUMEMPOOL_RESULT_INVALID_DEVICE;
 }
 
-// What every [context] entry asks first (C3).
+// The first check of every [context] entry (C3).
 cumempool_result HostDevices::check_context(int device) {
   if (const auto result = check_device(device)) return result;
   return contexts_.current(device) ? work(device).error() : CUMEMPOOL_RESULT_INVALID_CONTEXT;
 }
 
 cumempool_result HostDevices::init() {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   initialised_ = true;
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
 cumempool_result HostDevices::driver_version(int* version) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
   if (version == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
-  *version = 13000;  // the CUDA version whose behaviour it follows
+  *version = 13000;  // it behaves as CUDA 13.0 does
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
 cumempool_result HostDevices::device_count(int* count) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
   if (count == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   *count = options_.device_count;
@@ -158,7 +158,7 @@ cumempool_result HostDevices::device_count(int* count) {
 }
 
 cumempool_result HostDevices::device_name(int device, char* name, std::size_t bytes) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_device(device)) return result;
   if (name == nullptr || bytes == 0) return CUMEMPOOL_RESULT_INVALID_VALUE;
   const std::string text = "cumempool host device " + std::to_string(device);
@@ -168,7 +168,7 @@ cumempool_result HostDevices::device_name(int device, char* name, std::size_t by
 
 cumempool_result HostDevices::device_attribute(int device, cumempool_device_attribute attribute,
                                                int* value) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_device(device)) return result;
   if (value == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   switch (attribute) {
@@ -199,7 +199,7 @@ cumempool_result HostDevices::device_attribute(int device, cumempool_device_attr
 }
 
 cumempool_result HostDevices::peer_access(int device, int peer, int* possible) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_device(device)) return result;
   if (const auto result = check_device(peer)) return result;
   if (possible == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
@@ -209,7 +209,7 @@ cumempool_result HostDevices::peer_access(int device, int peer, int* possible) {
 
 cumempool_result HostDevices::memory_info(int device, std::uint64_t* free_bytes,
                                           std::uint64_t* total_bytes) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   if (free_bytes == nullptr || total_bytes == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   *free_bytes = memory_.free_bytes(device);
@@ -218,7 +218,7 @@ cumempool_result HostDevices::memory_info(int device, std::uint64_t* free_bytes,
 }
 
 cumempool_result HostDevices::context_active(int device, int* active) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_device(device)) return result;
   if (active == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   *active = contexts_.active(device) ? 1 : 0;
@@ -226,14 +226,14 @@ cumempool_result HostDevices::context_active(int device, int* active) {
 }
 
 cumempool_result HostDevices::context_retain(int device) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_device(device)) return result;
   contexts_.retain(device);
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
 cumempool_result HostDevices::context_release(int device) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_device(device)) return result;
   if (!contexts_.held(device)) return CUMEMPOOL_RESULT_INVALID_CONTEXT;
   if (contexts_.release(device)) lose_context(device);
@@ -246,14 +246,14 @@ void HostDevices::lose_context(int device) {
 }
 
 cumempool_result HostDevices::context_enter(int device, cumempool_context_token* token) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_device(device)) return result;
   if (token == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   return contexts_.enter(device, *token);
 }
 
 cumempool_result HostDevices::context_leave(const cumempool_context_token* token) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
   if (token == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   return contexts_.leave(*token);
@@ -264,7 +264,7 @@ cumempool_result HostDevices::context_leave(const cumempool_context_token* token
 cumempool_result HostDevices::create(std::size_t bytes,
                                      const cumempool_memory_properties* properties,
                                      cumempool_physical* physical) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (properties == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   if (const auto result = check_device(properties->device)) return result;
   if (const auto result = work(properties->device).error()) return result;
@@ -272,13 +272,13 @@ cumempool_result HostDevices::create(std::size_t bytes,
 }
 
 cumempool_result HostDevices::allocate(int device, std::size_t bytes, cumempool_address* address) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   return memory_.allocate(device, bytes, address);
 }
 
 cumempool_result HostDevices::deallocate(int device, cumempool_address address) {
-  std::unique_lock<std::mutex> lock(state_.mutex);
+  std::unique_lock<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   if (!memory_.allocated(device, address)) return CUMEMPOOL_RESULT_INVALID_VALUE;
   lock.unlock();
@@ -288,7 +288,7 @@ cumempool_result HostDevices::deallocate(int device, cumempool_address address) 
 }
 
 cumempool_result HostDevices::host_register(int device, void* pointer, std::size_t bytes) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   return pins_host_memory() ? registrations_.add(pointer, bytes) : CUMEMPOOL_RESULT_NOT_SUPPORTED;
 }
@@ -304,7 +304,7 @@ std::optional<std::pair<int, HostMark>> HostDevices::last_use(const void* pointe
 
 cumempool_result HostDevices::host_unregister(int device, void* pointer) {
   for (;;) {
-    std::unique_lock<std::mutex> lock(state_.mutex);
+    std::unique_lock<std::mutex> lock(mutex_);
     if (const auto result = check_context(device)) return result;
     const std::size_t bytes = registrations_.bytes_at(pointer);
     if (bytes == 0) return CUMEMPOOL_RESULT_HOST_MEMORY_NOT_REGISTERED;
@@ -314,7 +314,7 @@ cumempool_result HostDevices::host_unregister(int device, void* pointer) {
       return CUMEMPOOL_RESULT_SUCCESS;
     }
     lock.unlock();
-    // An error sticks to the device of that work, which the next round sees if it is this one.
+    // An error sticks to the device of that work. The next round sees it if that is `device`.
     (void)work(use->first).run(use->second);
   }
 }
@@ -322,7 +322,7 @@ cumempool_result HostDevices::host_unregister(int device, void* pointer) {
 // ---- streams and events ---------------------------------------------------------------------
 
 cumempool_result HostDevices::stream_create(int device, cumempool_stream* stream) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   if (stream == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   work(device).add_stream(next_object_);
@@ -331,13 +331,13 @@ cumempool_result HostDevices::stream_create(int device, cumempool_stream* stream
 }
 
 cumempool_result HostDevices::stream_destroy(int device, cumempool_stream stream) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   return work(device).destroy_stream(stream);
 }
 
 cumempool_result HostDevices::stream_synchronize(int device, cumempool_stream stream) {
-  std::unique_lock<std::mutex> lock(state_.mutex);
+  std::unique_lock<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   if (const auto result = work(device).check_stream(stream)) return result;
   const HostMark mark = work(device).mark_of_stream(stream);
@@ -347,7 +347,7 @@ cumempool_result HostDevices::stream_synchronize(int device, cumempool_stream st
 
 cumempool_result HostDevices::stream_is_capturing(int device, cumempool_stream stream,
                                                   int* capturing) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   if (capturing == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   if (!work(device).has_stream(stream)) return CUMEMPOOL_RESULT_INVALID_HANDLE;
@@ -356,7 +356,7 @@ cumempool_result HostDevices::stream_is_capturing(int device, cumempool_stream s
 }
 
 cumempool_result HostDevices::event_create(int device, cumempool_event* event) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   if (event == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
   work(device).add_event(next_object_);
@@ -365,20 +365,20 @@ cumempool_result HostDevices::event_create(int device, cumempool_event* event) {
 }
 
 cumempool_result HostDevices::event_destroy(int device, cumempool_event event) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   return work(device).destroy_event(event);
 }
 
 cumempool_result HostDevices::event_record(int device, cumempool_event event,
                                            cumempool_stream stream) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   return work(device).record(event, stream);
 }
 
 cumempool_result HostDevices::event_synchronize(int device, cumempool_event event) {
-  std::unique_lock<std::mutex> lock(state_.mutex);
+  std::unique_lock<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   const auto mark = work(device).mark_of(event);
   if (!mark) return CUMEMPOOL_RESULT_INVALID_HANDLE;
@@ -386,9 +386,9 @@ cumempool_result HostDevices::event_synchronize(int device, cumempool_event even
   return work(device).run(*mark);
 }
 
-// Runs one command at a time, so that work stays deferred and polling comes to an end.
+// Runs one command per call, so that work stays deferred and polling comes to an end.
 cumempool_result HostDevices::event_query(int device, cumempool_event event) {
-  std::unique_lock<std::mutex> lock(state_.mutex);
+  std::unique_lock<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   const auto mark = work(device).mark_of(event);
   if (!mark) return CUMEMPOOL_RESULT_INVALID_HANDLE;
@@ -406,7 +406,7 @@ std::optional<HostMark> HostDevices::mark_of(cumempool_event event) const {
 
 cumempool_result HostDevices::stream_wait_event(int device, cumempool_stream stream,
                                                 cumempool_event event) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   if (const auto result = work(device).check_stream(stream)) return result;
   const auto mark = mark_of(event);
@@ -433,31 +433,30 @@ bool HostDevices::good_digests(int device, const HostCommand& command) const {
       !registered(command.digests, command.count * sizeof(cumempool_digest))) {
     return false;
   }
-  return std::all_of(command.extents, command.extents + command.count,
-                     [&](const cumempool_extent& extent) {
-                       const HostAccess access{device, command.epoch, CUMEMPOOL_ACCESS_READ};
-                       return digest_takes(extent.address, extent.bytes) &&
-                              memory_.resolve(extent.address, extent.bytes, access, nullptr);
-                     });
+  return std::all_of(
+      command.extents, command.extents + command.count, [&](const cumempool_extent& extent) {
+        return digest_takes(extent.address, extent.bytes) &&
+               memory_.resolve(extent, device, CUMEMPOOL_ACCESS_READ, command.epoch, nullptr);
+      });
 }
 
 bool HostDevices::good_operands(int device, const HostCommand& command) const {
-  const auto mapped = [&](cumempool_address address, cumempool_access kind) {
-    return memory_.resolve(address, command.bytes, {device, command.epoch, kind}, nullptr);
+  const auto mapped = [&](cumempool_address address, cumempool_access access) {
+    return memory_.resolve({address, command.bytes}, device, access, command.epoch, nullptr);
   };
-  const cumempool_access kind = access_to_address(command);
+  const cumempool_access access = access_to_address(command);
   switch (command.kind) {
     case HostCommand::Kind::kCopyToHost:
     case HostCommand::Kind::kCopyToDevice:
-      return registered(command.host, command.bytes) && mapped(command.address, kind);
+      return registered(command.host, command.bytes) && mapped(command.address, access);
     case HostCommand::Kind::kCopyOnDevice: {
       const auto distance = command.address > command.source ? command.address - command.source
                                                              : command.source - command.address;
-      return distance >= command.bytes && mapped(command.address, kind) &&
+      return distance >= command.bytes && mapped(command.address, access) &&
              mapped(command.source, CUMEMPOOL_ACCESS_READ);
     }
     case HostCommand::Kind::kFill:
-      return mapped(command.address, kind);
+      return mapped(command.address, access);
     case HostCommand::Kind::kDigest:
       return good_digests(device, command);
     case HostCommand::Kind::kCall:
@@ -467,9 +466,9 @@ bool HostDevices::good_operands(int device, const HostCommand& command) const {
   return true;
 }
 
-// Refuses what is wrong already; what goes wrong later is found when the command runs.
+// Refuses operands that are wrong now. Running the command finds the ones that go wrong later.
 cumempool_result HostDevices::submit(int device, HostCommand command, cumempool_stream stream) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_context(device)) return result;
   if (const auto result = work(device).check_stream(stream)) return result;
   if (command.bytes == 0 && command.count == 0) return CUMEMPOOL_RESULT_SUCCESS;
@@ -518,7 +517,7 @@ cumempool_result HostDevices::digest(int device, std::uint64_t seed,
 cumempool_result HostDevices::fence(const int* devices, std::size_t count) {
   std::vector<int> active;
   {
-    const std::lock_guard<std::mutex> lock(state_.mutex);
+    const std::lock_guard<std::mutex> lock(mutex_);
     if (!initialised_) return CUMEMPOOL_RESULT_NOT_INITIALIZED;
     if (devices == nullptr && count != 0) return CUMEMPOOL_RESULT_INVALID_VALUE;
     for (std::size_t i = 0; i < count; ++i) {
@@ -542,7 +541,7 @@ cumempool_result HostDevices::fence(const int* devices, std::size_t count) {
 // ---- for tests ------------------------------------------------------------------------------
 
 bool HostDevices::hold_context(int device, bool held) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (check_device(device) != CUMEMPOOL_RESULT_SUCCESS) return false;
   if (held) {
     contexts_.retain_for_others(device);
@@ -553,7 +552,7 @@ bool HostDevices::hold_context(int device, bool held) {
 }
 
 HostDriverCounters HostDevices::counters() {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   HostDriverCounters counters;
   memory_.count(counters);
   counters.registrations = registrations_.count();
@@ -565,7 +564,7 @@ HostDriverCounters HostDevices::counters() {
 }
 
 cumempool_result HostDevices::launch(int device, void (*function)(void*), void* argument) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto result = check_device(device)) return result;
   if (const auto result = work(device).error()) return result;
   HostCommand command{HostCommand::Kind::kCall};
@@ -575,12 +574,12 @@ cumempool_result HostDevices::launch(int device, void (*function)(void*), void* 
 }
 
 bool HostDevices::set_capturing(int device, cumempool_stream stream, bool capturing) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   return exists(device) && work(device).set_capturing(stream, capturing);
 }
 
 void HostDevices::set_peer_access(bool possible) {
-  const std::lock_guard<std::mutex> lock(state_.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   memory_.set_peers(possible);
 }
 

@@ -1,6 +1,7 @@
 // The simulated devices of one host driver: their contexts, memory and work behind one lock.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -18,21 +19,21 @@
 
 namespace cumempool::driver {
 
-// Primary contexts: how often each is retained, and which one is current in each thread.
+// Primary contexts: how often each is retained, and the current one of each thread.
 class HostContexts {
  public:
   explicit HostContexts(int device_count);
 
-  // Held through the table, which knows no other contexts, or by others.
+  // held: through the table, which knows no other contexts. active: that, or by other libraries.
   bool held(int device) const { return retains_[index(device)] != 0; }
   bool active(int device) const { return held(device) || others_[index(device)] != 0; }
   void retain(int device) { ++retains_[index(device)]; }
-  // The context must be held; returns whether it is gone.
+  // Returns whether the context is gone. It must be held.
   bool release(int device) {
     --retains_[index(device)];
     return !active(device);
   }
-  // What others of the process do, with no table in between.
+  // The same by other libraries of the process, past the table.
   void retain_for_others(int device) { ++others_[index(device)]; }
   bool release_for_others(int device) {
     --others_[index(device)];
@@ -41,7 +42,7 @@ class HostContexts {
 
   cumempool_result enter(int device, cumempool_context_token& token);
   cumempool_result leave(const cumempool_context_token& token);
-  // Whether the calling thread is inside context_enter of the device, and its context exists.
+  // Whether the calling thread is inside context_enter of the device and its context exists.
   bool current(int device) const;
 
   std::uint64_t retained() const;  // through the table
@@ -50,21 +51,21 @@ class HostContexts {
  private:
   static std::size_t index(int device) { return static_cast<std::size_t>(device); }
 
-  const std::uint64_t serial_;  // tells the drivers of a process apart in the threads' stacks
+  const std::uint64_t serial_;  // tells this driver from others in the stacks of the threads
   std::vector<std::uint64_t> retains_;
   std::vector<std::uint64_t> others_;
   std::uint64_t entered_ = 0;
 };
 
-// Host memory that was registered for copies.
+// Ranges of host memory that are registered for copies.
 class HostRegistrations {
  public:
-  // The pages must be there, and none of them registered.
+  // Refuses pages that are not mapped or already registered.
   cumempool_result add(const void* pointer, std::size_t bytes);
-  // Bytes of the registration that begins at `pointer`; 0 = none does.
+  // Bytes of the registration that begins at `pointer`, or 0.
   std::size_t bytes_at(const void* pointer) const;
   void remove(const void* pointer);
-  // Whether one single registration holds the range.
+  // Whether a single registration holds the range.
   bool holds(const void* pointer, std::size_t bytes) const;
 
   std::size_t count() const noexcept { return ranges_.size(); }
@@ -74,7 +75,7 @@ class HostRegistrations {
   std::map<std::uintptr_t, std::size_t> ranges_;
 };
 
-// The entries of the table, behind one lock. The classes above do not lock.
+// Implements the table behind one mutex. The classes above do not lock.
 class HostDevices {
  public:
   explicit HostDevices(const cumempool_host_driver_options& options);
@@ -123,10 +124,10 @@ class HostDevices {
                           std::size_t count, cumempool_digest* digests, cumempool_stream stream);
   cumempool_result fence(const int* devices, std::size_t count);
 
-  // The entries that HostMemory answers as they are.
+  // The entries that HostMemory implements.
   template <auto Method, typename... Args>
   cumempool_result in_memory(Args... args) {
-    const std::lock_guard<std::mutex> lock(state_.mutex);
+    const std::lock_guard<std::mutex> lock(mutex_);
     return initialised_ ? (memory_.*Method)(args...) : CUMEMPOOL_RESULT_NOT_INITIALIZED;
   }
 
@@ -158,7 +159,8 @@ class HostDevices {
   std::optional<std::pair<int, HostMark>> last_use(const void* pointer, std::size_t bytes) const;
 
   const cumempool_host_driver_options options_;
-  HostState state_;  // guards everything below; given up while bytes move (R7)
+  std::mutex mutex_;             // guards all below; no thread holds it while bytes move (R7)
+  std::condition_variable ran_;  // a command has run
   bool initialised_ = false;
   HostContexts contexts_;
   HostMemory memory_;

@@ -1,28 +1,28 @@
-// The `host` driver: the table of driver.h over host memory, stricter than libcuda about the
-// contract, so that programs can be developed and tested where there is no GPU.
+// The `host` driver: the table of driver.h over host memory. It is stricter than libcuda about the
+// contract, so that programs can be developed and tested without a GPU.
 //
-// What it does differently from a GPU on purpose:
-//  - Commands run only when somebody waits for them: stream_synchronize, event_synchronize, fence,
-//    deallocate, host_unregister of memory that they use, or another stream's stream_wait_event
-//    that is waited for itself. event_query runs one command, and says NOT_READY also for the last
-//    one. A missing wait fails every time.
+// It differs from a GPU on purpose:
+//  - Commands run only when a thread waits for them: stream_synchronize, event_synchronize, fence,
+//    deallocate, host_unregister of memory that they use, or a wait for another stream that waits
+//    for them (stream_wait_event). event_query runs one command, and says NOT_READY also for the
+//    last one. A missing wait fails every time.
 //  - Work whose device memory was unmapped, even if mapped again since, breaks the device with 700
-//    (CUDA_ERROR_ILLEGAL_ADDRESS) when it runs; so does work that waits for a device that broke.
-//    Unregistered host memory is refused in copies and digests, unless the driver was made to pin
-//    none; so are copies that overlap.
-//  - Read-only access is enforced: work that writes all the same is refused or, where access was
-//    taken away later, breaks the device. The CPU may write what some device may write.
-//  - allocate takes whole granules of the budget, but only its bytes may be used, and by its device
-//    alone.
-//  - New memory is not zero. map takes a physical handle as a whole, inside one reservation.
-// What it cannot do:
+//    (CUDA_ERROR_ILLEGAL_ADDRESS) when it runs. So does work that waits for a device that broke.
+//    Copies and digests refuse host memory that is not registered, unless the driver was made to
+//    pin none. Copies refuse ranges that overlap.
+//  - Read-only access is enforced: work that writes is refused or, if access was taken away later,
+//    breaks the device. The CPU may write memory that some device may write.
+//  - allocate takes whole granules of the budget. Only the bytes asked for may be used, and only by
+//    its device.
+//  - New memory is not zero. map takes a whole physical handle, inside one reservation.
+// Its limits:
 //  - A descriptor sent to another process, or duplicated, keeps the pages but not their charge: the
-//    budget gets them back once this process has closed what export_handle returned. Memory that is
+//    budget gets them back once this process has closed the descriptor of export_handle. Memory
 //    imported from another process is charged there.
-//  - A fabric handle works on this host alone, and only for processes that may open each other's
-//    files: those of one user. It keeps no memory, as a real one does not either.
+//  - A fabric handle works on this host only, between processes of one user, which may open each
+//    other's files. It keeps no memory alive, like a real one.
 //  - Each physical handle holds a file descriptor, so RLIMIT_NOFILE limits their number.
-//  - The CPU can touch accessible device memory at any time; such accesses are nobody's work.
+//  - The CPU can touch accessible device memory at any time; no fence waits for that.
 #include "driver/host_driver.hpp"
 
 #include <unistd.h>
@@ -41,7 +41,7 @@
 namespace cumempool::driver {
 namespace {
 
-// From the table to the methods; nothing is thrown across (C1).
+// Calls a method from the table; nothing is thrown across (C1).
 template <typename Call>
 cumempool_result without_exceptions(const Call& call) noexcept {
   try {
@@ -53,7 +53,7 @@ cumempool_result without_exceptions(const Call& call) noexcept {
 
 HostDevices& devices_of(void* self) { return *static_cast<HostDevices*>(self); }
 
-// Stand in the table for the method of the same name.
+// Entries of the table that call the method of the same name.
 template <auto Method, typename... Args>
 cumempool_result on_devices(void* self, Args... args) noexcept {
   return without_exceptions([&] { return (devices_of(self).*Method)(args...); });
@@ -73,10 +73,10 @@ void fill_table(HostDevices& devices) {
 #define CUMEMPOOL_ENTRY(name, function, size) table.name = on_devices<&HostDevices::name>;
 #define CUMEMPOOL_MEMORY_ENTRY(name, function, size) table.name = in_memory<&HostMemory::name>;
 #include "driver/entries.inc"
-  table.create = on_devices<&HostDevices::create>;  // refused on a device that is lost
+  table.create = on_devices<&HostDevices::create>;  // refuses a device that is lost
 }
 
-// What is wrong with the options, or "".
+// Says what is wrong with the options, or "".
 std::string problem_with(const cumempool_host_driver_options& options) {
   const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
   const std::uint64_t granule = options.granularity;

@@ -1,5 +1,5 @@
-// Device memory of the host driver. A reservation is PROT_NONE address space, physical memory a
-// sealed memfd, and a mapping that memfd at a fixed address. An allocation is a mapping with
+// Device memory of the host driver. A reservation is PROT_NONE address space. Physical memory is a
+// sealed memfd, and a mapping is that memfd at a fixed address. An allocation is a mapping with
 // address space of its own and no handle.
 #include "driver/host_memory.hpp"
 
@@ -15,10 +15,12 @@
 #include <string>
 #include <utility>
 
+#include "driver/scope_exit.hpp"
+
 namespace cumempool::driver {
 namespace {
 
-// No one can truncate such memory under a mapping, so that touching it never raises SIGBUS.
+// No one can truncate sealed memory under a mapping, so touching it never raises SIGBUS.
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 constexpr int kPoison = 0xff;  // NaN in every floating-point format
 
@@ -37,8 +39,8 @@ cumempool_address address_of(const void* pointer) {
   return static_cast<cumempool_address>(reinterpret_cast<std::uintptr_t>(pointer));
 }
 
-// New memory has undefined contents (C8); a memfd reads as zero, which would hide a missing restore
-// or fill. One page per granule shows it and leaves large memory sparse.
+// Fills one page per granule. New memory has undefined contents (C8), but a memfd reads as zero,
+// which hides a missing restore or fill. One page shows it and keeps large memory sparse.
 bool poison(int descriptor, std::size_t bytes, std::size_t granularity) {
   const std::vector<unsigned char> page(static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), kPoison);
   for (std::size_t offset = 0; offset < bytes; offset += granularity) {
@@ -47,48 +49,36 @@ bool poison(int descriptor, std::size_t bytes, std::size_t granularity) {
   return true;
 }
 
-// Address space at a multiple of the granularity, given back unless it is kept.
-class AddressSpace {
- public:
-  AddressSpace(std::size_t bytes, std::size_t granularity) : bytes_(bytes) {
-    const std::size_t padded = bytes + granularity;
-    void* const range =
-        mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (range == MAP_FAILED) return;
-    const cumempool_address first = address_of(range);
-    begin_ = (first + granularity - 1) / granularity * granularity;
-    if (begin_ > first) munmap(range, begin_ - first);
-    munmap(pointer(begin_ + bytes), first + padded - (begin_ + bytes));
-  }
-  ~AddressSpace() {
-    if (begin_ != 0) munmap(pointer(begin_), bytes_);
-  }
-  AddressSpace(const AddressSpace&) = delete;
-  AddressSpace(AddressSpace&&) = delete;
-  AddressSpace& operator=(const AddressSpace&) = delete;
-  AddressSpace& operator=(AddressSpace&&) = delete;
+// Takes address space at a multiple of the granularity. Returns 0 if the kernel refuses; errno says
+// why.
+cumempool_address take_address_space(std::size_t bytes, std::size_t granularity) {
+  const std::size_t padded = bytes + granularity;
+  void* const range =
+      mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (range == MAP_FAILED) return 0;
+  const cumempool_address first = address_of(range);
+  const cumempool_address begin = (first + granularity - 1) / granularity * granularity;
+  if (begin > first) munmap(range, begin - first);
+  munmap(pointer(begin + bytes), first + padded - (begin + bytes));
+  return begin;
+}
 
-  // 0 where the kernel refused; errno says why.
-  cumempool_address begin() const noexcept { return begin_; }
-  cumempool_address keep() noexcept { return std::exchange(begin_, 0); }
-
- private:
-  std::size_t bytes_;
-  cumempool_address begin_ = 0;
-};
+void give_address_space_back(cumempool_address begin, std::size_t bytes) {
+  if (begin != 0) munmap(pointer(begin), bytes);
+}
 
 bool map_file(cumempool_address address, std::size_t bytes, int file, int protection) {
   return mmap(pointer(address), bytes, protection, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, file,
               0) != MAP_FAILED;
 }
 
-// Leaves address space with nothing in it.
+// Leaves the address space empty.
 bool map_nothing(cumempool_address address, std::size_t bytes) {
   return mmap(pointer(address), bytes, PROT_NONE,
               MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
 }
 
-// What the CPU may do with memory that devices may read or write: it stands in for them.
+// The access of the CPU to memory with these readers and writers: it stands in for the devices.
 int protection(std::uint64_t readers, std::uint64_t writers) {
   if (readers == 0) return PROT_NONE;
   return writers == 0 ? PROT_READ : PROT_READ | PROT_WRITE;
@@ -103,8 +93,8 @@ bool same_file(int first, int second) {
          a.st_ino == b.st_ino;
 }
 
-// What stands for memory in another process of the same user: where it is open, and which file that
-// is. Unlike a descriptor, it keeps nothing.
+// Names memory for other processes of the same user: the process and descriptor number where it is
+// open, and the identity of the file. Unlike a descriptor, it keeps nothing alive.
 struct FabricHandle {
   std::array<char, 8> mark;
   std::uint64_t process;
@@ -125,7 +115,7 @@ bool write_fabric(int number, void* exported) {
   return true;
 }
 
-// The file that a handle stands for; -1 where it is gone, or is not ours to open.
+// Opens the file that a handle names; -1 if it is gone or this process may not open it.
 Descriptor open_fabric(const void* exported) {
   FabricHandle handle{};
   std::memcpy(&handle, exported, sizeof handle);
@@ -133,7 +123,7 @@ Descriptor open_fabric(const void* exported) {
   const std::string path =
       "/proc/" + std::to_string(handle.process) + "/fd/" + std::to_string(handle.number);
   FileStatus file{};
-  // A number that was given away again may stand for anything, which opening might disturb.
+  // A reused number may be any file, and opening that could disturb it.
   if (stat(path.c_str(), &file) != 0 || file.st_dev != handle.file_system ||
       file.st_ino != handle.file) {
     return Descriptor(-1);
@@ -212,10 +202,11 @@ cumempool_result HostMemory::reserve(std::size_t bytes, cumempool_address* addre
   if (!granules(bytes) || bytes + granularity_ < bytes || address == nullptr) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
   }
-  AddressSpace space(bytes, granularity_);
-  if (space.begin() == 0) return from_errno(errno);
-  reservations_.emplace(space.begin(), bytes);
-  *address = space.keep();
+  cumempool_address space = take_address_space(bytes, granularity_);
+  if (space == 0) return from_errno(errno);
+  const ScopeExit give_back([&] { give_address_space_back(space, bytes); });
+  reservations_.emplace(space, bytes);
+  *address = std::exchange(space, 0);
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
@@ -229,7 +220,7 @@ cumempool_result HostMemory::unreserve(cumempool_address address, std::size_t by
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-// Null where the kernel refuses; errno says why.
+// Returns null if the kernel refuses; errno says why.
 std::shared_ptr<HostPhysical> HostMemory::make_physical(std::size_t bytes, int device,
                                                         std::uint32_t handle_types) const {
   Descriptor file(memfd_create("cumempool-host", MFD_CLOEXEC | MFD_ALLOW_SEALING));
@@ -307,7 +298,7 @@ cumempool_result HostMemory::unmap(cumempool_address address, std::size_t bytes)
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-// Imported memory may be anybody's, and is granted.
+// Grants imported memory, because its device is not known here.
 bool HostMemory::may_access(const HostPhysical& memory, std::uint64_t devices) const noexcept {
   if (peers_ || memory.device < 0) return true;
   return devices == bit_of(memory.device);
@@ -323,7 +314,7 @@ cumempool_result HostMemory::device_bits(const int* devices, std::size_t device_
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-// Lets the CPU do what the devices will be able to do, with all the mappings or none.
+// Gives the CPU the access that the devices are about to get, in all of the mappings or in none.
 cumempool_result HostMemory::protect(Mappings::iterator first, Mappings::iterator last,
                                      std::uint64_t devices, cumempool_access access) {
   for (auto mapping = first; mapping != last; ++mapping) {
@@ -372,22 +363,22 @@ cumempool_result HostMemory::set_access(cumempool_address address, std::size_t b
 
 cumempool_result HostMemory::allocate(int device, std::size_t bytes, cumempool_address* address) {
   if (bytes == 0 || address == nullptr) return CUMEMPOOL_RESULT_INVALID_VALUE;
-  // Budgets are whole granules, so what fits fits rounded up as well.
+  // Budgets are whole granules, so a size that fits also fits rounded up.
   if (bytes > free_bytes(device)) return CUMEMPOOL_RESULT_OUT_OF_MEMORY;
   const std::size_t size = whole_granules(bytes);
   const auto memory = make_physical(size, device, 0);
   if (memory == nullptr) return from_errno(errno);
-  AddressSpace space(size, granularity_);
-  if (space.begin() == 0 ||
-      !map_file(space.begin(), size, memory->descriptor.get(), PROT_READ | PROT_WRITE)) {
+  cumempool_address space = take_address_space(size, granularity_);
+  const ScopeExit give_back([&] { give_address_space_back(space, size); });
+  if (space == 0 || !map_file(space, size, memory->descriptor.get(), PROT_READ | PROT_WRITE)) {
     return from_errno(errno);
   }
-  mappings_.emplace(space.begin(),
+  mappings_.emplace(space,
                     Mapping{bytes, memory, epoch_ + 1, true, bit_of(device), bit_of(device)});
   ++epoch_;
   ++memory->mappings;
   charge(*memory);
-  *address = space.keep();
+  *address = std::exchange(space, 0);
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
@@ -407,11 +398,11 @@ cumempool_result HostMemory::deallocate(int device, cumempool_address address) {
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-// The address space stays, so that no later memory is taken for the lost one.
+// Keeps the address space, so that no later memory gets the address of lost memory.
 void HostMemory::lose_allocations(int device) {
   for (auto& [address, mapping] : mappings_) {
     if (!allocated(device, address)) continue;
-    (void)map_nothing(address, whole_granules(mapping.bytes));  // nobody has access any more
+    (void)map_nothing(address, whole_granules(mapping.bytes));  // no device has access any more
     mapping.readers = mapping.writers = 0;
     --mapping.memory->mappings;
     settle(*mapping.memory);
@@ -462,7 +453,7 @@ cumempool_result HostMemory::import_handle(const void* exported, std::uint32_t h
 cumempool_result HostMemory::import_file(int number, std::uint32_t handle_type,
                                          cumempool_physical* physical) {
   FileStatus file{};
-  // Only what create() made has these seals.
+  // Only memory that create() made has these seals.
   if (fcntl(number, F_GET_SEALS) != kSeals || fstat(number, &file) != 0 ||
       !granules(static_cast<std::uint64_t>(file.st_size))) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
@@ -490,22 +481,22 @@ std::uint64_t HostMemory::free_bytes(int device) {
   return bytes_per_device_ - charged_[static_cast<std::size_t>(device)];
 }
 
-bool HostMemory::resolve(cumempool_address address, std::size_t bytes, const HostAccess& access,
-                         std::vector<HostSegment>* segments) const {
-  if (address + bytes < address) return false;
-  const cumempool_address end = address + bytes;
-  const std::uint64_t bit = bit_of(access.device);
-  auto next = mappings_.upper_bound(address);
+bool HostMemory::resolve(const cumempool_extent& range, int device, cumempool_access access,
+                         std::uint64_t epoch, std::vector<HostSegment>* segments) const {
+  if (range.address + range.bytes < range.address) return false;
+  const cumempool_address end = range.address + range.bytes;
+  const std::uint64_t bit = bit_of(device);
+  const auto next = mappings_.upper_bound(range.address);
   if (next == mappings_.begin()) return false;
-  auto mapping = std::prev(next);
-  for (cumempool_address cursor = address; cursor < end; ++mapping) {
-    if (mapping == mappings_.end() || mapping->first > cursor) return false;
-    const Mapping& range = mapping->second;
-    const cumempool_address range_end = mapping->first + range.bytes;
-    const auto granted = access.kind == CUMEMPOOL_ACCESS_READ ? range.readers : range.writers;
-    if (cursor >= range_end || (granted & bit) == 0 || range.epoch > access.epoch) return false;
-    const std::size_t part = std::min(end, range_end) - cursor;
-    if (segments != nullptr) segments->push_back({range.memory, cursor - mapping->first, part});
+  auto found = std::prev(next);
+  for (cumempool_address cursor = range.address; cursor < end; ++found) {
+    if (found == mappings_.end() || found->first > cursor) return false;
+    const Mapping& mapping = found->second;
+    const cumempool_address mapping_end = found->first + mapping.bytes;
+    const auto granted = access == CUMEMPOOL_ACCESS_READ ? mapping.readers : mapping.writers;
+    if (cursor >= mapping_end || (granted & bit) == 0 || mapping.epoch > epoch) return false;
+    const std::size_t part = std::min(end, mapping_end) - cursor;
+    if (segments != nullptr) segments->push_back({mapping.memory, cursor - found->first, part});
     cursor += part;
   }
   return true;
@@ -526,7 +517,7 @@ bool HostMemory::inside_reservation(cumempool_address address, std::size_t bytes
   return address - begin < size && bytes <= size - (address - begin);
 }
 
-// Returns memory to its budget once nothing keeps it.
+// Returns memory to its budget once no handle, mapping or descriptor keeps it.
 void HostMemory::settle(HostPhysical& memory) {
   if (!memory.charged || memory.handles != 0 || memory.mappings != 0) return;
   drop_closed(memory);
@@ -535,7 +526,7 @@ void HostMemory::settle(HostPhysical& memory) {
   charged_[static_cast<std::size_t>(memory.device)] -= memory.bytes;
 }
 
-// Nobody says when an exported descriptor is closed, so it is looked for when it matters.
+// Looks for exported descriptors that the program has closed: no call says so.
 void HostMemory::settle_exported() {
   const auto gone = [this](const std::shared_ptr<HostPhysical>& memory) {
     if (memory->handles != 0 || memory->mappings != 0) return false;

@@ -1,5 +1,6 @@
-// Device memory of the host driver: address ranges, physical memory within a budget, mappings, and
-// allocations that are all three in one, made of mmap and memfd. Not thread-safe; the driver locks.
+// Device memory of the host driver, made of mmap and memfd: address ranges, physical memory within
+// a budget, mappings, and allocations, which are all three in one. Not thread-safe; the driver
+// locks.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +15,7 @@
 
 namespace cumempool::driver {
 
-// An open file descriptor, closed with its owner.
+// Owns an open file descriptor.
 class Descriptor {
  public:
   explicit Descriptor(int number) noexcept : number_(number) {}
@@ -30,34 +31,27 @@ class Descriptor {
   int number_;
 };
 
-// A memfd. Its bytes are charged to a device from create until its last handle, mapping and
-// exported descriptor are gone.
+// Physical memory: a memfd. Its bytes are charged to a device from create until its last handle,
+// mapping and exported descriptor are gone.
 struct HostPhysical {
   Descriptor descriptor;
   std::size_t bytes;
-  int device;  // -1: imported from elsewhere, charged there
+  int device;  // -1: imported from another process, which is charged
   std::uint32_t handle_types;
   std::uint64_t handles = 0;
   std::uint64_t mappings = 0;
-  std::vector<int> exported;  // descriptor numbers that this process was given
+  std::vector<int> exported;  // descriptor numbers that export_handle gave to this process
   bool charged = false;
 
   HostPhysical(Descriptor file, std::size_t size, int owner, std::uint32_t types)
       : descriptor(std::move(file)), bytes(size), device(owner), handle_types(types) {}
 };
 
-// A part of physical memory; keeps it alive.
+// A part of physical memory, which it keeps alive.
 struct HostSegment {
   std::shared_ptr<const HostPhysical> memory;
   std::size_t offset;
   std::size_t bytes;
-};
-
-// Who uses device memory, and how: by mappings made no later than `epoch`.
-struct HostAccess {
-  int device;
-  std::uint64_t epoch;
-  cumempool_access kind;
 };
 
 class HostMemory {
@@ -69,7 +63,7 @@ class HostMemory {
   HostMemory& operator=(const HostMemory&) = delete;
   HostMemory& operator=(HostMemory&&) = delete;
 
-  // The entries of the table of the same name.
+  // The entries of the same name of the table.
   cumempool_result granularity(const cumempool_memory_properties* properties, std::size_t* bytes);
   cumempool_result reserve(std::size_t bytes, cumempool_address* address);
   cumempool_result unreserve(cumempool_address address, std::size_t bytes);
@@ -85,40 +79,40 @@ class HostMemory {
   cumempool_result import_handle(const void* exported, std::uint32_t handle_type,
                                  cumempool_physical* physical);
 
-  // The entries of the same name, for a device that exists; deallocate does not wait.
+  // The same for a device that exists. deallocate does not wait.
   cumempool_result allocate(int device, std::size_t bytes, cumempool_address* address);
   cumempool_result deallocate(int device, cumempool_address address);
-  // Whether deallocate would take the pair.
+  // Whether deallocate takes the pair.
   bool allocated(int device, cumempool_address address) const;
   // The device's context is gone, and the memory of its allocations with it.
   void lose_allocations(int device);
 
   std::uint64_t free_bytes(int device);
 
-  // Whether devices can be given access to each other's memory.
+  // Whether set_access gives devices access to each other's memory.
   bool peers() const noexcept { return peers_; }
   void set_peers(bool possible) noexcept { peers_ = possible; }
 
-  // A number that grows with each map; see resolve.
+  // The number of the last mapping; see resolve.
   std::uint64_t epoch() const noexcept { return epoch_; }
 
-  // Whether the whole range is mapped with this access. Fills `segments`, if given, with the memory
-  // behind it.
-  bool resolve(cumempool_address address, std::size_t bytes, const HostAccess& access,
-               std::vector<HostSegment>* segments) const;
+  // Whether the device has this access to the whole range, by mappings made no later than `epoch`.
+  // Fills `segments`, unless it is null, with the memory behind the range.
+  bool resolve(const cumempool_extent& range, int device, cumempool_access access,
+               std::uint64_t epoch, std::vector<HostSegment>* segments) const;
 
   void count(HostDriverCounters& counters);
 
  private:
   struct Mapping {
     std::size_t bytes;
-    std::shared_ptr<HostPhysical> memory;  // null: of an allocation whose context is gone
+    std::shared_ptr<HostPhysical> memory;  // null: an allocation whose context is gone
     std::uint64_t epoch;
-    bool allocated = false;     // by allocate, with address space of its own
+    bool allocated = false;     // made by allocate, with address space of its own
     std::uint64_t readers = 0;  // bit per device
     std::uint64_t writers = 0;
 
-    // The writers once the devices with these bits were given access.
+    // The writers after the devices with these bits get access.
     std::uint64_t writers_after(std::uint64_t devices, cumempool_access access) const noexcept {
       return access == CUMEMPOOL_ACCESS_READ ? writers & ~devices : writers | devices;
     }
@@ -156,7 +150,7 @@ class HostMemory {
   Mappings mappings_;
   std::map<cumempool_physical, std::shared_ptr<HostPhysical>> handles_;
   std::vector<std::shared_ptr<HostPhysical>> exported_;
-  cumempool_physical next_handle_ = 0x1000;  // never reused, so that a stale handle is noticed
+  cumempool_physical next_handle_ = 0x1000;  // never reused, so that a stale handle is an error
   std::uint64_t epoch_ = 0;
 };
 

@@ -1,50 +1,21 @@
-// Deferred work of the host driver.
+// The deferred work of one device of the host driver.
 #include "driver/host_work.hpp"
 
 #include <algorithm>
 #include <iterator>
 
+#include "driver/scope_exit.hpp"
+
 namespace cumempool::driver {
-namespace {
-
-// Marks a stream whose command is running, without the lock until the bytes have moved. Where there
-// is no memory to run it, the command stays queued.
-class Running {
- public:
-  Running(bool& flag, std::unique_lock<std::mutex>& lock, std::condition_variable& over)
-      : flag_(flag), lock_(lock), over_(over) {
-    flag_ = true;
-    lock_.unlock();
-  }
-  ~Running() {
-    stop_moving();
-    flag_ = false;
-    over_.notify_all();
-  }
-  Running(const Running&) = delete;
-  Running& operator=(const Running&) = delete;
-
-  void stop_moving() {
-    if (!lock_.owns_lock()) lock_.lock();
-  }
-
- private:
-  bool& flag_;
-  std::unique_lock<std::mutex>& lock_;
-  std::condition_variable& over_;
-};
-
-}  // namespace
-
-HostWork::HostWork(int device, HostState& state, const HostMemory& memory,
-                   const std::vector<std::unique_ptr<HostWork>>& devices)
-    : device_(device), state_(state), memory_(memory), devices_(devices) {
+HostWork::HostWork(int device, std::mutex& mutex, std::condition_variable& ran,
+                   const HostMemory& memory, const std::vector<std::unique_ptr<HostWork>>& devices)
+    : device_(device), mutex_(mutex), ran_(ran), memory_(memory), devices_(devices) {
   streams_.try_emplace(0);  // the legacy default stream
 }
 
 void HostWork::add_stream(cumempool_stream stream) { streams_.try_emplace(stream); }
 
-void HostWork::add_event(cumempool_event event) { events_.try_emplace(event); }
+void HostWork::add_event(cumempool_event event) { events_.try_emplace(event, HostMark{}); }
 
 cumempool_result HostWork::destroy_stream(cumempool_stream stream) {
   if (stream == 0 || !has_stream(stream)) return CUMEMPOOL_RESULT_INVALID_HANDLE;
@@ -96,14 +67,13 @@ cumempool_result HostWork::submit(cumempool_stream stream, const HostCommand& co
 cumempool_result HostWork::record(cumempool_event event, cumempool_stream stream) {
   if (!mark_of(event)) return CUMEMPOOL_RESULT_INVALID_HANDLE;
   if (const auto result = check_stream(stream)) return result;
-  events_.at(event).mark = mark_of_stream(stream);
+  events_.at(event) = mark_of_stream(stream);
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
 std::optional<HostMark> HostWork::mark_of(cumempool_event event) const {
   const auto found = events_.find(event);
-  if (found == events_.end() || found->second.lost) return std::nullopt;
-  return found->second.mark;
+  return found == events_.end() ? std::nullopt : found->second;
 }
 
 bool HostWork::pending(const HostMark& mark) const {
@@ -134,14 +104,14 @@ std::optional<HostMark> HostWork::last_use(const void* pointer, std::size_t byte
 void HostWork::lose_context() {
   error_ = CUMEMPOOL_RESULT_SUCCESS;
   for (auto& [handle, stream] : streams_) stream.lost = handle != 0;
-  for (auto& event : events_) event.second.lost = true;
+  for (auto& event : events_) event.second = std::nullopt;
 }
 
 cumempool_result HostWork::run(const HostMark& mark) {
-  Lock lock(state_.mutex);
+  Lock lock(mutex_);
   while (error_ == CUMEMPOOL_RESULT_SUCCESS && pending(mark)) {
     if (next_is_running(mark)) {
-      state_.ran.wait(lock);
+      ran_.wait(lock);
     } else if (const auto result = run_one(mark, lock)) {
       return result;
     }
@@ -152,7 +122,7 @@ cumempool_result HostWork::run(const HostMark& mark) {
 cumempool_result HostWork::run_all() {
   std::vector<HostMark> marks;
   {
-    const Lock lock(state_.mutex);
+    const Lock lock(mutex_);
     for (const auto& stream : streams_) marks.push_back(mark_of_stream(stream.first));
   }
   for (const HostMark& mark : marks) {
@@ -169,14 +139,14 @@ cumempool_result HostWork::run_one(const HostMark& mark, Lock& lock) {
                                                                        : run_command(stream, lock);
 }
 
-// An event stands for work that was submitted before the wait, so this comes to an end.
+// Comes to an end, because an event marks work that was submitted before the wait.
 cumempool_result HostWork::run_wait(Streams::iterator stream, Lock& lock) {
   const HostCommand wait = stream->second.queue.front();
   HostWork& other = *devices_[static_cast<std::size_t>(wait.wait.device)];
   const bool over = !other.pending(wait.wait);
   const auto result = over ? other.error() : other.run_one(wait.wait, lock);
   if (error_ != CUMEMPOOL_RESULT_SUCCESS) return error_;
-  // What was waited for is lost, and so is what relies on it.
+  // The awaited work is lost, and so is all work behind it.
   if (result != CUMEMPOOL_RESULT_SUCCESS) return fail();
   if (over) pop(stream, wait.sequence);
   return CUMEMPOOL_RESULT_SUCCESS;
@@ -184,29 +154,39 @@ cumempool_result HostWork::run_wait(Streams::iterator stream, Lock& lock) {
 
 cumempool_result HostWork::run_command(Streams::iterator stream, Lock& lock) {
   const HostCommand command = stream->second.queue.front();
-  HostOperands operands;
-  if (!operands.read(command) || !operands.resolve(memory_, device_, command)) return fail();
+  const auto ranges = device_ranges(command);
+  if (!ranges) return fail();
+  const auto operands = find_operands(memory_, device_, command, *ranges);
+  if (!operands) return fail();
   {
-    Running running(stream->second.running, lock, state_.ran);
-    const bool moved = operands.execute(command);
-    running.stop_moving();
+    bool& running = stream->second.running;
+    running = true;
+    lock.unlock();
+    const ScopeExit stop([&] {  // also without memory to run the command, which stays queued then
+      if (!lock.owns_lock()) lock.lock();
+      running = false;
+      ran_.notify_all();
+    });
+    const bool moved = execute(command, *ranges, *operands);
+    lock.lock();
     // Unmapping while the command ran is as wrong as unmapping before.
-    const bool good = moved && operands.resolve(memory_, device_, command);
+    const bool good = moved && find_operands(memory_, device_, command, *ranges);
     if (!good && error_ == CUMEMPOOL_RESULT_SUCCESS) fail();
   }
   pop(stream, command.sequence);
   return error_;
 }
 
-// Takes a command that is over from its queue, unless the device broke meanwhile.
+// Takes a finished command from its queue, unless the device broke meanwhile.
 void HostWork::pop(Streams::iterator stream, std::uint64_t sequence) {
   auto& queue = stream->second.queue;
   if (!queue.empty() && queue.front().sequence == sequence) queue.pop_front();
   if (queue.empty() && !stream->second.alive) streams_.erase(stream);
-  state_.ran.notify_all();
+  ran_.notify_all();
 }
 
-// Breaks the device; its unfinished work is gone. A stream whose command is running goes with it.
+// Breaks the device and drops its unfinished work. A destroyed stream with a running command goes
+// when that command ends.
 cumempool_result HostWork::fail() {
   error_ = kIllegalAddress;
   for (auto stream = streams_.begin(); stream != streams_.end();) {
@@ -214,7 +194,7 @@ cumempool_result HostWork::fail() {
     const bool gone = !stream->second.alive && !stream->second.running;
     stream = gone ? streams_.erase(stream) : std::next(stream);
   }
-  state_.ran.notify_all();
+  ran_.notify_all();
   return error_;
 }
 
