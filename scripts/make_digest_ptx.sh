@@ -15,7 +15,7 @@ trap 'rm -f "$made" "$ptx"' EXIT
 # Volta is the oldest GPU whose driver has all that the library needs; PTX 6.3 is what CUDA 10 took.
 "${CLANG:-clang-14}" -x cuda --cuda-device-only -nocudainc -nocudalib -Wno-unknown-cuda-version \
   --cuda-gpu-arch=sm_70 -Xclang -target-feature -Xclang +ptx63 -std=c++17 -O3 -Wall -Wextra \
-  -Werror -S "$driver/digest_kernel.cu" -o "$ptx"
+  -Werror -I "$driver/../../include" -S "$driver/digest_kernel.cu" -o "$ptx"
 
 {
   echo "// Made from digest_kernel.cu by scripts/make_digest_ptx.sh; do not edit."

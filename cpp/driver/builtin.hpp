@@ -1,4 +1,4 @@
-// The drivers that come with the library.
+// Opens the drivers that come with the library.
 #pragma once
 
 #include "cumempool/cumempool.h"
@@ -6,11 +6,11 @@
 
 namespace cumempool::driver {
 
-// The process's `cuda` driver. Opens libcuda.so.1 and calls cuInit at the first call; throws Error
-// (CUMEMPOOL_UNAVAILABLE) with the reason while that fails, and tries again at the next call.
+// Returns the `cuda` driver of the process. The first call opens libcuda.so.1 and calls cuInit. If
+// that fails, throws Error (CUMEMPOOL_UNAVAILABLE) with the reason; the next call tries again.
 const cumempool_driver& cuda_driver();
 
-// A new `host` driver; throws Error (CUMEMPOOL_INVALID_ARGUMENT) for options it does not take.
+// Makes a `host` driver. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for options that it refuses.
 const cumempool_driver* make_host_driver(const cumempool_host_driver_options& options);
 void destroy_host_driver(const cumempool_driver* driver) noexcept;
 // See cumempool_host_driver_launch. Throws Error.

@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "driver/cuda_driver.hpp"
+#include "driver/scope_exit.hpp"
 
 namespace cumempool::driver {
 namespace {
@@ -28,7 +29,7 @@ cumempool_result device_name(CudaDriver& driver, int device, char* name, std::si
   return result_of(driver.cu.cuDeviceGetName(name, length, found->device));
 }
 
-// By number: CUDA 11.8 lacks the names of some.
+// Attributes by number, because CUDA 11.8 lacks the names of some.
 int attribute_number(cumempool_device_attribute attribute) {
   switch (attribute) {
     case CUMEMPOOL_ATTRIBUTE_VIRTUAL_MEMORY:
@@ -46,7 +47,7 @@ int attribute_number(cumempool_device_attribute attribute) {
     case CUMEMPOOL_ATTRIBUTE_HOST_NUMA:
       return 134;  // HOST_NUMA_ID
     case CUMEMPOOL_ATTRIBUTE_FENCE:
-      break;  // nothing that CUDA knows
+      break;  // unknown to CUDA
   }
   return -1;
 }
@@ -64,7 +65,7 @@ cumempool_result device_attribute(CudaDriver& driver, int device,
   }
   const CUresult result =
       driver.cu.cuDeviceGetAttribute(value, static_cast<CUdevice_attribute>(number), found->device);
-  // A driver from before 12.3 knows neither of these questions.
+  // Drivers before 12.3 know neither of these attributes.
   if (result == CUDA_ERROR_INVALID_VALUE &&
       (attribute == CUMEMPOOL_ATTRIBUTE_FABRIC || attribute == CUMEMPOOL_ATTRIBUTE_HOST_NUMA)) {
     *value = attribute == CUMEMPOOL_ATTRIBUTE_FABRIC ? 0 : -1;
@@ -111,9 +112,9 @@ cumempool_result context_active(CudaDriver& driver, int device, int* active) {
 constexpr std::size_t kAheadBytes = std::size_t{2} << 20;
 constexpr std::size_t kAheadAlignment = std::size_t{64} << 30;
 
-// libcuda asks the kernel for addresses at each reservation that does not fit into what it holds,
-// and for as much as the alignment at once: after one of 64 GiB, later ones find theirs without
-// that call, and side by side (ADR 24). Nothing depends on it.
+// libcuda asks the kernel for addresses if a reservation does not fit into the range that it holds,
+// and takes as much as the alignment at once. After a reservation aligned to 64 GiB, later ones
+// find addresses without that call, side by side (ADR 24). Nothing depends on it.
 CUdeviceptr take_addresses_ahead(const Symbols& cu) {
   CUdeviceptr address = 0;
   const CUresult result = cu.cuMemAddressReserve(&address, kAheadBytes, kAheadAlignment, 0, 0);
@@ -125,7 +126,7 @@ void give_addresses_back(const Symbols& cu, CUdeviceptr& ahead) {
   ahead = 0;
 }
 
-// CUDA counts retains as well. Ours is kept to know the context, and when it is no longer ours.
+// CUDA counts retains as well. The table counts its own, to know the context and when it lets go.
 cumempool_result context_retain(CudaDriver& driver, int device) {
   PrimaryContext* found = driver.find(device);
   if (found == nullptr) {
@@ -145,7 +146,7 @@ cumempool_result context_retain(CudaDriver& driver, int device) {
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-// Makes `context` current where it is not; `pushed` says whether there is one to pop later.
+// Makes `context` current. `pushed` says whether the caller has to pop it later.
 CUresult make_current(const Symbols& cu, CUcontext context, bool& pushed) {
   CUcontext current = nullptr;
   pushed = false;
@@ -157,9 +158,8 @@ CUresult make_current(const Symbols& cu, CUcontext context, bool& pushed) {
   return result;
 }
 
-// In RELAXED mode the calls of this table leave every capture, of this and of other threads,
-// intact; in the default mode pinning memory or making a stream would break a capture of another
-// thread.
+// In RELAXED mode the calls of this table leave every capture intact, of this and of other threads.
+// In the default mode, pinning memory or creating a stream breaks a capture of another thread.
 cumempool_result context_enter(CudaDriver& driver, int device, cumempool_context_token* token) {
   const PrimaryContext* found = driver.find(device);
   if (found == nullptr) {
@@ -187,7 +187,7 @@ cumempool_result context_enter(CudaDriver& driver, int device, cumempool_context
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-// Undoes both, even where undoing the first fails.
+// Undoes both steps, even if undoing the first one fails.
 cumempool_result context_leave(CudaDriver& driver, const cumempool_context_token* token) {
   CUresult popped = CUDA_SUCCESS;
   if (token->context != 0) {
@@ -200,7 +200,7 @@ cumempool_result context_leave(CudaDriver& driver, const cumempool_context_token
   return result_of(popped != CUDA_SUCCESS ? popped : exchanged);
 }
 
-// The context may live on for others; what was loaded into it, and is kept there, goes.
+// Unloads the kernel and frees the block of the fence. The context may live on for others.
 void empty_context(CudaDriver& driver, int device, PrimaryContext& context) {
   cumempool_context_token token{};
   if (context_enter(driver, device, &token) != CUMEMPOOL_RESULT_SUCCESS) {
@@ -235,66 +235,51 @@ cumempool_result context_release(CudaDriver& driver, int device) {
   return CUMEMPOOL_RESULT_SUCCESS;
 }
 
-// Holds the primary context of a device that anybody in the process uses; none where nobody does.
-class ActiveContext {
- public:
-  ActiveContext(CudaDriver& driver, int device) : driver_(driver), device_(device) {
-    PrimaryContext& found = *driver.find(device);
-    {
-      const std::lock_guard<std::mutex> lock(found.mutex);
-      counted_ = found.count != 0;
-      found.count += counted_ ? 1 : 0;
-    }
-    if (counted_) {
-      context_ = found.context.load();
-      return;
-    }
-    unsigned int flags = 0;
-    int active = 0;
-    result_ = driver.cu.cuDevicePrimaryCtxGetState(found.device, &flags, &active);
-    if (result_ == CUDA_SUCCESS && active != 0) {
-      result_ = driver.cu.cuDevicePrimaryCtxRetain(&context_, found.device);
-    }
+// Holds the primary context of a device if it is active; else `context` stays null. `counted` says
+// whether the table holds the context for another caller as well.
+CUresult hold_active_context(const CudaDriver& driver, PrimaryContext& found, CUcontext& context,
+                             bool& counted) {
+  {
+    const std::lock_guard<std::mutex> lock(found.mutex);
+    counted = found.count != 0;
+    found.count += counted ? 1 : 0;
   }
-  ~ActiveContext() {
-    if (counted_) {
-      driver_.table.context_release(&driver_, device_);
-    } else if (context_ != nullptr) {
-      driver_.cu.cuDevicePrimaryCtxRelease(driver_.find(device_)->device);
-    }
+  if (counted) {
+    context = found.context.load();
+    return CUDA_SUCCESS;
   }
-  ActiveContext(const ActiveContext&) = delete;
-  ActiveContext& operator=(const ActiveContext&) = delete;
-
-  CUcontext get() const noexcept { return context_; }
-  CUresult result() const noexcept { return result_; }
-  // Whether the table holds it for somebody else as well.
-  bool counted() const noexcept { return counted_; }
-
- private:
-  CudaDriver& driver_;
-  int device_;
-  bool counted_ = false;
-  CUcontext context_ = nullptr;
-  CUresult result_ = CUDA_SUCCESS;
-};
+  unsigned int flags = 0;
+  int active = 0;
+  const CUresult result = driver.cu.cuDevicePrimaryCtxGetState(found.device, &flags, &active);
+  if (result != CUDA_SUCCESS || active == 0) return result;
+  return driver.cu.cuDevicePrimaryCtxRetain(&context, found.device);
+}
 
 }  // namespace
 
-// Its context is current meanwhile, and the thread's capture mode is the relaxed one.
+// Makes the context current meanwhile, with the thread's capture mode relaxed.
 cumempool_result fence_device(CudaDriver& driver, int device) {
   const Symbols& cu = driver.cu;
-  const ActiveContext active(driver, device);
-  if (active.get() == nullptr) return result_of(active.result());
+  PrimaryContext& found = *driver.find(device);
+  CUcontext context = nullptr;
+  bool counted = false;
+  CUresult result = hold_active_context(driver, found, context, counted);
+  if (context == nullptr) return result_of(result);
+  const ScopeExit let_go([&] {
+    if (counted) {
+      driver.table.context_release(&driver, device);
+    } else {
+      cu.cuDevicePrimaryCtxRelease(found.device);
+    }
+  });
   CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
-  CUresult result = cu.cuThreadExchangeStreamCaptureMode(&mode);
+  result = cu.cuThreadExchangeStreamCaptureMode(&mode);
   if (result != CUDA_SUCCESS) return result_of(result);
-  result = cu.cuCtxPushCurrent(active.get());
+  result = cu.cuCtxPushCurrent(context);
   cumempool_result fenced = result_of(result);
   if (result == CUDA_SUCCESS) {
-    PrimaryContext& found = *driver.find(device);
     fenced = found.fence.wait(cu, found.device);
-    if (!active.counted()) found.fence.release(cu);  // the context may be gone at any time
+    if (!counted) found.fence.release(cu);  // the context may be gone at any time
     CUcontext popped = nullptr;
     cu.cuCtxPopCurrent(&popped);
   }
@@ -304,7 +289,7 @@ cumempool_result fence_device(CudaDriver& driver, int device) {
 
 namespace {
 
-// One device that fails keeps none of the others from being waited for.
+// Waits for all devices, even if one fails.
 cumempool_result fence(CudaDriver& driver, const int* devices, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) {
     if (driver.find(devices[i]) == nullptr) return CUMEMPOOL_RESULT_INVALID_DEVICE;

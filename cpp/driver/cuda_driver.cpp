@@ -1,4 +1,4 @@
-// The `cuda` driver: the table of driver.h over libcuda, which is opened at run time.
+// The `cuda` driver: the table of driver.h over libcuda, opened at run time.
 #include <memory>
 #include <mutex>
 
@@ -9,7 +9,7 @@
 namespace cumempool::driver {
 namespace {
 
-// driver.h numbers results and handle types as CUDA does; older headers lack some of the names.
+// driver.h numbers results and handle types as CUDA does. Older headers lack some of the names.
 static_assert(static_cast<int>(CUMEMPOOL_RESULT_OUT_OF_MEMORY) == CUDA_ERROR_OUT_OF_MEMORY);
 static_assert(static_cast<int>(CUMEMPOOL_RESULT_INVALID_CONTEXT) == CUDA_ERROR_INVALID_CONTEXT);
 static_assert(static_cast<int>(CUMEMPOOL_RESULT_OPERATING_SYSTEM) == CUDA_ERROR_OPERATING_SYSTEM);
@@ -61,7 +61,7 @@ std::unique_ptr<CudaDriver> open_driver() {
 }  // namespace
 
 const cumempool_driver& cuda_driver() {
-  // Never destroyed: frees may come while the process exits, after static destructors have run.
+  // Never destroyed: the process may free memory at exit, after static destructors have run.
   static auto* const mutex = new std::mutex;
   static CudaDriver* opened = nullptr;
   const std::lock_guard<std::mutex> lock(*mutex);

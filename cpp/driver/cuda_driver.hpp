@@ -1,5 +1,5 @@
-// What the files of the `cuda` driver share: its devices, and the table's numbers as CUDA's
-// handles.
+// Shared by the files of the `cuda` driver: its devices, and conversions between the numbers of the
+// table and CUDA's handles.
 #pragma once
 
 #include <cuda.h>
@@ -20,16 +20,17 @@
 
 namespace cumempool::driver {
 
-// Addresses that are held, each with what must be named along with it: the bytes of a mapping, the
-// device of an allocation. libcuda unmaps several ranges at once and even none, and frees what
-// others have allocated; the contract takes exactly one pair (C6), so that a mistake shows at once.
+// Addresses that the table holds, each with a second number that a caller must repeat: the bytes of
+// a mapping, the device of an allocation. libcuda unmaps several ranges at once and even none, and
+// frees memory that others have allocated. The contract takes exactly one pair (C6), so that a
+// mistake shows at once.
 class ExactPairs {
  public:
-  // Says false, without effect, where there is no memory to remember one more.
+  // Returns false, without effect, if there is no host memory for one more.
   bool add(cumempool_address address, std::uint64_t with) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
     try {
-      pairs_.insert_or_assign(pairs_.end(), address, with);  // addresses ascend, mostly
+      pairs_.insert_or_assign(pairs_.end(), address, with);  // addresses mostly ascend
       return true;
     } catch (const std::bad_alloc&) {
       return false;
@@ -37,7 +38,7 @@ class ExactPairs {
   }
 
   // Forgets the pair if `give_back` succeeds, and keeps it otherwise. Fails with INVALID_VALUE,
-  // without the call, where exactly this pair is not held. No lock is held during the call.
+  // without the call, unless it holds exactly this pair. Holds no lock during the call.
   template <typename GiveBack>
   cumempool_result remove(cumempool_address address, std::uint64_t with, GiveBack give_back) {
     std::map<cumempool_address, std::uint64_t>::node_type pair;
@@ -62,13 +63,13 @@ class ExactPairs {
   std::map<cumempool_address, std::uint64_t> pairs_;
 };
 
-// A device's primary context, while anyone holds it.
+// A device and its primary context, while a caller of the table holds it.
 struct PrimaryContext {
   CUdevice device = 0;
-  std::mutex mutex;  // guards the count, and the context's change with it
+  std::mutex mutex;  // guards the count, and changes of the context
   int count = 0;
   std::atomic<CUcontext> context{nullptr};
-  CUdeviceptr ahead = 0;  // what makes libcuda hold addresses ready, or 0
+  CUdeviceptr ahead = 0;  // a reservation that has libcuda hold addresses ready, or 0
   CudaKernel digest;
   CudaFence fence;
 };
@@ -87,7 +88,7 @@ struct CudaDriver {
   }
 };
 
-// The device whose context_enter this thread is inside, or -1 (C3).
+// The device of this thread's innermost context_enter, or -1 (C3).
 inline thread_local int entered_device = -1;
 
 inline CudaDriver& driver_of(void* self) { return *static_cast<CudaDriver*>(self); }
@@ -111,23 +112,23 @@ std::uint64_t number_of(Handle handle) {
 
 inline bool inside(int device) { return device >= 0 && entered_device == device; }
 
-// Waits for the work of a device that anybody in the process uses (C10).
+// Waits for all work of a device; returns at once if its primary context is not active (C10).
 cumempool_result fence_device(CudaDriver& driver, int device);
 
-// Stands in the table for the function of the same name.
+// The entry of the table that calls the function of the same name.
 template <auto Function, typename... Args>
 cumempool_result entry(void* self, Args... args) {
   return Function(driver_of(self), args...);
 }
 
-// The same for one that is called inside context_enter of its device only (C3).
+// The same for a function that needs context_enter of its device (C3).
 template <auto Function, typename... Args>
 cumempool_result entry_in_context(void* self, int device, Args... args) {
   return inside(device) ? Function(driver_of(self), device, args...)
                         : CUMEMPOOL_RESULT_INVALID_CONTEXT;
 }
 
-// Set the entries of a family (entries.inc) to the functions of the file that is named alike.
+// Each sets the entries of one family (entries.inc).
 void fill_cuda_device_entries(cumempool_driver& table);
 void fill_cuda_memory_entries(cumempool_driver& table);
 void fill_cuda_work_entries(cumempool_driver& table);

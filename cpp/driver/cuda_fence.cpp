@@ -1,4 +1,4 @@
-// The ways to wait for a device, and the trial that chooses one.
+// The three ways to wait for a device, and the trial that chooses one.
 #include "driver/cuda_fence.hpp"
 
 #include <sys/mman.h>
@@ -18,31 +18,31 @@ cumempool_result as_result(CUresult result) { return static_cast<cumempool_resul
 // ---- the ways -----------------------------------------------------------------------------------
 
 // Pins and unpins one page. Both wait for all work in flight on every stream of the device, and in
-// RELAXED mode neither touches a capture. It takes no device memory, so it works on a full device.
+// RELAXED mode neither touches a capture. Takes no device memory, so it works on a full device.
 cumempool_result register_and_unregister(const Symbols& cu) {
   const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  // A page of its own for each call: threads that fence different devices do not wait for each
-  // other.
+  // Each call maps a page of its own, so that threads fencing different devices do not wait for
+  // each other.
   void* page =
       mmap(nullptr, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) return CUMEMPOOL_RESULT_OPERATING_SYSTEM;
   CUresult result = cu.cuMemHostRegister(page, page_bytes, 0);
   if (result == CUDA_SUCCESS) {
     result = cu.cuMemHostUnregister(page);
-    // The driver may still hold the page; giving its address away would confuse a later pinning.
+    // The driver may still hold the page. Reusing its address would confuse a later pinning.
     if (result != CUDA_SUCCESS) return as_result(result);
   }
   munmap(page, page_bytes);
   return as_result(result);
 }
 
-// Documented to wait, but breaks every capture under way. Those on streams that are not known here
-// cannot be seen.
+// Documented to wait, but breaks every capture under way. Sees captures that involve the two
+// default streams, and no others.
 cumempool_result synchronize_context(const Symbols& cu) {
   for (CUstream stream : {CU_STREAM_LEGACY, CU_STREAM_PER_THREAD}) {
     CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
     const CUresult result = cu.cuStreamIsCapturing(stream, &status);
-    // 906: a blocking stream is capturing; asking has not disturbed it.
+    // IMPLICIT (906): a blocking stream is capturing; asking has not disturbed it.
     const bool capturing = result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT ||
                            (result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE);
     if (capturing) return CUMEMPOOL_RESULT_STREAM_CAPTURE_UNSUPPORTED;
@@ -60,7 +60,7 @@ void CUDA_CB take_time(void* done) {
   static_cast<std::atomic<bool>*>(done)->store(true);
 }
 
-// Work of a known length on a stream of its own, which captures of others do not notice.
+// Work of a known length on a stream of its own. Captures of others do not notice it.
 class TrialWork {
  public:
   explicit TrialWork(const Symbols& cu)
@@ -74,7 +74,7 @@ class TrialWork {
   ~TrialWork() {
     const bool over = !created_ || cu_.cuStreamSynchronize(stream_) == CUDA_SUCCESS;
     if (created_) cu_.cuStreamDestroy(stream_);
-    if (over) delete done_;  // else the function may still run
+    if (over) delete done_;  // otherwise the function may still run
   }
   TrialWork(const TrialWork&) = delete;
   TrialWork& operator=(const TrialWork&) = delete;
@@ -90,7 +90,7 @@ class TrialWork {
   CUresult result_ = CUDA_ERROR_OUT_OF_MEMORY;
 };
 
-// Where it holds, cuMemHostRegister pins nothing (cuda.h), so that nothing has to wait.
+// If so, cuMemHostRegister pins nothing (cuda.h), and unregistering need not wait.
 bool uses_page_tables_of_the_host(const Symbols& cu, CUdevice device) {
   constexpr auto kAttribute = static_cast<CUdevice_attribute>(100);
   int value = 0;
@@ -99,8 +99,8 @@ bool uses_page_tables_of_the_host(const Symbols& cu, CUdevice device) {
 
 }  // namespace
 
-// cuMemFree waits for all work of the device, and in RELAXED mode both leave captures intact. One
-// block stays, so that there is room for the other on a full device.
+// Allocates and frees a block: cuMemFree waits for all work of the device, and in RELAXED mode both
+// calls leave captures intact. Keeps one more block, so that a full device has room for this one.
 cumempool_result CudaFence::allocate_and_free(const Symbols& cu) {
   constexpr std::size_t kBytes = 512;
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -127,8 +127,9 @@ cumempool_result CudaFence::wait_by(const Symbols& cu, int way) {
   }
 }
 
-// The way that is found has waited for all else as well. Where no trial can be made, as where the
-// device has no memory left for a stream, the first way that succeeds serves this once.
+// Tries the ways; the one that it finds has waited for all other work as well. If it cannot try,
+// for example because the device has no memory left for a stream, the first way that succeeds
+// serves this one call.
 cumempool_result CudaFence::choose(const Symbols& cu, CUdevice device) {
   const int first = uses_page_tables_of_the_host(cu, device) ? CUMEMPOOL_FENCE_ALLOCATION
                                                              : CUMEMPOOL_FENCE_HOST_REGISTRATION;
@@ -153,7 +154,7 @@ cumempool_result CudaFence::choose(const Symbols& cu, CUdevice device) {
   return CUMEMPOOL_RESULT_NOT_SUPPORTED;
 }
 
-// A way that is refused later on, though it was not at first, gives place to the next one.
+// Chooses again if the driver refuses a way that it accepted at first.
 cumempool_result CudaFence::wait(const Symbols& cu, CUdevice device) {
   const int way = way_;
   if (way == CUMEMPOOL_FENCE_UNTRIED) return choose(cu, device);

@@ -1,5 +1,5 @@
-// How the `cuda` driver waits for all work of a device: the first of three ways that was seen to do
-// it on this very device.
+// Waits for all work of a device of the `cuda` driver, by the first of three ways that was seen to
+// wait on this very device.
 #pragma once
 
 #include <cuda.h>
@@ -14,16 +14,17 @@ namespace cumempool::driver {
 
 class CudaFence {
  public:
-  // Waits for the device of the current context; the thread's capture mode is the relaxed one. The
-  // first call tries the ways with work of its own. NOT_SUPPORTED where none of them waits.
+  // Waits for the device of the current context. The caller has relaxed the thread's capture mode.
+  // The first call tries the ways with work of its own. Returns NOT_SUPPORTED if none of them
+  // waits.
   cumempool_result wait(const Symbols& cu, CUdevice device);
 
   // The way in use: a cumempool_fence_way.
   int way() const noexcept { return way_; }
 
-  // Gives back what a way keeps, in the context that it was taken in; the way stays.
+  // Frees the block that a way keeps, in the context of its allocation. The way stays chosen.
   void release(const Symbols& cu);
-  // The same where that context cannot be made current: it is gone, and the block with it.
+  // The same if that context cannot be made current: it is gone, and the block with it.
   void forget();
 
  private:
@@ -31,7 +32,7 @@ class CudaFence {
   cumempool_result wait_by(const Symbols& cu, int way);
   cumempool_result allocate_and_free(const Symbols& cu);
 
-  std::mutex mutex_;  // guards the choice, and the block
+  std::mutex mutex_;  // guards the choice and the block
   std::atomic<int> way_{CUMEMPOOL_FENCE_UNTRIED};
   CUdeviceptr kept_ = 0;
 };

@@ -1,4 +1,4 @@
-// Loading a kernel, and giving it back.
+// Loads and unloads a kernel.
 #include "driver/cuda_kernel.hpp"
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 namespace cumempool::driver {
 namespace {
 
-// What libcuda says where it has no code for a device and cannot make it; by number, since older
-// headers lack some of the names.
+// Whether libcuda says that it has no code for the device and cannot make it. By number, because
+// older headers lack some of the names.
 bool refuses_code(CUresult result) {
   constexpr std::array<int, 9> refusals{200,   // CUDA_ERROR_INVALID_IMAGE
                                         209,   // CUDA_ERROR_NO_BINARY_FOR_GPU
@@ -55,7 +55,7 @@ cumempool_result CudaKernel::load(const Symbols& cu, const char* ptx, const char
 void CudaKernel::unload(const Symbols& cu) {
   const std::lock_guard<std::mutex> lock(mutex_);
   kernel_ = nullptr;
-  // Fails only where the context is lost, and the code with it.
+  // Fails only if the context is lost, and the code with it.
   if (module_ != nullptr) cu.cuModuleUnload(std::exchange(module_, nullptr));
 }
 

@@ -1,5 +1,5 @@
-// One kernel in one context of the `cuda` driver: PTX that the library carries, compiled by libcuda
-// at its first use there.
+// One kernel in one context of the `cuda` driver. libcuda compiles its PTX, which the library
+// carries, at the first use there.
 #pragma once
 
 #include <cuda.h>
@@ -13,16 +13,16 @@ namespace cumempool::driver {
 
 class CudaKernel {
  public:
-  // Whether this libcuda has the calls that kernels need.
+  // Whether this libcuda has the functions that kernels need.
   static bool supported(const Symbols& cu) noexcept;
 
-  // Compiles the kernel `name` of the PTX for the context that is current, once; for a libcuda that
-  // supports kernels. Says NOT_SUPPORTED for good once libcuda could not make code for the device.
+  // Compiles the kernel `name` of the PTX for the current context, once. Needs supported(). Returns
+  // NOT_SUPPORTED for good after libcuda has refused to compile for the device.
   cumempool_result load(const Symbols& cu, const char* ptx, const char* name, CUfunction& kernel);
 
-  // Gives the code back, in the context that it was loaded in; none of it runs any more.
+  // Unloads the code in the context that loaded it. None of it may be running.
   void unload(const Symbols& cu);
-  // The same where that context cannot be made current: it is gone, and the code with it.
+  // The same if that context cannot be made current: it is gone, and the code with it.
   void forget();
 
  private:

@@ -1,4 +1,4 @@
-// Opening libcuda, and what to do where that fails.
+// Opens libcuda, and says what to do if that fails.
 #include "driver/cuda_library.hpp"
 
 #include <dlfcn.h>
@@ -36,53 +36,39 @@ void* open_library() {
   return library;
 }
 
-// How symbols are asked for: through cuGetProcAddress where the driver has it, which gives just the
-// form that is named by its version, else by linkage name.
-class SymbolSource {
- public:
-  explicit SymbolSource(void* library) : library_(library) {
-    // The bootstrap is typed here: cuda.h names only one of the two forms, depending on its
-    // version.
-    v2_ = reinterpret_cast<GetProcAddressV2>(dlsym(library, "cuGetProcAddress_v2"));
-    v1_ = reinterpret_cast<GetProcAddressV1>(dlsym(library, "cuGetProcAddress"));
-  }
+// cuda.h names only one of the two forms of cuGetProcAddress, depending on its version.
+using GetProcAddressV1 = CUresult(CUDAAPI*)(const char*, void**, int, cuuint64_t);
+using GetProcAddressV2 = CUresult(CUDAAPI*)(const char*, void**, int, cuuint64_t, int*);
 
-  void* find(const char* name, const char* linkage_name, int version) const {
-    void* address = nullptr;
-    if (v2_ != nullptr) {
-      int status = 0;
-      if (v2_(name, &address, version, CU_GET_PROC_ADDRESS_DEFAULT, &status) == CUDA_SUCCESS &&
-          address != nullptr) {
-        return address;
-      }
-    } else if (v1_ != nullptr &&
-               v1_(name, &address, version, CU_GET_PROC_ADDRESS_DEFAULT) == CUDA_SUCCESS &&
-               address != nullptr) {
-      return address;
-    }
-    return dlsym(library_, linkage_name);
+// Looks a symbol up through cuGetProcAddress, which returns exactly the form of that version, or by
+// its linkage name if the driver lacks that function.
+void* find_symbol(void* library, const char* name, const char* linkage_name, int version) {
+  const auto v2 = reinterpret_cast<GetProcAddressV2>(dlsym(library, "cuGetProcAddress_v2"));
+  const auto v1 = reinterpret_cast<GetProcAddressV1>(dlsym(library, "cuGetProcAddress"));
+  void* address = nullptr;
+  CUresult result = CUDA_ERROR_NOT_FOUND;
+  if (v2 != nullptr) {
+    int status = 0;
+    result = v2(name, &address, version, CU_GET_PROC_ADDRESS_DEFAULT, &status);
+  } else if (v1 != nullptr) {
+    result = v1(name, &address, version, CU_GET_PROC_ADDRESS_DEFAULT);
   }
-
- private:
-  using GetProcAddressV1 = CUresult(CUDAAPI*)(const char*, void**, int, cuuint64_t);
-  using GetProcAddressV2 = CUresult(CUDAAPI*)(const char*, void**, int, cuuint64_t, int*);
-  void* library_;
-  GetProcAddressV1 v1_ = nullptr;
-  GetProcAddressV2 v2_ = nullptr;
-};
+  const bool found = result == CUDA_SUCCESS && address != nullptr;
+  return found ? address : dlsym(library, linkage_name);
+}
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// The words of cuda_symbols.inc.
+// The third argument of CUMEMPOOL_SYMBOL in cuda_symbols.inc.
 constexpr bool REQUIRED = true;
 constexpr bool OPTIONAL = false;
 
 template <typename Function>
-void load(const SymbolSource& source, Function& function, const char* name,
-          const char* linkage_name, int version, bool required) {
-  function = reinterpret_cast<Function>(source.find(name, linkage_name, version));
+void load(void* library, Function& function, const char* name, const char* linkage_name,
+          int version, bool required) {
+  function = reinterpret_cast<Function>(find_symbol(library, name, linkage_name, version));
   if (function == nullptr && required) {
     throw unavailable(
         "libcuda.so.1 has no " + std::string(name) + ", which came with CUDA " +
@@ -91,10 +77,10 @@ void load(const SymbolSource& source, Function& function, const char* name,
   }
 }
 
-Symbols load_symbols(const SymbolSource& source) {
+Symbols load_symbols(void* library) {
   Symbols cu;
 #define CUMEMPOOL_SYMBOL(symbol, version, need) \
-  load(source, cu.symbol, #symbol, CUMEMPOOL_LINKAGE_NAME(symbol), version, need);
+  load(library, cu.symbol, #symbol, CUMEMPOOL_LINKAGE_NAME(symbol), version, need);
 #include "driver/cuda_symbols.inc"
 #undef CUMEMPOOL_SYMBOL
   return cu;
@@ -132,7 +118,7 @@ Error failed_to_open(CUresult result, const char* call) {
 
 }  // namespace
 
-Symbols open_libcuda() { return load_symbols(SymbolSource(open_library())); }
+Symbols open_libcuda() { return load_symbols(open_library()); }
 
 void require(CUresult result, const char* call) {
   if (result != CUDA_SUCCESS) {

@@ -1,4 +1,4 @@
-// The entries of the `cuda` driver for virtual memory; none needs a context.
+// The entries of the `cuda` driver for virtual memory. They need no context.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -45,8 +45,8 @@ cumempool_result granularity(CudaDriver& driver, const cumempool_memory_properti
       driver.cu.cuMemGetAllocationGranularity(bytes, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM));
 }
 
-// What one of the GPU's page directories covers with pages of 2 MiB, from Pascal on. A range that
-// begins with one lies in the fewest, and libcuda gives access to it sooner.
+// The span of one page directory of the GPU with pages of 2 MiB, from Pascal on. A range that
+// begins at such a boundary lies in the fewest directories, and libcuda gives access to it sooner.
 constexpr std::size_t kDirectorySpan = std::size_t{512} << 20;
 
 cumempool_result reserve(CudaDriver& driver, std::size_t bytes, cumempool_address* address) {
@@ -100,7 +100,8 @@ cumempool_result set_access(CudaDriver& driver, cumempool_address address, std::
   if (access != CUMEMPOOL_ACCESS_READ && access != CUMEMPOOL_ACCESS_READ_WRITE) {
     return CUMEMPOOL_RESULT_INVALID_VALUE;
   }
-  // In one call, so that a failure has no effect. The heap is for machines that no one has yet.
+  // One call for all devices, so that a failure has no effect. Only more than 16 devices need the
+  // heap.
   std::array<CUmemAccessDesc, 16> few{};
   std::unique_ptr<CUmemAccessDesc[]> many;
   CUmemAccessDesc* descriptions = few.data();
@@ -120,9 +121,9 @@ cumempool_result set_access(CudaDriver& driver, cumempool_address address, std::
   return result_of(driver.cu.cuMemSetAccess(address, bytes, descriptions, device_count));
 }
 
-// The driver's descriptor does not say close-on-exec; a started program must not keep the memory.
-// libcuda offers no way to ask for that at its making: a program that another thread starts in
-// between keeps it, unless it is started with its descriptors closed, as `subprocess` does.
+// Sets close-on-exec, which libcuda does not: a started program must not keep the memory. libcuda
+// cannot set it when it makes the descriptor, so a program that another thread starts in between
+// keeps the memory, unless it is started with its descriptors closed, as `subprocess` does.
 cumempool_result export_fd(const Symbols& cu, cumempool_physical physical, void* exported) {
   int fd = -1;
   const CUresult result =
@@ -165,7 +166,7 @@ cumempool_result import_handle(CudaDriver& driver, const void* exported, std::ui
   if (handle_type == CUMEMPOOL_HANDLE_POSIX_FD) {
     int fd = -1;
     std::memcpy(&fd, exported, sizeof(fd));
-    // CUDA takes the number itself in place of a pointer.
+    // CUDA takes the descriptor number itself in place of a pointer.
     handle = pointer_of<void*>(static_cast<std::uint64_t>(fd));
   } else if (handle_type == CUMEMPOOL_HANDLE_FABRIC) {
     std::memcpy(fabric.data(), exported, fabric.size());

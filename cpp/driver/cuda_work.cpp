@@ -1,5 +1,5 @@
 // The entries of the `cuda` driver for memory of cudaMalloc, host memory, streams, events, copies
-// and digests; each is called in its device's context.
+// and digests. Each needs the context of its device.
 #include <algorithm>
 #include <array>
 #include <climits>
@@ -23,7 +23,7 @@ cumempool_result allocate(CudaDriver& driver, int device, std::size_t bytes,
   return result_of(result);
 }
 
-// cuMemFree waits for all work in flight on every stream of the device; in RELAXED mode, it leaves
+// cuMemFree waits for all work in flight on every stream of the device. In RELAXED mode it leaves
 // captures intact.
 cumempool_result deallocate(CudaDriver& driver, int device, cumempool_address address) {
   return driver.allocated.remove(address, static_cast<unsigned>(device), [&driver, address] {
@@ -33,14 +33,14 @@ cumempool_result deallocate(CudaDriver& driver, int device, cumempool_address ad
 
 cumempool_result host_register(CudaDriver& driver, int /*device*/, void* pointer,
                                std::size_t bytes) {
-  // PORTABLE pins for every device; DEVICEMAP lets kernels use it, as digest() does.
+  // PORTABLE pins for every device. DEVICEMAP lets kernels use the memory, as digest() does.
   return result_of(driver.cu.cuMemHostRegister(
       pointer, bytes, CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP));
 }
 
-// cuMemHostUnregister waits for the device of the current context only, and a copy of another one
-// that is under way would fault. A device that cannot be waited for is lost and copies no more: it
-// keeps nobody's memory pinned.
+// Fences the other devices first: cuMemHostUnregister waits for the device of the current context
+// only, and a copy under way on another device would fault. A device whose context is lost copies
+// no more, so a fence that fails for that reason does not keep the memory pinned.
 cumempool_result host_unregister(CudaDriver& driver, int device, void* pointer) {
   for (int other = 0; other < driver.device_count; ++other) {
     if (other == device) continue;
@@ -65,7 +65,8 @@ cumempool_result stream_synchronize(CudaDriver& driver, int /*device*/, cumempoo
   return result_of(driver.cu.cuStreamSynchronize(stream_of(stream)));
 }
 
-// The legacy stream cannot be captured; asking about it while another stream is fails with 906.
+// The legacy stream cannot be captured; asking about it while another stream captures fails with
+// 906.
 cumempool_result stream_is_capturing(CudaDriver& driver, int /*device*/, cumempool_stream stream,
                                      int* capturing) {
   if (stream == 0 || stream_of(stream) == CU_STREAM_LEGACY) {
@@ -78,7 +79,8 @@ cumempool_result stream_is_capturing(CudaDriver& driver, int /*device*/, cumempo
   return result_of(result);
 }
 
-// Waiting spins: a blocking wait (CU_EVENT_BLOCKING_SYNC) wakes up late between short copies.
+// Waits for the event spin: a blocking wait (CU_EVENT_BLOCKING_SYNC) wakes up late between short
+// copies.
 cumempool_result event_create(CudaDriver& driver, int /*device*/, cumempool_event* event) {
   CUevent created = nullptr;
   const CUresult result = driver.cu.cuEventCreate(&created, CU_EVENT_DISABLE_TIMING);
@@ -142,7 +144,7 @@ constexpr const char* kDigestPtx =
 
 constexpr const char* kDigestName = "cumempool_digest_kernel";
 
-// The kernel takes its parameters as digest_kernel.cu declares them.
+// The parameters of the kernel, as digest_kernel.cu declares them.
 static_assert(sizeof(cumempool_extent) == 16 && sizeof(cumempool_digest) == 16);
 static_assert(sizeof(DigestKeys) == 136 && alignof(DigestKeys) == 8);
 
@@ -159,8 +161,8 @@ bool good_arguments(const cumempool_extent* extents, std::size_t count,
   });
 }
 
-// Where the device finds a whole range of pinned host memory. libcuda fails the question for memory
-// that is not pinned; the kernel would lose the context over it.
+// Finds the device address of a whole range of pinned host memory. libcuda fails the query for
+// memory that is not pinned. The kernel would lose the context over such memory.
 CUresult device_address(const Symbols& cu, const void* host, std::size_t bytes,
                         CUdeviceptr& address) {
   const auto first = static_cast<CUdeviceptr>(reinterpret_cast<std::uintptr_t>(host));

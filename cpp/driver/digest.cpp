@@ -8,7 +8,7 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the digest reads little-endian words");
 
-// The n-th output, from 1, of splitmix64.
+// Returns the n-th output of splitmix64, counted from 1.
 std::uint64_t splitmix64(std::uint64_t seed, std::uint64_t n) {
   std::uint64_t hash = seed + n * 0x9e3779b97f4a7c15u;
   hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -16,7 +16,7 @@ std::uint64_t splitmix64(std::uint64_t seed, std::uint64_t n) {
   return hash ^ (hash >> 31);
 }
 
-// The way of this processor.
+// Returns the fastest function for this processor.
 DigestTiles digest_tiles() noexcept {
   static const DigestTiles fast = digest_tiles_avx2();
   return fast != nullptr ? fast : digest_tiles_portable;

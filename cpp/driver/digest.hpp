@@ -1,4 +1,4 @@
-// The digest of contents on the CPU; digest_definition.hpp says what it is.
+// The digest of contents on the CPU; digest_definition.hpp defines it.
 #pragma once
 
 #include <cstddef>
@@ -11,13 +11,13 @@ namespace cumempool::driver {
 
 DigestKeys digest_keys(std::uint64_t seed);
 
-// A digest of bytes that come in parts.
+// Computes the digest of bytes that come in parts.
 class Digester {
  public:
   explicit Digester(std::uint64_t seed) : keys_(digest_keys(seed)) {}
 
-  // All parts but the last are multiples of kDigestTileBytes, the last one of
-  // CUMEMPOOL_DIGEST_ALIGNMENT; all together have at most 2^32 bytes.
+  // Each part but the last is a multiple of kDigestTileBytes, the last one of
+  // CUMEMPOOL_DIGEST_ALIGNMENT. All parts together have at most 2^32 bytes.
   void add(const std::byte* data, std::size_t bytes) noexcept;
   cumempool_digest finish() const noexcept;
 
@@ -27,31 +27,30 @@ class Digester {
   std::uint64_t bytes_ = 0;
 };
 
-// The digest of a multiple of CUMEMPOOL_DIGEST_ALIGNMENT bytes, at most 2^32.
+// Returns the digest of a multiple of CUMEMPOOL_DIGEST_ALIGNMENT bytes, at most 2^32.
 cumempool_digest digest_on_cpu(std::uint64_t seed, const std::byte* data,
                                std::size_t bytes) noexcept;
 
-// Whether a device takes an extent of this address and size; there is no digest of nothing.
+// Whether digest() takes an extent of this address and size. 0 bytes have no digest.
 constexpr bool digest_takes(std::uint64_t address, std::uint64_t bytes) noexcept {
   constexpr std::uint64_t most = std::uint64_t{1} << 32;
   return (address | bytes) % CUMEMPOOL_DIGEST_ALIGNMENT == 0 && bytes != 0 && bytes <= most;
 }
 
-// Whole tiles of a digest, in two ways that give the same sums.
-//
-// Adds `tiles` whole tiles that begin at `address`, the first of which has the number `tile`.
+// Adds `tiles` whole tiles from `address` on; the first one has the number `tile`. Two functions of
+// this type give the same sums.
 using DigestTiles = void (*)(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
                              const DigestKeys& keys, DigestSums& sums);
 
-// As the definition has it, one unit at a time, on any processor.
+// Follows the definition, one unit at a time, on any processor.
 void digest_tiles_portable(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
                            const DigestKeys& keys, DigestSums& sums);
 
-// Two units at a time; null where this processor has no AVX2.
+// Adds two units at a time. Null if this processor has no AVX2.
 DigestTiles digest_tiles_avx2() noexcept;
 
-// Asks for what follows the tile at `address`: its four streams are too short for a CPU to see
-// them coming. `bytes` is how many there are from `address` on.
+// Prefetches data behind the tile at `address`: its four streams are too short for a CPU to predict
+// them. `bytes` remain from `address` on.
 inline void digest_prefetch(const unsigned char* address, std::size_t bytes) noexcept {
   constexpr std::size_t ahead = 4096;
   constexpr std::size_t line = 64;
@@ -61,7 +60,7 @@ inline void digest_prefetch(const unsigned char* address, std::size_t bytes) noe
 
 }  // namespace cumempool::driver
 
-// In the namespace of the struct, where they are found from anywhere.
+// In the namespace of the struct, so that lookup finds them from anywhere.
 inline bool operator==(const cumempool_digest& a, const cumempool_digest& b) noexcept {
   return a.low == b.low && a.high == b.high;
 }

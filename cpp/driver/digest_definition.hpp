@@ -1,15 +1,16 @@
 // The 128-bit digest of contents, defined once for the CPU (digest.cpp) and the GPU
 // (digest_kernel.cu).
 //
-// A keyed hash of two levels, whose parts may be computed in any order:
+// A keyed hash of two levels; its parts may be computed in any order:
 //
 //  Key      From a 64-bit seed, splitmix64 makes 22 words of 32 bits (nh), four odd words of 64
 //           bits (position) and two more (finish).
-//  Layout   The bytes, a multiple of 16 and at most 2^32, are tiles of 2048; the last is padded
-//           with zeros. A tile is 128 chunks of 16 bytes. Unit l of a tile, l = 0..31, is its
-//           chunks l, l+32, l+64 and l+96, read as 16 little-endian words w of 32 bits: the loads
-//           of a warp, whose lane l owns unit l, are contiguous.
-//  Level 1  NH with Toeplitz keys, as UMAC has it (RFC 4418): for s = 0..3,
+//  Layout   The bytes, a multiple of 16 and at most 2^32, are tiles of 2048; zeros pad the last
+//  one.
+//           A tile is 128 chunks of 16 bytes. Unit l of a tile, l = 0..31, is its chunks l, l+32,
+//           l+64 and l+96, read as 16 little-endian words w of 32 bits. Lane l of a warp owns unit
+//           l, so the loads of a warp are contiguous.
+//  Level 1  NH with Toeplitz keys, as in UMAC (RFC 4418): for s = 0..3,
 //           A_s = sum over p = 0..7 of (w[2p] + nh[2(p+s)]) * (w[2p+1] + nh[2(p+s)+1]),
 //           additions mod 2^32, products and their sum mod 2^64.
 //  Level 2  Unit u, counted over all tiles, adds to two sums mod 2^64, with P = 2u + 1:
@@ -21,12 +22,12 @@
 // Why this form. Two units that differ agree in any one A_s with a probability of at most 2^-32,
 // and in A_0 and A_1 together, or in A_2 and A_3, of at most 2^-64: the proven bound of NH. The
 // fold of the product is wyhash's `mum`. Position goes into both factors, so that equal units at
-// other places, zeros too, add other values, and so that no exchange of units cancels out, even
-// where two units agree in one factor; folding by ^ instead of + keeps the sums from being bilinear
-// in the factors. Where a factor is 0 the product forgets the other one; what is added to it does
-// not. With mix taken for a random function, a lane misses a difference in any set of units with
-// probability 2^-64 + 2^-64, and the two lanes, whose keys differ, together with 2^-126. This is no
-// cryptographic hash: who knows the seed can make collisions.
+// other places, zeros too, add other values. It also keeps an exchange of units from cancelling
+// out, even if two units agree in one factor. Folding by ^ instead of + keeps the sums from being
+// bilinear in the factors. If a factor is 0, the product forgets the other one, but the term added
+// to it does not. If mix is taken for a random function, a lane misses a difference in any set of
+// units with probability 2^-64 + 2^-64, and the two lanes, which have different keys, together with
+// 2^-126. This is no cryptographic hash: anyone who knows the seed can make collisions.
 #pragma once
 
 #include <stdint.h>
@@ -45,7 +46,7 @@ enum : uint32_t {
   kDigestTileBytes = 2048,
   kDigestUnitsPerTile = 32,
   kDigestUnitWords = 16,
-  kDigestThreads = 256  // of the GPU that share an extent
+  kDigestThreads = 256  // GPU threads per extent
 };
 
 struct DigestKeys {
@@ -57,10 +58,6 @@ struct DigestKeys {
 struct DigestSums {
   uint64_t low;
   uint64_t high;
-};
-
-struct DigestChunk {
-  uint32_t word[4];
 };
 
 CUMEMPOOL_DIGEST_FUNCTION uint64_t digest_fold(uint64_t x, uint64_t y) {
@@ -77,13 +74,13 @@ CUMEMPOOL_DIGEST_FUNCTION uint64_t digest_mix(uint64_t x, uint64_t y) {
   return digest_fold(x, y) + (x ^ ((y << 32) | (y >> 32)));
 }
 
-// sum + key * position, in two multiplications of 32 bits on a GPU.
+// Returns sum + key * position, in two multiplications of 32 bits on a GPU.
 CUMEMPOOL_DIGEST_FUNCTION uint64_t digest_place(uint64_t sum, uint64_t key, uint32_t position) {
   const uint64_t low = static_cast<uint64_t>(static_cast<uint32_t>(key)) * position + sum;
   return low + (static_cast<uint64_t>(static_cast<uint32_t>(key >> 32) * position) << 32);
 }
 
-// Adds the unit number `unit`, whose words are `words`.
+// Adds unit number `unit` with these words.
 CUMEMPOOL_DIGEST_FUNCTION void digest_unit(const uint32_t* words, uint32_t unit,
                                            const DigestKeys& keys, DigestSums& sums) {
   uint64_t a[4] = {0, 0, 0, 0};
@@ -103,37 +100,33 @@ CUMEMPOOL_DIGEST_FUNCTION void digest_unit(const uint32_t* words, uint32_t unit,
                           digest_place(a[3], keys.position[3], place));
 }
 
-CUMEMPOOL_DIGEST_FUNCTION DigestChunk digest_load(const unsigned char* address) {
-  DigestChunk chunk = {{0, 0, 0, 0}};
+// Reads a chunk as four words.
+CUMEMPOOL_DIGEST_FUNCTION void digest_load(const unsigned char* address, uint32_t* words) {
 #ifdef __CUDA__
-  // Through the read-only path; not volatile, so that several are under way at a time.
+  // Through the read-only path. Not volatile, so that several loads are under way at a time.
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(chunk.word[0]), "=r"(chunk.word[1]), "=r"(chunk.word[2]), "=r"(chunk.word[3])
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
       : "l"((const __attribute__((address_space(1))) unsigned char*)address));
 #else
-  memcpy(&chunk, address, sizeof(chunk));
+  memcpy(words, address, kDigestChunkBytes);
 #endif
-  return chunk;
 }
 
-// Adds unit `lane` of tile `tile`, which begins at `address` and of which the first `bytes` are
-// there.
+// Adds unit `lane` of tile `tile`. The tile begins at `address` and has `bytes` bytes before its
+// padding.
 CUMEMPOOL_DIGEST_FUNCTION void digest_lane(const unsigned char* address, uint32_t bytes,
                                            uint32_t tile, uint32_t lane, const DigestKeys& keys,
                                            DigestSums& sums) {
-  uint32_t words[kDigestUnitWords];
+  uint32_t words[kDigestUnitWords] = {};
 #pragma GCC unroll 4
   for (uint32_t c = 0; c < 4; ++c) {
     const uint32_t offset = (lane + c * kDigestUnitsPerTile) * kDigestChunkBytes;
-    DigestChunk chunk = {{0, 0, 0, 0}};
-    if (offset < bytes) chunk = digest_load(address + offset);
-#pragma GCC unroll 4
-    for (uint32_t i = 0; i < 4; ++i) words[4 * c + i] = chunk.word[i];
+    if (offset < bytes) digest_load(address + offset, words + 4 * c);
   }
   digest_unit(words, tile * kDigestUnitsPerTile + lane, keys, sums);
 }
 
-// What GPU thread `thread` of kDigestThreads adds for a whole extent: its lane of every eighth
+// Returns the sums of GPU thread `thread` of kDigestThreads for an extent: its lane of every eighth
 // tile.
 CUMEMPOOL_DIGEST_FUNCTION DigestSums digest_thread(const unsigned char* address, uint64_t bytes,
                                                    uint32_t thread, const DigestKeys& keys) {

@@ -1,5 +1,6 @@
-// The digest on the GPU: one block of kDigestThreads threads per extent. Compiled to PTX by
-// scripts/make_digest_ptx.sh, with clang alone: no header of CUDA is used.
+// The digest on the GPU: one block of kDigestThreads threads per extent. scripts/make_digest_ptx.sh
+// compiles it to PTX with clang alone, without any header of CUDA.
+#include "cumempool/driver.h"
 #include "digest_definition.hpp"
 
 namespace {
@@ -10,12 +11,6 @@ using cumempool::driver::DigestSums;
 constexpr uint32_t kWarpThreads = 32;
 constexpr uint32_t kWarps = cumempool::driver::kDigestThreads / kWarpThreads;
 
-// As in driver.h.
-struct Extent {
-  uint64_t address;
-  uint64_t bytes;
-};
-
 __attribute__((device)) uint64_t from_lane_below(uint64_t value, int distance) {
   const int low = __nvvm_shfl_sync_down_i32(0xffffffffu, static_cast<int>(value), distance, 31);
   const int high =
@@ -23,7 +18,7 @@ __attribute__((device)) uint64_t from_lane_below(uint64_t value, int distance) {
   return (static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32) | static_cast<uint32_t>(low);
 }
 
-// Lane 0 gets the sum over its warp.
+// Returns the sum over the warp to lane 0.
 __attribute__((device)) DigestSums sum_of_warp(DigestSums sums) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
@@ -35,10 +30,10 @@ __attribute__((device)) DigestSums sum_of_warp(DigestSums sums) {
 
 }  // namespace
 
-// Both arrays are host memory. One thread reads it, so that it crosses the bus once.
+// Both arrays are host memory. One thread reads an extent, so that it crosses the bus once.
 extern "C" __attribute__((global, launch_bounds(256))) void cumempool_digest_kernel(
-    const Extent* extents, DigestSums* digests, const DigestKeys keys) {
-  __attribute__((shared)) static Extent extent;
+    const cumempool_extent* extents, DigestSums* digests, const DigestKeys keys) {
+  __attribute__((shared)) static cumempool_extent extent;
   __attribute__((shared)) static DigestSums of_warp[kWarps];
   const uint32_t block = __nvvm_read_ptx_sreg_ctaid_x();
   const uint32_t thread = __nvvm_read_ptx_sreg_tid_x();

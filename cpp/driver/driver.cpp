@@ -1,5 +1,4 @@
-// Turns results of a driver table into Error, with the name of the call, the memory there was, and
-// what to do about it.
+// Turns a failed driver call into an Error that names the call, the free memory, and the remedy.
 #include "driver/driver.hpp"
 
 #include <pthread.h>
@@ -13,7 +12,7 @@
 namespace cumempool::driver {
 namespace {
 
-// The CUDA function that does the work of an entry of the table; null for other names.
+// Returns the CUDA function behind an entry of the table; null for other names.
 const char* cuda_function(const char* call) {
 #define CUMEMPOOL_ENTRY(name, function, size) \
   if (std::strcmp(call, #name) == 0) return #function;
@@ -49,8 +48,7 @@ const char* advice_for(const char* call, cumempool_result result) {
                  ? "Free host memory, raise the locked-memory limit (ulimit -l), or discard tags "
                    "instead of backing them up."
                  : "Put other tags to sleep, free tensors and call torch.cuda.empty_cache(), or "
-                   "stop "
-                   "other processes that use the device.";
+                   "stop other processes that use the device.";
     case CUMEMPOOL_RESULT_DEINITIALIZED:
       return "The CUDA driver is shutting down: call before the process exits.";
     case CUMEMPOOL_RESULT_NOT_INITIALIZED:
@@ -67,20 +65,18 @@ const char* advice_for(const char* call, cumempool_result result) {
     case CUMEMPOOL_RESULT_NOT_SUPPORTED:
       if (std::strcmp(call, "digest") == 0) {
         return "The NVIDIA driver cannot compile the digest kernel for this device: update it, or "
-               "go "
-               "without comparing contents.";
+               "go without comparing contents.";
       }
       if (std::strcmp(call, "host_register") == 0) {
         return "The driver pins no host memory here (confidential computing allows none): back up "
                "to pageable memory (backup='pageable') or a file, or discard.";
       }
       if (std::strcmp(call, "fence") == 0) {
-        return "Nothing that was tried waits for the work of this device, so its memory can be "
-               "neither put to sleep nor freed: report the device, the driver and this message.";
+        return "No known call waits for the work of this device, so its memory can be neither put "
+               "to sleep nor freed: report the device, the driver and this message.";
       }
-      return "The device or driver does not grant this kind of memory; cumempool probe says what "
-             "it "
-             "grants.";
+      return "The device or driver does not grant this kind of memory; cumempool probe lists the "
+             "kinds that it grants.";
     case CUMEMPOOL_RESULT_OPERATING_SYSTEM:
       return "The operating system refused: check the limits on open files (ulimit -n), locked "
              "memory (ulimit -l) and mappings (vm.max_map_count).";
@@ -104,7 +100,7 @@ const char* advice_for(const char* call, cumempool_result result) {
   }
 }
 
-// Best effort: a context that is not held, or a failing call, leaves the totals unknown.
+// Best effort: the totals stay unknown if the context is not held or a call fails.
 void note_free_memory(const cumempool_driver& table, int device, Error& error) {
   cumempool_context_token token{};
   if (device < 0 || table.context_enter(table.self, device, &token) != CUMEMPOOL_RESULT_SUCCESS) {
@@ -134,7 +130,7 @@ Error failure(const cumempool_driver& table, const char* call, cumempool_result 
   return error;
 }
 
-// The last and only functions of the table are its entries, and the list has them all, in order.
+// The list has all entries of the table, in order; they are its last members and only functions.
 constexpr std::size_t entry_offsets[] = {
 #define CUMEMPOOL_ENTRY(name, function, size) offsetof(cumempool_driver, name),
 #include "driver/entries.inc"
@@ -204,7 +200,7 @@ RetainedContext::RetainedContext(Driver driver, int device) : driver_(driver), d
 }
 
 RetainedContext::~RetainedContext() {
-  // Fails only where the driver is gone already, and the context with it.
+  // Fails only if the driver is gone already, and the context with it.
   const cumempool_driver& table = driver_.table();
   table.context_release(table.self, device_);
 }
@@ -215,7 +211,7 @@ ContextScope::ContextScope(Driver driver, int device) : driver_(driver) {
 }
 
 ContextScope::~ContextScope() {
-  // Fails only where the driver is gone already; there is nothing to put back then.
+  // Fails only if the driver is gone already; then there is nothing to restore.
   const cumempool_driver& table = driver_.table();
   table.context_leave(table.self, &token_);
 }

@@ -1,5 +1,5 @@
-// Calls the entries of a driver table, and throws Error with the call's name and result where one
-// fails. The table itself stays reachable for the few places that must not throw.
+// Calls the entries of a driver table, and throws Error with the name and result of a call that
+// fails. Code that must not throw calls the table itself.
 #pragma once
 
 #include <cstddef>
@@ -14,15 +14,15 @@
 
 namespace cumempool::driver {
 
-// Throws the Error for a failed driver call; returns for success. `call` is the entry of the table
-// ("create"); messages name the CUDA function behind it where the driver is `cuda`.
+// Throws the Error of a failed driver call; returns for success. `call` is the entry of the table
+// ("create"). If the driver is `cuda`, messages name the CUDA function behind the entry.
 void check(const cumempool_driver& table, const char* call, cumempool_result result,
            int device = -1, std::uint64_t bytes = 0);
-// The same for a call that has failed.
+// Throws the Error of a call that has failed.
 [[noreturn]] void fail(const cumempool_driver& table, const char* call, cumempool_result result,
                        int device, std::uint64_t bytes);
 
-// A view; the table outlives every object of the core that holds one.
+// A view of a driver table, which outlives every object of the core that holds a view.
 class Driver {
  public:
   explicit Driver(const cumempool_driver& table) : table_(&table) {}
@@ -30,8 +30,8 @@ class Driver {
   const cumempool_driver& table() const noexcept { return *table_; }
   const char* name() const noexcept { return table_->name; }
 
-  // One method per entry of the table: it takes what the entry takes after `self`, and throws Error
-  // where the entry fails. Where the last parameter is left out, it returns what the entry writes
+  // One method per entry of the table. It takes the arguments of the entry after `self`, and throws
+  // Error if the entry fails. Without the last argument, it returns the value that the entry writes
   // there:
   //
   //   const cumempool_physical handle = driver.create(bytes, &properties);
@@ -42,18 +42,21 @@ class Driver {
   }
 #include "driver/entries.inc"
 
-  // The same in other words.
+  // Overloads for C++ types.
   std::string device_name(int device) const;
-  void set_access(cumempool_address address, std::size_t bytes, const std::vector<int>& devices,
-                  cumempool_access access = CUMEMPOOL_ACCESS_READ_WRITE) const;  // names the first
-  // Errors name the device where there is only one.
+  void set_access(
+      cumempool_address address, std::size_t bytes, const std::vector<int>& devices,
+      cumempool_access access = CUMEMPOOL_ACCESS_READ_WRITE) const;  // errors name the first device
+  // Errors name the device if there is only one.
   void fence(const std::vector<int>& devices) const;
-  // host_register where copies do without as well (C9): false where the driver pins no host memory.
+  // Pins host memory (host_register). Returns false if the driver pins none; copies work without
+  // (C9).
   bool pin(int device, void* pointer, std::size_t bytes) const;
-  bool event_query(int device, cumempool_event event) const;  // whether it is done
+  // Whether the work recorded in the event is done.
+  bool event_query(int device, cumempool_event event) const;
 
  private:
-  static constexpr int NONE = -1;  // no argument of an entry is a size
+  static constexpr int NONE = -1;  // an entry without an argument that is a size
 
   template <int Size, typename... Params, typename... Args>
   auto call(const char* entry, cumempool_result (*cumempool_driver::*member)(void*, Params...),
@@ -76,7 +79,7 @@ class Driver {
     fail(*table_, entry, result, device_among(arguments...), bytes);
   }
 
-  // The first int of a call is its device; else it is the one of the memory's properties.
+  // Returns the device of a call: its first int, or the device of its memory properties.
   static int device_among() noexcept { return -1; }
   template <typename First, typename... Rest>
   static int device_among(const First& first, const Rest&... rest) noexcept {
@@ -92,7 +95,7 @@ class Driver {
   const cumempool_driver* table_;
 };
 
-// Holds a device's primary context for as long as it lives.
+// Holds a device's primary context while it lives.
 class RetainedContext {
  public:
   RetainedContext(Driver driver, int device);
@@ -105,7 +108,7 @@ class RetainedContext {
   int device_;
 };
 
-// Makes a retained context current for the calling thread, and puts back what was there before.
+// Makes a retained context current for the calling thread, and restores the previous one.
 class ContextScope {
  public:
   ContextScope(Driver driver, int device);
@@ -118,11 +121,11 @@ class ContextScope {
   cumempool_context_token token_{};
 };
 
-// Drivers do not survive a fork, so nothing may be called in the child of a process that has opened
-// one (R14). Called once a driver has been opened: children forked from now on are told apart.
+// Marks children that are forked from now on. Drivers do not survive a fork, so such a child must
+// make no driver call (R14). Called once a driver has been opened.
 void watch_forks();
 
-// Whether this process is such a child.
+// Whether this process was forked after a driver was opened.
 bool in_forked_child() noexcept;
 
 }  // namespace cumempool::driver

@@ -1,4 +1,4 @@
-// Puts everything an Error knows into one sentence, and names driver results.
+// Composes the message of an Error, and names driver results.
 #include "driver/error.hpp"
 
 #include <array>
@@ -7,7 +7,7 @@
 namespace cumempool {
 namespace {
 
-// "sleep of tag 'kv' on device 0 (2.00 MiB)", leaving out what is not known.
+// Returns "sleep of tag 'kv' on device 0 (2.00 MiB)", without the unknown parts.
 std::string subject(const Error& error) {
   std::string text = error.operation;
   if (!error.tag.empty()) {
@@ -23,7 +23,7 @@ std::string subject(const Error& error) {
   return text;
 }
 
-// "cuMemCreate returned CUDA_ERROR_OUT_OF_MEMORY (2)", or "" where no driver call failed.
+// Returns "cuMemCreate returned CUDA_ERROR_OUT_OF_MEMORY (2)", or "" if no driver call failed.
 std::string failed_call(const Error& error) {
   if (error.driver_call.empty()) {
     return {};
@@ -113,7 +113,7 @@ std::string format_bytes(std::uint64_t bytes) {
   }
   double value = static_cast<double>(bytes) / step;
   std::size_t unit = 0;
-  // 1023.995 and above would print as "1024.00" of a unit that has a larger one.
+  // 1023.995 and above would print as "1024.00" although there is a larger unit.
   while (value >= 1023.995 && unit + 1 < units.size()) {
     value /= step;
     ++unit;

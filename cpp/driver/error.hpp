@@ -1,5 +1,5 @@
-// The one exception of the core. It carries everything a person needs to act (R12); the abi layer
-// turns it into a status code and the calling thread's last error.
+// The exception of the core. It carries everything a person needs to act (R12). The abi layer turns
+// it into a status code and the calling thread's last error.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ class Error : public std::exception {
   const char* what() const noexcept override;
 
   cumempool_status status;
-  std::string problem;  // what happened, in words; "" where the driver call says it all
+  std::string problem;  // the failure in words; "" if the driver call says it all
   std::string operation;
   std::string tag;
   int device = -1;
@@ -35,19 +35,19 @@ class Error : public std::exception {
   std::uint64_t total_bytes = 0;
   std::string advice;
   std::vector<std::string> secondary;
-  bool pin_refused = false;  // the driver would not pin host memory, and works on
+  bool pin_refused = false;  // the driver refused to pin host memory, and works on
 
  private:
   mutable std::string text_;
 };
 
-// "CUDA_ERROR_..." of a result; "CUDA_ERROR_UNRECOGNIZED" for numbers it does not know.
+// Returns "CUDA_ERROR_..."; "CUDA_ERROR_UNRECOGNIZED" for unknown numbers.
 const char* result_name(cumempool_result result) noexcept;
 
-// Whether a device that answers so is lost: its context runs nothing more.
+// Whether a device that returns this has lost its context, which runs nothing more.
 bool loses_context(cumempool_result result) noexcept;
 
-// "14.96 GiB", "2.00 MiB", "512 bytes".
+// Returns "14.96 GiB", "2.00 MiB", "512 bytes".
 std::string format_bytes(std::uint64_t bytes);
 
 }  // namespace cumempool

@@ -1,5 +1,5 @@
 // A driver that passes every call on to another one, counts it, lets a test watch it, and fails the
-// calls it was told to fail. For tests only; it is not part of the library.
+// calls that the test has planned to fail.
 //
 //   FaultDriver faults(*host);
 //   faults.fail_nth("map", 3, CUMEMPOOL_RESULT_OUT_OF_MEMORY);  // the third map from now on
