@@ -57,18 +57,18 @@ std::vector<Item> items(const Item* first, std::size_t count, const char* proble
   return count == 0 ? std::vector<Item>{} : std::vector<Item>(first, first + count);
 }
 
-// What a function says that returns an array, and has no status to refuse NULL with.
+// Returns an array from a function without a status: NULL and 0 if `all` is NULL.
 template <typename Item>
 const Item* array(const std::vector<Item>* all, std::size_t* count) noexcept {
   if (count != nullptr) *count = all == nullptr ? 0 : all->size();
   return all == nullptr ? nullptr : all->data();
 }
 
-// Of a structure that the caller has, or has room for.
+// Throws Error unless the size of a structure of the caller is that of this version.
 template <typename Struct>
 void require_size(const Struct& given, const char* what) {
   if (given.size == sizeof given) return;
-  throw Error(CUMEMPOOL_INVALID_ARGUMENT, std::string(what) + ": size is not that of this version");
+  throw Error(CUMEMPOOL_INVALID_ARGUMENT, std::string(what) + ": size does not match this version");
 }
 
 std::vector<cumempool_device_stream> streams_of(const cumempool_device_stream* first,
@@ -83,8 +83,7 @@ pool::Allocator& core(cumempool_allocator* allocator) {
   return *allocator->core;
 }
 
-// Of a report that was made before its transition: then nothing that fails makes a failure of its
-// success.
+// Fills a report that was made before its transition, so that no failure can follow its success.
 cumempool_report* fill(std::unique_ptr<cumempool_report> made, pool::Report&& report) noexcept {
   made->report = std::move(report);
   try {
@@ -92,7 +91,7 @@ cumempool_report* fill(std::unique_ptr<cumempool_report> made, pool::Report&& re
       made->problems.push_back(problem.c_str());
     }
   } catch (const std::exception&) {
-    // No memory for the list of the problems that there is memory for: the first ones have to do.
+    // No memory for the whole list: it keeps the first problems.
   }
   return made.release();
 }
@@ -125,7 +124,7 @@ pool::WakeRequest convert(pool::Allocator& allocator, const char* const* tags, s
 }  // namespace
 
 struct cumempool_waking {
-  std::unique_ptr<cumempool_report> report;  // to be filled at its end
+  std::unique_ptr<cumempool_report> report;  // filled when the wake ends
   std::unique_ptr<pool::AsyncWake> waking;
 };
 
@@ -223,7 +222,7 @@ int cumempool_allocator_closed(const cumempool_allocator* allocator) {
 
 void cumempool_allocator_destroy(cumempool_allocator* allocator) {
   if (allocator == nullptr || cumempool::driver::in_forked_child()) return;
-  cumempool_allocator_close(allocator, 1);  // also what a failed close has left
+  cumempool_allocator_close(allocator, 1);  // also after a close that failed half-way
   delete allocator;
 }
 
@@ -319,7 +318,7 @@ cumempool_status cumempool_progress(cumempool_allocator* allocator, uint64_t* do
   return guarded("progress", [&] {
     const auto& progress = core(allocator).progress();
     if (done_bytes == nullptr || total_bytes == nullptr) {
-      throw Error(CUMEMPOOL_INVALID_ARGUMENT, "an output is null");
+      throw Error(CUMEMPOOL_INVALID_ARGUMENT, "an output is NULL");
     }
     *total_bytes = progress.total;
     *done_bytes = progress.done;
@@ -352,12 +351,12 @@ uint32_t cumempool_slot_count(void) { return torch::kSlotCount; }
 
 namespace {
 
-cumempool_status bind(cumempool_allocator* allocator, const char* tag, torch::SlotTable::Use use,
+cumempool_status bind(cumempool_allocator* allocator, const char* tag, bool lasting,
                       uint32_t* slot) {
   return guarded("bind_slot", [&] {
     require(slot != nullptr, "slot is NULL");
     pool::Tag& known = core(allocator).tags().find(text(tag, "tag is NULL"));
-    *slot = torch::SlotTable::instance().bind(allocator->core, known, use);
+    *slot = torch::SlotTable::instance().bind(allocator->core, known, lasting);
   });
 }
 
@@ -365,12 +364,12 @@ cumempool_status bind(cumempool_allocator* allocator, const char* tag, torch::Sl
 
 cumempool_status cumempool_bind_slot(cumempool_allocator* allocator, const char* tag,
                                      uint32_t* slot) {
-  return bind(allocator, tag, torch::SlotTable::Use::kScope, slot);
+  return bind(allocator, tag, false, slot);
 }
 
 cumempool_status cumempool_bind_lasting_slot(cumempool_allocator* allocator, const char* tag,
                                              uint32_t* slot) {
-  return bind(allocator, tag, torch::SlotTable::Use::kLasting, slot);
+  return bind(allocator, tag, true, slot);
 }
 
 cumempool_status cumempool_preserve_slot(uint32_t slot) {
@@ -450,7 +449,7 @@ cumempool_status cumempool_swap(cumempool_allocator* allocator,
     const pool::SleepRequest sleep = convert(swapping, *request->sleep);
     const pool::WakeRequest wake = convert(swapping, request->wake_tags, request->wake_tag_count);
     for (const pool::Tag* tag : wake.tags) {
-      require(sleep.actions.count(tag) == 0, "a tag is to sleep and to wake");
+      require(sleep.actions.count(tag) == 0, "a tag is in both lists: to sleep and to wake");
     }
     auto made = std::make_unique<cumempool_report>();
     *report = fill(std::move(made), pool::swap(swapping, sleep, wake));
@@ -470,7 +469,8 @@ cumempool_status cumempool_wake_begin(cumempool_allocator* allocator, const char
     for (const cumempool_address address : items(first, first_count, "first is NULL")) {
       const pool::RecordPointer record = pool::Registry::instance().find(address);
       if (record == nullptr || record->owner != allocator->core) {
-        throw Error(CUMEMPOOL_NOT_OWNED, "an address of `first` lies in no allocation");
+        throw Error(CUMEMPOOL_NOT_OWNED,
+                    "an address in `first` lies in no allocation of this allocator");
       }
       request.first.insert(record.get());
     }
@@ -503,7 +503,7 @@ cumempool_status cumempool_waking_finish(cumempool_waking* waking, cumempool_rep
 }
 
 void cumempool_waking_destroy(cumempool_waking* waking) {
-  // A forked child has not the thread that its parent's wake runs in.
+  // A forked child lacks the thread that runs its parent's wake.
   if (waking == nullptr || cumempool::driver::in_forked_child()) return;
   delete waking;
 }
@@ -571,8 +571,8 @@ cumempool_status cumempool_shared_open(const cumempool_driver* driver, int devic
   return guarded("open_shared", [&] {
     require(driver != nullptr && exported != nullptr && shared != nullptr, "an argument is NULL");
     require(access == CUMEMPOOL_ACCESS_READ || access == CUMEMPOOL_ACCESS_READ_WRITE,
-            "the access has a value outside its enum");
-    require(bytes != 0, "0 bytes cannot be shared");
+            "access is neither READ nor READ_WRITE");
+    require(bytes != 0, "bytes is 0");
     auto made = std::make_unique<cumempool_shared>();
     try {
       made->mapping = std::make_unique<cumempool::vmm::SharedMapping>(
@@ -597,7 +597,7 @@ cumempool_status cumempool_shared_close(cumempool_shared* shared) {
 }
 
 void cumempool_shared_destroy(cumempool_shared* shared) {
-  // A forked child has the parent's addresses, and none of its mappings.
+  // A forked child has the parent's addresses but none of its mappings.
   if (shared == nullptr || cumempool::driver::in_forked_child()) return;
   delete shared;
 }

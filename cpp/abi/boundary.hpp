@@ -1,5 +1,5 @@
-// The boundary that no exception crosses: turns what the core throws into a status and the thread's
-// last error, and refuses every call in a forked child.
+// The boundary that no exception crosses: turns exceptions of the core into a status and the
+// thread's last error, and refuses every call in a forked child.
 #pragma once
 
 #include <exception>
@@ -20,7 +20,7 @@ inline Error forked_error() {
 
 template <typename Body>
 cumempool_status guarded(const char* operation, Body&& body) noexcept {
-  // What fails here must not need memory that there may not be.
+  // The handlers must not need memory: there may be none left.
   try {
     try {
       if (driver::in_forked_child()) throw forked_error();
@@ -35,7 +35,8 @@ cumempool_status guarded(const char* operation, Body&& body) noexcept {
       return set_last_error(operation, Error(CUMEMPOOL_INTERNAL, problem));
     }
   } catch (const std::exception&) {
-    return set_last_error(CUMEMPOOL_INTERNAL, "unexpected failure, and no memory to say which");
+    return set_last_error(CUMEMPOOL_INTERNAL,
+                          "unexpected failure, and no host memory to describe it");
   }
 }
 

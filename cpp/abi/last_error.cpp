@@ -1,4 +1,4 @@
-// The calling thread's last failure, as cumempool_last_error() shows it.
+// The calling thread's last failure, for cumempool_last_error().
 #include "abi/last_error.hpp"
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 namespace cumempool::abi {
 namespace {
 
-// The texts that the C struct points to.
+// The C struct, and the texts that it points to.
 struct LastError {
   Error error{CUMEMPOOL_OK, ""};
   std::string message;
@@ -63,7 +63,7 @@ cumempool_status set_last_error(const char* operation, const Error& error) noexc
     last.point();  // texts may have moved
     return error.status;
   } catch (const std::exception&) {
-    return set_last_error(error.status, "no host memory was left to say what failed");
+    return set_last_error(error.status, "no host memory was left to describe the failure");
   }
 }
 

@@ -1,4 +1,4 @@
-// The calling thread's last failure, as cumempool_last_error() shows it.
+// The calling thread's last failure, for cumempool_last_error().
 #pragma once
 
 #include "cumempool/status.h"
@@ -6,10 +6,10 @@
 
 namespace cumempool::abi {
 
-// Remembers `error`, as one of `operation` where it does not say of which, and returns its status.
-// Where there is no memory for its texts, the status stays and the text says so.
+// Remembers `error` and returns its status. Fills in `operation` if the error names none. Without
+// memory for its texts, keeps the status, with a text that says so.
 cumempool_status set_last_error(const char* operation, const Error& error) noexcept;
-// The same for what has no text but a constant one. Takes no memory.
+// The same for a failure with a constant text. Takes no memory.
 cumempool_status set_last_error(cumempool_status status, const char* text) noexcept;
 
 const cumempool_error* last_error() noexcept;

@@ -1,39 +1,36 @@
-// The part of the DLPack 0.x exchange format that is needed to hand one-dimensional byte memory to
-// torch; field order and meaning are those of the published format.
+// The part of the DLPack 0.x exchange format that hands one-dimensional byte memory to torch.
 #pragma once
 
 #include <cstdint>
 
 namespace cumempool::python {
 
-enum DlDeviceType : std::int32_t { kDlCpu = 1, kDlCuda = 2 };
+// Device types.
+constexpr std::int32_t kDlCpu = 1;
+constexpr std::int32_t kDlCuda = 2;
+// The type code of unsigned integers.
 constexpr std::uint8_t kDlUnsigned = 1;
 
 struct DlDevice {
-  DlDeviceType device_type;
+  std::int32_t device_type;
   std::int32_t device_id;
 };
 
-struct DlDataType {
-  std::uint8_t code;
-  std::uint8_t bits;
-  std::uint16_t lanes;
-};
-
-struct DlTensor {
+// DLManagedTensor with its DLTensor and DLDataType written out: the same fields in the same order,
+// and so the same layout.
+struct DlManagedTensor {
   void* data;
   DlDevice device;
   std::int32_t ndim;
-  DlDataType dtype;
+  std::uint8_t code;
+  std::uint8_t bits;
+  std::uint16_t lanes;
   std::int64_t* shape;
   std::int64_t* strides;
   std::uint64_t byte_offset;
-};
-
-struct DlManagedTensor {
-  DlTensor dl_tensor;
   void* manager_ctx;
   void (*deleter)(DlManagedTensor* self);
 };
+static_assert(sizeof(DlManagedTensor) == 64, "a DLManagedTensor of a 64-bit system has 64 bytes");
 
 }  // namespace cumempool::python

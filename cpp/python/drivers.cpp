@@ -1,4 +1,4 @@
-// Drivers as Python sees them: the one of CUDA, simulated ones, and what they say of their devices.
+// Drivers as Python objects: the CUDA driver, simulated ones, and queries of their devices.
 #include "drivers.hpp"
 
 #include <limits>
@@ -10,14 +10,14 @@ namespace py = pybind11;
 
 namespace cumempool::python {
 
-Driver::~Driver() {
+DriverObject::~DriverObject() {
   if (!owned) return;
-  const Unlocked unlocked;  // memory of other processes waits for the device before it goes
+  const Unlocked unlocked;  // unmapping all its memory takes time
   cumempool_host_driver_destroy(table);
 }
 
 DriverPointer open_cuda() {
-  auto driver = std::make_shared<Driver>();
+  auto driver = std::make_shared<DriverObject>();
   call([&] { return cumempool_cuda_driver(&driver->table); });
   return driver;
 }
@@ -33,7 +33,7 @@ DriverPointer open_host(int devices, std::uint64_t bytes_per_device, std::uint64
   if (fabric) options.handle_types |= CUMEMPOOL_HANDLE_FABRIC;
   options.rdma = rdma ? 1 : 0;
   options.fence = fence;
-  auto driver = std::make_shared<Driver>();
+  auto driver = std::make_shared<DriverObject>();
   call([&] { return cumempool_host_driver_create(&options, &driver->table); });
   driver->memory = kDlCpu;
   driver->owned = true;
@@ -48,33 +48,34 @@ std::tuple<std::uint64_t, std::uint64_t, std::string> host_room() {
   return {known ? memory.free_bytes : 0, memory.limit_bytes, memory.source};
 }
 
-py::dict probe_device(const Driver& driver, int device) {
+py::dict probe_device(const DriverObject& driver, int device) {
   cumempool_device_probe probe{};
   probe.size = sizeof probe;
   call([&] { return cumempool_probe_device(driver.table, device, &probe); });
   return fields_of(probe);
 }
 
-int device_count(const Driver& driver) {
+int device_count(const DriverObject& driver) {
   int count = 0;
   const auto* table = driver.table;
   return table->device_count(table->self, &count) == CUMEMPOOL_RESULT_SUCCESS ? count : 0;
 }
 
-bool context_active(const Driver& driver, int device) {
+bool context_active(const DriverObject& driver, int device) {
   int active = 0;
   const auto* table = driver.table;
   return table->context_active(table->self, device, &active) == CUMEMPOOL_RESULT_SUCCESS &&
          active != 0;
 }
 
-int driver_version(const Driver& driver) {
+int driver_version(const DriverObject& driver) {
   int version = 0;
   const auto* table = driver.table;
   return table->driver_version(table->self, &version) == CUMEMPOOL_RESULT_SUCCESS ? version : 0;
 }
 
-void launch(const Driver& driver, int device, std::uintptr_t function, std::uintptr_t argument) {
+void launch(const DriverObject& driver, int device, std::uintptr_t function,
+            std::uintptr_t argument) {
   auto* const called =
       reinterpret_cast<void (*)(void*)>(function);  // NOLINT(performance-no-int-to-ptr)
   call([&] {

@@ -1,4 +1,4 @@
-// Drivers as Python sees them: the one of CUDA, simulated ones, and what they say of their devices.
+// Drivers as Python objects: the CUDA driver, simulated ones, and queries of their devices.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,34 +13,36 @@
 
 namespace cumempool::python {
 
-// A driver and how its memory looks to DLPack. Host drivers go with the last user of their memory.
-struct Driver {
+// A driver and the DLPack device type of its memory. A host driver goes with the last user of its
+// memory.
+struct DriverObject {
   const cumempool_driver* table = nullptr;
-  DlDeviceType memory = kDlCuda;
+  std::int32_t memory = kDlCuda;
   bool owned = false;
 
-  Driver() = default;
-  Driver(const Driver&) = delete;
-  Driver& operator=(const Driver&) = delete;
-  ~Driver();
+  DriverObject() = default;
+  DriverObject(const DriverObject&) = delete;
+  DriverObject& operator=(const DriverObject&) = delete;
+  ~DriverObject();
 
-  // Where its memory is, for DLPack.
+  // The DLPack device of its memory.
   DlDevice place(int device) const { return {memory, memory == kDlCpu ? 0 : device}; }
 };
-using DriverPointer = std::shared_ptr<Driver>;
+using DriverPointer = std::shared_ptr<DriverObject>;
 
 DriverPointer open_cuda();
 DriverPointer open_host(int devices, std::uint64_t bytes_per_device, std::uint64_t granularity,
                         bool rdma, bool fabric, std::uint32_t fence);
 
-// Bytes, the limit and its file.
+// Free bytes of host memory (0 if unknown), the limit, and the file that says so.
 std::tuple<std::uint64_t, std::uint64_t, std::string> host_room();
 
-pybind11::dict probe_device(const Driver& driver, int device);
-int device_count(const Driver& driver);
-bool context_active(const Driver& driver, int device);
-int driver_version(const Driver& driver);
-// `function` is the address of a C function, as ctypes has it.
-void launch(const Driver& driver, int device, std::uintptr_t function, std::uintptr_t argument);
+pybind11::dict probe_device(const DriverObject& driver, int device);
+int device_count(const DriverObject& driver);
+bool context_active(const DriverObject& driver, int device);
+int driver_version(const DriverObject& driver);
+// `function` is the address of a C function, as ctypes gives it.
+void launch(const DriverObject& driver, int device, std::uintptr_t function,
+            std::uintptr_t argument);
 
 }  // namespace cumempool::python

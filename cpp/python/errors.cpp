@@ -1,4 +1,4 @@
-// Failures of the C interface as exceptions of cumempool.errors, and calls of it without the GIL.
+// Calls the C interface without the GIL, and raises its failures as exceptions of cumempool.errors.
 #include "errors.hpp"
 
 #include <cxxabi.h>
@@ -58,8 +58,8 @@ Unlocked::~Unlocked() {
   try {
     PyEval_RestoreThread(state_);
   } catch (const abi::__forced_unwind&) {
-    // The interpreter has ended meanwhile, and Python ends this thread by unwinding it, which
-    // must not leave a destructor: the thread stays here, as it does from Python 3.14 on.
+    // The interpreter has ended meanwhile, and Python unwinds this thread to end it. That must not
+    // leave a destructor, so the thread stays here, as it does from Python 3.14 on.
     for (;;) pause();
   }
 }

@@ -1,4 +1,4 @@
-// Failures of the C interface as exceptions of cumempool.errors, and calls of it without the GIL.
+// Calls the C interface without the GIL, and raises its failures as exceptions of cumempool.errors.
 #pragma once
 
 #include <Python.h>
@@ -18,12 +18,13 @@ void check(cumempool_status status);
 // Raises an InvalidArgumentError.
 [[noreturn]] void refuse(const char* message, const char* advice);
 
-// A C string ends at its first zero byte, so such a tag would silently become another one.
+// Returns the tag as a C string. Raises for a tag with a zero byte, which would end the string
+// early and silently name another tag.
 const char* tag_text(const std::string& tag);
 
-// Runs a call of the C interface without the GIL, then raises what it failed with. The GIL is not
-// taken back by a destructor: where the interpreter has ended meanwhile, Python ends this thread
-// there by unwinding it, and unwinding out of a destructor would abort the process.
+// Runs a call of the C interface without the GIL, then raises its failure. No destructor takes the
+// GIL back: if the interpreter has ended meanwhile, Python ends this thread there by unwinding it,
+// and unwinding out of a destructor would abort the process.
 template <typename Call>
 void call(Call&& body) {
   PyThreadState* const state = PyEval_SaveThread();
@@ -32,8 +33,8 @@ void call(Call&& body) {
   check(status);
 }
 
-// A number for Python that stands for something the C interface has handed out. Where Python has no
-// memory for it, `give_back` is called: nobody else could.
+// Returns a number that stands for a resource of the C interface. If Python has no memory for the
+// number, calls `give_back`, because no one else could.
 template <typename GiveBack>
 pybind11::int_ handed_out(std::uint64_t number, const GiveBack& give_back) {
   PyObject* const made = PyLong_FromUnsignedLongLong(number);
@@ -44,9 +45,9 @@ pybind11::int_ handed_out(std::uint64_t number, const GiveBack& give_back) {
   return pybind11::reinterpret_steal<pybind11::int_>(made);
 }
 
-// For what may wait where nothing can be raised: destructors, and deleters that torch calls with
-// the GIL or without. While it lives the thread does not hold the GIL, so that work of a device
-// that needs it comes to an end.
+// Releases the GIL while it lives, so that work of a device that needs the GIL comes to an end. For
+// destructors, and for deleters that torch calls with or without the GIL: they may wait, and cannot
+// raise.
 class Unlocked {
  public:
   Unlocked() noexcept;

@@ -1,11 +1,10 @@
-// Memory that Python gets in DLPack capsules, and what it keeps alive.
+// Memory that Python gets in DLPack capsules.
 #include "memory.hpp"
 
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <string>
 #include <utility>
 
@@ -16,27 +15,16 @@ namespace py = pybind11;
 namespace cumempool::python {
 namespace {
 
-// What an importer says when nothing of the memory is mapped any more: RELEASED of wire.py.
+// An importer's report that it has unmapped all of the memory: RELEASED of wire.py.
 constexpr char kReleased = 'r';
 
-// Connections whose memory could not be unmapped, so that their owners go on keeping that awake:
-// they end with the process.
-std::atomic<HeldConnection*> kept{nullptr};
-
-void keep_open(std::unique_ptr<HeldConnection> connection) noexcept {
-  HeldConnection* const one = connection.release();
-  one->next = kept;
-  while (!kept.compare_exchange_weak(one->next, one)) {
-  }
-}
-
-// A call of the kernel that older headers, and Pythons built with those, do not know. Its number is
-// the same on every architecture.
+// A system call that older headers, and Pythons built with them, lack. Its number is the same on
+// every architecture.
 constexpr long kPidfdOpen = 434;
 
 void end_lease(DlManagedTensor* tensor) { delete static_cast<Lease*>(tensor->manager_ctx); }
 
-// A capsule that torch did not consume still owns its memory.
+// Frees the memory of a capsule that torch did not consume.
 void drop_capsule(PyObject* capsule) {
   if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
   auto* tensor = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
@@ -77,8 +65,9 @@ Lease::~Lease() {
   if (view != nullptr) cumempool_end_backup_view(view);
   if (shared == nullptr) return;
   const cumempool_status status = cumempool_shared_close(shared);
-  if (status != CUMEMPOOL_OK && status != CUMEMPOOL_FORKED && connection != nullptr) {
-    keep_open(std::move(connection));
+  if (status != CUMEMPOOL_OK && status != CUMEMPOOL_FORKED) {
+    // The memory stays mapped, so its owner must keep it awake until this process ends.
+    static_cast<void>(connection.release());
   }
   cumempool_shared_destroy(shared);
 }
@@ -86,10 +75,8 @@ Lease::~Lease() {
 py::capsule make_capsule(std::unique_ptr<Lease> lease, void* data, DlDevice device,
                          std::size_t bytes) {
   lease->shape = static_cast<std::int64_t>(bytes);
-  lease->tensor.dl_tensor = {data,          device,         1, {kDlUnsigned, 8, 1},
-                             &lease->shape, &lease->stride, 0};
-  lease->tensor.manager_ctx = lease.get();
-  lease->tensor.deleter = &end_lease;
+  lease->tensor = {data,          device,         1, kDlUnsigned, 8,         1,
+                   &lease->shape, &lease->stride, 0, lease.get(), &end_lease};
   PyObject* capsule = PyCapsule_New(&lease->tensor, "dltensor", &drop_capsule);
   if (capsule == nullptr) throw py::error_already_set();
   static_cast<void>(lease.release());
@@ -107,7 +94,7 @@ py::capsule open_shared(const DriverPointer& driver, int device,
   auto lease = std::make_unique<Lease>();
   lease->driver = driver;
   if (connection != nullptr) {
-    lease->connection = std::make_unique<HeldConnection>(HeldConnection{connection, nullptr});
+    lease->connection = std::make_unique<ConnectionPointer>(connection);
   }
   const auto access = writable ? CUMEMPOOL_ACCESS_READ_WRITE : CUMEMPOOL_ACCESS_READ;
   const auto map = [&](std::uint32_t type, const void* handle) {

@@ -1,5 +1,5 @@
-// Memory that Python gets in DLPack capsules, and what it keeps alive: device memory, views of
-// backups, and memory of other processes with the connections to its owners.
+// Memory that Python gets in DLPack capsules: device memory, views of backups, and memory of other
+// processes with the connections to its owners.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,10 +15,11 @@
 
 namespace cumempool::python {
 
-// The connection to the owner of shared memory: until it says that the memory was released, the
-// owner keeps that awake. The memory that came over it shares this object, and the last of it says
-// so, and ends the connection, for processes forked meanwhile as well; what such a process drops
-// itself ends nothing. The owner has it in its socket before the destructor returns.
+// The connection to the owner of shared memory. The owner keeps the memory awake until this process
+// reports it released. All memory that came over the connection shares this object. The last of it
+// sends that report and ends the connection, also for processes forked meanwhile. A forked process
+// that drops the object ends nothing. The report is in the owner's socket before the destructor
+// returns.
 class Connection {
  public:
   // Takes a copy of the descriptor.
@@ -33,14 +34,8 @@ class Connection {
 };
 using ConnectionPointer = std::shared_ptr<Connection>;
 
-// One user of a connection. In memory of its own, so that it can be kept without taking any.
-struct HeldConnection {
-  ConnectionPointer connection;
-  HeldConnection* next = nullptr;  // of those that are kept
-};
-
-// What keeps the memory behind a capsule, and the driver under it, alive: device memory, a view of
-// a backup, or memory of another process.
+// Keeps the memory behind a capsule and its driver alive: device memory, a view of a backup, or
+// memory of another process.
 struct Lease {
   DlManagedTensor tensor{};
   std::int64_t shape = 0;
@@ -49,7 +44,8 @@ struct Lease {
   void* view = nullptr;
   DriverPointer driver;
   cumempool_shared* shared = nullptr;
-  std::unique_ptr<HeldConnection> connection;  // ends after the mapping
+  // Ends after the mapping. On the heap, so that it can be leaked without taking memory.
+  std::unique_ptr<ConnectionPointer> connection;
 
   Lease() = default;
   Lease(const Lease&) = delete;
@@ -57,24 +53,24 @@ struct Lease {
   ~Lease();
 };
 
-// A capsule with `bytes` at `data`, which the lease keeps.
+// Returns a capsule with `bytes` at `data`, which the lease keeps alive.
 pybind11::capsule make_capsule(std::unique_ptr<Lease> lease, void* data, DlDevice device,
                                std::size_t bytes);
 
-// Integer to pointer: the address is the driver's.
+// Turns an address of the driver into a pointer.
 void* pointer_to(cumempool_address address);
 
 constexpr std::size_t kFabricBytes = CUMEMPOOL_FABRIC_HANDLE_BYTES;
 
-// Maps memory of another process. `exported` is an open descriptor, or the bytes of a fabric
-// handle. The connection, where there is one, ends after the mapping.
+// Maps memory of another process. `exported` is an open descriptor or the bytes of a fabric handle.
+// The connection, if any, ends after the mapping.
 pybind11::capsule open_shared(const DriverPointer& driver, int device,
                               const std::variant<int, pybind11::bytes>& exported,
                               std::uint64_t bytes, bool writable,
                               const ConnectionPointer& connection);
 
-// A descriptor of a process, which becomes readable when the process ends. Close-on-exec, and the
-// caller's.
+// Opens a descriptor of a process, which becomes readable when the process ends. It is
+// close-on-exec and belongs to the caller.
 int pidfd_open(int process);
 
 }  // namespace cumempool::python

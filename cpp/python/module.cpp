@@ -1,5 +1,5 @@
-// The extension module cumempool._core: the C interface of cumempool.h as Python sees it. Failures
-// are raised as the classes of cumempool.errors; the GIL is released around calls that may wait, in
+// The extension module cumempool._core: the C interface of cumempool.h for Python. It raises
+// failures as the classes of cumempool.errors, and releases the GIL around calls that may wait, in
 // destructors as well.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -29,9 +29,10 @@ namespace py = pybind11;
 namespace cumempool::python {
 namespace {
 
-class Allocator;
+class AllocatorObject;
 
-// For classes that are made in functions: pybind11 does not look whether there was memory.
+// Makes a class throw if there is no memory for an object: pybind11 does not check objects that
+// functions make.
 void refuse_without_memory(PyHeapTypeObject* type) {
   type->ht_type.tp_alloc = [](PyTypeObject* of, Py_ssize_t items) {
     PyObject* const made = PyType_GenericAlloc(of, items);
@@ -41,10 +42,11 @@ void refuse_without_memory(PyHeapTypeObject* type) {
   };
 }
 
-// Runs a transition. Its report is there before, so that nothing can fail behind its success.
+// Runs a transition and returns its report. Makes the report before, so that nothing can fail after
+// the transition has succeeded.
 template <typename Transition>
 py::object reported(const Transition& transition) {
-  const auto report = std::make_shared<Report>();
+  const auto report = std::make_shared<ReportObject>();
   py::object told = py::cast(report);
   cumempool_report* raw = nullptr;
   call([&] { return transition(&raw); });
@@ -52,16 +54,16 @@ py::object reported(const Transition& transition) {
   return told;
 }
 
-// A wake in a thread of its own. The driver stays as long as its memory is being worked on, and so
-// does the allocator, which closes itself when it goes. (Not by pybind11's keep_alive, whose 3.1
-// crashes where an argument is of the wrong type.)
+// A wake in a thread of its own. Keeps the driver alive while the wake works on its memory, and the
+// allocator, which closes itself when it goes. (Not by pybind11's keep_alive, which crashes in 3.1
+// if an argument has the wrong type.)
 class Waking {
  public:
-  Waking(DriverPointer driver, std::shared_ptr<const Allocator> allocator)
+  Waking(DriverPointer driver, std::shared_ptr<const AllocatorObject> allocator)
       : driver_(std::move(driver)), allocator_(std::move(allocator)) {}
   Waking(const Waking&) = delete;
   Waking& operator=(const Waking&) = delete;
-  // cumempool.WakeHandle waits before, where Python may end the thread; this hardly ever does.
+  // cumempool.WakeHandle has usually waited before, at a point where Python may end the thread.
   ~Waking() {
     const Unlocked unlocked;
     cumempool_waking_destroy(waking_);
@@ -77,13 +79,13 @@ class Waking {
 
   void begin(cumempool_waking* waking) noexcept { waking_ = waking; }
 
-  // The same report at every call.
+  // Returns the same report at every call.
   py::object finish() {
     call([this] {
       cumempool_report* report = nullptr;
       const cumempool_status status = cumempool_waking_finish(waking_, &report);
       if (status != CUMEMPOOL_OK) return status;
-      // One of the threads that come here gets the report, and is about to leave it for the others.
+      // One of the threads that get here has the report, and is about to store it for the others.
       if (report != nullptr) {
         report_->set(report);
         ended_ = true;
@@ -96,16 +98,16 @@ class Waking {
 
  private:
   DriverPointer driver_;
-  std::shared_ptr<const Allocator> allocator_;
+  std::shared_ptr<const AllocatorObject> allocator_;
   cumempool_waking* waking_ = nullptr;
-  const std::shared_ptr<Report> report_ = std::make_shared<Report>();
+  const std::shared_ptr<ReportObject> report_ = std::make_shared<ReportObject>();
   std::atomic<bool> ended_{false};
 };
 
-class Allocator : public std::enable_shared_from_this<Allocator> {
+class AllocatorObject : public std::enable_shared_from_this<AllocatorObject> {
  public:
-  Allocator(DriverPointer driver, std::uint64_t host_backup_limit, bool retain_backups,
-            const std::optional<BackupFields>& overflow)
+  AllocatorObject(DriverPointer driver, std::uint64_t host_backup_limit, bool retain_backups,
+                  const std::optional<BackupFields>& overflow)
       : driver_(std::move(driver)) {
     cumempool_allocator_options options{};
     options.size = sizeof options;
@@ -114,18 +116,18 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     options.overflow.size = sizeof options.overflow;
     if (overflow) options.overflow = backup_policy(*overflow);
     call([&] { return cumempool_allocator_create(driver_->table, &options, &allocator_); });
-    // Work of a host driver is done by who waits for it, so that waiting is never in vain.
+    // The thread that waits for work of a host driver runs it, so waiting always ends.
     if (driver_->memory != kDlCpu) return;
     call([&] { return cumempool_set_free_wait(allocator_, CUMEMPOOL_FREE_WAITS); });
   }
-  Allocator(const Allocator&) = delete;
-  Allocator& operator=(const Allocator&) = delete;
-  // Tensors may outlive this object, and nobody has asked for their contents to be lost: while
-  // memory is in use the allocator and its driver stay, for the rest of the process.
-  ~Allocator() {
+  AllocatorObject(const AllocatorObject&) = delete;
+  AllocatorObject& operator=(const AllocatorObject&) = delete;
+  // Tensors may outlive this object, and no caller has asked to lose their contents. If memory is
+  // in use, the allocator and its driver stay for the rest of the process.
+  ~AllocatorObject() {
     const Unlocked unlocked;
     if (cumempool_allocator_close(allocator_, 0) == CUMEMPOOL_IN_USE) {
-      driver_->owned = false;  // a host driver is not destroyed, then
+      driver_->owned = false;  // so that a host driver is not destroyed
       return;
     }
     cumempool_allocator_destroy(allocator_);
@@ -135,7 +137,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
     call([&] { return cumempool_allocator_close(allocator_, force ? 1 : 0); });
   }
 
-  // A function of the C interface that takes a number, and one that writes one.
+  // Call a function of the C interface that takes a number, and one that writes a number.
   template <auto Function>
   void tell(std::uint64_t number) {
     call([&] { return Function(allocator_, number); });
@@ -181,14 +183,14 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   py::int_ pin(const std::string& tag, const std::string& holder) {
     const char* name = tag_text(tag);
     if (holder.empty() || holder.find('\0') != std::string::npos) {
-      refuse("the holder of a pin needs a name without a zero byte", "say who holds it");
+      refuse("the holder of a pin needs a name without a zero byte", "name the holder");
     }
     std::uint64_t pin = 0;
     call([&] { return cumempool_pin(allocator_, name, holder.c_str(), &pin); });
     return handed_out(pin, [&] { cumempool_unpin(allocator_, pin); });
   }
 
-  // The descriptor is the caller's.
+  // The descriptor belongs to the caller.
   py::tuple export_fd(std::uint64_t address) {
     int number = -1;
     cumempool_allocation_info info{};
@@ -261,7 +263,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   py::object sleep(const std::vector<std::pair<std::string, int>>& tags, bool drop_backups,
                    const std::vector<Pair>& dead, const std::vector<Stream>& streams,
                    std::uint64_t as_of) {
-    const SleepRequest request(tags, drop_backups, dead, as_of, device_streams(streams));
+    const SleepArguments request(tags, drop_backups, dead, as_of, device_streams(streams));
     return reported(
         [&](auto** report) { return cumempool_sleep(allocator_, request.get(), report); });
   }
@@ -269,7 +271,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   std::uint64_t prepare(const std::vector<std::pair<std::string, int>>& tags,
                         const std::vector<Pair>& dead, const std::vector<std::string>& yielding,
                         std::uint64_t as_of) {
-    const SleepRequest request(tags, false, dead, as_of, {});
+    const SleepArguments request(tags, false, dead, as_of, {});
     std::vector<const char*> names;
     names.reserve(yielding.size());
     for (const std::string& tag : yielding) names.push_back(tag_text(tag));
@@ -294,7 +296,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
                   const std::vector<Pair>& dead,
                   const std::optional<std::vector<std::string>>& wake,
                   const std::vector<Stream>& streams, std::uint64_t as_of) {
-    const SleepRequest leaving(sleep, false, dead, as_of, device_streams(streams));
+    const SleepArguments leaving(sleep, false, dead, as_of, device_streams(streams));
     const WakeTags coming(wake);
     cumempool_swap_request request{};
     request.size = sizeof request;
@@ -309,7 +311,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
                         const std::vector<Stream>& streams) {
     const WakeTags names(tags);
     const auto current = device_streams(streams);
-    auto made = std::make_unique<Waking>(driver_, shared_from_this());  // as a report is
+    auto made = std::make_unique<Waking>(driver_, shared_from_this());  // before, as in reported()
     Waking& handle = *made;
     py::object told = py::cast(std::move(made));
     cumempool_waking* waking = nullptr;
@@ -367,8 +369,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("preserve_slot", &tell<&cumempool_preserve_slot, std::uint32_t>, py::arg("slot"));
   module.def("unbind_slot", &tell<&cumempool_unbind_slot, std::uint32_t>, py::arg("slot"));
 
-  py::class_<Driver, DriverPointer>(module, "Driver")
-      .def_property_readonly("name", [](const Driver& driver) { return driver.table->name; })
+  py::class_<DriverObject, DriverPointer>(module, "Driver")
+      .def_property_readonly("name", [](const DriverObject& driver) { return driver.table->name; })
       .def_property_readonly("version", &driver_version)
       .def_property_readonly("device_count", &device_count)
       .def("launch", &launch, py::arg("device"), py::arg("function"), py::arg("argument"))
@@ -381,60 +383,62 @@ PYBIND11_MODULE(_core, module) {
   module.def("open_shared", &open_shared, py::arg("driver"), py::arg("device"), py::arg("exported"),
              py::arg("bytes"), py::arg("writable"), py::arg("connection"));
 
-  py::class_<Report, std::shared_ptr<Report>>(module, "Report",
-                                              py::custom_type_setup(&refuse_without_memory))
-      .def_property_readonly("seconds", &Report::seconds)
-      .def_property_readonly("rows", &Report::rows)
-      .def_property_readonly("problems", &Report::problems);
+  py::class_<ReportObject, std::shared_ptr<ReportObject>>(
+      module, "Report", py::custom_type_setup(&refuse_without_memory))
+      .def_property_readonly("seconds", &ReportObject::seconds)
+      .def_property_readonly("rows", &ReportObject::rows)
+      .def_property_readonly("problems", &ReportObject::problems);
 
   py::class_<Waking>(module, "Waking", py::custom_type_setup(&refuse_without_memory))
       .def("wait", &Waking::wait, py::arg("address"), py::arg("device"), py::arg("stream"))
       .def("done", &Waking::done)
       .def("finish", &Waking::finish);
 
-  py::class_<Allocator, std::shared_ptr<Allocator>>(module, "Allocator")
+  py::class_<AllocatorObject, std::shared_ptr<AllocatorObject>>(module, "Allocator")
       .def(py::init<DriverPointer, std::uint64_t, bool, const std::optional<BackupFields>&>(),
            py::arg("driver"), py::arg("host_backup_limit"), py::arg("retain_backups"),
            py::arg("overflow"))
-      .def("close", &Allocator::close, py::arg("force"))
-      .def_property_readonly("closed", &Allocator::closed)
-      .def("declare_tag", &Allocator::declare_tag, py::arg("tag"), py::arg("on_sleep"),
+      .def("close", &AllocatorObject::close, py::arg("force"))
+      .def_property_readonly("closed", &AllocatorObject::closed)
+      .def("declare_tag", &AllocatorObject::declare_tag, py::arg("tag"), py::arg("on_sleep"),
            py::arg("on_wake"))
-      .def("set_backup", &Allocator::set_backup, py::arg("tag"), py::arg("tier"),
+      .def("set_backup", &AllocatorObject::set_backup, py::arg("tag"), py::arg("tier"),
            py::arg("directory"), py::arg("peer_device"))
-      .def("set_memory", &Allocator::set_memory, py::arg("tag"), py::arg("backing"),
+      .def("set_memory", &AllocatorObject::set_memory, py::arg("tag"), py::arg("backing"),
            py::arg("all_peers"), py::arg("peers"), py::arg("rdma"))
-      .def("pin", &Allocator::pin, py::arg("tag"), py::arg("holder"))
-      .def("unpin", &Allocator::tell<&cumempool_unpin>, py::arg("pin"))
-      .def("export_fd", &Allocator::export_fd, py::arg("address"))
-      .def("export_fabric", &Allocator::export_fabric, py::arg("address"))
-      .def("malloc", &Allocator::malloc, py::arg("tag"), py::arg("device"), py::arg("bytes"))
-      .def("malloc_capsule", &Allocator::malloc_capsule, py::arg("tag"), py::arg("device"),
+      .def("pin", &AllocatorObject::pin, py::arg("tag"), py::arg("holder"))
+      .def("unpin", &AllocatorObject::tell<&cumempool_unpin>, py::arg("pin"))
+      .def("export_fd", &AllocatorObject::export_fd, py::arg("address"))
+      .def("export_fabric", &AllocatorObject::export_fabric, py::arg("address"))
+      .def("malloc", &AllocatorObject::malloc, py::arg("tag"), py::arg("device"), py::arg("bytes"))
+      .def("malloc_capsule", &AllocatorObject::malloc_capsule, py::arg("tag"), py::arg("device"),
            py::arg("bytes"), py::arg("preserved") = false)
-      .def("bind_slot", &Allocator::bind_slot, py::arg("tag"), py::arg("lasting") = false)
-      .def("moment", &Allocator::ask<&cumempool_moment>)
-      .def("preserve", &Allocator::tell<&cumempool_preserve>, py::arg("address"))
-      .def("set_free_wait", &Allocator::tell<&cumempool_set_free_wait>, py::arg("nanoseconds"))
-      .def("set_memory_margin", &Allocator::tell<&cumempool_set_memory_margin>, py::arg("bytes"))
+      .def("bind_slot", &AllocatorObject::bind_slot, py::arg("tag"), py::arg("lasting") = false)
+      .def("moment", &AllocatorObject::ask<&cumempool_moment>)
+      .def("preserve", &AllocatorObject::tell<&cumempool_preserve>, py::arg("address"))
+      .def("set_free_wait", &AllocatorObject::tell<&cumempool_set_free_wait>,
+           py::arg("nanoseconds"))
+      .def("set_memory_margin", &AllocatorObject::tell<&cumempool_set_memory_margin>,
+           py::arg("bytes"))
       .def("reset_peaks",
-           [](Allocator& allocator) {
+           [](AllocatorObject& allocator) {
              call([&] { return cumempool_reset_peaks(allocator.get()); });
            })
-      .def("progress", &Allocator::progress)
-      .def("sleep", &Allocator::sleep, py::arg("tags"), py::arg("drop_backups"), py::arg("dead"),
+      .def("progress", &AllocatorObject::progress)
+      .def("sleep", &AllocatorObject::sleep, py::arg("tags"), py::arg("drop_backups"),
+           py::arg("dead"), py::arg("streams"), py::arg("as_of") = 0)
+      .def("prepare", &AllocatorObject::prepare, py::arg("tags"), py::arg("dead"),
+           py::arg("yielding"), py::arg("as_of") = 0)
+      .def("wake", &AllocatorObject::wake, py::arg("tags"), py::arg("streams"))
+      .def("swap", &AllocatorObject::swap, py::arg("sleep"), py::arg("dead"), py::arg("wake"),
            py::arg("streams"), py::arg("as_of") = 0)
-      .def("prepare", &Allocator::prepare, py::arg("tags"), py::arg("dead"), py::arg("yielding"),
-           py::arg("as_of") = 0)
-      .def("wake", &Allocator::wake, py::arg("tags"), py::arg("streams"))
-      .def("swap", &Allocator::swap, py::arg("sleep"), py::arg("dead"), py::arg("wake"),
-           py::arg("streams"), py::arg("as_of") = 0)
-      .def("wake_begin", &Allocator::wake_begin, py::arg("tags"), py::arg("first"),
+      .def("wake_begin", &AllocatorObject::wake_begin, py::arg("tags"), py::arg("first"),
            py::arg("streams"))
-      .def("view_backup", &Allocator::view_backup, py::arg("address"), py::arg("bytes"),
+      .def("view_backup", &AllocatorObject::view_backup, py::arg("address"), py::arg("bytes"),
            py::arg("writable"))
-      .def("release_host_memory", &Allocator::ask<&cumempool_release_host_memory>)
-      .def("snapshot", &Allocator::snapshot, py::arg("allocations"))
-      .def("find", &Allocator::find, py::arg("address"));
+      .def("release_host_memory", &AllocatorObject::ask<&cumempool_release_host_memory>)
+      .def("snapshot", &AllocatorObject::snapshot, py::arg("allocations"))
+      .def("find", &AllocatorObject::find, py::arg("address"));
 }
 
 }  // namespace cumempool::python

@@ -1,4 +1,4 @@
-// The records of the C interface as Python sees them, each from one list of its fields.
+// Records of the C interface as Python dictionaries, each made from one list of its fields.
 #include "records.hpp"
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace {
 
 // ---- values -------------------------------------------------------------------------------------
 
-// A name for an enum, or None for what is not set.
+// Return the name of an enum value, or None for UNSET.
 py::object value_of(cumempool_backup_tier tier) {
   constexpr const char* kNames[] = {nullptr, "pinned", "pageable", "file", "peer"};
   return kNames[tier] == nullptr ? py::object(py::none()) : py::str(kNames[tier]);
@@ -39,7 +39,7 @@ std::enable_if_t<std::is_arithmetic_v<Number>, py::object> value_of(Number numbe
 
 // ---- lists of fields ----------------------------------------------------------------------------
 
-// Enters fields of a record into a dictionary by the names that they have in C.
+// Enter a field of a record into a dictionary by its name in C.
 #define FIELD(name) fields[#name] = value_of(record.name)
 #define FLAG(name) fields[#name] = py::bool_(record.name != 0)
 
@@ -152,7 +152,7 @@ py::dict fields_of(const cumempool_device_probe& record) {
   return fields;
 }
 
-// What does not apply is None.
+// A field that does not apply is None.
 py::dict fields_of(const cumempool_error& record) {
   py::dict fields;
   fields["status"] = static_cast<int>(record.status);
@@ -186,13 +186,13 @@ py::dict fields_of(const cumempool_snapshot& snapshot) {
   return fields;
 }
 
-py::list Report::rows() const {
+py::list ReportObject::rows() const {
   std::size_t count = 0;
   const cumempool_report_row* rows = cumempool_report_rows(report_.get(), &count);
   return list_of(rows, count, [](const auto& row) { return fields_of(row); });
 }
 
-py::list Report::problems() const {
+py::list ReportObject::problems() const {
   std::size_t count = 0;
   const char* const* problems = cumempool_report_problems(report_.get(), &count);
   return list_of(problems, count, [](const char* problem) { return py::str(problem); });

@@ -1,5 +1,5 @@
-// Arguments of transitions and policies as the C interface takes them; each object owns what it
-// points to.
+// Converts arguments of transitions and policies to structures of the C interface. Each object owns
+// the memory that its structure points to.
 #pragma once
 
 #include <cstddef>
@@ -17,12 +17,12 @@ namespace cumempool::python {
 
 using Pair = std::pair<std::uint64_t, std::uint64_t>;
 
-// A cumempool_sleep_request and what it points to.
-class SleepRequest {
+// A cumempool_sleep_request and its arrays.
+class SleepArguments {
  public:
-  SleepRequest(const std::vector<std::pair<std::string, int>>& tags, bool drop_backups,
-               const std::vector<Pair>& dead, std::uint64_t as_of,
-               std::vector<cumempool_device_stream> streams)
+  SleepArguments(const std::vector<std::pair<std::string, int>>& tags, bool drop_backups,
+                 const std::vector<Pair>& dead, std::uint64_t as_of,
+                 std::vector<cumempool_device_stream> streams)
       : streams_(std::move(streams)) {
     actions_.reserve(tags.size());
     for (const auto& [tag, action] : tags) {
@@ -40,9 +40,9 @@ class SleepRequest {
     request_.streams = streams_.data();
     request_.stream_count = streams_.size();
   }
-  ~SleepRequest() = default;
-  SleepRequest(const SleepRequest&) = delete;
-  SleepRequest& operator=(const SleepRequest&) = delete;
+  ~SleepArguments() = default;
+  SleepArguments(const SleepArguments&) = delete;
+  SleepArguments& operator=(const SleepArguments&) = delete;
 
   const cumempool_sleep_request* get() const noexcept { return &request_; }
 
@@ -63,13 +63,13 @@ inline std::vector<cumempool_device_stream> device_streams(const std::vector<Str
   return converted;
 }
 
-// The tags of a wake as the C interface takes them: NULL for all.
+// The tags of a wake; NULL for all.
 class WakeTags {
  public:
   explicit WakeTags(const std::optional<std::vector<std::string>>& tags) {
     if (!tags) return;
     for (const std::string& tag : *tags) names_.push_back(tag_text(tag));
-    names_.push_back(nullptr);  // so that an empty list is not taken for "all"
+    names_.push_back(nullptr);  // so that an empty list does not mean "all"
   }
 
   const char* const* data() const noexcept { return names_.empty() ? nullptr : names_.data(); }
@@ -79,10 +79,11 @@ class WakeTags {
   std::vector<const char*> names_;
 };
 
-// Tier, directory and device.
+// Tier, directory and peer device.
 using BackupFields = std::tuple<int, std::string, int>;
 
-// Points into `fields`. The directory comes from Python's os.fsencode: bytes without a zero.
+// Returns a policy that points into `fields`. The directory comes from Python's os.fsencode, which
+// returns bytes without a zero.
 inline cumempool_backup_policy backup_policy(const BackupFields& fields) {
   cumempool_backup_policy policy{};
   policy.size = sizeof policy;

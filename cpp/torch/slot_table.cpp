@@ -1,4 +1,4 @@
-// Which allocator and tag each exported malloc/free pair serves at present.
+// The allocator and the tag that each exported malloc/free pair serves.
 #include "torch/slot_table.hpp"
 
 #include <exception>
@@ -22,7 +22,7 @@ SlotTable& SlotTable::instance() {
 }
 
 std::uint32_t SlotTable::bind(const std::shared_ptr<pool::Allocator>& allocator, pool::Tag& tag,
-                              Use use) {
+                              bool lasting) {
   allocator->check_open("bind_slot");
   allocator->follow_use();
   for (std::uint32_t number = 0; number < kSlotCount; ++number) {
@@ -31,10 +31,10 @@ std::uint32_t SlotTable::bind(const std::shared_ptr<pool::Allocator>& allocator,
     if (slot.allocator != nullptr) continue;
     slot.allocator = allocator;
     slot.tag = &tag;
-    slot.use = use;
+    slot.lasting = lasting;
     slot.preserves = false;
     slot.mallocs = 0;
-    if (use == Use::kScope) allocator->records().begin_scope(tag);
+    if (!lasting) allocator->records().begin_scope(tag);
     allocator->counters().bound_slots += 1;
     return number;
   }
@@ -73,7 +73,7 @@ void SlotTable::unbind(std::uint32_t number) {
     Slot& slot = slots_.at(number);
     const std::lock_guard lock(slot.mutex);
     allocator = std::exchange(slot.allocator, nullptr);
-    if (allocator != nullptr && slot.use == Use::kScope) allocator->records().end_scope(*slot.tag);
+    if (allocator != nullptr && !slot.lasting) allocator->records().end_scope(*slot.tag);
     slot.tag = nullptr;
   }
   if (allocator == nullptr) throw not_bound(number);
@@ -99,7 +99,7 @@ void* SlotTable::malloc(std::uint32_t number, std::size_t bytes, int device) noe
     return reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
         static_cast<std::uintptr_t>(allocator->malloc(*tag, device, bytes, preserves)));
   } catch (const std::exception&) {
-    return nullptr;  // pool::Allocator::malloc has noted why
+    return nullptr;  // pool::Allocator::malloc has noted the reason
   }
 }
 

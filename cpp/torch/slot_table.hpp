@@ -1,4 +1,4 @@
-// Which allocator and tag each exported malloc/free pair serves at present.
+// The allocator and the tag that each exported malloc/free pair serves.
 #pragma once
 
 #include <array>
@@ -13,26 +13,28 @@ namespace cumempool::torch {
 
 constexpr std::uint32_t kSlotCount = 64;
 
-// Thread-safe, one per process.
+// Thread-safe; one per process.
 class SlotTable {
  public:
   static SlotTable& instance();
 
-  // A scope's slot keeps its tag from sleeping, since torch hands out parts of what came through
-  // it; a lasting one does not. Throws Error (CUMEMPOOL_OUT_OF_SLOTS, CUMEMPOOL_CLOSED).
-  enum class Use { kScope, kLasting };
-  std::uint32_t bind(const std::shared_ptr<pool::Allocator>& allocator, pool::Tag& tag, Use use);
-  // What is allocated through the slot until it is unbound keeps its contents where its tag is
-  // discarded. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a slot that is not bound.
+  // Binds a free slot. The slot of a scope keeps its tag from sleeping, because torch hands out
+  // parts of the memory that came through it; a `lasting` slot does not. Throws Error
+  // (CUMEMPOOL_OUT_OF_SLOTS, CUMEMPOOL_CLOSED).
+  std::uint32_t bind(const std::shared_ptr<pool::Allocator>& allocator, pool::Tag& tag,
+                     bool lasting);
+  // Preserves the contents of all memory allocated through the slot from now on, until it is
+  // unbound, if its tag is discarded. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a slot that is
+  // not bound.
   void preserve(std::uint32_t slot);
-  // How many times the slot was asked for memory since it was bound. Throws the same.
+  // Counts the calls of malloc since the slot was bound. Throws the same.
   std::uint64_t mallocs(std::uint32_t slot);
   // Throws the same.
   void unbind(std::uint32_t slot);
 
-  // Null where the slot is not bound or the memory cannot be had. Leaves no error behind (R1).
+  // Returns null if the slot is not bound or there is no memory. Leaves no error behind (R1).
   void* malloc(std::uint32_t slot, std::size_t bytes, int device) noexcept;
-  // Frees whatever was allocated at that address, bound or not; unknown addresses are ignored.
+  // Frees the allocation at that address, through a bound slot or not. Ignores unknown addresses.
   static void free(void* address) noexcept;
 
  private:
@@ -40,9 +42,9 @@ class SlotTable {
     std::mutex mutex;
     std::shared_ptr<pool::Allocator> allocator;
     pool::Tag* tag = nullptr;
-    Use use = Use::kScope;
+    bool lasting = false;
     bool preserves = false;
-    std::uint64_t mallocs = 0;  // since it was bound
+    std::uint64_t mallocs = 0;  // since the slot was bound
   };
 
   std::array<Slot, kSlotCount> slots_;

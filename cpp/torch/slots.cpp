@@ -20,8 +20,8 @@ void slot_free(void* address) noexcept {
 
 }  // namespace
 
-// torch's streams are not needed: memory is usable at once on every stream, and goes once all are
-// done with it.
+// The functions ignore torch's stream: memory is usable at once on every stream, and goes back once
+// all streams are done with it.
 #define CUMEMPOOL_SLOT(n)                                                                         \
   extern "C" CUMEMPOOL_API void* cumempool_malloc_##n(ssize_t bytes, int device, void*) noexcept; \
   extern "C" CUMEMPOOL_API void cumempool_free_##n(void* address, ssize_t, int, void*) noexcept;  \
