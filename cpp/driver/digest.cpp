@@ -38,7 +38,7 @@ DigestKeys digest_keys(std::uint64_t seed) {
 }
 
 void digest_tiles_portable(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
-                           const DigestKeys& keys, DigestSums& sums) {
+                           const DigestKeys& keys, cumempool_digest& sums) {
   for (; tiles != 0; --tiles, ++tile, address += kDigestTileBytes) {
     digest_prefetch(address, tiles * kDigestTileBytes);
     for (std::uint32_t lane = 0; lane < kDigestUnitsPerTile; ++lane) {

@@ -23,7 +23,7 @@ class Digester {
 
  private:
   DigestKeys keys_;
-  DigestSums sums_{0, 0};
+  cumempool_digest sums_{0, 0};  // of level 2
   std::uint64_t bytes_ = 0;
 };
 
@@ -40,11 +40,11 @@ constexpr bool digest_takes(std::uint64_t address, std::uint64_t bytes) noexcept
 // Adds `tiles` whole tiles from `address` on; the first one has the number `tile`. Two functions of
 // this type give the same sums.
 using DigestTiles = void (*)(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
-                             const DigestKeys& keys, DigestSums& sums);
+                             const DigestKeys& keys, cumempool_digest& sums);
 
 // Follows the definition, one unit at a time, on any processor.
 void digest_tiles_portable(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
-                           const DigestKeys& keys, DigestSums& sums);
+                           const DigestKeys& keys, cumempool_digest& sums);
 
 // Adds two units at a time. Null if this processor has no AVX2.
 DigestTiles digest_tiles_avx2() noexcept;

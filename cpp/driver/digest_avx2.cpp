@@ -53,7 +53,7 @@ CUMEMPOOL_AVX2 inline std::uint64_t mix_both(__m256i a, __m256i b, __m256i place
 }
 
 CUMEMPOOL_AVX2 void add_tiles(const unsigned char* address, std::uint32_t tile, std::size_t tiles,
-                              const DigestKeys& keys, DigestSums& sums) {
+                              const DigestKeys& keys, cumempool_digest& sums) {
   constexpr std::size_t pairs = 2 * kRows + kSums - 2;
   __m256i key[pairs];
   for (std::size_t pair = 0; pair < pairs; ++pair) {

@@ -39,6 +39,10 @@
 #define CUMEMPOOL_DIGEST_FUNCTION inline
 #endif
 
+#include "cumempool/driver.h"
+
+// In the functions below, `sums` holds the two sums of level 2 in a cumempool_digest, which
+// digest_finish() turns into the digest.
 namespace cumempool::driver {
 
 enum : uint32_t {
@@ -53,11 +57,6 @@ struct DigestKeys {
   uint64_t position[4];
   uint64_t finish[2];
   uint32_t nh[22];
-};
-
-struct DigestSums {
-  uint64_t low;
-  uint64_t high;
 };
 
 CUMEMPOOL_DIGEST_FUNCTION uint64_t digest_fold(uint64_t x, uint64_t y) {
@@ -82,7 +81,7 @@ CUMEMPOOL_DIGEST_FUNCTION uint64_t digest_place(uint64_t sum, uint64_t key, uint
 
 // Adds unit number `unit` with these words.
 CUMEMPOOL_DIGEST_FUNCTION void digest_unit(const uint32_t* words, uint32_t unit,
-                                           const DigestKeys& keys, DigestSums& sums) {
+                                           const DigestKeys& keys, cumempool_digest& sums) {
   uint64_t a[4] = {0, 0, 0, 0};
 #pragma GCC unroll 8
   for (uint64_t p = 0; p < kDigestUnitWords / 2; ++p) {
@@ -116,7 +115,7 @@ CUMEMPOOL_DIGEST_FUNCTION void digest_load(const unsigned char* address, uint32_
 // padding.
 CUMEMPOOL_DIGEST_FUNCTION void digest_lane(const unsigned char* address, uint32_t bytes,
                                            uint32_t tile, uint32_t lane, const DigestKeys& keys,
-                                           DigestSums& sums) {
+                                           cumempool_digest& sums) {
   uint32_t words[kDigestUnitWords] = {};
 #pragma GCC unroll 4
   for (uint32_t c = 0; c < 4; ++c) {
@@ -128,13 +127,14 @@ CUMEMPOOL_DIGEST_FUNCTION void digest_lane(const unsigned char* address, uint32_
 
 // Returns the sums of GPU thread `thread` of kDigestThreads for an extent: its lane of every eighth
 // tile.
-CUMEMPOOL_DIGEST_FUNCTION DigestSums digest_thread(const unsigned char* address, uint64_t bytes,
-                                                   uint32_t thread, const DigestKeys& keys) {
+CUMEMPOOL_DIGEST_FUNCTION cumempool_digest digest_thread(const unsigned char* address,
+                                                         uint64_t bytes, uint32_t thread,
+                                                         const DigestKeys& keys) {
   constexpr uint32_t warps = kDigestThreads / kDigestUnitsPerTile;
   const uint32_t lane = thread % kDigestUnitsPerTile;
   const auto whole_tiles = static_cast<uint32_t>(bytes / kDigestTileBytes);
   const auto rest = static_cast<uint32_t>(bytes % kDigestTileBytes);
-  DigestSums sums = {0, 0};
+  cumempool_digest sums = {0, 0};
   uint32_t tile = thread / kDigestUnitsPerTile;
   for (; tile < whole_tiles; tile += warps) {
     digest_lane(address + static_cast<uint64_t>(tile) * kDigestTileBytes, kDigestTileBytes, tile,

@@ -6,7 +6,6 @@
 namespace {
 
 using cumempool::driver::DigestKeys;
-using cumempool::driver::DigestSums;
 
 constexpr uint32_t kWarpThreads = 32;
 constexpr uint32_t kWarps = cumempool::driver::kDigestThreads / kWarpThreads;
@@ -19,7 +18,7 @@ __attribute__((device)) uint64_t from_lane_below(uint64_t value, int distance) {
 }
 
 // Returns the sum over the warp to lane 0.
-__attribute__((device)) DigestSums sum_of_warp(DigestSums sums) {
+__attribute__((device)) cumempool_digest sum_of_warp(cumempool_digest sums) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     sums.low += from_lane_below(sums.low, distance);
@@ -32,22 +31,23 @@ __attribute__((device)) DigestSums sum_of_warp(DigestSums sums) {
 
 // Both arrays are host memory. One thread reads an extent, so that it crosses the bus once.
 extern "C" __attribute__((global, launch_bounds(256))) void cumempool_digest_kernel(
-    const cumempool_extent* extents, DigestSums* digests, const DigestKeys keys) {
+    const cumempool_extent* extents, cumempool_digest* digests, const DigestKeys keys) {
   __attribute__((shared)) static cumempool_extent extent;
-  __attribute__((shared)) static DigestSums of_warp[kWarps];
+  __attribute__((shared)) static cumempool_digest of_warp[kWarps];
   const uint32_t block = __nvvm_read_ptx_sreg_ctaid_x();
   const uint32_t thread = __nvvm_read_ptx_sreg_tid_x();
   if (thread == 0) extent = extents[block];
   __syncthreads();
 
   const auto* data = reinterpret_cast<const unsigned char*>(extent.address);
-  const DigestSums of_thread = cumempool::driver::digest_thread(data, extent.bytes, thread, keys);
-  const DigestSums summed = sum_of_warp(of_thread);
+  const cumempool_digest of_thread =
+      cumempool::driver::digest_thread(data, extent.bytes, thread, keys);
+  const cumempool_digest summed = sum_of_warp(of_thread);
   if (thread % kWarpThreads == 0) of_warp[thread / kWarpThreads] = summed;
   __syncthreads();
 
   if (thread == 0) {
-    DigestSums total = {0, 0};
+    cumempool_digest total = {0, 0};
     for (uint32_t warp = 0; warp < kWarps; ++warp) {
       total.low += of_warp[warp].low;
       total.high += of_warp[warp].high;

@@ -11,16 +11,12 @@ constexpr std::int32_t kDlCuda = 2;
 // The type code of unsigned integers.
 constexpr std::uint8_t kDlUnsigned = 1;
 
-struct DlDevice {
-  std::int32_t device_type;
-  std::int32_t device_id;
-};
-
-// DLManagedTensor with its DLTensor and DLDataType written out: the same fields in the same order,
-// and so the same layout.
+// DLManagedTensor with its DLTensor, DLDevice and DLDataType written out: the same fields in the
+// same order, and so the same layout.
 struct DlManagedTensor {
   void* data;
-  DlDevice device;
+  std::int32_t device_type;
+  std::int32_t device_id;
   std::int32_t ndim;
   std::uint8_t code;
   std::uint8_t bits;

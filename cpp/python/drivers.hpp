@@ -25,8 +25,8 @@ struct DriverObject {
   DriverObject& operator=(const DriverObject&) = delete;
   ~DriverObject();
 
-  // The DLPack device of its memory.
-  DlDevice place(int device) const { return {memory, memory == kDlCpu ? 0 : device}; }
+  // The DLPack device number of its memory.
+  std::int32_t device_id(int device) const { return memory == kDlCpu ? 0 : device; }
 };
 using DriverPointer = std::shared_ptr<DriverObject>;
 

@@ -72,11 +72,11 @@ Lease::~Lease() {
   cumempool_shared_destroy(shared);
 }
 
-py::capsule make_capsule(std::unique_ptr<Lease> lease, void* data, DlDevice device,
-                         std::size_t bytes) {
+py::capsule make_capsule(std::unique_ptr<Lease> lease, void* data, std::int32_t device_type,
+                         std::int32_t device_id, std::size_t bytes) {
   lease->shape = static_cast<std::int64_t>(bytes);
-  lease->tensor = {data,          device,         1, kDlUnsigned, 8,         1,
-                   &lease->shape, &lease->stride, 0, lease.get(), &end_lease};
+  lease->tensor = {data, device_type,   device_id,      1, kDlUnsigned, 8,
+                   1,    &lease->shape, &lease->stride, 0, lease.get(), &end_lease};
   PyObject* capsule = PyCapsule_New(&lease->tensor, "dltensor", &drop_capsule);
   if (capsule == nullptr) throw py::error_already_set();
   static_cast<void>(lease.release());
@@ -111,7 +111,7 @@ py::capsule open_shared(const DriverPointer& driver, int device,
     map(CUMEMPOOL_HANDLE_FABRIC, handle.data());
   }
   void* data = pointer_to(cumempool_shared_address(lease->shared));
-  return make_capsule(std::move(lease), data, driver->place(device), bytes);
+  return make_capsule(std::move(lease), data, driver->memory, driver->device_id(device), bytes);
 }
 
 }  // namespace cumempool::python

@@ -54,8 +54,8 @@ struct Lease {
 };
 
 // Returns a capsule with `bytes` at `data`, which the lease keeps alive.
-pybind11::capsule make_capsule(std::unique_ptr<Lease> lease, void* data, DlDevice device,
-                               std::size_t bytes);
+pybind11::capsule make_capsule(std::unique_ptr<Lease> lease, void* data, std::int32_t device_type,
+                               std::int32_t device_id, std::size_t bytes);
 
 // Turns an address of the driver into a pointer.
 void* pointer_to(cumempool_address address);

@@ -231,7 +231,7 @@ class AllocatorObject : public std::enable_shared_from_this<AllocatorObject> {
     call([&] { return allocate(allocator_, name, device, bytes, &lease->address); });
     lease->driver = driver_;
     void* data = pointer_to(lease->address);
-    return make_capsule(std::move(lease), data, driver_->place(device), bytes);
+    return make_capsule(std::move(lease), data, driver_->memory, driver_->device_id(device), bytes);
   }
 
   py::capsule view_backup(std::uint64_t address, std::size_t bytes, bool writable) {
@@ -242,7 +242,7 @@ class AllocatorObject : public std::enable_shared_from_this<AllocatorObject> {
     call(
         [&] { return cumempool_view_backup(allocator_, address, bytes, writable ? 1 : 0, &view); });
     lease->view = view.lease;
-    return make_capsule(std::move(lease), view.data, {kDlCpu, 0}, bytes);
+    return make_capsule(std::move(lease), view.data, kDlCpu, 0, bytes);
   }
 
   py::int_ bind_slot(const std::string& tag, bool lasting) {

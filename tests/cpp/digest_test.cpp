@@ -144,9 +144,9 @@ TEST(Digest, ThreadsOfTheKernelAddUpToTheDigest) {
                                   8 * 2048u + 16u, 9 * 2048u - 16u, 1u << 20, (3u << 20) + 48u}) {
     const Bytes data = pattern(bytes);
     const auto* address = reinterpret_cast<const unsigned char*>(data.data());
-    DigestSums sums{0, 0};
+    cumempool_digest sums{0, 0};
     for (std::uint32_t thread = 0; thread < kDigestThreads; ++thread) {
-      const DigestSums part = digest_thread(address, bytes, thread, keys);
+      const cumempool_digest part = digest_thread(address, bytes, thread, keys);
       sums.low += part.low;
       sums.high += part.high;
     }
@@ -167,8 +167,8 @@ TEST(Digest, Avx2GivesTheSumsOfAnyProcessor) {
     const DigestKeys keys = digest_keys(seed);
     for (std::size_t tiles = 0; tiles <= most; ++tiles) {
       for (const std::uint32_t tile : {0u, 1u, 511u, last_tile}) {
-        DigestSums expected{seed, 1};
-        DigestSums sums{seed, 1};
+        cumempool_digest expected{seed, 1};
+        cumempool_digest sums{seed, 1};
         digest_tiles_portable(address, tile, tiles, keys, expected);
         avx2(address, tile, tiles, keys, sums);
         EXPECT_EQ(sums.low, expected.low) << tiles << " from " << tile;
