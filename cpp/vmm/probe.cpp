@@ -99,7 +99,7 @@ bool write_and_read_back(driver::Driver driver, int device, const MemoryKind& ki
   const std::size_t bytes = std::min(page_bytes, granule.bytes());
   fill_and_copy_back(driver, device, granule, page, bytes);
   if (!std::all_of(page, page + bytes, [](auto byte) { return byte == kPattern; })) {
-    throw Error(CUMEMPOOL_DRIVER_ERROR, "memory that was read back differs from what was written");
+    throw Error(CUMEMPOOL_DRIVER_ERROR, "memory that was read back differs from the bytes written");
   }
   return pinned;
 }
