@@ -120,7 +120,7 @@ CUMEMPOOL_DIGEST_FUNCTION void digest_lane(const unsigned char* address, uint32_
 #pragma GCC unroll 4
   for (uint32_t c = 0; c < 4; ++c) {
     const uint32_t offset = (lane + c * kDigestUnitsPerTile) * kDigestChunkBytes;
-    if (offset < bytes) digest_load(address + offset, words + 4 * c);
+    if (offset < bytes) digest_load(address + offset, &words[size_t{4} * c]);
   }
   digest_unit(words, tile * kDigestUnitsPerTile + lane, keys, sums);
 }
