@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import GRANULE, MIB, MakeAllocator, quantized
+from refusals import refuses
 from torch import nn
 
 from cumempool import (
@@ -192,7 +193,7 @@ def test_adopting_what_sleeps_under_another_tag_is_refused(alloc: CuMemAllocator
     weight = module.weight.detach().clone()
     alloc.adopt(module, "a")
     alloc.sleep(tags="a")
-    with pytest.raises(InvalidArgumentError, match=r"'weight' is asleep.*'a'"):
+    with refuses(InvalidArgumentError, names=("'weight'", "asleep"), operation="adopt", tag="a"):
         alloc.adopt(module, "b")
     alloc.wake_up()
     assert torch.equal(module.weight, weight)
@@ -394,11 +395,10 @@ def test_what_cannot_be_moved_is_refused_by_name_with_nothing_moved(
     for name, tensor in tensors.items():
         module[1].register_buffer(name, tensor)
     addresses = [parameter.data_ptr() for parameter in module.parameters()]
-    with pytest.raises(InvalidTypeError, match=reason) as caught:
+    with refuses(
+        InvalidTypeError, names=(reason, "'1.bad'", "nothing was moved"), operation="adopt"
+    ):
         alloc.adopt(module)
-    assert "'1.bad'" in str(caught.value)
-    assert "nothing was moved" in str(caught.value)
-    assert caught.value.operation == "adopt"
     assert [parameter.data_ptr() for parameter in module.parameters()] == addresses
     assert alloc.snapshot() == []
     assert module[1].bad is tensors["bad"]
@@ -415,13 +415,13 @@ def test_buffers_on_the_cpu_are_left_there_and_parameters_refused(
     assert alloc.adopt(module) == 0
     assert module.table.data_ptr() == address
     module.weight = nn.Parameter(torch.ones(4))
-    with pytest.raises(InvalidTypeError, match=r"'weight' is on cpu: move it to cuda first"):
+    with refuses(InvalidTypeError, names=("'weight'", "cpu"), operation="adopt"):
         alloc.adopt(module)
     assert alloc.snapshot() == []
 
 
 def test_lazy_parameters_are_refused(alloc: CuMemAllocator) -> None:
-    with pytest.raises(InvalidTypeError, match=r"'weight' is a .*UninitializedParameter"):
+    with refuses(InvalidTypeError, names=("'weight'", "UninitializedParameter"), operation="adopt"):
         alloc.adopt(nn.LazyLinear(3))
 
 
@@ -440,7 +440,7 @@ def test_two_storages_over_the_same_memory_stay_one(alloc: CuMemAllocator) -> No
 
 @pytest.mark.parametrize("thing", [None, 3, torch.ones(2), nn.Linear, [nn.Linear(1, 1)]], ids=repr)
 def test_only_modules_are_adopted(alloc: CuMemAllocator, thing: Any) -> None:
-    with pytest.raises(InvalidTypeError, match=r"torch\.nn\.Module"):
+    with refuses(InvalidTypeError, names="torch.nn.Module"):
         alloc.adopt(thing)
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from refusals import refuses
 
 import cumempool
 
@@ -150,10 +151,8 @@ def test_what_is_not_installed_is_an_error(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cumempool, "__path__", [str(tmp_path)])
-    with pytest.raises(cumempool.UnavailableError, match=f"^{name}: .*install cumempool") as caught:
+    with refuses(cumempool.UnavailableError, operation=name, names="install cumempool"):
         getattr(cumempool, name)()
-    assert caught.value.operation == name
-    assert str(caught.value).endswith(caught.value.advice)
 
 
 # ---- the C++ example

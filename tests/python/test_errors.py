@@ -87,6 +87,7 @@ def test_each_status_name_goes_to_the_class_that_means_it() -> None:
         ("InvalidTypeError", ValueError),
         ("InvalidTypeError", TypeError),
         ("UnavailableError", RuntimeError),
+        ("UnavailableError", ValueError),
         ("OutOfMemoryError", RuntimeError),
         ("OutOfHostMemoryError", MemoryError),
         ("UnknownTagError", KeyError),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Done, RunPython
+from refusals import refuses
 
 from cumempool import (
     ClosedError,
@@ -125,7 +126,7 @@ class ModelGuard:
                     hooks.before(tags, ranges)
                 ran.append(hooks)
             if holders := [pin.holder for pin in self.pins if pin.tag == tags]:
-                raise InUseError(f"pinned by {holders}")
+                raise InUseError(f"pinned by {holders}", operation="sleep", tag=tags)
         except Exception:
             for hooks in ran:
                 if hooks.after:
@@ -337,7 +338,10 @@ def test_twenty_cycles_leak_no_registration_and_no_pin(guard: Any, agent: FakeAg
 
 
 def test_a_registration_that_nobody_drops_keeps_the_tag_awake(guard: Any, kv: Any) -> None:
-    with guard.pin("kv", holder="raw registration"), pytest.raises(InUseError, match="raw"):
+    with (
+        guard.pin("kv", holder="raw registration"),
+        refuses(InUseError, names="raw registration", operation="sleep", tag="kv"),
+    ):
         guard.sleep(offload_tags="kv", tags="kv")
     assert sleeps(guard)
 
@@ -345,7 +349,7 @@ def test_a_registration_that_nobody_drops_keeps_the_tag_awake(guard: Any, kv: An
 def test_a_sleep_that_another_pin_refuses_registers_again(guard: Any, agent: FakeAgent) -> None:
     with RegisteredTag(agent, guard, "kv") as registered:
         with guard.pin("kv", holder="somebody else"):
-            with pytest.raises(InUseError, match="somebody else"):
+            with refuses(InUseError, names="somebody else", operation="sleep", tag="kv"):
                 guard.sleep(offload_tags="kv", tags="kv")
             assert registered.registered
             assert registered.generation == 2
@@ -355,7 +359,7 @@ def test_a_sleep_that_another_pin_refuses_registers_again(guard: Any, agent: Fak
 def test_an_agent_that_will_not_deregister_cancels_the_sleep(guard: Any, agent: FakeAgent) -> None:
     registered = RegisteredTag(agent, guard, "kv")
     agent.fail = {"deregister": 0}
-    with pytest.raises(AgentError, match="deregister failed"):
+    with pytest.raises(AgentError, match="deregister"):
         guard.sleep(offload_tags="kv", tags="kv")
     assert registered.registered
     assert len(agent.lists) == 1
@@ -371,7 +375,7 @@ def test_a_step_that_fails_in_the_constructor_leaves_nothing(
     guard: Any, agent: FakeAgent, step: str
 ) -> None:
     agent.fail = {step: 0}
-    with pytest.raises(AgentError, match=f"{step} failed"):
+    with pytest.raises(AgentError, match=step):
         RegisteredTag(agent, guard, "kv")
     assert agent.lists == []
     assert sleeps(guard)
@@ -384,7 +388,7 @@ def test_a_callback_that_fails_in_the_constructor_leaves_nothing(
     def refuse(metadata: bytes, generation: int) -> None:
         raise OSError("the peer is gone")
 
-    with pytest.raises(OSError, match="the peer is gone"):
+    with pytest.raises(OSError, match="the peer"):
         RegisteredTag(agent, guard, "kv", on_metadata=refuse)
     assert agent.lists == []
     assert sleeps(guard)
@@ -402,7 +406,7 @@ def test_a_step_that_fails_after_a_wake_is_reported_and_can_be_repeated(
     assert guard.registrable_ranges("kv")
     assert not registered.registered
     assert agent.lists == []
-    with pytest.raises(UnavailableError, match="refresh"):
+    with refuses(UnavailableError, names="refresh()", operation="metadata", tag="kv"):
         registered.metadata()
     agent.fail = {}
     assert registered.refresh() == 2
@@ -432,7 +436,7 @@ def test_one_device_that_fails_undoes_the_others(monkeypatch: pytest.MonkeyPatch
         guard.empty(MIB, dtype=torch.uint8, tag="kv", device=device)
     agent = FakeAgent(guard)
     agent.fail = {"register": 1}
-    with pytest.raises(AgentError, match="register failed"):
+    with pytest.raises(AgentError, match="register"):
         RegisteredTag(agent, guard, "kv")
     assert (agent.lists, guard.pins, guard.hooks) == ([], [], [])
 
@@ -440,9 +444,9 @@ def test_one_device_that_fails_undoes_the_others(monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be_undone_stays_pinned(guard: Any, agent: FakeAgent) -> None:
     registered = RegisteredTag(agent, guard, "kv")
     agent.fail = {"deregister": 0}
-    with pytest.raises(AgentError, match="deregister failed"):
+    with pytest.raises(AgentError, match="deregister"):
         registered.close()
-    with pytest.raises(InUseError, match="NIXL registration of 'kv'"):
+    with refuses(InUseError, names="NIXL registration of 'kv'", operation="sleep", tag="kv"):
         guard.sleep(offload_tags="kv", tags="kv")
     agent.fail = {}
     registered.close()
@@ -454,7 +458,7 @@ def test_a_tag_that_sleeps_is_registered_when_it_wakes(guard: Any, agent: FakeAg
     guard.sleep(offload_tags="kv", tags="kv")
     with RegisteredTag(agent, guard, "kv") as registered:
         assert (registered.registered, registered.generation) == (False, 0)
-        with pytest.raises(UnavailableError, match="sleeps"):
+        with refuses(UnavailableError, operation="metadata", tag="kv"):
             registered.metadata()
         guard.wake_up("kv")
         assert (registered.registered, registered.generation) == (True, 1)
@@ -463,7 +467,7 @@ def test_a_tag_that_sleeps_is_registered_when_it_wakes(guard: Any, agent: FakeAg
 def test_refresh_registers_what_was_allocated_since(guard: Any, agent: FakeAgent) -> None:
     with RegisteredTag(agent, guard, "kv") as registered:
         late = guard.empty(2 * MIB, dtype=torch.uint8, tag="kv")
-        with pytest.raises(NotInPoolError, match="refresh"):
+        with refuses(NotInPoolError, names="refresh()", tag="kv", bytes=2 * MIB):
             registered.xfer_descs(late)
         assert registered.refresh() == 2
         assert registered.xfer_descs(late) == ((late.data_ptr(), 2 * MIB, 0),)
@@ -484,11 +488,11 @@ def test_transfer_lists_are_of_tensors_and_ranges(
         assert registered.xfer_descs(each) == ((each.address, each.bytes, 0),)
         assert registered.xfer_descs(registered.ranges) == registered.xfer_descs(each)
         assert len(registered.xfer_descs([kv, kv[:0]])) == 1
-        with pytest.raises(InvalidArgumentError, match="contiguous"):
+        with refuses(InvalidArgumentError, names="contiguous"):
             registered.xfer_descs(blocks[:, :2])
-        with pytest.raises(InvalidArgumentError, match="nothing"):
+        with refuses(InvalidArgumentError, names="nothing", tag="kv"):
             registered.xfer_descs([])
-        with pytest.raises(NotInPoolError, match="do not lie in one registered range"):
+        with refuses(NotInPoolError, tag="kv", device=0, bytes=32):
             registered.xfer_descs(torch.zeros(8))
         with pytest.raises(NotInPoolError):
             registered.xfer_descs(Range(each.address + 1, each.bytes, 0, 0))
@@ -504,9 +508,9 @@ def test_transfer_lists_are_of_tensors_and_ranges(
 def test_backends_are_passed_on(guard: Any, agent: FakeAgent) -> None:
     with RegisteredTag(agent, guard, "kv", backends=("UCX",)):
         assert agent.backends_seen == [["UCX"]]
-    with pytest.raises(InvalidTypeError, match="sequence of names"):
+    with refuses(InvalidTypeError, names="backends"):
         RegisteredTag(agent, guard, "kv", backends="UCX")
-    with pytest.raises(InvalidTypeError, match="on_metadata"):
+    with refuses(InvalidTypeError, names="on_metadata"):
         RegisteredTag(agent, guard, "kv", on_metadata=3)  # type: ignore[arg-type]
 
 
@@ -523,7 +527,7 @@ def test_after_close_it_is_over(guard: Any, agent: FakeAgent) -> None:
     assert sleeps(guard)
     assert (agent.lists, registered.registered) == ([], False)
     for call in (registered.metadata, registered.refresh):
-        with pytest.raises(ClosedError, match="kv"):
+        with refuses(ClosedError, operation=call.__name__, tag="kv"):
             call()
     assert repr(registered) == "<RegisteredTag 'kv': closed, generation 1>"
 
@@ -613,9 +617,8 @@ def no_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_nixl")
 def test_without_nixl_the_error_says_what_to_install() -> None:
     assert not is_installed()
-    with pytest.raises(UnavailableError, match="pip install nixl") as caught:
+    with refuses(UnavailableError, operation="create_agent", advice="pip install nixl"):
         create_agent("prefill")
-    assert caught.value.advice == "pip install nixl"
 
 
 @pytest.mark.usefixtures("no_nixl")
@@ -626,7 +629,7 @@ def test_any_package_of_nixl_will_do(monkeypatch: pytest.MonkeyPatch, name: str)
     assert agent.name == "prefill"
     assert agent.settings == {"backends": ["UCX"], "num_threads": 2, "sync_mode": "strict"}
     assert create_agent("decode", sync_mode="rw").settings["sync_mode"] == "rw"
-    with pytest.raises(UnavailableError, match="no backend GDS; it has UCX, POSIX"):
+    with refuses(UnavailableError, names=("GDS", "UCX, POSIX"), operation="create_agent"):
         create_agent("prefill", backends=["UCX", "GDS"])
 
 

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import GRANULE, MakeAllocator, RunPython, filled
 from prometheus_client import CollectorRegistry, generate_latest
+from refusals import refuses
 from rich.console import Console
 
 from cumempool import CumempoolError, InvalidArgumentError, UnknownTagError
@@ -62,7 +63,7 @@ def test_the_folder_is_of_this_user_alone(make_allocator: MakeAllocator, runtime
     (folder,) = runtime.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o755)
-    with pytest.raises(InvalidArgumentError, match="to nobody else"):
+    with refuses(InvalidArgumentError, names=(str(folder), "chmod 700")):
         published()
     folder.chmod(0o700)
 
@@ -217,7 +218,7 @@ def test_what_is_no_record_is_passed_over(make_allocator: MakeAllocator, runtime
 def test_a_process_that_does_not_answer_is_named(make_allocator: MakeAllocator) -> None:
     publisher = Publisher(dict, lambda: {"tags": {}}, "stopped", interval=3600)
     (one,) = published()
-    with pytest.raises(CumempoolError, match=f"process {os.getpid()} did not answer"):
+    with refuses(CumempoolError, names=f"process {os.getpid()}"):
         request_snapshot(one, timeout=0.1)
     publisher.close()
     publisher.close()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GRANULE, MakeAllocator, assert_nothing_is_held
+from refusals import refuses
 
 from cumempool import (
     ClosedError,
@@ -143,9 +144,9 @@ def test_a_scope_object_is_entered_once_and_leaving_twice_does_nothing(
     alloc: CuMemAllocator,
 ) -> None:
     scope = alloc.use_memory_pool("a")
-    with scope, pytest.raises(InvalidArgumentError, match="once"):
+    with scope, refuses(InvalidArgumentError, names="once"):
         scope.__enter__()
-    with pytest.raises(InvalidArgumentError, match="once"), scope:
+    with refuses(InvalidArgumentError, names="once"), scope:
         pytest.fail("entered")
     with alloc.use_memory_pool("b"):
         scope.__exit__(None, None, None)  # must not end the scope that took its slot
@@ -221,10 +222,8 @@ def test_a_scope_for_all_threads_does_not_take_those_of_an_open_scope(
         held = pool.submit(hold)
         assert entered.wait(60)
         mine = alloc.use_memory_pool("a", all_threads=True)
-        with pytest.raises(InUseError, match=r"'a'.*'theirs'") as caught:
+        with refuses(InUseError, names="'theirs'", operation="use_memory_pool", tag="a", device=0):
             mine.__enter__()
-        assert (caught.value.tag, caught.value.device) == ("a", 0)
-        assert str(caught.value).endswith(caught.value.advice)
         with alloc.use_memory_pool("b"):  # for this thread alone it goes
             assert tag_here(alloc) == "b"
         leave.set()
@@ -256,13 +255,13 @@ def test_scopes_of_several_allocators_meet_too(make_allocator: MakeAllocator) ->
             with one.use_memory_pool("c", all_threads=True):
                 pytest.fail("entered")
 
-        with pytest.raises(InUseError, match="'c'"):
+        with refuses(InUseError, names="'a'", operation="use_memory_pool", tag="c"):
             in_a_thread(enter)
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])
 def test_all_threads_is_a_bool(alloc: CuMemAllocator, value: Any) -> None:
-    with pytest.raises(InvalidTypeError, match="all_threads"):
+    with refuses(InvalidTypeError, names="all_threads"):
         alloc.use_memory_pool("a", all_threads=value)
 
 
@@ -285,13 +284,12 @@ def test_tags_of_open_scopes_do_not_sleep(alloc: CuMemAllocator, operation: str)
     kept = alloc.empty(2, tag="other").fill_(1)
     with alloc.use_memory_pool("a"):
         inside = alloc.empty(2).fill_(2)
-        with pytest.raises(InUseError, match="'a'") as caught:
+        with refuses(InUseError, names="scope", operation=operation.split()[0], tag="a"):
             {
                 "sleep": alloc.sleep,
                 "sleep tags": lambda: alloc.sleep(tags=["other", "a"]),
                 "discard": lambda: alloc.discard(["other", "a"]),
             }[operation]()
-        assert caught.value.tag == "a"
         assert alloc.stats().asleep_bytes == 0
         assert alloc.sleep(tags="other").bytes_freed == GRANULE  # others may
         assert alloc.wake_up().bytes_restored == GRANULE
@@ -302,7 +300,7 @@ def test_tags_of_open_scopes_do_not_sleep(alloc: CuMemAllocator, operation: str)
 
 def test_close_with_an_open_scope_is_refused(alloc: CuMemAllocator) -> None:
     with alloc.use_memory_pool("a"):
-        with pytest.raises(InUseError, match="1 open scope"):
+        with refuses(InUseError, names="1 open scope", operation="close"):
             alloc.close()
         assert tag_here(alloc) == "a"
 
@@ -325,9 +323,10 @@ def test_running_out_of_slots_is_a_clear_error_and_slots_come_back(alloc: CuMemA
             for number in range(count):
                 stack.enter_context(alloc.use_memory_pool(f"tag {number % 5}"))
             extra = alloc.use_memory_pool("one more")
-            with pytest.raises(OutOfSlotsError, match=f"{count} slots") as caught:
+            with refuses(
+                OutOfSlotsError, names=f"{count} slots", operation="bind_slot", tag="one more"
+            ):
                 extra.__enter__()
-            assert caught.value.tag == "one more"
             assert tag_here(alloc) == f"tag {(count - 1) % 5}"
             stack.pop_all().close()
             with extra:  # the scope that could not be entered can be, now
@@ -432,7 +431,7 @@ def test_switched_off_scopes_are_null_and_memory_is_ordinary(off: CuMemAllocator
 def test_switched_off_nothing_sleeps(
     off: CuMemAllocator, call: Callable[[CuMemAllocator], object]
 ) -> None:
-    with pytest.raises(UnsupportedError, match="enable_cumem_allocator=False"):
+    with refuses(UnsupportedError, names="enable_cumem_allocator=False"):
         call(off)
 
 
@@ -469,9 +468,8 @@ def test_no_sleep_reaches_into_a_scope_that_was_entered_while_it_waited_for_its_
             inside = alloc.empty(1024)
             go_on.set()
             first.result(60)
-            with pytest.raises(InUseError, match="scope") as caught:
+            with refuses(InUseError, names="scope", operation="sleep", tag="kv"):
                 second.result(60)
-            assert (caught.value.operation, caught.value.tag) == ("sleep", "kv")
             assert alloc.allocation_of(inside).state == "awake"
             inside.fill_(1)
     assert alloc.allocation_of(held[0]).state != "awake"
@@ -509,7 +507,7 @@ def test_a_scope_that_a_hook_leaves_open_refuses_what_called_the_hook(
             "discard": lambda: alloc.discard("kv"),
             "swap": lambda: alloc.swap(sleep="kv", wake=()),
         }
-        with pytest.raises(InUseError, match="scope"):
+        with refuses(InUseError, names="scope", operation=operation, tag="kv"):
             act[operation]()
     assert told == ["there again"]
     assert tensor[0].item() == 3

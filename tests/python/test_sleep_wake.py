@@ -20,6 +20,7 @@ from conftest import (
     states,
     totals,
 )
+from refusals import refuses
 
 from cumempool import (
     CuMemAllocator,
@@ -216,7 +217,7 @@ def test_offload_tags_outside_tags_contradict_each_other(
     four: tuple[CuMemAllocator, list[torch.Tensor]],
 ) -> None:
     alloc, _ = four
-    with pytest.raises(InvalidArgumentError, match="plain"):
+    with refuses(InvalidArgumentError, names="['plain']"):
         alloc.sleep(offload_tags=["plain", "keep"], tags=["keep"])
     assert set(states(alloc).values()) == {"awake"}
 
@@ -547,10 +548,22 @@ def test_prepare_refuses_unknown_tags_and_too_much(make_allocator: MakeAllocator
     with pytest.raises(UnknownTagError):
         limited.prepare(offload_tags="nobody")
     tensor = limited.empty(8 * MIB, dtype=torch.uint8, tag="weights")
-    with pytest.raises(OutOfHostMemoryError, match="host_backup_limit"):
+    with refuses(
+        OutOfHostMemoryError,
+        names="host_backup_limit",
+        operation="prepare",
+        tag="weights",
+        bytes=8 * MIB,
+    ):
         limited.prepare(offload_tags="weights")
     failed = limited.prepare(offload_tags="weights", background=True)
-    with pytest.raises(OutOfHostMemoryError, match="host_backup_limit"):
+    with refuses(
+        OutOfHostMemoryError,
+        names="host_backup_limit",
+        operation="prepare",
+        tag="weights",
+        bytes=8 * MIB,
+    ):
         failed.result(timeout=60)
     assert limited.stats().host_bytes == 0
     del tensor
