@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cumempool
-from cumempool._pool.tags import Backing
+from cumempool.allocator import Backing
 
 from .conftest import CYCLES, GRANULE, settled
 

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from cumempool import Backup, CuMemAllocator, CuMemConfig, Stats, TransitionReport
+from cumempool import (
+    Backup,
+    CuMemAllocator,
+    CuMemConfig,
+    OutOfSlotsError,
+    Stats,
+    TransitionReport,
+    _core,
+)
 from cumempool.config import SETTINGS
 
 MIB = 1 << 20
@@ -70,6 +78,21 @@ def totals(report: TransitionReport) -> dict[str, int]:
         for name, value in report.to_dict().items()
         if name.startswith("bytes_") and isinstance(value, int) and value
     }
+
+
+def slots_left(alloc: CuMemAllocator) -> int:
+    """How many slots are not bound at this moment."""
+    alloc._core.declare_tag("many", 0, 0)
+    bound: list[int] = []
+    try:
+        while len(bound) < _core.slot_count():
+            bound.append(alloc._core.bind_slot("many"))
+    except OutOfSlotsError:
+        pass
+    finally:
+        for slot in bound:
+            _core.unbind_slot(slot)
+    return len(bound)
 
 
 def quantized() -> torch.Tensor:

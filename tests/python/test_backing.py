@@ -28,6 +28,11 @@ def plain(alloc: CuMemAllocator) -> CuMemAllocator:
     return alloc
 
 
+def memory_of(alloc: CuMemAllocator) -> _Memory | None:
+    """What was chosen for the tag "kv", before anything is allocated of it."""
+    return alloc._state.tags._memory.get("kv")
+
+
 def test_the_default_is_virtual_memory(alloc: CuMemAllocator) -> None:
     kv = alloc.empty(3, tag="kv")
     assert alloc.allocation_of(kv).backing == "vmm"
@@ -141,9 +146,9 @@ def test_no_peers_is_a_choice_of_its_own(make_allocator: MakeAllocator) -> None:
         alloc.use_memory_pool("kv", peers=())
     del kv
     alloc.use_memory_pool("kv", peers=())
-    assert alloc._state.tags._memory["kv"] == _Memory(1, 2, [], True)
+    assert memory_of(alloc) == _Memory(1, 2, [], True)
     alloc.use_memory_pool("kv", peers=[0])
-    assert alloc._state.tags._memory["kv"] == _Memory(1, 0, [0], True)
+    assert memory_of(alloc) == _Memory(1, 0, [0], True)
     alloc.use_memory_pool("plain", backing="cuda_malloc", peers=())
 
 
@@ -152,13 +157,13 @@ def test_what_is_not_given_stays_as_it_was(make_allocator: MakeAllocator) -> Non
     alloc.use_memory_pool("kv", peers=[1])
     alloc.use_memory_pool("kv")
     alloc.use_memory_pool("kv", backing="vmm")
-    assert alloc._state.tags._memory["kv"] == _Memory(1, False, [1], True)
+    assert memory_of(alloc) == _Memory(1, False, [1], True)
     alloc.use_memory_pool("kv", rdma=False)
-    assert alloc._state.tags._memory["kv"] == _Memory(1, False, [1], False)
+    assert memory_of(alloc) == _Memory(1, False, [1], False)
     alloc.use_memory_pool("kv", peers="all")
-    assert alloc._state.tags._memory["kv"] == _Memory(1, True, [], False)
+    assert memory_of(alloc) == _Memory(1, True, [], False)
     alloc.use_memory_pool("kv", backing="cuda_malloc")
-    assert alloc._state.tags._memory["kv"] == _Memory(2, False, [], True)
+    assert memory_of(alloc) == _Memory(2, False, [], True)
     alloc.use_memory_pool("kv")
     kv = alloc.empty(3, tag="kv")
     assert alloc.allocation_of(kv).backing == "cuda_malloc"
@@ -216,4 +221,4 @@ def test_wrong_values_are_refused(
     alloc = make_allocator(devices=2)
     with pytest.raises(error, match=next(iter(policy)) + "|device"):
         alloc.use_memory_pool("kv", **policy)
-    assert alloc._state.tags._memory == {}
+    assert memory_of(alloc) is None

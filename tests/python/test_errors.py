@@ -140,7 +140,7 @@ def test_what_does_not_apply_is_none(make_allocator: MakeAllocator) -> None:
     assert (error.device, error.free_bytes, error.total_bytes) == (None,) * 3
     assert (error.bytes, error.result, error.secondary) == (0, 0, ())
     with pytest.raises(errors.NotInPoolError) as caught:
-        make_allocator()._core.find(1)
+        make_allocator().tag_of(torch.ones(3))
     assert (caught.value.tag, caught.value.device) == (None, None)
 
 

@@ -15,8 +15,15 @@ import pytest
 import torch
 from conftest import GRANULE, MakeAllocator, filled, random_bytes
 
-from cumempool import CuMemAllocator, InUseError, OutOfMemoryError, UnknownTagError
-from cumempool._pool.events import Event, EventLog, Observer
+from cumempool import (
+    CuMemAllocator,
+    Event,
+    EventLog,
+    InUseError,
+    OutOfMemoryError,
+    UnknownTagError,
+)
+from cumempool._pool.events import Observer
 
 
 def operations(alloc: CuMemAllocator) -> list[tuple[str, str]]:

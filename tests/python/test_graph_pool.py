@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import GRANULE
+from conftest import GRANULE, slots_left
 from refusals import refuses
 from test_torch_route import FakeTorch
 
@@ -38,23 +38,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
 @pytest.fixture
 def pools(alloc: CuMemAllocator) -> Iterator[GraphPools]:
     """The graph pools of an allocator that knows two tags; no slot may be left."""
-    alloc._state.tags.declare("graphs", None, None)
-    alloc._state.tags.declare("others", None, None)
-    yield alloc._state.graph_pools
-    assert len(alloc._state.graph_pools) == 0
-
-
-def slots_left(alloc: CuMemAllocator) -> int:
-    """How many slots can be bound at this moment."""
-    bound: list[int] = []
-    try:
-        while True:
-            bound.append(alloc._core.bind_slot("graphs"))
-    except OutOfSlotsError:
-        return len(bound)
-    finally:
-        for slot in bound:
-            _core.unbind_slot(slot)
+    alloc.use_memory_pool("graphs")
+    alloc.use_memory_pool("others")
+    pools = alloc._state.graph_pools
+    yield pools
+    assert len(pools) == 0
 
 
 def capture(fake: FakeTorch, pool: tuple[int, int]) -> None:
@@ -314,7 +302,7 @@ def test_close_by_force_releases_pools_and_keeps_slots_of_graphs_that_live(
 
 def test_an_allocator_that_is_dropped_gives_its_slots_back(fake: FakeTorch) -> None:
     allocator = CuMemAllocator(CuMemConfig(driver="host", host_driver_bytes=GRANULE))
-    allocator._state.tags.declare("graphs", None, None)
+    allocator.use_memory_pool("graphs")
     pools = allocator._state.graph_pools
     pool = pools.open("graphs", 0)
     capture(fake, pool)

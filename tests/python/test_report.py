@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from cumempool._pool.report import TagReport, TransitionReport, format_bytes
+from cumempool import TagReport, TransitionReport, format_bytes
 
 GIB = 1 << 30
 

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import GRANULE, MIB, assert_nothing_is_held, random_bytes
+from conftest import GRANULE, MIB, assert_nothing_is_held, random_bytes, slots_left
 from interrupting import InterruptAt
 from refusals import refuses
 from simulated_cuda import UUIDS, SimulatedCuda
@@ -63,22 +63,7 @@ def alloc(cuda: SimulatedCuda) -> CuMemAllocator:
     return cuda.make_allocator()
 
 
-def slots_left_for_the_core(alloc: CuMemAllocator) -> int:
-    """How many slots are not bound at this moment."""
-    alloc._core.declare_tag("many", 0, 0)
-    bound: list[int] = []
-    try:
-        while len(bound) < _core.slot_count():
-            bound.append(alloc._core.bind_slot("many"))
-    except OutOfSlotsError:
-        pass
-    finally:
-        for slot in bound:
-            _core.unbind_slot(slot)
-    return len(bound)
-
-
-def slots_left(alloc: CuMemAllocator) -> int:
+def scopes_left(alloc: CuMemAllocator) -> int:
     """How many scopes can be open at this moment."""
     with ExitStack() as stack:
         for count in range(_core.slot_count()):
@@ -111,7 +96,7 @@ def test_a_scope_that_torch_cannot_route_is_not_entered(
     cuda.failing.add("beginAllocateCurrentThreadToPool 0 (0, 1)")
     with pytest.raises(RuntimeError, match="beginAllocate"), alloc.use_memory_pool("a"):
         pytest.fail("entered")
-    assert slots_left(alloc) == _core.slot_count()
+    assert scopes_left(alloc) == _core.slot_count()
     alloc.sleep(tags="a")  # which an open scope of it would refuse
 
 
@@ -122,7 +107,7 @@ def test_a_scope_whose_end_torch_refuses_is_left_all_the_same(
     with pytest.raises(RuntimeError, match="endAllocate"), alloc.use_memory_pool("a"):
         address = alloc.empty(1).data_ptr()
     assert address
-    assert slots_left(alloc) == _core.slot_count()
+    assert scopes_left(alloc) == _core.slot_count()
     alloc.sleep(tags="a")
     cuda.failing.clear()
     cuda.routes.clear()
@@ -294,7 +279,7 @@ def test_with_another_allocator_scopes_are_refused_by_name_and_exact_tensors_wor
         pytest.fail("entered")
     with refuses(UnavailableError, names=backend):
         alloc.graph_pool("a")
-    assert slots_left_for_the_core(alloc) == _core.slot_count()
+    assert slots_left(alloc) == _core.slot_count()
     tensor = alloc.empty(GRANULE, dtype=torch.uint8, tag="a").fill_(7)
     assert alloc.sleep(tags="a").bytes_backed_up == GRANULE
     alloc.wake_up()
@@ -701,7 +686,7 @@ def test_an_interrupt_at_any_moment_of_an_entry_leaves_no_scope_open(
             scope.__exit__(None, None, None)
         assert not cuda.routes, interrupt.where
         assert current_scope(alloc._state) is None, interrupt.where
-        assert slots_left_for_the_core(alloc) == _core.slot_count(), interrupt.where
+        assert slots_left(alloc) == _core.slot_count(), interrupt.where
     assert moment > 20
     for pool in cuda.counts.keys() - cuda.idle():
         cuda.counts[pool] = 0  # a pool of torch that was being made when it struck
