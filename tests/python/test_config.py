@@ -20,17 +20,11 @@ from refusals import refuses
 
 import cumempool
 import cumempool.config as config_module
-from cumempool._pool.backup import Backup
+from cumempool import Backup
 from cumempool.config import SETTINGS, Above, CuMemConfig, Setting, parse_bytes, settings_table
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnavailableError
 
 GIB = 1 << 30
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting in SETTINGS:
-        monkeypatch.delenv(setting.env, raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,13 @@ import pytest
 import torch
 from conftest import GRANULE, RunPython, filled, random_bytes
 
-from cumempool import CuMemAllocator, TransitionReport, UnknownTagError
+from cumempool import (
+    CuMemAllocator,
+    Event,
+    TransitionReport,
+    UnknownTagError,
+)
 from cumempool._pool import progress as progress_module
-from cumempool._pool.events import Event
 
 
 class OddError(Exception):
@@ -31,8 +35,12 @@ def fails_on_leaving(operation: str) -> Iterator[None]:
     fail()
 
 
+def add_sinks(alloc: CuMemAllocator, *sinks: Callable[[Event], object]) -> None:
+    alloc._state.observer._sinks.extend(sinks)
+
+
 def add_a_sink(alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch) -> None:
-    alloc._state.observer._sinks.append(fail)
+    add_sinks(alloc, fail)
 
 
 def add_a_mark_that_cannot_begin(alloc: CuMemAllocator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +101,7 @@ def test_a_sink_that_fails_is_told_of_once(
     alloc: CuMemAllocator, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[Event] = []
-    alloc._state.observer._sinks += [fail, heard.append]
+    add_sinks(alloc, fail, heard.append)
     tensor = filled(alloc, GRANULE, "data")
     alloc.sleep(tags="data")
     alloc.wake_up()
@@ -118,9 +126,7 @@ def test_a_record_that_another_thread_leaves_meanwhile_fails_no_transition(
         leave.set()
         assert ended.wait(20)
 
-    alloc._state.observer._sinks.append(
-        leave_it
-    )  # comes first, so that the trace ends before its turn
+    add_sinks(alloc, leave_it)  # comes first, so that the trace ends before its turn
     thread = threading.Thread(target=record)
     thread.start()
     entered.wait()
@@ -133,7 +139,7 @@ def test_a_record_that_another_thread_leaves_meanwhile_fails_no_transition(
 
 def test_a_hook_that_fails_is_told_though_an_observer_fails_too(alloc: CuMemAllocator) -> None:
     tensor = filled(alloc, GRANULE, "data")
-    alloc._state.observer._sinks.append(fail)
+    add_sinks(alloc, fail)
     with alloc.register_hooks("data", before_unmap=fail), pytest.raises(OddError):
         alloc.sleep(tags="data")
     assert alloc.stats().awake_bytes == GRANULE

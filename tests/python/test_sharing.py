@@ -123,6 +123,13 @@ def importer() -> Iterator[Importer]:
     made.end()
 
 
+def endpoint_of(alloc: CuMemAllocator) -> Endpoint:
+    """What serves importers, once something was shared."""
+    endpoint = alloc._exports._endpoint
+    assert isinstance(endpoint, Endpoint)
+    return endpoint
+
+
 def pins(alloc: CuMemAllocator, tag: str = "kv") -> int:
     return alloc.stats().tags[tag].pins
 
@@ -445,8 +452,7 @@ def test_who_hangs_up_without_a_word_has_it_open_until_the_process_is_gone(
     before = fds()
     importer.open(alloc.share(kv))
     assert importer.ask("hang-up") == "hung up"
-    serving = alloc._exports._endpoint
-    assert isinstance(serving, Endpoint)
+    serving = endpoint_of(alloc)
     until(lambda: [lease.deaf for lease in serving.leases.watched()] == [True])
     with monkeypatch.context() as impatient:
         impatient.setattr(leases, "_DYING", 0.05)
@@ -724,8 +730,7 @@ def test_close_ends_leases_that_the_serving_thread_has_not_seen_end(
     alloc = make_allocator()
     kv = [alloc.empty(3, tag=tag) for tag in ("a", "b")]
     opened = [open_shared(alloc.share(tensor)) for tensor in kv]
-    serving = alloc._exports._endpoint
-    assert isinstance(serving, Endpoint)
+    serving = endpoint_of(alloc)
     thread = serving._thread.ident
     assert thread is not None
 
@@ -984,8 +989,7 @@ def test_silent_connections_lock_no_importer_out(alloc: CuMemAllocator, importer
         for _ in range(endpoint._MOST_REQUESTS):
             stranger = silent.enter_context(socket.socket(socket.AF_UNIX))
             stranger.connect("\0" + memory.endpoint)
-        serving = alloc._exports._endpoint
-        assert isinstance(serving, Endpoint)
+        serving = endpoint_of(alloc)
         until(lambda: len(serving._asking) == endpoint._MOST_REQUESTS)
         begin = time.monotonic()
         with ThreadPoolExecutor(4) as threads:
@@ -1000,8 +1004,7 @@ def test_an_importer_that_is_put_off_for_too_long_is_told_that_the_owner_is_busy
 ) -> None:
     kv = alloc.empty(3, tag="kv")
     memory = alloc.share(kv)
-    serving = alloc._exports._endpoint
-    assert isinstance(serving, Endpoint)
+    serving = endpoint_of(alloc)
     for _ in range(endpoint._MOST_REQUESTS):
         assert serving._room.acquire(blocking=False)
     monkeypatch.setattr(sharing, "PATIENCE", 0.2)
@@ -1211,8 +1214,7 @@ def test_a_failure_to_give_handles_out_leaves_no_pin(
 ) -> None:
     kv = fabric.empty(3, tag="kv")
     current = fabric.share(kv).ranges[0]
-    endpoint = fabric._exports._endpoint
-    assert isinstance(endpoint, Endpoint)
+    endpoint = endpoint_of(fabric)
     for wrong in (
         dataclasses.replace(current, generation=5),
         dataclasses.replace(current, sequence=99),
