@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ def filled(alloc: CuMemAllocator, count: int, tag: str, seed: int = 0) -> torch.
     return tensor
 
 
+def intact(tensors: list[torch.Tensor]) -> bool:
+    """Whether each holds what `filled` has put there, with its place in the list as the seed."""
+    return all(torch.equal(t, random_bytes(t.numel(), s)) for s, t in enumerate(tensors))
+
+
 def states(alloc: CuMemAllocator) -> dict[str, str]:
     return {info.tag: info.state for info in alloc.snapshot()}
 
@@ -78,6 +84,22 @@ def totals(report: TransitionReport) -> dict[str, int]:
         for name, value in report.to_dict().items()
         if name.startswith("bytes_") and isinstance(value, int) and value
     }
+
+
+def pins(alloc: CuMemAllocator, tag: str = "kv") -> int:
+    return alloc.stats().tags[tag].pins
+
+
+def fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def until(done: Callable[[], bool]) -> None:
+    """Waits for what another thread or process brings about."""
+    deadline = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def slots_left(alloc: CuMemAllocator) -> int:

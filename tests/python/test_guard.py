@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GRANULE, MIB, MakeAllocator, RunPython, filled, random_bytes, states
+from conftest import (
+    GRANULE,
+    MIB,
+    MakeAllocator,
+    RunPython,
+    filled,
+    intact,
+    random_bytes,
+    states,
+)
 from refusals import refuses
 
 from cumempool import (
@@ -70,10 +79,6 @@ def kv(alloc: CuMemAllocator) -> Iterator[list[torch.Tensor]]:
     tensors = [filled(alloc, 3 * MIB, "kv", seed) for seed in range(2)]
     yield tensors
     tensors.clear()
-
-
-def intact(tensors: list[torch.Tensor]) -> bool:
-    return all(torch.equal(t, random_bytes(t.numel(), s)) for s, t in enumerate(tensors))
 
 
 # ---- ranges

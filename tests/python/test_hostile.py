@@ -30,9 +30,11 @@ from conftest import (
     MakeAllocator,
     RunPython,
     assert_nothing_is_held,
+    fds,
     filled,
     random_bytes,
     states,
+    until,
 )
 from interrupting import InterruptAt
 from refusals import refuses
@@ -56,17 +58,6 @@ pytestmark = pytest.mark.extensive
 
 NOBODY = 65534
 Act = Callable[[CuMemAllocator], object]
-
-
-def fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # ---- KeyboardInterrupt

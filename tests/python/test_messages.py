@@ -7,13 +7,20 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
 import torch
-from conftest import GRANULE, MIB, MakeAllocator, RunPython
+from conftest import (
+    GRANULE,
+    MIB,
+    MakeAllocator,
+    RunPython,
+    pins,
+    until,
+)
 from refusals import refuses
 from torch.multiprocessing import reductions
 from torch.multiprocessing.reductions import reduce_tensor  # before anything of ours is put in
@@ -36,17 +43,6 @@ QUEUED = "messages that were sent and not received yet"
 
 def send(what: object) -> bytes:
     return bytes(ForkingPickler.dumps(what))
-
-
-def until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def pins(alloc: CuMemAllocator) -> int:
-    return alloc.stats().tags["kv"].pins
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,18 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import GRANULE, MIB, MakeAllocator, RunPython, bits, filled, random_bytes
+from conftest import (
+    GRANULE,
+    MIB,
+    MakeAllocator,
+    RunPython,
+    bits,
+    fds,
+    filled,
+    pins,
+    random_bytes,
+    until,
+)
 from refusals import refuses
 
 from cumempool import (
@@ -128,21 +139,6 @@ def endpoint_of(alloc: CuMemAllocator) -> Endpoint:
     endpoint = alloc._exports._endpoint
     assert isinstance(endpoint, Endpoint)
     return endpoint
-
-
-def pins(alloc: CuMemAllocator, tag: str = "kv") -> int:
-    return alloc.stats().tags[tag].pins
-
-
-def until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def sockets() -> list[str]:

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GRANULE, MIB, MakeAllocator, filled, random_bytes, states, totals
+from conftest import (
+    GRANULE,
+    MIB,
+    MakeAllocator,
+    filled,
+    intact,
+    random_bytes,
+    states,
+    totals,
+)
 from refusals import refuses
 
 from cumempool import (
@@ -22,10 +31,6 @@ from cumempool import (
 
 def model(alloc: CuMemAllocator, tag: str, sizes: list[int]) -> list[torch.Tensor]:
     return [filled(alloc, size, tag, seed) for seed, size in enumerate(sizes)]
-
-
-def intact(tensors: list[torch.Tensor]) -> bool:
-    return all(torch.equal(t, random_bytes(t.numel(), s)) for s, t in enumerate(tensors))
 
 
 @pytest.mark.parametrize("mib", [64, 16], ids=["room for both", "room for one"])

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GRANULE, MIB, MakeAllocator, RunPython, filled, random_bytes, states, totals
+from conftest import (
+    GRANULE,
+    MIB,
+    MakeAllocator,
+    RunPython,
+    filled,
+    intact,
+    random_bytes,
+    states,
+    totals,
+)
 from refusals import refuses
 
 from cumempool import (
@@ -34,10 +44,6 @@ def asleep(
     tensors = [filled(alloc, size, tag, seed) for seed in range(count)]
     alloc.sleep(tags=tag)
     return tensors
-
-
-def intact(tensors: list[torch.Tensor]) -> bool:
-    return all(torch.equal(t, random_bytes(t.numel(), s)) for s, t in enumerate(tensors))
 
 
 def test_a_tensor_can_be_read_after_wait(alloc: CuMemAllocator) -> None:
