@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     # What `threading.RLock` makes; it is a function, and no type, before Python 3.13.
     from _thread import RLock
 
-__all__ = ["fork_safe_lock"]
-
 _locks: Final[weakref.WeakSet[RLock]] = weakref.WeakSet()
 
 

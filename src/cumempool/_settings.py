@@ -14,21 +14,6 @@ from typing import Any, Final, Literal
 from cumempool._pool.backup import Backup, check_backup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = [
-    "BOOL",
-    "BYTES",
-    "DEVICES",
-    "DIRECTORY",
-    "DRIVER",
-    "DRIVERS",
-    "ENV_PREFIX",
-    "OVERFLOW",
-    "DriverName",
-    "Kind",
-    "Setting",
-    "parse_bytes",
-]
-
 DriverName = Literal["cuda", "host"]
 #: The drivers that a configuration can name.
 DRIVERS: Final[tuple[DriverName, ...]] = ("cuda", "host")
@@ -193,19 +178,11 @@ class Setting:
         return self.flag_with(prefix).removeprefix("--").replace("-", "_")
 
     def parse(self, text: str) -> Any:
-        """The value of a text.
-
-        Raises:
-            InvalidArgumentError: It is none.
-        """
+        """The value of a text."""
         return self.kind.check(self.kind.read(text), repr(text))
 
     def checked(self, value: object) -> Any:
-        """The value of a keyword.
-
-        Raises:
-            InvalidArgumentError: It is out of range, or (`InvalidTypeError`) of the wrong type.
-        """
+        """The value of a keyword."""
         if value is None and self.optional:
             return None
         # bool is an int to isinstance, but True is no number of bytes.
@@ -219,11 +196,7 @@ class Setting:
         return self.kind.check(value, f"{self.name}={shown!r}")
 
     def from_environment(self, environ: Mapping[str, str]) -> Any:
-        """The value of its variable; None where that is not set, or empty as containers pass it.
-
-        Raises:
-            InvalidArgumentError: The variable has a value that it does not take.
-        """
+        """The value of its variable; None where that is not set, or empty as containers pass it."""
         text = environ.get(self.env, "")
         try:
             return self.parse(text) if text.strip() else None

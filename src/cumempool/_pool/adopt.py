@@ -22,8 +22,6 @@ from cumempool._pool.tensors import empty_bytes
 from cumempool._pool.torch_state import empty_cache
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, NotInPoolError
 
-__all__ = ["Found", "adopt_tensors", "device_type_of", "refusal"]
-
 # What torch's own allocator aligns to, so that kernels find adopted memory as aligned as any other.
 _ALIGNMENT: Final = 512
 # Storages are packed into allocations of about this size: few enough handles to map fast, small

@@ -9,8 +9,6 @@ from typing import Final, Literal, get_args
 
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["TIERS", "Backup", "Tier", "check_backup"]
-
 Tier = Literal["pinned", "pageable", "file", "peer"]
 #: The kinds of places; the position, counted from 1, is the number in ``cumempool_backup_tier``.
 TIERS: Final[tuple[Tier, ...]] = get_args(Tier)
@@ -121,16 +119,7 @@ class Backup:
 
 
 def check_backup(value: object, what: str) -> Backup:
-    """A backup from one, or from its text.
-
-    Args:
-        value: What a caller gave.
-        what: The name of the argument, for the message.
-
-    Raises:
-        InvalidArgumentError: The text names none.
-        InvalidTypeError: It is neither.
-    """
+    """A backup from one, or from its text."""
     if isinstance(value, Backup):
         return value
     if not isinstance(value, str):

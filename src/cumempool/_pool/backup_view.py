@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-__all__ = ["view_backup"]
-
 
 def view_backup(core: _core.Allocator, tensor: torch.Tensor, writable: bool) -> torch.Tensor:
     """See `CuMemAllocator.read_backup`."""

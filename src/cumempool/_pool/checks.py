@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from cumempool.errors import InvalidTypeError
 
-__all__ = ["check_bool"]
-
 
 def check_bool(**arguments: object) -> None:
-    """Refuses arguments that are no bool, by name: ``check_bool(force=force)``.
-
-    Raises:
-        InvalidTypeError: One is none.
-    """
+    """Refuses arguments that are no bool, by name: ``check_bool(force=force)``."""
     for name, value in arguments.items():
         if not isinstance(value, bool):
             raise InvalidTypeError(f"{name} is a bool, not {value!r}")

@@ -12,19 +12,12 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-__all__ = ["HOST_GRANULARITY", "Devices"]
-
 #: Granularity of the devices that the host driver simulates: that of an H200.
 HOST_GRANULARITY: Final = 2 * 1024**2
 
 
 class Devices:
-    """The devices of one driver.
-
-    Args:
-        driver: The driver.
-        name: ``"cuda"`` or ``"host"``.
-    """
+    """The devices of one driver."""
 
     def __init__(self, driver: _core.Driver, name: str) -> None:
         self._driver = driver
@@ -36,12 +29,7 @@ class Devices:
         return self._driver.device_count
 
     def check(self, device: object) -> int:
-        """An ordinal of the driver.
-
-        Raises:
-            InvalidTypeError: It is no integer.
-            InvalidArgumentError: There is no such device.
-        """
+        """An ordinal of the driver."""
         if not isinstance(device, int) or isinstance(device, bool):
             raise InvalidTypeError(f"a device is an ordinal, not {device!r}")
         count = self.count

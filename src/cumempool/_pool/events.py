@@ -22,8 +22,6 @@ from cumempool._pool.stats import AllocationInfo, Stats
 from cumempool._pool.unfailing import Unfailing, report_failure, unfailing
 from cumempool.errors import CumempoolError, OutOfMemoryError
 
-__all__ = ["Event", "EventLog", "Observer", "Watched"]
-
 _logger = logging.getLogger("cumempool")
 
 _CAPACITY: Final = 512
@@ -106,14 +104,6 @@ class Observer:
     """Records, logs and marks the transitions of one allocator.
 
     What fails here is logged, and never fails a transition: sinks, loggers, progress, marks.
-
-    Args:
-        stats: Its statistics.
-        allocations: Its allocations.
-        cached: (address, bytes) of what torch holds of them as free.
-        during: Makes a context manager of an operation, which the transition runs in: a progress
-            watch, an NVTX range.
-        directory: Where a file is written when memory runs out; None: nowhere.
     """
 
     def __init__(
@@ -249,9 +239,6 @@ class Observer:
         """Writes a trace: each event of the body as one line of JSON.
 
         A disk that is full ends the trace, and nothing else.
-
-        Raises:
-            OSError: The file cannot be made.
         """
         lock = fork_safe_lock()  # a transition of another thread may end while the trace does
         waiting: deque[str] = deque()

@@ -10,8 +10,6 @@ from cumempool.errors import InUseError, UnsupportedError
 if TYPE_CHECKING:
     from cumempool import _core, _torch
 
-__all__ = ["GraphPools"]
-
 _lock = fork_safe_lock()
 # Slots and pools of allocators that are gone or closed by force, in which graphs live.
 _orphans: list[tuple[int, _torch.PrivatePool]] = []

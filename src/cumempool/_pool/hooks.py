@@ -17,18 +17,6 @@ if TYPE_CHECKING:
     from cumempool import _core
     from cumempool._pool.stats import AllocationInfo
 
-__all__ = [
-    "Arrival",
-    "Hook",
-    "HookRegistration",
-    "Hooks",
-    "Pin",
-    "RegistrableRange",
-    "Transitions",
-    "pin_tag",
-    "ranges_by_tag",
-]
-
 _logger = logging.getLogger("cumempool")
 
 
@@ -96,11 +84,7 @@ class Hooks:
     def register(
         self, tag: str, before_unmap: Hook | None, after_map: Hook | None
     ) -> HookRegistration:
-        """Adds a pair of hooks for a tag; either may be None.
-
-        Raises:
-            InvalidTypeError: One of them cannot be called.
-        """
+        """Adds a pair of hooks for a tag; either may be None."""
         for name, hook in (("before_unmap", before_unmap), ("after_map", after_map)):
             if hook is not None and not callable(hook):
                 raise InvalidTypeError(f"{name} is something to call or None, not {hook!r}")
@@ -247,24 +231,13 @@ class Pin(contextlib.AbstractContextManager["Pin"]):
 
 
 def pin_tag(core: _core.Allocator, tag: str, holder: str) -> Pin:
-    """Pins a tag under the name of a holder.
-
-    Raises:
-        UnknownTagError: A tag that was never used.
-        InvalidArgumentError: The holder has no name.
-        ClosedError: The allocator is closed.
-    """
+    """Pins a tag under the name of a holder."""
     number = core.pin(tag, holder)
     return Pin(tag, holder, lambda: core.unpin(number))
 
 
 class Arrival:
-    """A wake under way, and the hooks that it owes when it has ended.
-
-    Args:
-        wait: Waits for its end; raises what it failed with.
-        owed: What hooks are to be told then.
-    """
+    """A wake under way, and the hooks that it owes when it has ended."""
 
     def __init__(self, wait: Callable[[], object], owed: Callable[[], list[Owed]]) -> None:
         self._wait = wait
@@ -301,11 +274,7 @@ class Transitions:
         _live.add(self)
 
     def turn(self, operation: str) -> Turn:
-        """Waits for the transition of another thread, and for wakes in the background.
-
-        Raises:
-            TransitionInProgressError: The calling thread is inside one itself.
-        """
+        """Waits for the transition of another thread, and for wakes in the background."""
         return Turn(self, operation)
 
     def expect(self, arrival: Arrival) -> None:
@@ -319,10 +288,6 @@ class Transitions:
 
         Where an interrupt strikes between the two, the hooks are left to the next turn.
 
-        Args:
-            wake: Wakes, and raises where nothing has woken.
-            owed: What hooks are to be told of what is awake then.
-
         Returns:
             What `wake` has returned, and what failed of the hooks, as texts.
         """
@@ -333,11 +298,7 @@ class Transitions:
         return woken, arrival.problems
 
     def settle(self, arrival: Arrival) -> list[str]:
-        """Sees to it that the hooks of a wake have been called; returns what failed, as texts.
-
-        Raises:
-            TransitionInProgressError: Called from one of those hooks.
-        """
+        """Sees to it that the hooks of a wake have been called; returns what failed, as texts."""
         if not arrival.settled:
             with self.turn("wake_up"):
                 pass

@@ -13,8 +13,6 @@ from cumempool._pool.adopt import Found, adopt_tensors, device_type_of, refusal
 from cumempool._pool.state import PoolState
 from cumempool.errors import ClosedError, InvalidArgumentError, InvalidTypeError
 
-__all__ = ["adopt_object"]
-
 
 def adopt_object(
     state: PoolState,

@@ -14,8 +14,6 @@ from cumempool.errors import InvalidArgumentError, InvalidTypeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["preserve_allocation", "preserve_tensors", "preserving_scope"]
-
 
 def preserving_scope(state: PoolState) -> MemoryPoolScope:
     """See `CuMemAllocator.preserve_contents`."""

@@ -13,8 +13,6 @@ from cumempool._pool.report import format_bytes
 from cumempool._pool.unfailing import unfailing
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["OnProgress", "ProgressRegistration", "ProgressWatch", "show_progress"]
-
 OnProgress = Callable[[str, int, int], object]
 """Called with the operation, the bytes done, and the bytes in all, from a thread of its own."""
 
@@ -45,11 +43,7 @@ class ProgressRegistration(contextlib.AbstractContextManager["ProgressRegistrati
 
 
 class ProgressWatch:
-    """The progress callbacks of one allocator.
-
-    Args:
-        progress: (bytes done, bytes in all) of the transition under way.
-    """
+    """The progress callbacks of one allocator."""
 
     def __init__(self, progress: Callable[[], tuple[int, int]]) -> None:
         self._progress = progress
@@ -59,17 +53,7 @@ class ProgressWatch:
     def register(
         self, callback: OnProgress, after: float, ended: Callable[[], object] | None = None
     ) -> ProgressRegistration:
-        """Adds a callback for transitions that take longer than `after` seconds.
-
-        Args:
-            callback: Called while one runs.
-            after: Seconds.
-            ended: Called after the last call of `callback` for a transition, however it ended.
-
-        Raises:
-            InvalidTypeError: It cannot be called, or `after` is no number.
-            InvalidArgumentError: `after` is negative.
-        """
+        """Adds a callback for transitions that take longer than `after` seconds."""
         if not callable(callback):
             raise InvalidTypeError(f"on_progress is something to call, not {callback!r}")
         if isinstance(after, bool) or not isinstance(after, (int, float)):

@@ -19,16 +19,6 @@ from typing import Any, Final
 from cumempool._pool.unfailing import report_failure
 from cumempool.errors import CumempoolError, InvalidArgumentError
 
-__all__ = [
-    "Published",
-    "Publisher",
-    "directory",
-    "home",
-    "publish",
-    "published",
-    "request_snapshot",
-]
-
 _INTERVAL = 1.0
 _SUFFIX: Final = ".stats.json"
 _WANTED: Final = ".wanted"
@@ -45,12 +35,7 @@ def home() -> str:
 
 
 def directory() -> Path:
-    """Where this user's processes publish: of the runtime directory, else of the temporary one.
-
-    Raises:
-        InvalidArgumentError: It is there, and belongs to somebody else or is open to others; or it
-            cannot be made.
-    """
+    """Where this user's processes publish: of the runtime directory, else of the temporary one."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     base = Path(runtime) if runtime and Path(runtime).is_dir() else Path(tempfile.gettempdir())
     folder = base / f"cumempool-{os.getuid()}"
@@ -103,18 +88,7 @@ def publish(
 
 
 class Publisher:
-    """Writes an allocator's statistics to a file of this process once a second, until `close`.
-
-    Args:
-        snapshot: Everything, as `Observer.snapshot` gives it.
-        stats: The part of it that is written each second.
-        name: What the process is called in listings.
-        interval: Seconds between two writings.
-
-    Raises:
-        InvalidArgumentError: See `directory`.
-        OSError: The file cannot be written.
-    """
+    """Writes an allocator's statistics to a file of this process once a second, until `close`."""
 
     def __init__(
         self,
@@ -235,15 +209,7 @@ def _remove(file: Path, process: int) -> None:
 
 
 def request_snapshot(of: Published, timeout: float = 10.0) -> dict[str, Any]:
-    """Has a process write down everything, allocations and events included, and reads it.
-
-    Args:
-        of: Whom to ask.
-        timeout: Seconds to wait for it.
-
-    Raises:
-        CumempoolError: It does not answer in time.
-    """
+    """Has a process write down everything, allocations and events included, and reads it."""
     _, wanted, whole = _siblings(of.file)
     whole.unlink(missing_ok=True)
     wanted.touch()

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["TagReport", "TransitionReport", "format_bytes"]
-
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 # Field of a report -> how a line of text calls it.

@@ -17,8 +17,6 @@ from cumempool.errors import InUseError, InvalidArgumentError, UnroutedWarning
 if TYPE_CHECKING:
     from cumempool import _torch
 
-__all__ = ["MemoryPoolScope", "NullScope", "current_scope", "open_tags", "refuse_open_scopes"]
-
 # Guards the list below, and is held while a scope starts to route, so that torch and the list agree
 # on which scope came later.
 _entering = fork_safe_lock()
@@ -48,9 +46,6 @@ def refuse_open_scopes(state: PoolState, operation: str, tags: Iterable[str]) ->
     """Refuses to put tags to sleep of which a scope is open, before hooks have done anything.
 
     A scope that is entered later is seen by the core, which refuses as well.
-
-    Raises:
-        InUseError: There is one.
     """
     entered = open_tags(state, tags)
     if entered:

@@ -8,18 +8,11 @@ from typing import Final
 
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["LARGEST", "check_margin", "check_shape", "contiguous_strides"]
-
 LARGEST: Final = 2**62  # bytes; what the core takes, and what fits torch's sizes and strides
 
 
 def check_margin(margin: object) -> int:
-    """A number of bytes that is to stay free.
-
-    Raises:
-        InvalidTypeError: It is no number.
-        InvalidArgumentError: It is negative or huge.
-    """
+    """A number of bytes that is to stay free."""
     if not isinstance(margin, int) or isinstance(margin, bool):
         raise InvalidTypeError(f"a margin is a number of bytes, not {margin!r}")
     if not 0 <= margin <= LARGEST:
@@ -28,12 +21,7 @@ def check_margin(margin: object) -> int:
 
 
 def check_shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:
-    """A shape, from one sequence or from integers.
-
-    Raises:
-        InvalidTypeError: An extent is no integer.
-        InvalidArgumentError: An extent is negative.
-    """
+    """A shape, from one sequence or from integers."""
     given: Sequence[object] = size
     if len(size) == 1 and isinstance(size[0], Sequence):
         given = size[0]

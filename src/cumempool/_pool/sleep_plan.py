@@ -14,8 +14,6 @@ from cumempool.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = ["plan_discard", "plan_sleep", "takes_offload_tags_first"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _ACTION_NAMES: Final = {OFFLOAD: "offload", DISCARD: "discard"}

@@ -16,8 +16,6 @@ from cumempool._pool.tags import Tags
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = ["PoolState"]
-
 
 @dataclass(eq=False, kw_only=True)
 class PoolState:
@@ -60,9 +58,5 @@ class PoolState:
         return allocations_of(self.core)
 
     def allocation_at(self, address: int) -> AllocationInfo:
-        """The allocation that holds an address.
-
-        Raises:
-            NotInPoolError: There is none.
-        """
+        """The allocation that holds an address."""
         return AllocationInfo(**self.core.find(address))

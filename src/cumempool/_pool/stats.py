@@ -12,16 +12,6 @@ from cumempool._pool.report import format_bytes
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = [
-    "HANDLE_TYPES",
-    "AllocationInfo",
-    "Stats",
-    "TagStats",
-    "allocations_of",
-    "handle_type_names",
-    "stats_of",
-]
-
 #: Bits of a handle type set and the names of the types, as in ``cumempool/driver.h``.
 HANDLE_TYPES: Mapping[int, str] = MappingProxyType({1: "posix_fd", 8: "fabric"})
 

@@ -14,20 +14,6 @@ from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnknownTagE
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = [
-    "DEFAULT_TAG",
-    "DISCARD",
-    "OFFLOAD",
-    "ON_SLEEP",
-    "Backing",
-    "OnSleep",
-    "OnWake",
-    "Tags",
-    "check_tag",
-    "check_tags",
-    "check_text",
-]
-
 DEFAULT_TAG: Final = "default"
 """The tag of allocations that name none; of `empty` outside of scopes."""
 
@@ -43,12 +29,7 @@ _BACKING: Final[Mapping[str | None, int]] = {None: 0, "vmm": 1, "cuda_malloc": 2
 
 
 def check_text(text: object, what: str) -> str:
-    """A text that the core is to be given, which messages call `what`.
-
-    Raises:
-        InvalidTypeError: It is no text.
-        InvalidArgumentError: It cannot be encoded.
-    """
+    """A text that the core is to be given, which messages call `what`."""
     if not isinstance(text, str):
         raise InvalidTypeError(f"a {what} is a str, not {type(text).__name__}: {text!r}")
     try:
@@ -97,12 +78,7 @@ class _Memory:
 
 
 class Tags:
-    """The tags of one allocator. Thread-safe.
-
-    Args:
-        core: The allocator.
-        devices: Its devices.
-    """
+    """The tags of one allocator. Thread-safe."""
 
     def __init__(self, core: _core.Allocator, devices: Devices) -> None:
         self._core = core
@@ -111,13 +87,7 @@ class Tags:
         self._memory: dict[str, _Memory] = {}
 
     def declare(self, tag: str, on_sleep: OnSleep | None, on_wake: OnWake | None) -> None:
-        """Makes a tag known, with the policy that is given; None leaves it as it was.
-
-        Raises:
-            InvalidTypeError: Something that is no text.
-            InvalidArgumentError: A tag or a policy that does not exist.
-            ClosedError: The allocator is closed.
-        """
+        """Makes a tag known, with the policy that is given; None leaves it as it was."""
         self._core.declare_tag(
             check_tag(tag),
             _check_choice(on_sleep, ON_SLEEP, "on_sleep"),
@@ -149,11 +119,7 @@ class Tags:
             self._memory[tag] = choice
 
     def check_known(self, tag: object, operation: str) -> None:
-        """Looks whether a tag was ever used.
-
-        Raises:
-            UnknownTagError: It was not.
-        """
+        """Looks whether a tag was ever used."""
         known = stats_of(self._core).tags
         if check_tag(tag) not in known:
             names = ", ".join(map(repr, known)) or "none yet"

@@ -16,8 +16,6 @@ from cumempool.errors import InvalidArgumentError, InvalidTypeError, OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["copy_of", "empty_bytes", "empty_like", "empty_tensor"]
-
 
 def empty_tensor(
     state: PoolState,

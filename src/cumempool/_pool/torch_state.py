@@ -12,8 +12,6 @@ from cumempool.errors import OutOfMemoryError
 if TYPE_CHECKING:
     from cumempool import _torch
 
-__all__ = ["cached_ranges", "current_streams", "empty_cache", "nvtx_range", "with_room"]
-
 _T = TypeVar("_T")
 
 

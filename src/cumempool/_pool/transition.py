@@ -24,8 +24,6 @@ from cumempool._pool.waking import WakeHandle
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = ["begin_wake", "prepare", "sleep", "swap", "wake"]
-
 
 def sleep(
     state: PoolState,

@@ -9,8 +9,6 @@ from types import TracebackType
 
 from cumempool.errors import CumempoolError
 
-__all__ = ["Unfailing", "report_failure", "unfailing"]
-
 _logger = logging.getLogger("cumempool")
 
 
@@ -37,10 +35,6 @@ class Unfailing(contextlib.AbstractContextManager[None]):
     """Runs a body inside the context manager of an observer, whose failures it logs.
 
     Errors of the body go on.
-
-    Args:
-        what: Names the observer in the log.
-        make: Makes its context manager; may fail too.
     """
 
     def __init__(

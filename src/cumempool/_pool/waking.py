@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-__all__ = ["WakeHandle", "addresses_of", "memory_of"]
-
 _live_lock = fork_safe_lock()
 _live: Final[weakref.WeakSet[WakeHandle]] = weakref.WeakSet()
 
@@ -129,12 +127,7 @@ def _settle_all() -> None:
 
 
 def memory_of(tensor: object) -> int:
-    """The address of a tensor's storage; 0 where it has no elements.
-
-    Raises:
-        InvalidTypeError: It is no tensor.
-        NotInPoolError: It has no memory of its own.
-    """
+    """The address of a tensor's storage; 0 where it has no elements."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):
@@ -146,12 +139,7 @@ def memory_of(tensor: object) -> int:
 
 
 def addresses_of(tensors: object) -> list[int]:
-    """Where the memory of tensors starts, without those that have none.
-
-    Raises:
-        InvalidTypeError: Something that is no tensor.
-        NotInPoolError: One has no memory of its own.
-    """
+    """Where the memory of tensors starts, without those that have none."""
     if tensors == ():
         return []
     import torch

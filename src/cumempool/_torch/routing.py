@@ -177,11 +177,7 @@ class PoolRoute:
         self._unused: dict[int, int] = {}  # the least that a device had unused since a renewal
 
     def begin(self) -> None:
-        """Takes a pool per device and starts the routing. On failure nothing is routed.
-
-        Raises:
-            UnavailableError: torch allocates by something that has no pools.
-        """
+        """Takes a pool per device and starts the routing. On failure nothing is routed."""
         try:
             self._expandable.begin()
             for device in self._devices:
@@ -210,11 +206,8 @@ class PoolRoute:
     def end(self, was_used: Callable[[], bool] = lambda: True) -> None:
         """Ends the routing and gives up the pools; what is unused in them goes back to the slot.
 
-        Every device is seen to, whatever torch says of one of them.
-
-        Args:
-            was_used: Whether the slot was asked for memory. If not, its pools are empty, and are
-                kept for the next route of the slot.
+        Every device is seen to, whatever torch says of one of them. If the slot was not asked for
+        memory, its pools are empty, and are kept for its next route.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(unused.return_unused)

@@ -81,9 +81,6 @@ def return_unused(*, thorough: bool = False) -> None:
     While a scope of ours is open on any device it waits, because torch frees nothing then; the end
     of that scope comes here again. What cost this has does not depend on what torch holds, but for
     pools whose scopes have just ended, and where enough has become unused to be worth it.
-
-    Args:
-        thorough: Looks at all pools, whether it is worth it or not.
     """
     with pools_lock:
         if open_pools or not (fresh_pools or _held.devices):

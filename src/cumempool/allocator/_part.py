@@ -13,8 +13,6 @@ from cumempool.sharing.exports import Exports
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = ["Part"]
-
 
 class Part:
     """Methods of an allocator about one thing.

@@ -18,8 +18,6 @@ from cumempool.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Allocates"]
-
 
 class Allocates(Part):
     """The methods of `CuMemAllocator` that give memory."""

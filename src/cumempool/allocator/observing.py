@@ -18,8 +18,6 @@ from cumempool.allocator._part import Part
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Observed"]
-
 
 class Observed(Part):
     """The methods of `CuMemAllocator` that tell what there is and what goes on."""

@@ -19,8 +19,6 @@ from cumempool.sharing import Export, SharedMemory
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Registers"]
-
 
 class Registers(Part):
     """The methods of `CuMemAllocator` about memory that others have registered or open."""

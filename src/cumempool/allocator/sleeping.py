@@ -20,8 +20,6 @@ from cumempool.errors import InvalidArgumentError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Sleeps"]
-
 
 class Sleeps(Part):
     """The methods of `CuMemAllocator` that put memory to sleep and wake it."""

@@ -18,17 +18,6 @@ from typing import Any, Final
 from cumempool._locks import fork_safe_lock
 from cumempool.errors import InUseError, InvalidArgumentError, UnavailableError
 
-__all__ = [
-    "BACKEND",
-    "MODULE",
-    "add_plugin",
-    "is_in_place",
-    "put_in_place",
-    "refuse_own_memory",
-    "take_back",
-    "their_hooks",
-]
-
 _logger = logging.getLogger("cumempool")
 
 BACKEND: Final = "cumempool"

@@ -17,17 +17,6 @@ if TYPE_CHECKING:
 
     from cumempool._pool.stats import AllocationInfo
 
-__all__ = [
-    "AllocationData",
-    "HandleType",
-    "Memory",
-    "check_tags",
-    "data_of",
-    "find",
-    "return_what_nobody_uses",
-    "shared",
-]
-
 HandleType = tuple[int, int, int, int]
 """Device ordinal, bytes, address, and 0: the driver's handle is not given out."""
 
@@ -62,11 +51,7 @@ def driver_name() -> str:
 
 
 def check_tags(tags: object, what: str) -> tuple[str, ...]:
-    """The distinct tags of an argument, which messages call `what`.
-
-    Raises:
-        InvalidTypeError: It is neither a tag nor a sequence of tags.
-    """
+    """The distinct tags of an argument, which messages call `what`."""
     named = (tags,) if isinstance(tags, str) else tags
     if not isinstance(named, Iterable):
         raise InvalidTypeError(f"{what} is a tag or a sequence of tags, not {tags!r}")
@@ -88,11 +73,7 @@ def data_of(info: AllocationInfo) -> AllocationData:
 
 
 def find(handle: HandleType) -> AllocationInfo:
-    """The allocation of a handle.
-
-    Raises:
-        NotInPoolError: It is of none that lives.
-    """
+    """The allocation of a handle."""
     address = handle[2]
     for info in shared().snapshot():
         if info.address == address:

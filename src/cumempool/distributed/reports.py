@@ -9,8 +9,6 @@ from typing import Any, Final
 
 from cumempool._pool.report import TagReport, TransitionReport, format_bytes
 
-__all__ = ["GroupReport", "joined", "to_json"]
-
 _TAG_FIELDS: Final = tuple(part.name for part in fields(TagReport))
 
 

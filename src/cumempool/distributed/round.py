@@ -15,8 +15,6 @@ from cumempool.distributed.steps import Step
 from cumempool.distributed.store import Channel, StoreLostError
 from cumempool.errors import DistributedTransitionError, RankState
 
-__all__ = ["Round"]
-
 _FIRST_PAUSE: Final = 0.0005  # seconds between two looks into the store
 _LONGEST_PAUSE: Final = 0.02
 
@@ -52,11 +50,7 @@ class Round:
     # ---- the way there
 
     def run(self, plan: Callable[[], list[Step]]) -> dict[int, TransitionReport]:
-        """Goes through all phases; returns the reports of all ranks.
-
-        Raises:
-            DistributedTransitionError: It was not made, and was undone here.
-        """
+        """Goes through all phases; returns the reports of all ranks."""
         lost: StoreLostError | None = None
         try:
             try:
@@ -135,11 +129,7 @@ class Round:
         self.channel.exchange("round", self.number, self.number + 1)
 
     def _gather(self, phase: str, answer: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        """Tells the others, and waits until all have told.
-
-        Raises:
-            _AbortedError: One has failed, or has told nothing in time, or the others gave up.
-        """
+        """Tells the others, and waits until all have told."""
         answer["failure"] = self.failures.get(self.rank)
         self.channel.put(self._key(phase, self.rank), answer)
         if self.missed:

@@ -12,8 +12,6 @@ from cumempool._pool.tags import DISCARD, OFFLOAD
 from cumempool.allocator import CuMemAllocator
 from cumempool.errors import InUseError
 
-__all__ = ["Step", "discard_steps", "sleep_steps", "wake_steps"]
-
 
 @dataclass(frozen=True, slots=True)
 class Step:

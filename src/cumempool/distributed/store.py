@@ -15,8 +15,6 @@ from typing import Any, Final, Protocol, TypeVar
 
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Channel", "Store", "StoreGroup", "StoreLostError"]
-
 _T = TypeVar("_T")
 
 _METHODS: Final = ("set", "get", "check", "compare_set", "delete_key")
@@ -128,11 +126,7 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
             raise StoreLostError(self._lost) from error
 
     def reopen(self) -> None:
-        """Tries again after an error, so that the others can be told.
-
-        Raises:
-            StoreLostError: The store has not answered, and its thread waits still.
-        """
+        """Tries again after an error, so that the others can be told."""
         if self._silent:
             raise StoreLostError(self._lost)
         self._lost = ""

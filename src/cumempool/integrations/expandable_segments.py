@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["ALLOCATOR_VARIABLES", "ExpandableSegments", "expandable_segments"]
-
 #: The variables that torch reads its allocator's settings from, in torch's order (seen with 2.13,
 #: whatever its documentation says of priorities). The first one that is set is the only one that
 #: counts, even where it is empty.

@@ -11,8 +11,6 @@ from cumempool.errors import InvalidTypeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["VERSION", "SharedLayout", "SharedMemory", "SharedRange", "layout_of"]
-
 #: Of the format of `SharedMemory`.
 VERSION: Final = 3
 
@@ -109,11 +107,7 @@ class SharedMemory:
 
 
 def layout_of(tensor: torch.Tensor, start: int) -> SharedLayout:
-    """Where a tensor is in the allocation that starts at an address.
-
-    Raises:
-        InvalidTypeError: More than bytes, shape and strides is needed to read it.
-    """
+    """Where a tensor is in the allocation that starts at an address."""
     if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         raise InvalidTypeError(
             "a quantized tensor, and one that is conjugated or negated lazily, is more than its "

@@ -27,18 +27,9 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-__all__ = ["Exports"]
-
 
 class Exports:
-    """The memory of one allocator that others can open. Thread-safe.
-
-    Args:
-        core: The allocator.
-        tags: Its tags.
-        devices: Its devices.
-        driver: ``"cuda"`` or ``"host"``.
-    """
+    """The memory of one allocator that others can open. Thread-safe."""
 
     def __init__(self, core: _core.Allocator, tags: Tags, devices: Devices, driver: str) -> None:
         self._core = core
@@ -64,11 +55,7 @@ class Exports:
         return endpoint.describe(self._driver, infos[0].tag, ranges, layout, writable, fabric)
 
     def send(self, tensor: torch.Tensor, kept: object) -> SharedMemory:
-        """Shares a tensor with who receives a message; `kept` is kept until he has released it.
-
-        Raises:
-            CumempoolError: As `CuMemAllocator.share`; then nothing is kept.
-        """
+        """Shares a tensor with who receives a message; `kept` is kept until he has released it."""
         found = AllocationInfo(**self._core.find(memory_of(tensor)))
         layout = layout_of(tensor, found.address)
         endpoint = self._open_endpoint()
@@ -114,11 +101,7 @@ class Exports:
             self._endpoint.leases.settle(tags)
 
     def settle_close(self, force: bool) -> None:
-        """Lets go what messages keep, before a close. Importers keep what they have mapped.
-
-        Raises:
-            InUseError: Without `force`: some were not received.
-        """
+        """Lets go what messages keep, before a close. Importers keep what they have mapped."""
         waiting = [one for one in self.list() if not one.received]
         if waiting and not force:
             tags = sorted({one.tag for one in waiting})

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-__all__ = ["open_shared"]
-
 _logger = logging.getLogger("cumempool")
 
 

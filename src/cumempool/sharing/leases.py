@@ -21,8 +21,6 @@ from cumempool.sharing.wire import OPENED, RELEASED, close_all
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = ["Export", "Lease", "Leases"]
-
 _FABRIC_HOLDER: Final = "FABRIC handles that were given out; revoke() withdraws them"
 _QUEUE_HOLDER: Final = "messages that were sent and not received yet; revoke() withdraws them"
 #: Seconds for which a sleep waits for a process that has hung up and is not quite gone.
@@ -115,9 +113,6 @@ def _ends_within(pidfd: int, seconds: float) -> bool:
 
 class Leases:
     """What others keep awake of the memory of one allocator. Thread-safe.
-
-    Args:
-        core: The allocator.
 
     Attributes:
         lock: Held while any of it changes.

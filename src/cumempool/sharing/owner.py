@@ -44,8 +44,6 @@ from cumempool.sharing.wire import (
 if TYPE_CHECKING:
     from cumempool import _core
 
-__all__ = ["Endpoint"]
-
 _MOST_RANGES: Final = 10_000
 _MOST_REQUESTS: Final = 64  # that are answered at the same time
 
@@ -58,9 +56,6 @@ class Endpoint:
     One thread waits for requests and for the ends of leases; each request is answered in a thread
     of its own, which has ended after a few seconds. Secrets are signatures of what was shared, so
     that sharing leaves nothing behind.
-
-    Args:
-        core: The allocator.
 
     Attributes:
         leases: Who keeps its memory awake.

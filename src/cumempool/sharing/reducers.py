@@ -16,8 +16,6 @@ from cumempool.sharing.importer import open_shared
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["install_reducers", "rebuild_storage", "rebuild_tensor"]
-
 _senders: Final[weakref.WeakSet[Exports]] = weakref.WeakSet()
 _senders_lock = fork_safe_lock()
 _installed = False

@@ -18,21 +18,6 @@ from typing import Any, Final
 
 from cumempool.errors import SharingError
 
-__all__ = [
-    "BUSY",
-    "FAILED",
-    "MOST_FDS",
-    "OPENED",
-    "PATIENCE",
-    "RELEASED",
-    "BusyError",
-    "Wire",
-    "close_all",
-    "is_of_this_user",
-    "peer_of",
-    "pidfd_of_peer",
-]
-
 #: Seconds for a request and its answer.
 PATIENCE: Final = 10.0
 #: Descriptors per message; the kernel takes up to 253.
@@ -88,12 +73,7 @@ class Wire:
         return bytes(data)
 
     def receive(self) -> dict[str, Any]:
-        """The next message.
-
-        Raises:
-            OSError: Nothing came in time, or the connection has ended; EOFError, too.
-            ValueError, TypeError: It is none.
-        """
+        """The next message."""
         (length,) = _LENGTH.unpack(self._receive_exactly(_LENGTH.size))
         if length > _MOST_MESSAGE:
             raise ValueError(f"a message of {length} bytes")

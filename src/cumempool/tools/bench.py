@@ -14,8 +14,6 @@ from cumempool.allocator import CuMemAllocator
 from cumempool.config import CuMemConfig
 from cumempool.errors import InternalError
 
-__all__ = ["Measurement", "run_bench"]
-
 _PIECE: Final = 256 * 1024**2
 _SETTLE: Final = 0.3  # seconds; a device clears what it was given back, and a wake would wait
 
@@ -42,20 +40,7 @@ class Measurement:
 
 
 def run_bench(config: CuMemConfig, size: int, rounds: int = 5) -> list[Measurement]:
-    """Measures plain copies, and sleeps and wakes of changed and of unchanged memory.
-
-    Args:
-        config: Which driver.
-        size: Bytes of device memory, and of pinned host memory; rounded up to pieces of 256 MiB
-            where it is more than one.
-        rounds: How often each is measured.
-
-    Raises:
-        UnavailableError: The driver cannot be opened here.
-        OutOfMemoryError: The device has no room.
-        OutOfHostMemoryError: There is not so much host memory.
-        InternalError: Contents did not come back as they were.
-    """
+    """Measures plain copies, and sleeps and wakes of changed and of unchanged memory."""
     allocator = CuMemAllocator(config)
     try:
         return _measure(allocator, size, rounds)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from cumempool.tools.doctor import Check
     from cumempool.tools.selftest import Outcome
 
-__all__ = ["main"]
-
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _json_option = click.option(

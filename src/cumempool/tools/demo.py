@@ -14,8 +14,6 @@ from cumempool.config import CuMemConfig
 from cumempool.errors import UnavailableError
 from cumempool.probe import Availability, probe
 
-__all__ = ["run_demo"]
-
 _WIDTH = 1024
 _SEED = 20
 
@@ -120,16 +118,8 @@ def _print_table(console: Console, *reports: TransitionReport) -> None:
 def run_demo(driver: str, size: int, console: Console | None = None) -> bool:
     """Runs the demonstration and prints what it found.
 
-    Args:
-        driver: ``"auto"``, ``"cuda"`` or ``"host"``.
-        size: Bytes of weights; the KV cache takes as many.
-        console: Where to print; None is standard output.
-
     Returns:
         Whether results and addresses were the same after the wake.
-
-    Raises:
-        CumempoolError: The driver is not available, or there is not enough memory.
     """
     console = console or Console()
     allocator = CuMemAllocator(_choose_driver(driver, console))

@@ -21,8 +21,6 @@ from cumempool.tools import machine
 if TYPE_CHECKING:
     from cumempool.allocator import CuMemAllocator
 
-__all__ = ["Check", "Status", "examine", "passed"]
-
 Status = Literal["PASS", "WARN", "FAIL"]
 
 _TRIAL_BYTES: Final = 64 * 1024**2
@@ -62,10 +60,6 @@ def examine(driver: DriverName = "cuda", environ: Mapping[str, str] | None = Non
     """Looks at the installation, the driver, every device, torch and the host.
 
     Starts CUDA in torch, since its routing can be tried no other way: for a process of its own.
-
-    Args:
-        driver: ``"cuda"`` or ``"host"``.
-        environ: Variables that set torch's allocator; None is ``os.environ``.
     """
     environ = os.environ if environ is None else environ
     _start_cuda(driver)

@@ -5,17 +5,6 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-__all__ = [
-    "address_space_limit",
-    "file_limit",
-    "host_memory",
-    "host_room",
-    "imex_channels",
-    "map_limit",
-    "peer_memory_module",
-    "transparent_huge_pages",
-]
-
 
 def _read(path: str) -> str:
     """The text of a file of /proc or /sys, or "" where there is none that can be read."""

@@ -16,8 +16,6 @@ from markupsafe import Markup
 from cumempool._pool.report import format_bytes
 from cumempool.errors import InvalidArgumentError
 
-__all__ = ["Record", "load", "to_html", "to_torch"]
-
 _SNAPSHOT: Final = "cumempool snapshot 1"
 _TRACE: Final = "cumempool trace 1"
 

@@ -9,8 +9,6 @@ from typing import Any, Final
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-__all__ = ["address_map", "memory_over_time", "svg"]
-
 _UNITS: Final = (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024))
 _ROWS: Final = 16
 #: Colours that people who see few of them tell apart (Okabe and Ito), one per tag.
@@ -30,11 +28,7 @@ def _unit(most: int) -> tuple[str, int]:
 
 
 def address_map(allocations: Sequence[Mapping[str, Any]]) -> Figure:
-    """Allocations in the order of their addresses, gaps left out; a row is a share of all bytes.
-
-    Args:
-        allocations: As in a snapshot: ``address``, ``bytes``, ``tag``, ``state``.
-    """
+    """Allocations in the order of their addresses, gaps left out; a row is a share of all bytes."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.add_subplot()
     ordered = sorted(allocations, key=lambda one: (one["device"], one["address"]))
@@ -73,11 +67,7 @@ def address_map(allocations: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def memory_over_time(events: Sequence[Mapping[str, Any]]) -> Figure:
-    """Device and host memory after each event, with the events marked.
-
-    Args:
-        events: As in a snapshot, oldest first.
-    """
+    """Device and host memory after each event, with the events marked."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.add_subplot()
     most = max((max(event["physical_bytes"], event["asleep_bytes"]) for event in events), default=0)

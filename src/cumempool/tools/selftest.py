@@ -22,8 +22,6 @@ from cumempool.errors import (
     UnknownTagError,
 )
 
-__all__ = ["Outcome", "run_selftest"]
-
 _MIB: Final = 1024**2
 _ELEMENTS: Final = 3 * _MIB  # of 8 bytes: several granules and slices, the last one not full
 _DTYPES: Final = (torch.uint8, torch.int64, torch.bfloat16, torch.float32, torch.complex64)
@@ -75,15 +73,7 @@ def _promise(rule: str) -> Callable[[_Check], _Check]:
 
 
 def run_selftest(config: CuMemConfig, *, matching: str = "") -> Iterator[Outcome]:
-    """Runs the checks, each with an allocator of its own, and gives what became of each.
-
-    Args:
-        config: Which driver, and the limits.
-        matching: Only checks whose rule or name has this in it.
-
-    Raises:
-        UnavailableError: The driver cannot be opened here.
-    """
+    """Runs the checks, each with an allocator of its own, and gives what became of each."""
     CuMemAllocator(config).close()  # a driver that is not there is no failure of a check
     for rule, name, check in _checks:
         if matching.lower() in f"{rule} {name}".lower():

@@ -13,8 +13,6 @@ from rich.text import Text
 from cumempool._pool.publishing import Published, published
 from cumempool._pool.report import format_bytes
 
-__all__ = ["run_top"]
-
 _COLUMNS = ("process", "name", "tag", "awake", "asleep", "backup", "where", "pins")
 
 
@@ -64,13 +62,7 @@ def _view(processes: Sequence[Published]) -> Group | Text:
 
 
 def run_top(console: Console, *, interval: float, once: bool) -> None:
-    """Shows them until it is interrupted.
-
-    Args:
-        console: Where.
-        interval: Seconds between two looks.
-        once: Look once; also where the console is no terminal.
-    """
+    """Shows them until it is interrupted."""
     if once or not console.is_terminal:
         console.print(_view(published()))
         return

@@ -13,8 +13,6 @@ from cumempool.errors import NotInPoolError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CpuBackups"]
-
 _ViewKey = tuple[str, int, int, str, tuple[int, ...], tuple[int, ...]]
 
 
@@ -33,13 +31,7 @@ class CpuBackups:
     def view(
         self, allocator: CuMemAllocator, tensor: torch.Tensor, retain: bool
     ) -> torch.Tensor | None:
-        """A view that cannot be written to; None where there is no backup that could be seen.
-
-        Args:
-            allocator: Whose memory it is.
-            tensor: What the backup is of.
-            retain: Whether the view stays visible when the tensor is awake again.
-        """
+        """A view that cannot be written to; None where there is no backup that could be seen."""
         try:
             info = allocator.allocation_of(tensor)
         except NotInPoolError:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from cumempool._pool.scope import MemoryPoolScope
 
-__all__ = ["CpuBackupBackend", "HookMode", "TorchMemorySaver"]
-
 CpuBackupBackend = Literal["mmap", "pinned"]
 HookMode = Literal["preload", "torch"]
 

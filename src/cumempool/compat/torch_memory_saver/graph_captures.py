@@ -16,8 +16,6 @@ from cumempool.errors import InvalidArgumentError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GraphCaptures", "PoolHandle"]
-
 PoolHandle = tuple[int, int]
 """What torch knows a pool by."""
 
@@ -54,16 +52,7 @@ class GraphCaptures:
         shared: PoolHandle | None,
         graph: torch.cuda.CUDAGraph,
     ) -> Iterator[PoolHandle]:
-        """The pool to capture a graph into; it stays for as long as the graph object lives.
-
-        Args:
-            allocator: Whose pool it is.
-            declare: Makes a tag known before it is used.
-            prefix: What the tags of the pools begin with.
-            device: The ordinal of the device.
-            shared: What the program calls the pool; None: one that no other graph has.
-            graph: What is captured into.
-        """
+        """The pool to capture a graph into; it stays for as long as the graph object lives."""
         self.reap(allocator)
         with self._lock:
             if shared is None:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cumempool._pool.scope import MemoryPoolScope
 
-__all__ = ["OpenRegions"]
-
 
 class _Region(contextlib.ExitStack):
     """One region. Each entry is a scope of its own, which sees the error that it is left with."""
@@ -55,12 +53,7 @@ class OpenRegions:
 
     @contextlib.contextmanager
     def opened(self, name: str, make_scope: Callable[[], MemoryPoolScope]) -> Iterator[None]:
-        """Allocations of the body go to a scope.
-
-        Args:
-            name: The tag of the scope.
-            make_scope: Makes a scope that was not entered; called again after each `left`.
-        """
+        """Allocations of the body go to a scope."""
         region = _Region(name, make_scope)
         with contextlib.ExitStack() as stack:
             region.enter()

@@ -14,8 +14,6 @@ from cumempool._locks import fork_safe_lock
 from cumempool.compat.torch_memory_saver.utils import change_env
 from cumempool.errors import InUseError
 
-__all__ = ["configure_subprocess", "folder_for_path", "install", "uninstall"]
-
 _NAME: Final = "torch_memory_saver"
 _OURS: Final = "cumempool.compat.torch_memory_saver"
 #: What can be imported from the package under its lent name.

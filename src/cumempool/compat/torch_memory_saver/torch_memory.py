@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["empty_cache", "reserved_bytes"]
-
 _logger = logging.getLogger("cumempool")
 
 
