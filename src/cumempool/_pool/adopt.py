@@ -15,7 +15,6 @@ from typing import Final
 import torch
 
 from cumempool import _torch
-from cumempool._pool.preserve import preserve_allocation
 from cumempool._pool.state import PoolState
 from cumempool._pool.stats import AllocationInfo
 from cumempool._pool.tensors import empty_bytes
@@ -227,7 +226,7 @@ def _adopt(state: PoolState, collected: Iterable[_Storage]) -> int:
         elif storage.preserved and not there.preserved:
             unpreserved.append(there.address)
     for address in unpreserved:
-        preserve_allocation(state, address)
+        state.preserve(address)
     allocated = 0
     for pack in _packs(storages):
         allocated += _move(state, pack)

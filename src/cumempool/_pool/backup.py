@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from cumempool._pool.checks import check_int
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 Tier = Literal["pinned", "pageable", "file", "peer"]
@@ -148,9 +149,7 @@ def _check_directory(directory: object) -> None:
 def _check_device(device: object) -> None:
     if device is None:
         raise InvalidArgumentError("a peer backup needs a device: 'peer:DEVICE'")
-    if isinstance(device, bool) or not isinstance(device, int):
-        raise InvalidTypeError(f"device={device!r} is not an int: give an ordinal")
-    if not 0 <= device <= _MOST_DEVICE:
+    if not 0 <= check_int(device, "device is an ordinal") <= _MOST_DEVICE:
         raise InvalidArgumentError(
             f"device={device} is out of range: it must be 0 to {_MOST_DEVICE}"
         )

@@ -1,4 +1,4 @@
-"""Checks arguments whose type is all there is to check."""
+"""Checks the types of arguments."""
 
 from __future__ import annotations
 
@@ -10,3 +10,17 @@ def check_bool(**arguments: object) -> None:
     for name, value in arguments.items():
         if not isinstance(value, bool):
             raise InvalidTypeError(f"{name} is a bool, not {value!r}")
+
+
+def check_int(value: object, what: str) -> int:
+    """Returns the argument, which must be an int and no bool; `what` begins the message."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{what}, not {value!r}")
+    return value
+
+
+def check_seconds(value: object, name: str) -> float:
+    """Returns the argument, which must be a number of seconds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(f"{name} is a number of seconds, not {value!r}")
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
+from cumempool._pool.checks import check_int
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 if TYPE_CHECKING:
@@ -17,46 +18,44 @@ HOST_GRANULARITY: Final = 2 * 1024**2
 
 
 class Devices:
-    """The devices of one driver."""
+    """The devices of one driver, ``"cuda"`` or ``"host"``."""
 
     def __init__(self, driver: _core.Driver, name: str) -> None:
         self._driver = driver
         self._name = name
+        self.type: Final = "cpu" if name == "host" else "cuda"  # as torch calls them
 
     @property
     def count(self) -> int:
-        """How many there are."""
         return self._driver.device_count
 
     def check(self, device: object) -> int:
-        """An ordinal of the driver."""
-        if not isinstance(device, int) or isinstance(device, bool):
-            raise InvalidTypeError(f"a device is an ordinal, not {device!r}")
-        count = self.count
-        if not 0 <= device < count:
+        """Returns the argument, which must be an ordinal of the driver."""
+        ordinal, count = check_int(device, "a device is an ordinal"), self.count
+        if not 0 <= ordinal < count:
             raise InvalidArgumentError(
-                f"there is no device {device}: the {self._name} driver has {count}"
+                f"there is no device {ordinal}: the {self._name} driver has {count}"
             )
-        return device
+        return ordinal
 
     def check_ordinals(self, devices: object, what: str) -> list[int]:
-        """The distinct ordinals of a sequence, which messages call `what`; as `check`."""
+        """Returns the distinct ordinals of a sequence, which messages call `what`."""
         if isinstance(devices, str) or not isinstance(devices, Iterable):
             raise InvalidTypeError(f"{what} are ordinals in a sequence, not {devices!r}")
         return list(dict.fromkeys(self.check(device) for device in devices))
 
     def check_routed(self, devices: object) -> list[int]:
-        """The devices that a scope is to route on, one at least; as `check`."""
+        """Returns the devices of a scope, at least one."""
         checked = self.check_ordinals(devices, "devices")
         if not checked:
             raise InvalidArgumentError("devices is empty: name one, or pass None for those used")
         return checked
 
     def resolve(self, device: torch.device | str | int | None) -> tuple[int, torch.device]:
-        """The driver's ordinal and torch's device for what a caller named."""
+        """Returns the driver's ordinal and torch's device for what a caller named."""
         import torch
 
-        kind = "cpu" if self._name == "host" else "cuda"
+        kind = self.type
         if isinstance(device, int):
             ordinal = self.check(device)
         elif device is None:
@@ -75,7 +74,7 @@ class Devices:
         return ordinal, torch.device("cpu") if kind == "cpu" else torch.device(kind, ordinal)
 
     def name_for_others(self, device: int) -> str:
-        """What tells a device apart in every process: its UUID, or its ordinal on ``host``."""
+        """Returns the name of a device in every process: its UUID, or its ordinal on ``host``."""
         if self._name == "host":
             return str(device)
         import torch

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 from cumempool._locks import fork_safe_lock
+from cumempool._pool.checks import check_seconds
 from cumempool._pool.report import format_bytes
 from cumempool._pool.unfailing import unfailing
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
@@ -56,9 +57,7 @@ class ProgressWatch:
         """Adds a callback for transitions that take longer than `after` seconds."""
         if not callable(callback):
             raise InvalidTypeError(f"on_progress is something to call, not {callback!r}")
-        if isinstance(after, bool) or not isinstance(after, (int, float)):
-            raise InvalidTypeError(f"after is a number of seconds, not {after!r}")
-        if not after >= 0:
+        if not check_seconds(after, "after") >= 0:
             raise InvalidArgumentError(f"after={after} is negative")
         entry = ProgressRegistration(self, callback, after, ended)
         with self._lock:

@@ -19,44 +19,31 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, kw_only=True)
 class PoolState:
-    """One allocator, as scopes, tensors and transitions see it.
-
-    Attributes:
-        core: The allocator of the library.
-        driver: ``"cuda"`` or ``"host"``.
-        enabled: False where nothing is allocated from pools.
-        devices: Its devices.
-        tags: What was said of each tag.
-        hooks: The hooks of tags.
-        transitions: Whose turn it is.
-        observer: What keeps and logs events.
-        graph_pools: Its pools of CUDA graphs.
-        before_tensors: Called before torch gets memory of the allocator.
-        before_sleep: Called with the tags that are about to sleep.
-        has_preserved: Whether contents are kept anywhere in tags that are discarded.
-    """
+    """One allocator, as scopes, tensors and transitions see it."""
 
     core: _core.Allocator
     driver: str
-    enabled: bool
+    enabled: bool  # False: nothing is allocated from pools
     devices: Devices
     tags: Tags
     hooks: Hooks
     transitions: Transitions
     observer: Observer
     graph_pools: GraphPools
-    before_tensors: Callable[[], None]
-    before_sleep: Callable[[Collection[str]], None]
-    has_preserved: bool = False
+    before_tensors: Callable[[], None]  # called before torch gets memory of the allocator
+    before_sleep: Callable[[Collection[str]], None]  # called with the tags that are to sleep
+    has_preserved: bool = False  # contents are kept in some tag that may be discarded
 
     def stats(self) -> Stats:
-        """Bytes per tag and state, and totals."""
         return stats_of(self.core)
 
     def snapshot(self) -> list[AllocationInfo]:
-        """Every live allocation, in order of allocation."""
         return allocations_of(self.core)
 
+    def preserve(self, address: int) -> None:
+        """Keeps the contents of the allocation at an address wherever its tag is discarded."""
+        self.has_preserved = True
+        self.core.preserve(address)
+
     def allocation_at(self, address: int) -> AllocationInfo:
-        """The allocation that holds an address."""
         return AllocationInfo(**self.core.find(address))

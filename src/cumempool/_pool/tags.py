@@ -29,7 +29,7 @@ _BACKING: Final[Mapping[str | None, int]] = {None: 0, "vmm": 1, "cuda_malloc": 2
 
 
 def check_text(text: object, what: str) -> str:
-    """A text that the core is to be given, which messages call `what`."""
+    """Returns the argument, which must be text in UTF-8; messages call it `what`."""
     if not isinstance(text, str):
         raise InvalidTypeError(f"a {what} is a str, not {type(text).__name__}: {text!r}")
     try:
@@ -42,12 +42,11 @@ def check_text(text: object, what: str) -> str:
 
 
 def check_tag(tag: object) -> str:
-    """A tag; as `check_text`."""
     return check_text(tag, "tag")
 
 
 def check_tags(tags: object, what: str) -> tuple[str, ...]:
-    """The distinct tags of an argument, which messages call `what`; as `check_tag`."""
+    """Returns the distinct tags of an argument, which messages call `what`."""
     if isinstance(tags, str):
         return (check_tag(tags),)
     if not isinstance(tags, Iterable):
@@ -69,7 +68,7 @@ _LISTED, _ALL, _NONE = 0, 1, 2  # CUMEMPOOL_PEERS_*
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """What memory of a tag is made of, as the core takes it."""
+    """The make of a tag's memory, as the core takes it."""
 
     backing: int = _BACKING["vmm"]
     all_peers: int = _LISTED
@@ -86,8 +85,10 @@ class Tags:
         self._lock = fork_safe_lock()
         self._memory: dict[str, _Memory] = {}
 
-    def declare(self, tag: str, on_sleep: OnSleep | None, on_wake: OnWake | None) -> None:
-        """Makes a tag known, with the policy that is given; None leaves it as it was."""
+    def declare(
+        self, tag: str, on_sleep: OnSleep | None = None, on_wake: OnWake | None = None
+    ) -> None:
+        """Makes a tag known, with its policy; None leaves a policy as it was."""
         self._core.declare_tag(
             check_tag(tag),
             _check_choice(on_sleep, ON_SLEEP, "on_sleep"),
@@ -95,7 +96,7 @@ class Tags:
         )
 
     def set_memory(self, tag: str, backing: object, peers: object, rdma: object) -> None:
-        """Changes what was given of backing, peers and RDMA, and leaves the rest as it was."""
+        """Changes those of backing, peers and RDMA that are not None."""
         number = _check_choice(backing, _BACKING, "backing")
         if isinstance(peers, str) and peers != "all":
             raise InvalidArgumentError(f"peers={peers!r} is not 'all' or a sequence of ordinals")
@@ -119,7 +120,7 @@ class Tags:
             self._memory[tag] = choice
 
     def check_known(self, tag: object, operation: str) -> None:
-        """Looks whether a tag was ever used."""
+        """Raises `UnknownTagError` if a tag was never used."""
         known = stats_of(self._core).tags
         if check_tag(tag) not in known:
             names = ", ".join(map(repr, known)) or "none yet"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.hooks import Arrival, Transitions
 from cumempool._pool.report import TransitionReport
+from cumempool._pool.tensors import memory_of
 from cumempool.errors import CumempoolError, InvalidTypeError, NotInPoolError
 
 if TYPE_CHECKING:
@@ -126,20 +127,8 @@ def _settle_all() -> None:
         handle._settle()
 
 
-def memory_of(tensor: object) -> int:
-    """The address of a tensor's storage; 0 where it has no elements."""
-    import torch
-
-    if not isinstance(tensor, torch.Tensor):
-        raise InvalidTypeError(f"a torch.Tensor is needed, not {type(tensor).__name__}")
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError as error:  # sparse, and others that are no view of one storage
-        raise NotInPoolError(f"the tensor has no memory of its own: {error}") from None
-
-
 def addresses_of(tensors: object) -> list[int]:
-    """Where the memory of tensors starts, without those that have none."""
+    """Returns the addresses of tensors, without those that have no elements."""
     if tensors == ():
         return []
     import torch

@@ -6,14 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from cumempool._pool.backup import Backup, check_backup
-from cumempool._pool.checks import check_bool
-from cumempool._pool.preserve import preserve_tensors, preserving_scope
-from cumempool._pool.scope import MemoryPoolScope, NullScope
-from cumempool._pool.sizes import check_margin
+from cumempool._pool.checks import check_bool, check_int
+from cumempool._pool.scope import MemoryPoolScope, NullScope, current_scope
 from cumempool._pool.tags import DEFAULT_TAG, Backing, OnSleep, OnWake, check_tag
-from cumempool._pool.tensors import copy_of, empty_like, empty_tensor
+from cumempool._pool.tensors import LARGEST, check_tensor, empty_tensor, memory_of
 from cumempool.allocator._part import Part
-from cumempool.errors import UnsupportedError
+from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -133,8 +131,8 @@ class Allocates(Part):
         """As `empty`, filled with zeros.
 
         Args:
-            size: The shape, as one sequence or as integers.
-            dtype: Element type; None takes torch's default.
+            size: As for `empty`.
+            dtype: As for `empty`.
             device: As for `empty`.
             tag: As for `empty`.
         """
@@ -172,19 +170,21 @@ class Allocates(Part):
         device: torch.device | str | int | None = None,
         tag: str | None = None,
     ) -> torch.Tensor:
-        """As `empty`, of the shape of another tensor; contiguous, whatever the strides of that are.
+        """As `empty`, of the shape of another tensor; contiguous, whatever that one's strides.
 
         Args:
             tensor: The other tensor.
             dtype: Element type; None takes that of the other tensor.
-            device: None: the device of the other tensor, where the allocator has it; else as for
-                `empty`.
+            device: None: the device of the other tensor if the allocator has it; else as `empty`.
             tag: As for `empty`.
 
         Raises:
             InvalidTypeError: It is no tensor.
         """
-        return empty_like(self._state, tensor, dtype, device, tag)
+        tensor = check_tensor(tensor)
+        if device is None and tensor.device.type == self._state.devices.type:
+            device = tensor.device
+        return self.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device, tag=tag)
 
     def from_tensor(
         self,
@@ -203,7 +203,12 @@ class Allocates(Part):
         Raises:
             InvalidTypeError: It is no tensor, or one without strides, such as a sparse one.
         """
-        return copy_of(self._state, tensor, device, tag)
+        import torch
+
+        if check_tensor(tensor).layout is not torch.strided:
+            raise InvalidTypeError(f"the tensor has the layout {tensor.layout}, not torch.strided")
+        with torch.no_grad():
+            return self.empty_like(tensor, device=device, tag=tag).copy_(tensor)
 
     def graph_pool(
         self, tag: str, *, device: torch.device | str | int | None = None
@@ -232,11 +237,10 @@ class Allocates(Part):
             import torch
 
             return torch.cuda.graph_pool_handle()
-        self._state.tags.declare(tag, None, None)
+        self._state.tags.declare(tag)
         if self.config.driver != "cuda":
             raise UnsupportedError(
-                f"graph_pool: the {self.config.driver} driver has no CUDA graphs; "
-                "use the cuda driver",
+                f"graph_pool: the {self.config.driver} driver has no CUDA graphs",
                 operation="graph_pool",
                 tag=tag,
                 advice="use the cuda driver",
@@ -275,7 +279,17 @@ class Allocates(Part):
             InvalidArgumentError: No scope is open.
             OutOfSlotsError: On entering: too many scopes are open at the same time.
         """
-        return preserving_scope(self._state)
+        if not self.enabled:
+            return NullScope(self._state, DEFAULT_TAG, None)
+        around = current_scope(self._state)
+        if around is None:
+            raise InvalidArgumentError(
+                "preserve_contents() goes inside a use_memory_pool() scope, whose tag it takes",
+                operation="preserve_contents",
+                advice="enter use_memory_pool() first",
+            )
+        self._state.has_preserved = True
+        return MemoryPoolScope(self._state, around.tag, around.devices, preserves=True)
 
     def preserve(self, what: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> int:
         """Has contents kept from now on wherever their tag is discarded, as `preserve_contents`.
@@ -294,7 +308,20 @@ class Allocates(Part):
             InvalidTypeError: Something that is no tensor.
             TransitionInProgressError: Called from inside a transition.
         """
-        return preserve_tensors(self._state, what)
+        import torch
+
+        if not self.enabled:
+            return 0
+        tensors: object = (what,) if isinstance(what, torch.Tensor) else what
+        if isinstance(what, torch.nn.Module):
+            tensors = what.buffers()
+        if not isinstance(tensors, Iterable):
+            raise InvalidTypeError(f"preserve: tensors or a module are needed, not {what!r}")
+        addresses = filter(None, map(memory_of, tensors))
+        sizes = {i.address: i.bytes for i in map(self._state.allocation_at, addresses)}
+        for address in sizes:
+            self._state.preserve(address)
+        return sum(sizes.values())
 
     def set_memory_margin(self, margin: int) -> None:
         """Has allocations fail for lack of memory where less than that would stay free.
@@ -309,7 +336,10 @@ class Allocates(Part):
         Raises:
             InvalidArgumentError: A negative or huge number.
         """
-        self._core.set_memory_margin(check_margin(margin))
+        check_int(margin, "a margin is a number of bytes")
+        if not 0 <= margin <= LARGEST:
+            raise InvalidArgumentError(f"a margin of {margin} bytes does not exist")
+        self._core.set_memory_margin(margin)
 
     def adopt(
         self,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cumempool._pool.events import EventLog
 from cumempool._pool.progress import OnProgress, ProgressRegistration
 from cumempool._pool.stats import AllocationInfo, Stats
-from cumempool._pool.waking import memory_of
+from cumempool._pool.tensors import memory_of
 from cumempool.allocator._part import Part
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal, overload
 
 from cumempool._pool import transition
-from cumempool._pool.backup_view import view_backup
 from cumempool._pool.checks import check_bool
 from cumempool._pool.report import TransitionReport
 from cumempool._pool.sleep_plan import plan_discard, plan_sleep, takes_offload_tags_first
 from cumempool._pool.tags import check_tags
+from cumempool._pool.tensors import memory_of
 from cumempool._pool.waking import WakeHandle, addresses_of
 from cumempool.allocator._part import Part
-from cumempool.errors import InvalidArgumentError
+from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 if TYPE_CHECKING:
     import torch
@@ -280,7 +280,26 @@ class Sleeps(Part):
             TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
         """
-        return view_backup(self._core, tensor, writable)
+        check_bool(writable=writable)
+        storage = memory_of(tensor)
+        if tensor.is_quantized:
+            raise InvalidTypeError("a quantized tensor has scales that are not in its memory")
+        import torch
+
+        from cumempool import _torch
+
+        if tensor.numel() == 0:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        extents = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((extent - 1) * stride for extent, stride in extents)
+        size = tensor.element_size()
+        address = storage + int(tensor.storage_offset()) * size
+        capsule = self._core.view_backup(address, (last + 1) * size, writable)
+        with torch.inference_mode(False):
+            memory = _torch.from_capsule(capsule).untyped_storage()
+            view = _torch.tensor_over(memory, tensor.dtype, tensor.shape, tensor.stride(), 0)
+            view = _torch.with_lazy_bits(view, tensor)
+            return view if writable else _torch.ReadOnlyTensor(view)
 
     def release_host_memory(self) -> int:
         """Gives back host memory that holds no contents of what sleeps; returns its bytes.

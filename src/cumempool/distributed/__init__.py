@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from cumempool._pool.checks import check_seconds
 from cumempool._pool.sleep_plan import plan_sleep, takes_offload_tags_first
 from cumempool.allocator import CuMemAllocator
 from cumempool.distributed.reports import GroupReport
 from cumempool.distributed.round import Round
 from cumempool.distributed.steps import Step, discard_steps, sleep_steps, wake_steps
 from cumempool.distributed.store import Channel, Store, StoreGroup
-from cumempool.errors import InvalidArgumentError, InvalidTypeError
+from cumempool.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -118,9 +119,7 @@ def _transition(
     plan: Callable[[CuMemAllocator], list[Step]],
     timeout: float,
 ) -> GroupReport:
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise InvalidTypeError(f"timeout is a number of seconds, not {timeout!r}")
-    if not 0 < timeout < math.inf:
+    if not 0 < check_seconds(timeout, "timeout") < math.inf:
         raise InvalidArgumentError(f"timeout={timeout} is not a number of seconds above 0")
     members = group if isinstance(group, StoreGroup) else _members(group)
     begun = time.monotonic()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
+from cumempool._pool.checks import check_int
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 _T = TypeVar("_T")
@@ -67,9 +68,8 @@ class StoreGroup:
                 f"a store has the methods {', '.join(_METHODS)}, and {type(self.store).__name__} "
                 f"has no {', '.join(missing)}; take a torch.distributed.TCPStore"
             )
-        for name, value in (("rank", self.rank), ("size", self.size)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InvalidTypeError(f"{name} is an int, not {value!r}")
+        check_int(self.rank, "rank is an int")
+        check_int(self.size, "size is an int")
         if not isinstance(self.name, str):
             raise InvalidTypeError(f"name is a str, not {self.name!r}")
         if not 0 <= self.rank < self.size:

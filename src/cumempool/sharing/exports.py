@@ -16,7 +16,7 @@ from cumempool._pool.checks import check_bool
 from cumempool._pool.devices import Devices
 from cumempool._pool.stats import AllocationInfo, allocations_of
 from cumempool._pool.tags import Tags
-from cumempool._pool.waking import memory_of
+from cumempool._pool.tensors import memory_of
 from cumempool.errors import CumempoolError, InUseError, InvalidArgumentError
 from cumempool.sharing.descriptor import SharedMemory, SharedRange, layout_of
 from cumempool.sharing.leases import Export

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.backup import Backup
-from cumempool._pool.checks import check_bool
+from cumempool._pool.checks import check_bool, check_int
 from cumempool.allocator import CuMemAllocator
 from cumempool.compat.torch_memory_saver.cpu_backups import CpuBackups
 from cumempool.compat.torch_memory_saver.graph_captures import GraphCaptures
@@ -326,9 +326,7 @@ class TorchMemorySaver:
 
     @memory_margin_bytes.setter
     def memory_margin_bytes(self, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidTypeError(f"memory_margin_bytes is an int, not {value!r}")
-        if value < 0:
+        if check_int(value, "memory_margin_bytes is an int") < 0:
             raise InvalidArgumentError(f"memory_margin_bytes={value} is negative")
         with self._lock:
             if self._allocator is not None:
