@@ -1,4 +1,4 @@
-"""What a setting takes, how it reads text, and its names on the command line and elsewhere."""
+"""Settings: their kinds of values, how text is read, flags and environment variables."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a setting takes: `read` converts text, `check` returns the value or raises."""
+    """A kind of value: `read` converts text, `check` returns the value or raises."""
 
     values: str
     type: type | tuple[type, ...]

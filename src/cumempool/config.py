@@ -62,7 +62,7 @@ class ReportsAvailability(Protocol):
 
 
 class DescribesConnector(Protocol):
-    """A `KVTransferConfig`, as far as it matters here."""
+    """The part of a `KVTransferConfig` that is read here."""
 
     @property
     def connector(self) -> str | None:
@@ -71,7 +71,7 @@ class DescribesConnector(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Above:
-    """What methods of `CuMemConfig` call in modules that import this one.
+    """Functions of higher modules that methods of `CuMemConfig` call.
 
     Attributes:
         probe: `cumempool.probe`.
@@ -263,7 +263,7 @@ class CuMemConfig:
             raise self._unavailable(availability.reason or "no reason given", availability.hint)
 
     def _unavailable(self, reason: str, advice: str) -> UnavailableError:
-        """What is raised where the allocator is switched on and cannot be had."""
+        """Returns the error for an allocator that is switched on and not available."""
         asked = "enable_sleep_mode" if self.enable_sleep_mode else "enable_cumem_allocator"
         text = f"{asked}=True is not supported here with driver={self.driver!r}: {reason}"
         return UnavailableError(

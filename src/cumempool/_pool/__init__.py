@@ -1,1 +1,1 @@
-"""One allocator: its tags, scopes, tensors, transitions and what can be seen of them."""
+"""One allocator: its tags, scopes, tensors, transitions, statistics and events."""

@@ -62,7 +62,7 @@ class _Storage:
 
 
 def device_type_of(state: PoolState) -> str:
-    """What torch calls the devices of an allocator."""
+    """Returns torch's name for the kind of device."""
     return "cpu" if state.driver == "host" else "cuda"
 
 
@@ -101,7 +101,7 @@ def _problem(tensor: torch.Tensor, device_type: str) -> str:
 
 
 def refusal(name: str, problem: str) -> InvalidTypeError:
-    """What is raised of something that cannot be moved."""
+    """Returns the error for a tensor that cannot be moved."""
     return InvalidTypeError(f"adopt: {name!r} {problem}; nothing was moved", operation="adopt")
 
 
@@ -239,7 +239,7 @@ def _adopt(state: PoolState, collected: Iterable[_Storage]) -> int:
 
 
 def _ours(state: PoolState, storage: _Storage) -> AllocationInfo | None:
-    """The allocation that holds a storage, where that is under the right tag already."""
+    """Returns the allocation of a storage that is under the right tag already, else None."""
     try:
         found = state.allocation_at(storage.address)
     except NotInPoolError:

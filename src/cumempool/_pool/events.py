@@ -1,4 +1,4 @@
-"""What an allocator has done lately: a ring of events, which are logged and marked as well."""
+"""Records the latest events of an allocator in a ring; logs and marks them as well."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -58,17 +58,8 @@ class Event:
 
     def to_dict(self) -> dict[str, object]:
         """All fields, of types that ``json.dumps`` takes."""
-        return {
-            "time": self.time,
-            "operation": self.operation,
-            "seconds": self.seconds,
-            "error": self.error,
-            "report": None if self.report is None else self.report.to_dict(),
-            "awake_bytes": self.awake_bytes,
-            "asleep_bytes": self.asleep_bytes,
-            "physical_bytes": self.physical_bytes,
-            "host_bytes": self.host_bytes,
-        }
+        report = None if self.report is None else self.report.to_dict()
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"report": report}
 
 
 class EventLog:
@@ -167,7 +158,7 @@ class Observer:
         text = f"{type(error).__name__}: {error}"
         event = self._event(operation, seconds, text, None)
         self._record(event)
-        # Not louder than the exception, which whoever asked for it gets.
+        # Not louder than the exception, which the caller gets.
         _logger.info("%s failed: %s", operation, text, extra={"cumempool": event.to_dict()})
         if isinstance(error, OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":
             self._write_down(error)

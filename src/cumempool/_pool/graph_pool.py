@@ -45,7 +45,7 @@ class GraphPools:
         self._leaving: list[tuple[int, _torch.PrivatePool]] = []  # graphs of theirs live
 
     def open(self, tag: str, device: int) -> tuple[int, int]:
-        """What `CuMemAllocator.graph_pool` returns; the tag is declared."""
+        """Returns the id of the pool of a declared tag; see `CuMemAllocator.graph_pool`."""
         from cumempool import _torch
 
         with _lock:
@@ -65,7 +65,7 @@ class GraphPools:
         if _torch.expandable_segments_bypass_pools():
             raise UnsupportedError(
                 "graph_pool: with expandable segments this version of torch would not ask the pool "
-                "for memory; leave expandable_segments out of PYTORCH_CUDA_ALLOC_CONF",
+                "for memory",
                 operation="graph_pool",
                 tag=tag,
                 device=device,
@@ -89,7 +89,7 @@ class GraphPools:
         if asleep and any(address in asleep for address, _ in pool.segments()):
             raise InUseError(
                 f"graph_pool: memory of the pool of {tag!r} is asleep, and torch would hand out "
-                "parts of it; wake the tag before a graph is captured into it",
+                "parts of it",
                 operation="graph_pool",
                 tag=tag,
                 device=pool.device,
@@ -97,7 +97,7 @@ class GraphPools:
             )
 
     def release(self, tag: str, device: int | None) -> int:
-        """What `CuMemAllocator.release_graph_pool` returns."""
+        """Releases the pools of a tag; see `CuMemAllocator.release_graph_pool`."""
         with _lock:
             keys = [key for key in self._pools if key[0] == tag and device in (None, key[1])]
             return self._release(keys)
@@ -146,8 +146,7 @@ class GraphPools:
             graphs += sum(pool.users() > 1 for _, pool in self._pools.values())
         if graphs:
             raise InUseError(
-                f"close: {graphs} graph pool(s) are in use by CUDA graphs; "
-                "delete the graphs first, or close with force",
+                f"close: {graphs} graph pool(s) are in use by CUDA graphs",
                 operation="close",
                 advice="delete the graphs first, or close with force",
             )
@@ -159,7 +158,7 @@ class GraphPools:
             return {pool.id for pool in [*open_ones, *(pool for _, pool in self._leaving)]}
 
     def unused_segments(self) -> set[int]:
-        """Addresses of what torch would free with the pools, none of whose blocks is in use."""
+        """Returns the addresses of segments without a block in use, which torch would free."""
         with _lock:
             pools = [pool for _, pool in self._pools.values()]
             return {address for pool in pools for address, used in pool.segments() if not used}

@@ -61,10 +61,8 @@ class HookRegistration(contextlib.AbstractContextManager["HookRegistration"]):
     def __init__(
         self, hooks: Hooks, tag: str, before_unmap: Hook | None, after_map: Hook | None
     ) -> None:
-        self._hooks = hooks
-        self._tag = tag
-        self._before_unmap = before_unmap
-        self._after_map = after_map
+        self._hooks, self._tag = hooks, tag
+        self._before_unmap, self._after_map = before_unmap, after_map
 
     def remove(self) -> None:
         """Takes the hooks out. Doing it twice is no error."""
@@ -114,23 +112,17 @@ class Hooks:
             return {entry._tag for entry in self._entries if entry._before_unmap is not None}
 
     def owed(self, ranges: Ranges) -> list[Owed]:
-        """What hooks have to be told of memory that is there (again), by `tell`."""
+        """Returns the ``after_map`` calls to make for ranges that are mapped, for `tell`."""
         return _owed(self._of(ranges), ranges)
-
-    def departing(self, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> Departing:
-        """Calls ``before_unmap`` hooks, and their ``after_map`` if the body fails.
-
-        `ranges` are about to go; `ranges_now` says what is there after a failure.
-        """
-        return Departing(self, ranges, ranges_now)
 
 
 class Departing(contextlib.AbstractContextManager[None]):
-    """The hooks around memory that goes, from `Hooks.departing`.
+    """Calls ``before_unmap`` hooks of memory that goes, and their ``after_map`` if the body fails.
 
     If a hook raises, or the body, those that ran get their ranges back by ``after_map``; the
-    exception goes on, with their own failures as notes. (No generator: one that an interrupt cuts
-    off before its first ``yield`` has come back is ended by whoever drops it, which is too late.)
+    exception goes on, with their own failures as notes. `ranges_now` says what is there then.
+    (No generator: one that an interrupt cuts off before its first ``yield`` has come back is ended
+    by whoever drops it, which is too late.)
     """
 
     def __init__(self, hooks: Hooks, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> None:
@@ -344,7 +336,7 @@ class Turn:
         if transitions._is_mine():
             raise TransitionInProgressError(
                 f"{self._operation}: called from inside a transition of the same allocator, or "
-                "from one of its hooks; call it after that has returned",
+                "from one of its hooks",
                 operation=self._operation,
                 advice="call it after that has returned",
             )

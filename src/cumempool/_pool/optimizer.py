@@ -1,4 +1,4 @@
-"""Finds what of a module or an optimizer is to be adopted: weights, gradients, optimizer state."""
+"""Collects the tensors to adopt: a module's weights and gradients, an optimizer's state."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _tensors_in(thing: object, name: str, tag: str) -> Iterator[Found]:
 
 
 def _address(tensor: torch.Tensor) -> int | None:
-    """Where it lies; None where it has no one place, which `adopt_tensors` says more of."""
+    """Returns the data pointer; None without a single storage, which `adopt_tensors` reports."""
     try:
         return tensor.data_ptr()
     except RuntimeError:

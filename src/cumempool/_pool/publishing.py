@@ -26,7 +26,7 @@ _WHOLE: Final = ".snapshot.json"
 
 
 def home() -> str:
-    """What is the same in processes where a process has the same number; "" where nobody knows."""
+    """Identifies this boot and PID namespace; "" if they cannot be read."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -35,7 +35,7 @@ def home() -> str:
 
 
 def directory() -> Path:
-    """Where this user's processes publish: of the runtime directory, else of the temporary one."""
+    """Returns the folder that this user's processes publish in, in the runtime or temporary one."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     base = Path(runtime) if runtime and Path(runtime).is_dir() else Path(tempfile.gettempdir())
     folder = base / f"cumempool-{os.getuid()}"
@@ -52,7 +52,7 @@ def directory() -> Path:
 
 
 def _start_of(process: int) -> str:
-    """When a process began, in clock ticks, so that its number used again is not taken for it."""
+    """Returns the start of a process in clock ticks, to detect reuse of its number; "" if gone."""
     try:
         text = Path(f"/proc/{process}/stat").read_text()
     except OSError:
@@ -150,7 +150,7 @@ def _run(reference: weakref.ref[Publisher], stop: threading.Event) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What one allocator of a live process has published last.
+    """The latest published statistics of one allocator of a live process.
 
     Attributes:
         process: The process.
@@ -168,7 +168,7 @@ class Published:
 
 
 def published() -> list[Published]:
-    """What this user's live processes publish, by process. Files of dead ones are removed.
+    """Returns the records of this user's live processes; removes files of dead ones.
 
     Processes of other PID namespaces may share the folder: nobody knows here whether they live.
     """
@@ -200,7 +200,7 @@ def _siblings(file: Path) -> Iterator[Path]:
 
 
 def _remove(file: Path, process: int) -> None:
-    """Takes away what was published, but in a fork of the process, which it does not belong to."""
+    """Removes the published files. Does nothing in a forked child."""
     if os.getpid() != process:
         return
     for path in _siblings(file):
@@ -218,8 +218,7 @@ def request_snapshot(of: Published, timeout: float = 10.0) -> dict[str, Any]:
         if time.monotonic() > end:
             wanted.unlink(missing_ok=True)
             raise CumempoolError(
-                f"process {of.process} did not answer within {timeout:g} s; "
-                "look whether it is stopped; py-spy dump shows where it is",
+                f"process {of.process} did not answer within {timeout:g} s",
                 advice="look whether it is stopped; py-spy dump shows where it is",
             )
         time.sleep(0.02)

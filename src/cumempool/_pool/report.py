@@ -1,4 +1,4 @@
-"""What a sleep, wake, swap or discard did, per tag and in total: bytes, seconds and copy rates."""
+"""Reports of transitions, per tag and in total: bytes, seconds and copy rates."""
 
 from __future__ import annotations
 

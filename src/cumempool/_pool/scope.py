@@ -1,4 +1,4 @@
-"""One entry into a pool: what this thread, or every thread, allocates inside goes to a slot."""
+"""Scopes: route the allocations of this thread, or of every thread, to a slot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from cumempool._locks import fork_safe_lock
@@ -36,14 +35,14 @@ def current_scope(state: PoolState) -> MemoryPoolScope | None:
 
 
 def open_tags(state: PoolState, tags: Iterable[str]) -> list[str]:
-    """Those of the tags that a scope is open of, in whatever thread."""
+    """Returns the tags that have an open scope, in any thread."""
     with _entering:
         entered = {scope.tag for scope in _open if scope._state is state}
     return [tag for tag in tags if tag in entered]
 
 
 def refuse_open_scopes(state: PoolState, operation: str, tags: Iterable[str]) -> None:
-    """Refuses to put tags to sleep of which a scope is open, before hooks have done anything.
+    """Refuses to put tags with an open scope to sleep, before any hook is called.
 
     A scope that is entered later is seen by the core, which refuses as well.
     """
@@ -125,7 +124,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         return self
 
     def _reached(self) -> Sequence[int]:
-        """The devices that it is for."""
+        """Returns the devices of the scope."""
         if self.devices is not None:
             return self.devices
         if self._driver_name != "cuda":
@@ -150,8 +149,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             if shared:
                 raise InUseError(
                     f"use_memory_pool({self.tag!r}, all_threads=True): another thread has a scope "
-                    f"of {other.tag!r} open, and what it allocates would go to {self.tag!r}; "
-                    "leave the other scope first, or enter it after this one",
+                    f"of {other.tag!r} open, and what it allocates would go to {self.tag!r}",
                     operation="use_memory_pool",
                     tag=self.tag,
                     device=min(shared),
@@ -194,12 +192,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             while self._slots:
                 _core.unbind_slot(self._slots.pop())
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not self._slots:  # not entered, or left already
             return
         notes: list[str] = []
@@ -233,7 +226,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         return int(self._state.core.snapshot(False)["totals"]["malloc_calls"])
 
     def _notes(self) -> list[str]:
-        """What torch's out-of-memory error does not know, and what helps."""
+        """Returns causes that torch's out-of-memory error does not know, with remedies."""
         notes = []
         reason = self._state.stats().last_malloc_failure
         if reason:
@@ -261,7 +254,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         return notes
 
     def _limit(self, device: int, fraction: float) -> list[str]:
-        """What to say of torch's own limit on a device."""
+        """Returns a note about torch's own limit on a device, if it may be the cause."""
         asleep = sum(
             info.bytes
             for info in self._state.snapshot()
@@ -282,10 +275,5 @@ class NullScope(MemoryPoolScope):
     def __enter__(self) -> NullScope:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What a sleep does with each tag: back it up or discard it, by the call or by the tag's policy."""
+"""Decides whether a sleep backs a tag up or discards it: by the call, or by the tag's policy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def plan_sleep(
     tags: Sequence[str] | str | None,
     offload_tags: Sequence[str] | str | None,
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """What to do with each tag, and which policies that overrules; the core knows the tags."""
+    """Returns the action for each tag, and the policies that it overrules."""
     named = None if tags is None else check_tags(tags, "tags")
     known = stats_of(core).tags
     if offload_tags is None:

@@ -1,4 +1,4 @@
-"""What an allocator holds: bytes per tag and state, totals, and single allocations."""
+"""Statistics of an allocator: bytes per tag and state, totals, and single allocations."""
 
 from __future__ import annotations
 
@@ -122,18 +122,7 @@ class TagStats:
         return f"{self.tag}: {', '.join(parts) or 'nothing'}"
 
 
-_COUNTS = (
-    "awake_allocations",
-    "awake_bytes",
-    "backed_up_allocations",
-    "backed_up_bytes",
-    "discarded_allocations",
-    "discarded_bytes",
-    "backup_bytes",
-    "retained_bytes",
-    "unreleased_bytes",
-    "preserved_bytes",
-)
+_COUNTS = tuple(f.name for f in fields(TagStats) if f.name.endswith(("_allocations", "_bytes")))
 _OF_THE_TAG = ("tag", "on_sleep", "on_wake", "backup_tier", "backing", "pins")
 
 

@@ -1,4 +1,4 @@
-"""What an allocator asks of torch when it needs it: streams, caches, room; of `host`, nothing."""
+"""Queries torch for transitions: streams, caches, room. On `host` all of these are no-ops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def empty_cache(driver: str) -> None:
 
 
 def with_room(driver: str, begin: Callable[[], _T]) -> _T:
-    """What `begin` gives, with torch's cache emptied where the device has no room."""
+    """Calls `begin`; if the device has no room, empties torch's cache and calls it again."""
     try:
         return begin()
     except OutOfMemoryError:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from cumempool._pool.hooks import Arrival, RegistrableRange, ranges_by_tag
+from cumempool._pool.hooks import Arrival, Departing, RegistrableRange, ranges_by_tag
 from cumempool._pool.report import TransitionReport
 from cumempool._pool.scope import refuse_open_scopes
 from cumempool._pool.state import PoolState
@@ -154,11 +154,11 @@ def _departing(state: PoolState, tags: Iterable[str]) -> contextlib.AbstractCont
     if any(info.backing == "cuda_malloc" for info in infos):
         return contextlib.nullcontext()  # which the core is about to refuse
     leaving = frozenset(info.address for info in infos)
-    return state.hooks.departing(ranges_by_tag(infos), lambda: _awake(state, leaving))
+    return Departing(state.hooks, ranges_by_tag(infos), lambda: _awake(state, leaving))
 
 
 def _asleep(state: PoolState, tags: Iterable[str] | None) -> frozenset[int]:
-    """Where memory sleeps that a wake of the tags concerns, of tags that have hooks."""
+    """Returns the addresses that a wake of the tags would wake, of tags that have hooks."""
     hooked = state.hooks.tags()
     if tags is not None:
         hooked &= set(tags)
@@ -169,7 +169,7 @@ def _asleep(state: PoolState, tags: Iterable[str] | None) -> frozenset[int]:
 
 
 def _awake(state: PoolState, addresses: frozenset[int]) -> dict[str, list[RegistrableRange]]:
-    """Those of the allocations that are awake now, by tag."""
+    """Returns those of the allocations that are awake now, by tag."""
     if not addresses:
         return {}
     infos = state.snapshot()

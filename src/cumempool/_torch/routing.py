@@ -104,7 +104,7 @@ class PrivatePool:
         self.id: Final[PoolId] = (int(pool.id[0]), int(pool.id[1]))
 
     def users(self) -> int:
-        """How many counts torch has of it: graphs, routes, and this object until `release`."""
+        """Returns torch's use count: graphs, routes, and this object until `release`."""
         try:
             return int(self._pool.use_count())
         except RuntimeError:
@@ -133,7 +133,7 @@ class PrivatePool:
         _C._cuda_releasePool(self.device, self.id)
 
     def drop(self) -> None:
-        """The same for a pool that a route counts as well, and torch's object is destroyed.
+        """As `release`, for a pool that a route counts as well; destroys torch's object.
 
         With a count left, its destructor finds nothing to empty and asserts nothing. torch before
         2.11 asserts that it is the only one that counts.

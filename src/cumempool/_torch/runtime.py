@@ -1,4 +1,4 @@
-"""What torch was built for and does now: devices, streams, caches, captures."""
+"""Queries torch's build and its state: devices, streams, caches, captures."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def cached_bytes() -> int:
 
 
 def memory_limit(device: int) -> float:
-    """The part of a device that torch was told to use at most, which 1.0 is all of."""
+    """Returns torch's limit on a device as a fraction of its memory; 1.0 for no limit."""
     ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in every torch
     return 1.0 if ask is None else float(ask(device))
 

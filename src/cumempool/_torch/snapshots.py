@@ -1,4 +1,4 @@
-"""What torch holds: segments and blocks, by pool."""
+"""Reads torch's segments and blocks, by pool."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _add_references(value: object, count: int) -> None:
 
 @functools.cache
 def _references_taken() -> int:
-    """How many references to each item of its argument ``_cuda_memorySnapshot`` gives up too many.
+    """Returns how many references ``_cuda_memorySnapshot`` wrongly drops of each argument item.
 
     One in torch 2.11, as counts of references show: a number that Python does not keep for good,
     as the id of a pool may be, is freed by that while it is in use, and the heap is broken.
@@ -63,7 +63,7 @@ def lend(pool: PoolId) -> None:
 
 
 def segments_of(pool: PoolId | None = None) -> list[Segment]:
-    """What torch holds, of one pool or of all; without its history, where this torch can."""
+    """Returns torch's segments, of one pool or of all; without the history if this torch can."""
     ask: Callable[..., list[Segment]] = torch.cuda.memory_snapshot
     takes = parameters_of(ask)
     options: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def field_of(of: Mapping[str, Any], name: str) -> Any:
     except KeyError:
         raise UnsupportedError(
             f"torch {torch.__version__} does not say {name!r} of its memory, which cumempool has "
-            "to know; use a version of torch that cumempool was tried with",
+            "to know",
             advice="use a version of torch that cumempool was tried with",
         ) from None
 

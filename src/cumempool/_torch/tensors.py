@@ -9,7 +9,7 @@ import torch
 
 
 def from_capsule(capsule: object) -> torch.Tensor:
-    """The uint8 tensor over the memory of a DLPack capsule; the memory goes with its storage."""
+    """Returns the uint8 tensor over a DLPack capsule; the memory goes with its storage."""
     return torch.utils.dlpack.from_dlpack(capsule)
 
 
@@ -27,7 +27,7 @@ def tensor_over(
 
 @contextlib.contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """What is made in the body is no inference tensor, has no gradient, and asks no subclass."""
+    """Makes ordinary tensors in the body: no inference, no gradients, no subclass functions."""
     with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         yield
 

@@ -10,7 +10,6 @@ import contextlib
 import weakref
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cumempool._locks import fork_safe_lock
@@ -139,12 +138,7 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
     def __enter__(self) -> CuMemAllocator:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None:
             self.close()
         else:
@@ -199,7 +193,7 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
 
 
 def _observer_of(core: _core.Allocator, config: CuMemConfig, progress: ProgressWatch) -> Observer:
-    """What observes an allocator: its core, and not itself.
+    """Makes the observer of an allocator, which refers to the core alone.
 
     In a cycle with its observer it would outlive its last reference.
     """

@@ -1,4 +1,4 @@
-"""What the parts of `CuMemAllocator` share."""
+"""The base of the parts of `CuMemAllocator`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Part:
         if not self.enabled:
             raise UnsupportedError(
                 f"{operation}: the allocator is switched off (enable_cumem_allocator=False), and "
-                "nothing of it can sleep; leave that setting out",
+                "nothing of it can sleep",
                 operation=operation,
                 advice="leave that setting out",
             )

@@ -1,4 +1,4 @@
-"""How an allocator gives memory: scopes, tensors, graph pools, adopted modules."""
+"""Gives memory: scopes, tensors, graph pools, adopted modules."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ class Allocates(Part):
         """Moves a module's parameters and buffers, or an optimizer's state, into the pool, packed.
 
         Tensors keep their identity, class and attributes; tied weights, views of one storage and
-        strides stay as they are. Old storage is freed as far as nothing else refers to it. It does
+        strides stay as they are. Old storage is freed if nothing else refers to it. It does
         not matter in which mode this is called (``no_grad``, ``inference_mode``): inference tensors
         stay such, and ordinary ones can be trained as before.
 

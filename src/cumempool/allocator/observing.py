@@ -1,4 +1,4 @@
-"""What can be seen of an allocator: statistics, allocations, events, progress."""
+"""Statistics, allocations, events and progress of an allocator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Observed(Part):
-    """The methods of `CuMemAllocator` that tell what there is and what goes on."""
+    """The methods of `CuMemAllocator` that report its state and its transitions."""
 
     def get_current_usage(self) -> int:
         """Bytes of device memory that are awake, over all tags."""

@@ -24,7 +24,7 @@ class Registers(Part):
     """The methods of `CuMemAllocator` about memory that others have registered or open."""
 
     def registrable_ranges(self, tag: str) -> list[RegistrableRange]:
-        """What is awake of a tag, for whoever registers memory: one range per allocation.
+        """Returns the awake ranges of a tag, one per allocation, for memory registration.
 
         Each lies inside one handle, as registrations need it. A registration is stale when the
         generation has grown.
@@ -70,13 +70,13 @@ class Registers(Part):
         return self._state.hooks.register(tag, before_unmap, after_map)
 
     def pin(self, tag: str, holder: str = "an unnamed holder") -> Pin:
-        """Forbids that memory of a tag goes to sleep, for whoever has it registered.
+        """Keeps a tag awake while its memory is registered elsewhere.
 
         Waits for a transition of another thread.
 
         Args:
             tag: A tag that was used before.
-            holder: What refused sleeps call whoever holds the pin.
+            holder: Names the owner of the pin in the errors of refused sleeps.
 
         Returns:
             The pin; ``release()`` or the end of a ``with`` block takes it off.
@@ -101,8 +101,8 @@ class Registers(Part):
 
         Args:
             what: A tensor of this allocator; or a tag: all of it that is awake.
-            writable: False grants reading only. (Which keeps honest programs from writing: whoever
-                gets a descriptor has the rights of this user.)
+            writable: False grants reading only. (It protects from mistakes, not from attacks: the
+                holder of a descriptor has the rights of this user.)
             fabric: Put the memory's FABRIC handles into the descriptor, for processes on other
                 hosts of the NVLink domain. **Whoever has such a descriptor can map the memory**, to
                 read and to write, and nobody can tell who does. The tag cannot sleep until it is
@@ -121,7 +121,7 @@ class Registers(Part):
         return self._exports.share(what, writable, fabric)
 
     def exports(self) -> list[Export]:
-        """What other processes keep awake: what they have open, and messages not received yet.
+        """Returns the memory that other processes keep awake: opened, or sent and not yet received.
 
         The oldest first. A message that nobody will receive, since its queue or its receiver is
         gone, keeps its memory until `revoke`, ``close(force=True)``, or the end of the process.

@@ -1,4 +1,4 @@
-"""How the memory of an allocator sleeps and wakes."""
+"""Puts the memory of an allocator to sleep and wakes it."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def put_in_place(this: ModuleType) -> None:
         package = importlib.import_module(_PACKAGE)
     except ImportError as error:
         raise UnavailableError(
-            f"install: {_PACKAGE} cannot be imported: {error}; install vLLM 0.33 or newer",
+            f"install: {_PACKAGE} cannot be imported: {error}",
             operation="install",
             advice="install vLLM 0.33 or newer",
         ) from error

@@ -95,7 +95,7 @@ def to_json(report: TransitionReport) -> dict[str, Any]:
 
 
 def joined(operation: str, parts: Iterable[Mapping[str, Any]]) -> TransitionReport:
-    """One report from those of the steps, which concern different tags."""
+    """Joins the reports of the steps, which concern different tags."""
     tags: dict[str, TagReport] = {}
     overrides: dict[str, str] = {}
     problems: list[str] = []

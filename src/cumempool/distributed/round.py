@@ -66,7 +66,7 @@ class Round:
         raise self._error(states) from (self._take_cause() or lost)
 
     def _all_or_none(self, plan: Callable[[], list[Step]]) -> dict[int, TransitionReport]:
-        # Known before anything else: whoever gives up while it plans has to say of what round.
+        # First: a rank that gives up while it plans has to name the round.
         self._find_number()
         steps = self._planned(plan)
         arrived = self._gather("here", {"operation": self.operation, "steps": len(steps)})
@@ -108,7 +108,7 @@ class Round:
         self.failures[self.rank] = f"{type(error).__name__}: {error}"
 
     def _take_cause(self) -> BaseException | None:
-        """What this rank failed with; not kept, since the frames of it know this object."""
+        """Returns and drops this rank's error, whose frames refer to this object."""
         cause, self.cause = self.cause, None
         return cause
 
@@ -159,7 +159,7 @@ class Round:
         """Decides the round, unless that was done; returns what was decided, once and for all."""
         made: dict[str, Any] = self.channel.first(self._decision, decision)
         if "gave_up" not in made:  # else those who come later are told of it
-            with contextlib.suppress(StoreLostError):  # whoever comes next does it
+            with contextlib.suppress(StoreLostError):  # the next rank does it
                 self._begin_next()
         return made
 
@@ -294,7 +294,7 @@ class Round:
         return f"{self.number}/{phase}/{rank}"
 
     def _own_keys(self, number: int) -> list[str]:
-        """What this rank may have written in a round that nobody reads any more."""
+        """Returns the keys that this rank may have written in a round."""
         phases = ("here", "vote0", "vote1", "end")
         keys = [f"{number}/{phase}/{self.rank}" for phase in phases]
         return [*keys, f"{number}/decision"] if self.rank == 0 else keys

@@ -1,4 +1,4 @@
-"""What a rank does locally: transitions, each with its way back."""
+"""The local transitions of a rank, each with its way back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _check_known(operation: str, allocator: CuMemAllocator, tags: Iterable[str])
 def _tags_wholly(
     operation: str, allocator: CuMemAllocator, tags: Iterable[str], state: str
 ) -> list[str]:
-    """Those of the tags that have something in a state, all of which must be.
+    """Returns the tags that have memory in a state; all memory of them must be in it.
 
     A way back works on whole tags: from a tag of which only a part slept, it would wake too much.
     """
@@ -76,13 +76,13 @@ def _refuse_pinned(operation: str, allocator: CuMemAllocator, tags: Iterable[str
 
 
 def _tags_to_lose(allocator: CuMemAllocator, tags: Iterable[str]) -> tuple[str, ...]:
-    """Those of some awake tags that have contents which a discard does not preserve."""
+    """Returns the awake tags whose contents a discard would lose."""
     known = allocator.stats().tags
     return tuple(tag for tag in tags if known[tag].awake_bytes > known[tag].preserved_bytes)
 
 
 def sleep_steps(allocator: CuMemAllocator, actions: Mapping[str, int]) -> list[Step]:
-    """What can be undone comes first: discarding is for when all ranks have come so far."""
+    """Returns the steps of a sleep: first the backups, which can be undone, then the discards."""
     keep = [tag for tag, action in actions.items() if action == OFFLOAD]
     drop = [tag for tag, action in actions.items() if action == DISCARD]
     steps = [_sleep_step(allocator, keep, keep)] if keep else []

@@ -1,4 +1,4 @@
-"""How ranks meet: through a store that all of them reach, and which may cease to answer."""
+"""A store through which ranks meet, and which may stop answering."""
 
 from __future__ import annotations
 

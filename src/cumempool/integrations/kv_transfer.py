@@ -329,7 +329,7 @@ def _unknown(connector: Connector) -> str:
 
 
 def _resolve(kv: KVTransferConfig | None) -> Iterator[tuple[Connector, bool]]:
-    """What is known of each connector, with what its configuration changes of it."""
+    """Yields each connector as configured, and whether it is a known one."""
     for part in kv.parts() if kv is not None else ():
         name = str(part.connector).strip()
         found = find_connector(name)

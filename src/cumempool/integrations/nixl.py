@@ -90,7 +90,7 @@ def _import_nixl() -> Any:
         except ImportError as error:
             reasons.append(f"{name}: {error}")
     raise UnavailableError(
-        f"NIXL cannot be imported ({'; '.join(reasons)}); pip install nixl",
+        f"NIXL cannot be imported ({'; '.join(reasons)})",
         operation="create_agent",
         advice="pip install nixl",
     )

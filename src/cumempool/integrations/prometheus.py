@@ -25,16 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CuMemCollector"]
 
-_TAG_BYTES: Final[Mapping[str, str]] = {
-    "awake": "awake_bytes",
-    "backed_up": "backed_up_bytes",
-    "discarded": "discarded_bytes",
-}
-_TAG_ALLOCATIONS: Final[Mapping[str, str]] = {
-    "awake": "awake_allocations",
-    "backed_up": "backed_up_allocations",
-    "discarded": "discarded_allocations",
-}
+_STATES: Final = ("awake", "backed_up", "discarded")
 _GAUGES: Final[Mapping[str, str]] = {
     "reserved_address_bytes": "Address space held from the driver.",
     "physical_bytes": "Device memory held from the driver.",
@@ -97,16 +88,16 @@ class CuMemCollector(Collector):
         yield from self._transitions()
 
     def _tags(self, stats: Stats) -> Iterator[Metric]:
-        for name, text, of_state in (
-            ("tag_bytes", "Bytes of allocations, by state.", _TAG_BYTES),
-            ("tag_allocations", "Allocations, by state.", _TAG_ALLOCATIONS),
+        for amount, text in (
+            ("bytes", "Bytes of allocations, by state."),
+            ("allocations", "Allocations, by state."),
         ):
-            gauge = GaugeMetricFamily(
-                f"cumempool_{name}", text, labels=[*self._names, "tag", "state"]
-            )
+            labels = [*self._names, "tag", "state"]
+            gauge = GaugeMetricFamily(f"cumempool_tag_{amount}", text, labels=labels)
             for tag in stats.tags.values():
-                for state, field in of_state.items():
-                    gauge.add_metric([*self._values, tag.tag, state], getattr(tag, field))
+                for state in _STATES:
+                    held = getattr(tag, f"{state}_{amount}")
+                    gauge.add_metric([*self._values, tag.tag, state], held)
             yield gauge
         backups = GaugeMetricFamily(
             "cumempool_tag_backup_bytes",

@@ -1,4 +1,4 @@
-"""What other processes are told of shared memory: what it is, whose, and how to ask for it."""
+"""Descriptors of shared memory: its ranges, its owner, and how to ask for it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class SharedMemory:
     message: int = 0
 
     def _request(self, writable: bool) -> dict[str, object]:
-        """What an importer asks for; all of it but `writable` is what the secret signs."""
+        """Returns an importer's request; the secret signs all of it but `writable`."""
         return {
             "tag": self.tag,
             "granted": self.writable,
@@ -107,7 +107,7 @@ class SharedMemory:
 
 
 def layout_of(tensor: torch.Tensor, start: int) -> SharedLayout:
-    """Where a tensor is in the allocation that starts at an address."""
+    """Returns the layout of a tensor in the allocation that starts at an address."""
     if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         raise InvalidTypeError(
             "a quantized tensor, and one that is conjugated or negated lazily, is more than its "

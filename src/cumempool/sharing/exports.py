@@ -1,6 +1,6 @@
-"""What an allocator has shared with other processes: its descriptors, and their end.
+"""Makes and withdraws the descriptors that an allocator gives to other processes.
 
-`owner.py` serves whoever asks for it, and is opened when something is shared first.
+`owner.py` serves those who ask, and is opened at the first sharing.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ def _local_device(
 
 
 def _refuse_unreachable(ordinal: int, uuid: str) -> None:
-    """Where the GPU of the memory is not visible here, it is left to the driver to say."""
+    """Refuses a device without peer access. The driver decides if the owner's GPU is hidden."""
     import torch
 
     owner = _visible(uuid)

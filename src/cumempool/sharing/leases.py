@@ -112,7 +112,7 @@ def _ends_within(pidfd: int, seconds: float) -> bool:
 
 
 class Leases:
-    """What others keep awake of the memory of one allocator. Thread-safe.
+    """The memory of one allocator that others keep awake. Thread-safe.
 
     Attributes:
         lock: Held while any of it changes.
@@ -186,7 +186,7 @@ class Leases:
             self._queued.pop(tag).release()
 
     def exports(self) -> list[Export]:
-        """What others keep awake, the oldest first."""
+        """Returns the memory that others keep awake, the oldest first."""
         self.settle(None)
         now = time.monotonic()
         with self.lock:
@@ -301,7 +301,7 @@ class Leases:
             self._let_go(lease)
 
     def watched(self) -> list[Lease]:
-        """Those that the endpoint's thread closes."""
+        """Returns the leases that the endpoint's thread closes."""
         with self.lock:
             return [lease for lease in self._leases if lease.watched]
 

@@ -177,7 +177,7 @@ class Endpoint:
         self._admit(connection)
 
     def _admit(self, connection: socket.socket) -> None:
-        """Has whoever is at the other end answered, if that is a process of the same user."""
+        """Answers a connection in a thread of its own if it is of a process of the same user."""
         process, user = peer_of(connection)
         if not is_of_this_user(process, user):
             _logger.warning("process %d of user %d asked for shared memory", process, user)
@@ -268,7 +268,7 @@ class Endpoint:
                 self._watch_lease(lease)
                 failed.pop_all()
         except CumempoolError as error:
-            # The pin is off by now: whoever is told may have the owner sleep.
+            # The pin is off by now: the importer may have the owner sleep.
             wire.send({"error": str(error)}, before=FAILED)
             return False
         return True
@@ -336,7 +336,7 @@ def _check_current(part: SharedRange, info: Mapping[str, Any]) -> None:
     if info["generation"] != part.generation:
         raise SharingError(
             f"the memory is of generation {info['generation']}, and the descriptor of "
-            f"{part.generation}: it has slept since it was shared; share it again",
+            f"{part.generation}: it has slept since it was shared",
             tag=info["tag"],
             advice="share it again",
         )

@@ -88,7 +88,7 @@ def _ask_pickler_first() -> None:
 
 
 def _reduce(what: Any) -> Any:
-    """How a tensor, parameter or storage of a pool is sent; None: it is none.
+    """Reduces a tensor, parameter or storage of a pool for sending; None if it is none.
 
     Some receivers put their own device in the place that it has among the arguments of torch's
     `rebuild_cuda_tensor`, the seventh: `rebuild_tensor` takes it there.

@@ -1,7 +1,4 @@
-"""How owner and importer of shared memory talk: messages and descriptors over a Unix socket.
-
-Also what the kernel says of the process at the other end.
-"""
+"""Sends messages and file descriptors between owner and importer; identifies the peer process."""
 
 from __future__ import annotations
 
@@ -127,7 +124,7 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
 
 @functools.cache
 def _overflow_user() -> int:
-    """As whom processes appear whose user has no number in this user namespace."""
+    """Returns the id that stands for users without a number in this user namespace."""
     try:
         return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -152,7 +149,7 @@ def is_of_this_user(process: int, user: int) -> bool:
 
 
 def pidfd_of_peer(connection: socket.socket, process: int) -> int | None:
-    """What tells the end of the process at the other end; None where the kernel cannot say."""
+    """Returns a pidfd of the process at the other end; None if the kernel has none."""
     from cumempool import _core
 
     try:

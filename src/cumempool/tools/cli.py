@@ -28,7 +28,7 @@ _json_option = click.option(
 
 
 def _driver_option(text: str) -> Callable[[_Command], _Command]:
-    """The driver, by default that of a GPU; `text` says what the other one is good for here."""
+    """Returns the option for the driver, by default that of a GPU; `text` explains ``host``."""
     return click.option(
         "--driver",
         type=click.Choice(["cuda", "host"]),
@@ -268,7 +268,7 @@ def _print_checks(checks: list[Check]) -> None:
 
 
 def _print_counts(console: Console, checks: Sequence[Check | Outcome]) -> dict[str, int]:
-    """How many checks there are of each status."""
+    """Prints and returns the number of checks of each status."""
     counts = {status: sum(check.status == status for check in checks) for status in _STYLES}
     console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     return counts

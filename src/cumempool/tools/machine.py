@@ -15,7 +15,7 @@ def _read(path: str) -> str:
 
 
 def host_room() -> tuple[int, int, str]:
-    """What the kernel leaves this process of host memory, as a sleep measures it.
+    """Measures the host memory that the kernel leaves this process, as a sleep does.
 
     Returns:
         The bytes that it can still take, page cache included; 0 where that cannot be found out. The

@@ -23,7 +23,7 @@ def _colours(tags: Sequence[str]) -> dict[str, str]:
 
 
 def _unit(most: int) -> tuple[str, int]:
-    """The unit that a number of bytes is at least one of."""
+    """Returns the largest unit that a number of bytes fills."""
     return next((unit for unit in _UNITS if most >= unit[1]), _UNITS[-1])
 
 

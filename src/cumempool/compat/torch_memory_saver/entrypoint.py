@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from cumempool._locks import fork_safe_lock
 from cumempool._pool.backup import Backup
@@ -15,14 +16,11 @@ from cumempool.allocator import CuMemAllocator
 from cumempool.compat.torch_memory_saver.cpu_backups import CpuBackups
 from cumempool.compat.torch_memory_saver.graph_captures import GraphCaptures
 from cumempool.compat.torch_memory_saver.open_regions import OpenRegions
-from cumempool.compat.torch_memory_saver.torch_memory import empty_cache, reserved_bytes
 from cumempool.config import CuMemConfig
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
-
-    from cumempool._pool.scope import MemoryPoolScope
 
 CpuBackupBackend = Literal["mmap", "pinned"]
 HookMode = Literal["preload", "torch"]
@@ -116,10 +114,7 @@ class TorchMemorySaver:
         backup = self._backup(enable_cpu_backup, enable_disk_backup, cpu_backup_backend)
         name = f"{tag}:{_kind(backup)}"
         self._declare(tag, name, backup)
-
-        def make_scope() -> MemoryPoolScope:
-            return self.allocator.use_memory_pool(name, all_threads=all_threads)
-
+        make_scope = partial(self.allocator.use_memory_pool, name, all_threads=all_threads)
         with self._regions.opened(name, make_scope):
             yield
 
@@ -158,7 +153,7 @@ class TorchMemorySaver:
 
         if self.allocator.config.driver != "cuda":
             raise UnsupportedError(
-                "cuda_graph: the host driver has no graphs; use the cuda driver",
+                "cuda_graph: the host driver has no graphs",
                 operation="cuda_graph",
                 tag=tag,
                 advice="use the cuda driver",
@@ -166,23 +161,19 @@ class TorchMemorySaver:
         backup = self._backup(enable_cpu_backup, False, cpu_backup_backend)
         device = torch.cuda.current_device() if stream is None else int(stream.device.index)
 
-        pools = self._graphs.pool(
-            self.allocator,
-            lambda name: self._declare(tag, name, backup),
-            f"{tag}:{_kind(backup)}",
-            device,
-            pool,
-            cuda_graph,
-        )
-        with (
-            pools as handle,
-            torch.cuda.graph(
-                cuda_graph,
-                pool=cast(Any, handle),
-                stream=stream,
-                capture_error_mode=capture_error_mode,
-            ),
-        ):
+        def declare(name: str) -> None:
+            self._declare(tag, name, backup)
+
+        prefix = f"{tag}:{_kind(backup)}"
+        with contextlib.ExitStack() as stack:
+            handle: Any = stack.enter_context(
+                self._graphs.pool(self.allocator, declare, prefix, device, pool, cuda_graph)
+            )
+            stack.enter_context(
+                torch.cuda.graph(
+                    cuda_graph, pool=handle, stream=stream, capture_error_mode=capture_error_mode
+                )
+            )
             yield
 
     @contextlib.contextmanager
@@ -197,18 +188,17 @@ class TorchMemorySaver:
         """
         if self._graphs.capturing():
             raise UnsupportedError(
-                "disable: the memory of a graph comes from one pool, which can be paused; allocate "
-                "before the capture, or capture with torch.cuda.graph",
+                "disable: the memory of a graph comes from one pool, which can be paused",
                 operation="disable",
                 advice="allocate before the capture, or capture with torch.cuda.graph",
             )
         with self._regions.left():
-            reserved = reserved_bytes()
+            reserved = _reserved_bytes()
             try:
                 yield
             finally:
-                if reserved_bytes() > reserved:
-                    empty_cache()
+                if _reserved_bytes() > reserved:
+                    _empty_cache()
 
     # ---- pausing -------------------------------------------------------------------------------
 
@@ -397,7 +387,13 @@ class TorchMemorySaver:
         if backend is not None and not cpu:
             raise InvalidArgumentError("cpu_backup_backend requires enable_cpu_backup=True")
         if disk:
-            return Backup.file(self._disk_directory_made())
+            if self._disk_directory is None:
+                raise InvalidArgumentError(
+                    "enable_disk_backup: there is no directory for files; call "
+                    "set_disk_backup_dir() or set TMS_DISK_BACKUP_DIR first"
+                )
+            os.makedirs(self._disk_directory, exist_ok=True)
+            return Backup.file(self._disk_directory)
         if not cpu:
             return None
         chosen = backend or os.environ.get("TMS_INIT_CPU_BACKUP_BACKEND") or "pinned"
@@ -405,14 +401,24 @@ class TorchMemorySaver:
             raise InvalidArgumentError(f"cpu_backup_backend={chosen!r} is not 'pinned' or 'mmap'")
         return Backup.pinned() if chosen == "pinned" else Backup.pageable()
 
-    def _disk_directory_made(self) -> str:
-        if self._disk_directory is None:
-            raise InvalidArgumentError(
-                "enable_disk_backup: there is no directory for files; call set_disk_backup_dir() "
-                "or set TMS_DISK_BACKUP_DIR first"
-            )
-        os.makedirs(self._disk_directory, exist_ok=True)
-        return self._disk_directory
+
+def _reserved_bytes() -> int:
+    """Returns what torch has reserved on all devices, pools included."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return 0
+    return sum(torch.cuda.memory_reserved(d) for d in range(torch.cuda.device_count()))
+
+
+def _empty_cache() -> None:
+    import torch
+
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        # torch before 2.9 refuses while somebody captures a graph. What is unused stays cached.
+        _logger.debug("torch refused to empty its cache")
 
 
 def _kind(backup: Backup | None) -> str:

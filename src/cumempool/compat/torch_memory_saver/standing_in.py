@@ -54,7 +54,7 @@ def install() -> None:
             raise InUseError(
                 "torch_memory_saver has been imported from "
                 f"{getattr(loaded, '__file__', 'somewhere')} already, and whoever did goes on "
-                "using it; call install() before anything imports torch_memory_saver",
+                "using it",
                 operation="install",
                 advice="call install() before anything imports torch_memory_saver",
             )
