@@ -145,24 +145,19 @@ def open_driver(config: CuMemConfig) -> _core.Driver:
     """
     from cumempool import _core
 
-    if config.enable_cumem_allocator is False:  # a device that nothing is ever allocated on
-        return _core.open_host(
-            devices=1,
-            bytes_per_device=HOST_GRANULARITY,
-            granularity=HOST_GRANULARITY,
-            rdma=False,
-            fabric=False,
-        )
-    if config.driver == "cuda":
+    devices, granules = config.host_driver_devices, config.host_driver_bytes // HOST_GRANULARITY
+    if config.enable_cumem_allocator is False:
+        devices, granules = 1, 1  # a device that nothing is ever allocated on
+    elif config.driver == "cuda":
         return _core.open_cuda()
-    if config.host_driver_bytes < HOST_GRANULARITY:
+    if not granules:
         raise InvalidArgumentError(
             f"host_driver_bytes={config.host_driver_bytes} is less than one granule of "
             f"{HOST_GRANULARITY} bytes"
         )
     return _core.open_host(
-        devices=config.host_driver_devices,
-        bytes_per_device=config.host_driver_bytes // HOST_GRANULARITY * HOST_GRANULARITY,
+        devices=devices,
+        bytes_per_device=granules * HOST_GRANULARITY,
         granularity=HOST_GRANULARITY,
         rdma=False,
         fabric=False,

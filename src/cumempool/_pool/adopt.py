@@ -66,13 +66,6 @@ def device_type_of(state: PoolState) -> str:
     return "cpu" if state.driver == "host" else "cuda"
 
 
-def _check_kind(name: str, tensor: torch.Tensor, device_type: str) -> None:
-    """Refuses by name what cannot be moved by copying its storage."""
-    problem = _problem(tensor, device_type)
-    if problem:
-        raise refusal(name, problem)
-
-
 def _problem(tensor: torch.Tensor, device_type: str) -> str:
     """Why a tensor cannot be moved by copying its storage, or ``""``."""
     kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
@@ -120,7 +113,8 @@ def _collect(found: Iterable[Found], device_type: str) -> list[_Storage]:
         if id(one.tensor) in seen:
             continue
         seen[id(one.tensor)] = one
-        _check_kind(one.name, one.tensor, device_type)
+        if problem := _problem(one.tensor, device_type):
+            raise refusal(one.name, problem)
         storage = _torch.as_plain(one.tensor).untyped_storage()
         if storage.nbytes() == 0:
             continue

@@ -76,12 +76,11 @@ def prepare(state: PoolState, actions: Mapping[str, int], *, background: bool) -
 
 def wake(state: PoolState, tags: list[str] | None) -> TransitionReport:
     """Wakes tags, or all; see `CuMemAllocator.wake_up`."""
-    driver = state.driver
     with state.observer.watch("wake_up") as watched, state.transitions.turn("wake_up"):
-        streams = current_streams(driver)
+        streams = current_streams(state.driver)
         asleep = _asleep(state, tags)
         raw, problems = state.transitions.arriving(
-            lambda: with_room(driver, lambda: state.core.wake(tags, streams)),
+            lambda: with_room(state.driver, lambda: state.core.wake(tags, streams)),
             lambda: state.hooks.owed(_awake(state, asleep)),
         )
         report = watched.report = _report("wake_up", raw, {}, problems)
@@ -90,13 +89,12 @@ def wake(state: PoolState, tags: list[str] | None) -> TransitionReport:
 
 def begin_wake(state: PoolState, tags: list[str] | None, first: list[int]) -> WakeHandle:
     """Begins a wake that goes on by itself; `first` are addresses that come before all others."""
-    driver = state.driver
     begin = time.perf_counter()
     with (
         state.observer.failing("wake_up", begin),
         state.transitions.turn("wake_up"),
     ):
-        streams = current_streams(driver)
+        streams = current_streams(state.driver)
         asleep = _asleep(state, tags)
         waking: _core.Waking | None = None
 
@@ -109,8 +107,8 @@ def begin_wake(state: PoolState, tags: list[str] | None, first: list[int]) -> Wa
 
         arrival = Arrival(wait, lambda: state.hooks.owed(_awake(state, asleep)))
         state.transitions.expect(arrival)
-        waking = with_room(driver, lambda: state.core.wake_begin(tags, first, streams))
-    return WakeHandle(waking, driver, state.transitions, arrival)
+        waking = with_room(state.driver, lambda: state.core.wake_begin(tags, first, streams))
+    return WakeHandle(waking, state.driver, state.transitions, arrival)
 
 
 def swap(
@@ -122,14 +120,13 @@ def swap(
     """Sleeps as planned while `tags` wake, or all others that sleep."""
     refuse_open_scopes(state, "swap", actions)
     state.before_sleep(actions)
-    driver = state.driver
     pairs = list(actions.items())
     with (
         state.observer.watch("swap") as watched,
         state.transitions.turn("swap"),
         _departing(state, actions),
     ):
-        streams = current_streams(driver)
+        streams = current_streams(state.driver)
         asleep = _asleep(state, tags)
 
         def attempt() -> _core.Report:
@@ -138,7 +135,7 @@ def swap(
             return state.core.swap(pairs, dead, tags, streams, as_of)
 
         raw, problems = state.transitions.arriving(
-            lambda: with_room(driver, attempt),
+            lambda: with_room(state.driver, attempt),
             lambda: state.hooks.owed(_awake(state, asleep)),
         )
         report = watched.report = _report("swap", raw, overrides, problems)

@@ -45,11 +45,6 @@ def shared() -> Pools:
     return Pools.get_instance(CuMemConfig.from_env()) if made is None else made
 
 
-def driver_name() -> str:
-    """Its driver: ``"cuda"`` or ``"host"``."""
-    return shared().config.driver
-
-
 def check_tags(tags: object, what: str) -> tuple[str, ...]:
     """The distinct tags of an argument, which messages call `what`."""
     named = (tags,) if isinstance(tags, str) else tags
@@ -102,7 +97,7 @@ class Memory:
         Raises:
             DriverError: The driver refuses the address, or an earlier kernel has failed.
         """
-        if driver_name() == "host":
+        if shared().config.driver == "host":
             ctypes.memset(devPtr, value, count)
         else:
             self._call("cuMemsetD8_v2", devPtr, ctypes.c_ubyte(value), count)
@@ -113,7 +108,7 @@ class Memory:
         Raises:
             DriverError: As `cudaMemset`.
         """
-        if driver_name() == "host":
+        if shared().config.driver == "host":
             ctypes.memmove(dst, src, count)
         else:
             self._call("cuMemcpy", dst, ctypes.c_uint64(src), count)

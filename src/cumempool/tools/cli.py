@@ -27,12 +27,13 @@ _json_option = click.option(
 )
 
 
-def _driver_option(text: str) -> Callable[[_Command], _Command]:
-    """Returns the option for the driver, by default that of a GPU; `text` explains ``host``."""
+def _driver_option(text: str, *choices: str) -> Callable[[_Command], _Command]:
+    """Returns the option for the driver; the first choice, else cuda, is the default."""
+    choices = choices or ("cuda", "host")
     return click.option(
         "--driver",
-        type=click.Choice(["cuda", "host"]),
-        default="cuda",
+        type=click.Choice(choices),
+        default=choices[0],
         envvar="CUMEMPOOL_DRIVER",
         show_default=True,
         show_envvar=True,
@@ -56,14 +57,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option(
-    "--driver",
-    type=click.Choice(["auto", "cuda", "host"]),
-    default="auto",
-    envvar="CUMEMPOOL_DRIVER",
-    show_default=True,
-    show_envvar=True,
-    help="auto: cuda where a GPU can be used, else host with CPU tensors, and says so.",
+@_driver_option(
+    "auto: cuda where a GPU can be used, else host with CPU tensors, and says so.",
+    *("auto", "cuda", "host"),
 )
 @click.option(
     "--mib",

@@ -12,7 +12,7 @@ from cumempool._pool.report import TransitionReport, format_bytes
 from cumempool.allocator import CuMemAllocator
 from cumempool.config import CuMemConfig
 from cumempool.errors import UnavailableError
-from cumempool.probe import Availability, probe
+from cumempool.probe import probe
 
 _WIDTH = 1024
 _SEED = 20
@@ -24,7 +24,12 @@ def _choose_driver(wanted: str, console: Console) -> CuMemConfig:
         if not found.ok and wanted == "cuda":
             raise UnavailableError(f"{found.reason}. {found.hint}", advice=found.hint)
         if not found.ok:
-            _announce_host(console, found)
+            console.print(
+                "Driver: host. NO GPU IS USED: memory is host memory, tensors are on the CPU.",
+                style="bold yellow",
+            )
+            hint = found.hint.rstrip(".")
+            console.print(f"  why not cuda: {found.reason}. To change that: {hint}.")
         wanted = "cuda" if found.ok else "host"
     else:
         console.print("Driver: host, as asked for. Memory is host memory, tensors are on the CPU.")
@@ -33,14 +38,6 @@ def _choose_driver(wanted: str, console: Console) -> CuMemConfig:
         console.print(f"Driver: cuda. Memory is device memory of {name}.")
         return CuMemConfig(driver="cuda")
     return CuMemConfig(driver="host")
-
-
-def _announce_host(console: Console, found: Availability) -> None:
-    console.print(
-        "Driver: host. NO GPU IS USED: memory is host memory, tensors are on the CPU.",
-        style="bold yellow",
-    )
-    console.print(f"  why not cuda: {found.reason}. To change that: {found.hint.rstrip('.')}.")
 
 
 @dataclass
@@ -88,28 +85,18 @@ def _memory_used(allocator: CuMemAllocator) -> int:
     return allocator.stats().physical_bytes
 
 
-def _rows(report: TransitionReport) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for tag in report.tags.values():
-        moved = tag.bytes_copied
-        rows.append(
-            (
-                report.operation,
-                tag.tag,
-                format_bytes(tag.bytes_freed or tag.bytes_mapped),
-                format_bytes(moved) if moved else "-",
-                f"{tag.seconds * 1e3:.2f}",
-                f"{tag.gb_per_s:.1f}" if moved else "-",
-            )
-        )
-    return rows
-
-
 def _print_table(console: Console, *reports: TransitionReport) -> None:
     table = Table("transition", "tag", "device memory", "copied", "ms", "GB/s")
     for report in reports:
-        for row in _rows(report):
-            table.add_row(*row)
+        for tag in report.tags.values():
+            table.add_row(
+                report.operation,
+                tag.tag,
+                format_bytes(tag.bytes_freed or tag.bytes_mapped),
+                format_bytes(tag.bytes_copied) if tag.bytes_copied else "-",
+                f"{tag.seconds * 1e3:.2f}",
+                f"{tag.gb_per_s:.1f}" if tag.bytes_copied else "-",
+            )
         table.add_row(report.operation, "total", "", "", f"{report.seconds * 1e3:.2f}", "")
         table.add_section()
     console.print(table)

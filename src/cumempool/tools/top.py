@@ -16,25 +16,6 @@ from cumempool._pool.report import format_bytes
 _COLUMNS = ("process", "name", "tag", "awake", "asleep", "backup", "where", "pins")
 
 
-def _rows(one: Published) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for tag in one.stats["tags"].values():
-        asleep = tag["backed_up_bytes"] + tag["discarded_bytes"]
-        rows.append(
-            (
-                str(one.process),
-                one.name,
-                tag["tag"],
-                format_bytes(tag["awake_bytes"]),
-                format_bytes(asleep),
-                format_bytes(tag["backup_bytes"] + tag["retained_bytes"]),
-                tag["backup_tier"],
-                str(tag["pins"]),
-            )
-        )
-    return rows
-
-
 def _last(one: Published) -> str:
     last = one.stats.get("last_event")
     if not last:
@@ -55,8 +36,17 @@ def _view(processes: Sequence[Published]) -> Group | Text:
     for number, column in enumerate(_COLUMNS):
         table.add_column(column, justify="right" if 3 <= number <= 5 else "left")
     for one in processes:
-        for row in _rows(one):
-            table.add_row(*row)
+        for tag in one.stats["tags"].values():
+            table.add_row(
+                str(one.process),
+                one.name,
+                tag["tag"],
+                format_bytes(tag["awake_bytes"]),
+                format_bytes(tag["backed_up_bytes"] + tag["discarded_bytes"]),
+                format_bytes(tag["backup_bytes"] + tag["retained_bytes"]),
+                tag["backup_tier"],
+                str(tag["pins"]),
+            )
     lines = [Text(line, style="dim") for line in map(_last, processes) if line]
     return Group(table, *lines)
 
