@@ -172,17 +172,8 @@ class Observer:
             stats = self._stats()
             awake, asleep = stats.awake_bytes, stats.asleep_bytes
             physical, host = stats.physical_bytes, stats.host_bytes
-        return Event(
-            time=time.time(),
-            operation=operation,
-            seconds=seconds,
-            error=error,
-            report=report,
-            awake_bytes=awake,
-            asleep_bytes=asleep,
-            physical_bytes=physical,
-            host_bytes=host,
-        )
+        values = (awake, asleep, physical, host)
+        return Event(time.time(), operation, seconds, error, report, *values)
 
     def summary(self) -> dict[str, object]:
         """Statistics and the last event, of types that ``json.dumps`` takes."""

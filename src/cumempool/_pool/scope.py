@@ -109,7 +109,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         if self._used:
             raise InvalidArgumentError("a scope is entered once; call use_memory_pool() again")
         self.devices = self._reached()
-        if self._driver_name == "host":
+        if self._state.driver == "host":
             self._mallocs = self._mallocs_now()
         try:
             with _entering:
@@ -127,7 +127,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         """Returns the devices of the scope."""
         if self.devices is not None:
             return self.devices
-        if self._driver_name != "cuda":
+        if self._state.driver != "cuda":
             return range(self._state.devices.count)
         from cumempool import _torch
 
@@ -143,7 +143,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             return
         mine = threading.get_ident()
         for other in _open:
-            if other._thread == mine or other._driver_name != self._driver_name:
+            if other._thread == mine or other._state.driver != self._state.driver:
                 continue
             shared = set(other.devices or ()).intersection(self.devices or ())
             if shared:
@@ -156,10 +156,6 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
                     advice="leave the other scope first, or enter it after this one",
                 )
 
-    @property
-    def _driver_name(self) -> str:
-        return self._state.driver
-
     def _begin(self) -> None:
         from cumempool import _core
 
@@ -168,7 +164,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         (slot,) = self._slots
         if self.preserves:
             _core.preserve_slot(slot)
-        if self._driver_name == "cuda":
+        if self._state.driver == "cuda":
             from cumempool import _torch
 
             self._state.before_tensors()
@@ -206,7 +202,9 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             if hasattr(error, "add_note"):  # Python 3.11
                 for note in notes:
                     error.add_note(f"cumempool: {note}")
-        elif error is None and self._driver_name == "host" and self._mallocs == self._mallocs_now():
+        elif (
+            error is None and self._state.driver == "host" and self._mallocs == self._mallocs_now()
+        ):
             _warn_unrouted(self.tag)
 
     def release_unused(self) -> bool:

@@ -34,11 +34,6 @@ def _count_by_state(tag: Any) -> dict[str, int]:
     return {"awake": tag.awake_allocations, "asleep": asleep}
 
 
-def _check_known(operation: str, allocator: CuMemAllocator, tags: Iterable[str]) -> None:
-    for tag in tags:
-        allocator._state.tags.check_known(tag, operation)
-
-
 def _tags_wholly(
     operation: str, allocator: CuMemAllocator, tags: Iterable[str], state: str
 ) -> list[str]:
@@ -49,6 +44,7 @@ def _tags_wholly(
     known = allocator.stats().tags
     chosen = []
     for tag in tags:
+        allocator._state.tags.check_known(tag, operation)
         if tag not in known or not (counts := _count_by_state(known[tag]))[state]:
             continue
         if min(counts.values()):
@@ -90,7 +86,6 @@ def sleep_steps(allocator: CuMemAllocator, actions: Mapping[str, int]) -> list[S
 
 
 def _sleep_step(allocator: CuMemAllocator, tags: list[str], kept: list[str]) -> Step:
-    _check_known("sleep", allocator, tags)
     touched = _tags_wholly("sleep", allocator, tags, "awake")
     if not kept:
         _refuse_pinned("sleep", allocator, touched)
@@ -106,7 +101,6 @@ def wake_steps(allocator: CuMemAllocator, tags: Sequence[str] | str | None) -> l
     """One step, whose way back puts to sleep again what it has woken."""
     known = allocator.stats().tags
     named = list(known) if tags is None else [tags] if isinstance(tags, str) else list(tags)
-    _check_known("wake_up", allocator, named)
     touched = _tags_wholly("wake_up", allocator, named, "asleep")
     # What was preserved inside a discarded tag is backed up again whatever is done with the tag.
     backed_up = {i.tag for i in allocator.snapshot() if i.state == "backed_up" and not i.preserved}
@@ -123,7 +117,6 @@ def wake_steps(allocator: CuMemAllocator, tags: Sequence[str] | str | None) -> l
 def discard_steps(allocator: CuMemAllocator, tags: Sequence[str] | str) -> list[Step]:
     """One step, whose way back wakes what was awake, without its contents."""
     named = [tags] if isinstance(tags, str) else list(tags)
-    _check_known("discard", allocator, named)
     known = allocator.stats().tags
     touched = _tags_wholly("discard", allocator, named, "awake")
     _refuse_pinned("discard", allocator, touched)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from cumempool._pool.checks import check_bool
-from cumempool._pool.devices import HOST_GRANULARITY
+from cumempool._pool.devices import HOST_GRANULARITY, Devices
 from cumempool.errors import (
     CumempoolError,
     DriverError,
@@ -88,7 +88,7 @@ def open_shared(
     driver = _driver(memory.driver)
     # Once per device: a tag may have thousands of ranges.
     local = {
-        name: _local_device(memory, name, device, driver.device_count)
+        name: _local_device(memory, driver, name, device)
         for name in {part.device for part in memory.ranges}
     }
     devices = [local[part.device] for part in memory.ranges]
@@ -199,17 +199,15 @@ def _check_layout(memory: SharedMemory) -> None:
         return
     import torch
 
-    dtype = getattr(torch, layout.dtype, None)
-    fits = len(memory.ranges) == 1 and len(layout.shape) == len(layout.strides)
-    if fits and isinstance(dtype, torch.dtype):
+    dtype, fits = getattr(torch, layout.dtype, None), False
+    same_rank = len(layout.shape) == len(layout.strides)
+    if len(memory.ranges) == 1 and same_rank and isinstance(dtype, torch.dtype):
         last = sum((n - 1) * step for n, step in zip(layout.shape, layout.strides, strict=True))
         fits = (
             min((*layout.shape, *layout.strides, layout.offset)) >= 0
             and layout.offset % dtype.itemsize == 0
             and layout.offset + (last + 1) * dtype.itemsize <= memory.ranges[0].bytes
         )
-    else:
-        fits = False
     if not fits:
         raise SharingError(
             f"the layout is not one of the memory that was shared: {layout} in {memory!r}",
@@ -239,50 +237,33 @@ def _driver(name: str) -> _core.Driver:
     """The driver that maps what others share; one of a kind per process."""
     from cumempool import _core
 
-    driver = _drivers.get(name)
-    if driver is not None:
-        return driver
-    # On `host`, memory of others counts for no device here.
-    opened = (
-        _core.open_cuda()
-        if name == "cuda"
-        else _core.open_host(
-            devices=64,
-            bytes_per_device=HOST_GRANULARITY,
-            granularity=HOST_GRANULARITY,
-            rdma=False,
-            fabric=True,
+    if name in _drivers:
+        return _drivers[name]
+    if name == "cuda":
+        opened = _core.open_cuda()
+    else:  # memory of others counts for no device here
+        size = HOST_GRANULARITY
+        opened = _core.open_host(
+            64, bytes_per_device=size, granularity=size, rdma=False, fabric=True
         )
-    )
     return _drivers.setdefault(name, opened)  # that of the thread that was fastest
 
 
 def _local_device(
-    memory: SharedMemory, name: str, device: torch.device | str | int | None, count: int
+    memory: SharedMemory,
+    driver: _core.Driver,
+    name: str,
+    device: torch.device | str | int | None,
 ) -> int:
-    """The ordinal, in this process, of the device that is to use ranges on the one of that name."""
-    import torch
-
-    kind = "cpu" if memory.driver == "host" else "cuda"
-    if device is None:
-        return int(name) if kind == "cpu" else _by_uuid(name)
-    if isinstance(device, int) and not isinstance(device, bool):
-        ordinal = device
-    else:
-        try:
-            named = torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise InvalidArgumentError(f"device {device!r} does not exist: {error}") from None
-        if named.type != kind:
-            raise InvalidArgumentError(f"the memory is of a {kind} device, not for {named}")
-        if kind == "cpu":
-            return int(name)
-        ordinal = torch.cuda.current_device() if named == torch.device(kind) else named.index
-    if not 0 <= ordinal < count:
-        raise InvalidArgumentError(f"there is no device {ordinal}: the driver has {count}")
-    if kind == "cuda":
-        _refuse_unreachable(ordinal, name)
-    return ordinal
+    """Returns the ordinal, in this process, of the device that will use ranges on the named one."""
+    on_host = memory.driver == "host"
+    if device is not None:
+        ordinal, _ = Devices(driver, memory.driver).resolve(device)
+        if not on_host:
+            _refuse_unreachable(ordinal, name)
+        if not on_host or isinstance(device, int):
+            return ordinal
+    return int(name) if on_host else _by_uuid(name)
 
 
 def _refuse_unreachable(ordinal: int, uuid: str) -> None:

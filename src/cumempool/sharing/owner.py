@@ -108,18 +108,9 @@ class Endpoint:
             )
         if fabric:
             ranges = self._give_out(tag, ranges)
-        return SharedMemory(
-            version=VERSION,
-            driver=driver,
-            owner=os.getpid(),
-            endpoint=self.name,
-            secret=self._sign(tag, writable, message, [part._key() for part in ranges]),
-            tag=tag,
-            writable=writable,
-            ranges=tuple(ranges),
-            layout=layout,
-            message=message,
-        )
+        secret = self._sign(tag, writable, message, [part._key() for part in ranges])
+        whose = (VERSION, driver, os.getpid(), self.name, secret)
+        return SharedMemory(*whose, tag, writable, tuple(ranges), layout, message)
 
     def _refuse_closed(self, operation: str, tag: str) -> None:
         if self._closing.is_set():

@@ -230,17 +230,13 @@ def _round_trip(found: Availability) -> Check:
 
     name = "sleep and wake"
     try:
-        allocator = CuMemAllocator(CuMemConfig(driver=_driver_name(found)))
+        allocator = CuMemAllocator(CuMemConfig(driver="host" if found.driver == "host" else "cuda"))
         try:
             return replace(_try_cycles(allocator), name=name)
         finally:
             allocator.close(force=True)
     except CumempoolError as error:
         return Check(name, "FAIL", "failed", str(error), error.advice)
-
-
-def _driver_name(found: Availability) -> DriverName:
-    return "host" if found.driver == "host" else "cuda"
 
 
 def _try_cycles(allocator: CuMemAllocator) -> Check:

@@ -76,62 +76,7 @@ def _title(first: Mapping[str, Any], kind: str) -> str:
 
 # ---- HTML ----------------------------------------------------------------------------------------
 
-_PAGE: Final = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-       color: #1b1b1b; background: #fff; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right; }
-th, td { white-space: nowrap; } td.error { white-space: normal; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
-.wide { overflow-x: auto; } svg { width: 100%; height: auto; } .error { color: #b00020; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% if error %}<p class="error" id="error">{{ error }}</p>{% endif %}
-{% if tags %}
-<h2>Tags</h2>
-<div class="wide"><table id="tags">
-<tr><th>tag</th><th>allocations</th><th>awake</th><th>backed up</th><th>discarded</th>
-<th>asked for</th><th>lost to rounding</th><th>cached, unused</th><th class="text">backup</th></tr>
-{% for tag in tags %}
-<tr><td>{{ tag.name }}</td><td>{{ tag.count }}</td><td>{{ tag.awake | size }}</td>
-<td>{{ tag.backed_up | size }}</td><td>{{ tag.discarded | size }}</td>
-<td>{{ tag.requested | size }}</td><td>{{ tag.lost | size }}</td><td>{{ tag.stranded | size }}</td>
-<td class="text">{{ tag.tier }}</td></tr>
-{% endfor %}
-</table></div>
-<h2>Address map</h2>
-<div id="map">{{ address_map }}</div>
-{% endif %}
-{% if events %}
-<h2>Memory over time</h2>
-<div id="time">{{ memory_over_time }}</div>
-<h2>Transitions</h2>
-<div class="wide"><table id="transitions">
-<tr><th>at</th><th class="text">what</th><th>took</th><th>freed</th><th>mapped</th><th>copied</th>
-<th>clean</th><th>GB/s</th><th>of {{ link_name }}</th></tr>
-{% for event in events %}
-<tr><td>{{ event.at }}</td><td class="text">{{ event.operation }}</td><td>{{ event.took }}</td>
-{% if event.error %}<td class="text error" colspan="6">{{ event.error }}</td>
-{% else %}<td>{{ event.freed | size }}</td><td>{{ event.mapped | size }}</td>
-<td>{{ event.copied | size }}</td><td>{{ event.clean | size }}</td>
-<td>{{ event.rate }}</td><td>{{ event.share }}</td>{% endif %}</tr>
-{% endfor %}
-</table></div>
-{% endif %}
-{% if not tags and not events %}<p id="empty">Nothing was allocated, and nothing has happened.</p>
-{% endif %}
-</body>
-</html>
-"""
+_PAGE: Final = Path(__file__).with_name("page.html")
 
 
 def _tag_rows(allocations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -196,7 +141,7 @@ def to_html(record: Record, *, link_gb_per_s: float | None = None) -> str:
     link = link_gb_per_s or max(rates, default=0.0)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["size"] = _size
-    return environment.from_string(_PAGE).render(
+    return environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
         title=record.title,
         error=record.error,
         tags=_tag_rows(record.allocations),
