@@ -55,6 +55,18 @@ class CumempoolError(Exception):
         secondary: Failures met while the operation was undone, as texts.
     """
 
+    operation: str
+    tag: str | None
+    device: int | None
+    bytes: int
+    driver_call: str
+    result: int
+    result_name: str
+    free_bytes: int | None
+    total_bytes: int | None
+    advice: str
+    secondary: tuple[str, ...]
+
     # The message is the only positional argument and the fields live in __dict__: that is what
     # BaseException needs to pickle and copy an exception with nothing lost.
     def __init__(
@@ -254,6 +266,12 @@ class DistributedTransitionError(CumempoolError, RuntimeError):
         lost_tags: Tags of this rank that were discarded, and whose contents are gone.
         fields: The fields of `CumempoolError`.
     """
+
+    rank: int | None
+    failures: dict[int, str]
+    unanswered: tuple[int, ...]
+    states: dict[int, RankState]
+    lost_tags: tuple[str, ...]
 
     def __init__(
         self,
