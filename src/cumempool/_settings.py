@@ -165,7 +165,7 @@ class Setting:
     @property
     def flag(self) -> str:
         """The command-line flag; a yes or no also has its ``--no-`` form."""
-        return self.flag_with("" if self.name.startswith("enable_") else "cumem-")
+        return self.flag_with("")
 
     def flag_with(self, prefix: str) -> str:
         """The flag in a parser whose flags of this library begin with `prefix`."""

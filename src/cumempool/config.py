@@ -46,7 +46,7 @@ _logged: set[str] = set()
 
 
 class ReportsAvailability(Protocol):
-    """What `CuMemConfig.verify` reads of a probe's result."""
+    """The part of a probe's result that `CuMemConfig.verify` reads."""
 
     @property
     def ok(self) -> bool:

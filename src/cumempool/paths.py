@@ -1,4 +1,4 @@
-"""Where the files for C and C++ programs are: the headers, the library and its CMake package."""
+"""Finds the files for C and C++ programs: the headers, the library and its CMake package."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ FENCE_WAYS: Final[tuple[FenceWay, ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class DeviceProbe:
-    """One device: what it claims by its attributes, and what could be created and exported.
+    """One device: its claims by attributes, and what could be created and exported.
 
     Attributes:
         ordinal: Device ordinal.
@@ -97,7 +97,7 @@ class TorchProbe:
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """What `probe` found.
+    """The result of `probe`.
 
     Attributes:
         ok: Whether an allocator on this driver can be made and torch can use it.

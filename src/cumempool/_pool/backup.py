@@ -20,7 +20,7 @@ _MOST_DEVICE: Final = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """Where the contents of sleeping memory are kept. Immutable; construction touches nothing.
+    """A place for the contents of sleeping memory. Immutable; construction touches nothing.
 
     Whatever takes one also takes its text: ``"pinned"``, ``"pageable"``, ``"file:/directory"`` or
     ``"peer:1"``; ``str()`` gives that text.

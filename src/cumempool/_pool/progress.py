@@ -115,7 +115,7 @@ class _Follower(threading.Thread):
 
 
 class ReportsProgress(Protocol):
-    """What `show_progress` needs of an allocator."""
+    """The part of an allocator that `show_progress` uses."""
 
     def on_progress(
         self,

@@ -44,7 +44,7 @@ def _amounts(report: TagReport | TransitionReport) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TagReport:
-    """What one transition did to the allocations of one tag, on all devices together.
+    """The effect of one transition on the allocations of one tag, on all devices together.
 
     Attributes:
         tag: The tag.
@@ -118,7 +118,7 @@ class TagReport:
 
 @dataclass(frozen=True, slots=True)
 class TransitionReport:
-    """What one transition did. ``str()`` has one line per tag.
+    """The effect of one transition. ``str()`` has one line per tag.
 
     Attributes:
         operation: ``"sleep"``, ``"wake_up"``, ``"swap"`` or ``"discard"``.

@@ -53,7 +53,7 @@ __all__ = [
 logger = logging.getLogger("cumempool")
 
 DEFERRABLE_TAGS: tuple[str, ...] = ("weights", "kv_cache")
-"""What a wake that names tags may leave asleep; it wakes every other tag in any case."""
+"""Tags that a wake may leave asleep by not naming them; it wakes every other tag in any case."""
 
 CUDAGRAPH_TAG: Final = "cudagraph"
 """The tag of the memory that graphs captured inside ``cudagraph_pool`` use."""
@@ -185,7 +185,7 @@ class CuMemAllocator:
 
     @contextlib.contextmanager
     def use_memory_pool(self, tag: str | None = None) -> Iterator[None]:
-        """What this thread allocates inside comes from a pool under `tag`; None is ``default_tag``.
+        """Allocates this thread's memory in the body under `tag`; None is ``default_tag``.
 
         Raises:
             InvalidTypeError: The tag is no text.
@@ -434,7 +434,7 @@ def uninstall() -> None:
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes: the ``vllm.general_plugins`` entry point.
+    """The ``vllm.general_plugins`` entry point, which vLLM calls in each of its processes.
 
     Registers the sleep-mode backend ``cumempool``, and has workers that were started with
     ``--sleep-mode-backend cumempool`` call `install` before they allocate. Where ``VLLM_PLUGINS``

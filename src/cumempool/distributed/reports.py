@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 from cumempool._pool.report import TagReport, TransitionReport, format_bytes
-
-_TAG_FIELDS: Final = tuple(part.name for part in fields(TagReport))
 
 
 @dataclass(frozen=True, slots=True)
 class GroupReport:
-    """What one transition did on every rank of a group.
+    """The effect of one transition on every rank of a group.
 
     Attributes:
         operation: ``"sleep"``, ``"wake_up"`` or ``"discard"``.
@@ -86,9 +84,7 @@ def to_json(report: TransitionReport) -> dict[str, Any]:
     """A report of types that ``json.dumps`` takes; `joined` takes it back."""
     return {
         "seconds": report.seconds,
-        "tags": [
-            {name: getattr(tag, name) for name in _TAG_FIELDS} for tag in report.tags.values()
-        ],
+        "tags": [asdict(tag) for tag in report.tags.values()],
         "overrides": dict(report.overrides),
         "problems": list(report.problems),
     }

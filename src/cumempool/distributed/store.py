@@ -22,7 +22,7 @@ _METHODS: Final = ("set", "get", "check", "compare_set", "delete_key")
 
 
 class Store(Protocol):
-    """What is needed of a ``torch.distributed.Store``; ``TCPStore`` and ``FileStore`` have it."""
+    """The methods of a ``torch.distributed.Store`` that are used, as ``TCPStore`` has them."""
 
     def set(self, key: str, value: str, /) -> None:
         """Writes a value."""

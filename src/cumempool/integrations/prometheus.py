@@ -77,14 +77,11 @@ class CuMemCollector(Collector):
         """The metrics now."""
         stats = self._allocator.stats()
         yield from self._tags(stats)
-        for name, text in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"cumempool_{name}", text, labels=self._names)
-            gauge.add_metric(self._values, getattr(stats, name))
-            yield gauge
-        for name, text in _COUNTERS.items():
-            counter = CounterMetricFamily(f"cumempool_{name}", text, labels=self._names)
-            counter.add_metric(self._values, getattr(stats, name))
-            yield counter
+        for family, texts in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, text in texts.items():
+                metric = family(f"cumempool_{name}", text, labels=self._names)
+                metric.add_metric(self._values, getattr(stats, name))
+                yield metric
         yield from self._transitions()
 
     def _tags(self, stats: Stats) -> Iterator[Metric]:

@@ -58,9 +58,9 @@ class SharedLayout:
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """What `CuMemAllocator.share` returns: small, picklable, and useless to other users.
+    """The descriptor that `CuMemAllocator.share` returns: small, picklable, useless to other users.
 
-    With FABRIC handles in it, it is of use to whoever has it, on any host of the NVLink domain.
+    With FABRIC handles in it, every holder can use it, on any host of the NVLink domain.
 
     Attributes:
         version: Of this format.

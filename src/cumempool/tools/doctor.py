@@ -30,7 +30,7 @@ _LEAST_MAPPINGS: Final = 65530  # what kernels come with
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         name: What it is.

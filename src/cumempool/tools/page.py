@@ -22,7 +22,7 @@ _TRACE: Final = "cumempool trace 1"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was read from a file.
+    """The contents of a file.
 
     Attributes:
         title: What it is of.

@@ -29,7 +29,7 @@ _DTYPES: Final = (torch.uint8, torch.int64, torch.bfloat16, torch.float32, torch
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one check.
+    """The result of one check.
 
     Attributes:
         rule: The rule that it is about, as in docs/guarantees.md.
@@ -73,7 +73,7 @@ def _promise(rule: str) -> Callable[[_Check], _Check]:
 
 
 def run_selftest(config: CuMemConfig, *, matching: str = "") -> Iterator[Outcome]:
-    """Runs the checks, each with an allocator of its own, and gives what became of each."""
+    """Runs the checks, each with an allocator of its own, and yields the result of each."""
     CuMemAllocator(config).close()  # a driver that is not there is no failure of a check
     for rule, name, check in _checks:
         if matching.lower() in f"{rule} {name}".lower():

@@ -23,4 +23,4 @@ __all__ = [
 ]
 
 torch_memory_saver = TorchMemorySaver()
-"""What a program uses; makes its allocator when it is first needed."""
+"""The instance that programs use; makes its allocator at the first use."""

@@ -91,7 +91,7 @@ class TorchMemorySaver:
         *,
         all_threads: bool = False,
     ) -> Iterator[None]:
-        """What the calling thread allocates in the body can be paused.
+        """Allocates memory that can be paused: all that the calling thread allocates in the body.
 
         Regions nest; the innermost one counts.
 
@@ -178,7 +178,7 @@ class TorchMemorySaver:
 
     @contextlib.contextmanager
     def disable(self) -> Iterator[None]:
-        """What the calling thread allocates in the body is torch's own, and not paused.
+        """Allocates ordinary memory of torch in the body, which is not paused.
 
         It leaves the thread's regions and enters them again. On leaving, what torch has reserved
         meanwhile and no tensor uses goes back to the device.

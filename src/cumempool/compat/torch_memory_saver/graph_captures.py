@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 PoolHandle = tuple[int, int]
-"""What torch knows a pool by."""
+"""Torch's id of a pool."""
 
 _PoolKey = tuple[str, int]
 """The allocator's tag of a pool, and its device."""

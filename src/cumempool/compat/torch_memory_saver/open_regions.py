@@ -65,7 +65,7 @@ class OpenRegions:
 
     @contextlib.contextmanager
     def left(self) -> Iterator[None]:
-        """In the body the calling thread is in none of its regions.
+        """Leaves all regions of the calling thread in the body.
 
         Regions may be opened in the body, and end with it.
         """

@@ -1,4 +1,4 @@
-"""What the examples of torch_memory_saver measure with; the module's name is given by it."""
+"""Measures memory for the examples of torch_memory_saver, which gives the module's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What programs import from ``torch_memory_saver.utils``; the module's name is given by it."""
+"""The part of ``torch_memory_saver.utils`` that programs import."""
 
 from __future__ import annotations
 

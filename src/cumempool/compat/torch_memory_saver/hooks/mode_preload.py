@@ -1,4 +1,4 @@
-"""Where programs import `configure_subprocess` from; nothing is preloaded."""
+"""Has `configure_subprocess`, which programs import from here; nothing is preloaded."""
 
 from __future__ import annotations
 
