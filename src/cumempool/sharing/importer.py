@@ -21,7 +21,7 @@ from cumempool.errors import (
     SharingError,
     UnsupportedError,
 )
-from cumempool.sharing.descriptor import VERSION, SharedMemory
+from cumempool.sharing.descriptor import VERSION, SharedLayout, SharedMemory
 from cumempool.sharing.wire import (
     MOST_FDS,
     OPENED,
@@ -95,10 +95,8 @@ def open_shared(
     capsules = _patiently(memory, lambda: _open(memory, driver, devices, writable))
     with torch.inference_mode(False):
         tensors = [_torch.from_capsule(capsule) for capsule in capsules]
-        if (layout := memory.layout) is not None:
-            dtype, storage = getattr(torch, layout.dtype), tensors[0].untyped_storage()
-            first = layout.offset // dtype.itemsize
-            tensors = [_torch.tensor_over(storage, dtype, layout.shape, layout.strides, first)]
+        if memory.layout is not None:
+            tensors = [_in_layout(tensors[0], memory.layout)]
         if not writable:
             tensors = [_torch.ReadOnlyTensor(tensor) for tensor in tensors]
     return tensors if memory.layout is None else tensors[0]
@@ -215,6 +213,16 @@ def _check_layout(memory: SharedMemory) -> None:
             f"the layout is not one of the memory that was shared: {layout} in {memory!r}",
             tag=memory.tag,
         )
+
+
+def _in_layout(memory: torch.Tensor, layout: SharedLayout) -> torch.Tensor:
+    import torch
+
+    from cumempool import _torch
+
+    dtype, storage = getattr(torch, layout.dtype), memory.untyped_storage()
+    first = layout.offset // dtype.itemsize
+    return _torch.tensor_over(storage, dtype, layout.shape, layout.strides, first)
 
 
 _drivers: Final[dict[str, _core.Driver]] = {}
