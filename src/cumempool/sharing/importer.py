@@ -239,7 +239,7 @@ def _driver(name: str) -> _core.Driver:
     else:  # memory of others counts for no device here
         size = HOST_GRANULARITY
         opened = _core.open_host(
-            64, bytes_per_device=size, granularity=size, rdma=False, fabric=True
+            devices=64, bytes_per_device=size, granularity=size, rdma=False, fabric=True
         )
     return _drivers.setdefault(name, opened)  # that of the thread that was fastest
 

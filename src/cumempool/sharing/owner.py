@@ -327,7 +327,7 @@ def _check_current(part: SharedRange, info: Mapping[str, Any]) -> None:
     if info["generation"] != part.generation:
         raise SharingError(
             f"the memory is of generation {info['generation']}, and the descriptor of "
-            f"{part.generation}: it has slept since it was shared",
+            f"{part.generation}: it has slept since it was shared; share it again",
             tag=info["tag"],
             advice="share it again",
         )
