@@ -231,7 +231,7 @@ cumempool_status cumempool_declare_tag(cumempool_allocator* allocator, const cha
   return guarded("declare_tag", [&] {
     pool::Allocator& open = core(allocator);
     open.check_open("declare_tag");
-    open.tags().declare(text(tag, "tag is NULL"), {on_sleep, on_wake});
+    open.tags().declare(text(tag, "tag is NULL"), on_sleep, on_wake);
   });
 }
 
@@ -273,7 +273,7 @@ cumempool_status cumempool_pin(cumempool_allocator* allocator, const char* tag, 
     open.check_open("pin");
     pool::Tag& known = open.tags().find(text(tag, "tag is NULL"));
     const std::string name = text(holder, "holder is NULL");
-    const pool::TransitionLock::Turn turn(open.transition_lock(), "pin");
+    const pool::TransitionLock::Turn turn = open.transition_lock().enter("pin");
     *pin = open.tags().pin(known, name);
   });
 }
@@ -316,12 +316,12 @@ cumempool_status cumempool_reset_peaks(cumempool_allocator* allocator) {
 cumempool_status cumempool_progress(cumempool_allocator* allocator, uint64_t* done_bytes,
                                     uint64_t* total_bytes) {
   return guarded("progress", [&] {
-    const auto& progress = core(allocator).progress();
+    const auto& counters = core(allocator).counters();
     if (done_bytes == nullptr || total_bytes == nullptr) {
       throw Error(CUMEMPOOL_INVALID_ARGUMENT, "an output is NULL");
     }
-    *total_bytes = progress.total;
-    *done_bytes = progress.done;
+    *total_bytes = counters.bytes_to_copy;
+    *done_bytes = counters.copied_bytes;
   });
 }
 

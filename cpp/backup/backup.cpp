@@ -1,4 +1,4 @@
-// The contents of one allocation, kept outside of it.
+// The backup of one allocation.
 #include "backup/backup.hpp"
 
 #include <algorithm>
@@ -43,7 +43,7 @@ std::uint64_t Backup::save_changes(Transfer& transfer, cumempool_address address
       ++first;
       continue;
     }
-    // Neighbours that changed as well go along in the same copy.
+    // One copy takes all neighbours that have changed.
     std::size_t bytes = slices_[first].bytes;
     std::size_t last = first + 1;
     while (last < slices_.size() && differs(last, digests[last]) &&

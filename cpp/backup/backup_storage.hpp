@@ -1,5 +1,5 @@
-// Where the bytes of one backup are: the interface of pinned, pageable, file and peer storage.
-// Positions count the backup's bytes, packed without gaps.
+// The interface of backup storage: pinned, pageable, file and peer. A position counts the bytes of
+// a backup, which are packed without gaps.
 #pragma once
 
 #include <cstddef>
@@ -13,20 +13,25 @@
 
 namespace cumempool::backup {
 
-// Contents are compared, and checked, in slices of at most this many bytes.
+// The largest slice. Contents are compared and checked slice by slice.
 constexpr std::size_t kSliceBytes = std::size_t{1} << 20;
 
-// What moves bytes between one device and the storages of backups: a stream, and buffers for what a
-// stream cannot reach.
+// Moves bytes between one device and backup storage: a stream, and bounce buffers for storage that
+// the stream cannot reach.
 struct Transfer {
   Transfer(driver::Driver driver, int device, unsigned threads = BounceBuffers::kThreads)
-      : queue(driver, device), staged(driver, queue, threads) {}
+      : queue(driver, device), bounce_buffers(driver, queue, threads) {}
 
   CopyQueue queue;
-  BounceBuffers staged;
+  BounceBuffers bounce_buffers;
 };
 
-// One thread at a time. Calls that take a Transfer are made inside a ContextScope of its device.
+// Whether copies of a tier go through bounce buffers.
+inline bool uses_bounce_buffers(cumempool_backup_tier tier) noexcept {
+  return tier == CUMEMPOOL_BACKUP_PAGEABLE || tier == CUMEMPOOL_BACKUP_FILE;
+}
+
+// Not thread-safe. Calls that take a Transfer run inside a ContextScope of its device.
 class BackupStorage {
  public:
   BackupStorage() = default;
@@ -36,24 +41,24 @@ class BackupStorage {
 
   virtual cumempool_backup_tier tier() const noexcept = 0;
 
-  // Starts the copy of device memory into the backup at `position`, which is at most the bytes
-  // saved so far; bytes past those make the storage grow. Each call begins at the start of a slice.
-  // Throws Error. The bytes are there once the transfer's queue and bounce buffers have been waited
-  // for, and neither side may go before that, whether it threw or not; nor may the same bytes be
-  // saved again.
+  // Starts a copy of device memory into the backup at `position`, which is at most the number of
+  // bytes saved so far. The storage grows by the bytes past those. Each call begins at the start of
+  // a slice. Throws Error. The copy is done once the caller has waited for the queue and the bounce
+  // buffers of the transfer. Until then both sides must stay, even if the call has thrown, and the
+  // same bytes must not be saved again.
   virtual void save(Transfer& transfer, std::size_t position, cumempool_address source,
                     std::size_t bytes) = 0;
 
-  // Starts the copy back. The storage stays as it is. Throws Error.
+  // Starts the copy back. The storage does not change. Throws Error.
   virtual void load(Transfer& transfer, std::size_t position, cumempool_address destination,
                     std::size_t bytes) = 0;
 
-  // The backup at `position` as host memory, `bytes` of it in one piece, or null where it is not
-  // so. The bytes stay there as long as the storage and the view; with `writable` they may change
-  // from now on.
+  // Returns `bytes` of the backup at `position` as one range of host memory, or null if there is no
+  // such range. The bytes stay there as long as both the storage and the view live. If `writable`,
+  // they may change from now on.
   using View = std::shared_ptr<std::byte>;
   virtual View view(std::size_t position, std::size_t bytes, bool writable) = 0;
-  // No view but the last one is there any more: what it kept for others may go.
+  // Releases what the storage has kept for earlier views; only the last view is still open.
   virtual void settle_views() noexcept {}
 };
 

@@ -1,5 +1,5 @@
-// Copies through pinned buffers. The calling thread alone talks to the driver: it passes
-// buffers from the queue to the threads and back. The threads alone touch bytes.
+// Copies through pinned buffers. Only the calling thread calls the driver; it passes buffers
+// between the queue and the threads. Only the threads touch bytes.
 #include "backup/bounce_buffers.hpp"
 
 #include <exception>
@@ -12,7 +12,7 @@
 namespace cumempool::backup {
 namespace {
 
-// What a sink or source threw, for the calling thread; from inside a catch block.
+// Makes an Error of the exception of a sink or source; call it inside a catch block.
 Error failure_of(const std::exception& caught) {
   if (dynamic_cast<const std::bad_alloc*>(&caught) != nullptr) {
     Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "no host memory is left for the copy of a backup");
@@ -26,8 +26,8 @@ Error failure_of(const std::exception& caught) {
 
 // ---- buffers ------------------------------------------------------------------------------------
 
-// Host memory in one registration, with an event per buffer. Where the driver pins none, copies
-// from and to it wait for the device, and the rest is the same.
+// Host memory in one registration, with an event per buffer. If the driver cannot pin memory,
+// copies wait for the device; the rest is the same.
 class BounceBuffers::Buffers {
  public:
   Buffers(driver::Driver driver, int device) : Buffers(driver, device, nullptr) {
@@ -37,13 +37,14 @@ class BounceBuffers::Buffers {
       registered_ = driver_.pin(device_, data_, kAllBytes);
     } catch (Error& error) {
       error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
-      error.problem = "host memory to copy a backup through could not be pinned";
+      error.problem = "host memory for bounce buffers could not be pinned";
       error.advice = "free host memory, or raise the limit on locked memory (ulimit -l)";
       throw;
     }
   }
 
-  // Leaves memory that cannot be unregistered mapped: the driver may still write to it.
+  // If the driver refuses to unregister the memory, it stays mapped: the driver may still write to
+  // it.
   ~Buffers() {
     const auto& table = driver_.table();
     const bool unregistered = unregister();
@@ -53,7 +54,7 @@ class BounceBuffers::Buffers {
   Buffers(const Buffers&) = delete;
   Buffers& operator=(const Buffers&) = delete;
 
-  // Waits for copies that use them.
+  // Waits for copies that use the buffers; false if the driver refuses.
   bool unregister() noexcept {
     const auto& table = driver_.table();
     if (registered_ &&
@@ -67,7 +68,7 @@ class BounceBuffers::Buffers {
   cumempool_event event(std::size_t buffer) const noexcept { return events_[buffer]; }
 
  private:
-  // With this one done, the destructor undoes what the rest of the other does.
+  // Once this constructor is done, the destructor undoes the rest of the other one.
   Buffers(driver::Driver driver, int device, std::nullptr_t)
       : driver_(driver), device_(device), data_(reserve_pages(kAllBytes, kAllBytes, reserved_)) {
     events_.reserve(kBuffers);
@@ -131,7 +132,7 @@ void BounceBuffers::finish() {
 
 void BounceBuffers::abandon() {
   failed_ = true;
-  std::deque<Job> dropped;  // goes after the lock: nobody knows what its captures do
+  std::deque<Job> dropped;  // destroyed outside the lock, since its captures may do anything
   {
     std::unique_lock lock(mutex_);
     jobs_.swap(dropped);
@@ -161,7 +162,7 @@ void BounceBuffers::refuse_after_failure() {
   if (!failed_) return;
   const std::lock_guard lock(mutex_);
   throw_failure();
-  throw Error(CUMEMPOOL_INTERNAL, "copies go on after a failure that was not abandoned");
+  throw Error(CUMEMPOOL_INTERNAL, "abandon() was not called after a failed copy");
 }
 
 void BounceBuffers::begin(bool inwards) {
@@ -186,8 +187,7 @@ void BounceBuffers::start() {
   try {
     while (threads_.size() < thread_count_) threads_.emplace_back([this] { work(); });
   } catch (const std::exception&) {
-    // No more threads, or no memory for them: those that there are do it, or wait_for_threads()
-    // itself.
+    // The system starts no more threads. The existing ones do the work, or wait_for_threads() does.
   }
 }
 
@@ -196,8 +196,8 @@ void BounceBuffers::free_all() {
   for (std::size_t buffer = 0; buffer < kBuffers; ++buffer) free_.push_back(buffer);
 }
 
-// A free buffer. Until there is one, what the device has filled goes to the threads, and what
-// the threads have filled goes to the device.
+// Returns a free buffer. Until there is one, passes full buffers from the device to the threads and
+// from the threads to the device.
 std::size_t BounceBuffers::take_buffer() {
   while (true) {
     settle_done_copies();
@@ -330,13 +330,13 @@ void BounceBuffers::run_next_job(std::unique_lock<std::mutex>& lock) {
   ++running_;
   const bool skipped = failure_ != nullptr;
   lock.unlock();
-  std::exception_ptr failure;  // told by the calling thread: this one has nobody to fail to
+  std::exception_ptr failure;  // the calling thread throws it
   try {
     if (!skipped) run_annotated(job, buffers_->data(job.buffer));
   } catch (const std::exception&) {
     failure = std::current_exception();
   }
-  job.work = nullptr;  // what it captured may go as soon as the job is done
+  job.work = nullptr;  // releases its captures as soon as the job is done
   lock.lock();
   --running_;
   if (failure != nullptr && failure_ == nullptr) {

@@ -1,5 +1,5 @@
-// Copies between device memory and storages that no copy engine reaches, through pinned buffers:
-// threads write out, or read ahead, one buffer while the device fills or drains others.
+// Bounce buffers: pinned buffers for copies between device memory and storage that no copy engine
+// reaches. Threads write out, or read ahead, one buffer while the device fills or drains others.
 #pragma once
 
 #include <atomic>
@@ -20,82 +20,81 @@
 
 namespace cumempool::backup {
 
-// Work on the bytes of one buffer, in one of the threads; throws Error. Makes no driver call.
-// May use the buffer's bytes past `bytes`, up to kBufferBytes.
+// Reads or writes the bytes of one buffer, in one of the threads. Throws Error; makes no driver
+// call. It may use the buffer past `bytes`, up to kBufferBytes.
 using BufferWork = std::function<void(std::byte* data, std::size_t bytes)>;
 
-// One thread at a time calls it, inside a ContextScope of the queue's device. The buffers and
-// threads are made at first use and stay until release() or destruction. It waits for events of
-// its own: others may drain the queue at any time.
+// Not thread-safe, but for bytes(); calls run inside a ContextScope of the queue's device. The
+// buffers and threads are made at first use and stay until release() or destruction. The class
+// waits for its own events, so others may drain the queue at any time.
 class BounceBuffers {
  public:
-  // Bytes of a buffer; a multiple of kSliceBytes, aligned for direct I/O.
+  // Bytes of a buffer: a multiple of kSliceBytes, aligned for direct I/O.
   static constexpr std::size_t kBufferBytes = std::size_t{8} << 20;
 
-  // More buffers than there are threads: a disk answers out of order, and what came early waits
-  // with its buffer for its turn in the queue.
+  // More buffers than threads: a disk answers out of order, and early data waits in its buffer for
+  // its turn in the queue.
   static constexpr std::size_t kBuffers = 16;
   static constexpr std::size_t kAllBytes = kBuffers * kBufferBytes;
 
-  // Enough for 8 to wait for a disk, which is then busy, while others check what came. They wait
-  // more than they compute, so that the number of cores does not matter.
+  // Enough for 8 threads to keep a disk busy while the others check data. Threads wait more than
+  // they compute, so the number of cores does not matter.
   static constexpr unsigned kThreads = 12;
 
-  // `threads` 0: the calling thread does the work itself, as where no thread can be started.
+  // With 0 `threads`, or if none can be started, the calling thread does the work itself.
   BounceBuffers(driver::Driver driver, CopyQueue& queue, unsigned threads = kThreads);
-  // finish() first: copies may not be under way.
+  // Call finish() first: no copy may be under way.
   ~BounceBuffers();
   BounceBuffers(const BounceBuffers&) = delete;
   BounceBuffers& operator=(const BounceBuffers&) = delete;
 
-  // Starts a copy of device memory of at most kBufferBytes into a buffer, which `sink` is then
-  // called with. Waits where all buffers are busy. Throws Error: of this call, or of the sink
-  // of an earlier one. Whatever out(), in() or finish() throws, abandon() comes next.
+  // Starts to copy at most kBufferBytes of device memory into a buffer, then calls `sink` with it.
+  // Waits if all buffers are busy. Throws Error, of this call or of an earlier sink. After out(),
+  // in() or finish() has thrown, call abandon().
   void out(cumempool_address source, std::size_t bytes, BufferWork sink);
 
-  // Has `source` fill a buffer with at most kBufferBytes, and then copies it to the device, in
-  // the order of the calls. Returns before that; throws Error as out() does.
+  // Calls `source` to fill a buffer with at most kBufferBytes, then copies it to the device, in the
+  // order of the calls. Returns before that. Throws Error as out() does.
   void in(cumempool_address destination, std::size_t bytes, BufferWork source);
 
-  // Has `call` called once the copies of all in() calls so far are in the queue: at once where
-  // they are, else inside a later call of in(), out() or finish(), which throws what it throws.
+  // Calls `call` once the copies of all in() calls so far are in the queue: now if they are, else
+  // inside a later in(), out() or finish(), which passes its exceptions on.
   void when_queued(std::function<void()> call);
 
-  // Has an Error of sinks and sources of later out() and in() calls say what they are about.
+  // Annotates the Errors of the sinks and sources of later out() and in() calls.
   using Annotate = std::function<void(Error&)>;
   void about(Annotate annotate) { annotate_ = std::move(annotate); }
 
-  // Returns when the copies of all in() calls so far are in the queue, and the sinks of all
-  // out() calls so far have returned. Throws the first Error of a sink or source. An out()
-  // after in(), or the other way round, finishes first.
+  // Returns when the copies of all in() calls so far are in the queue, and the sinks of all out()
+  // calls so far have returned. Throws the first Error of a sink or source. A change between out()
+  // and in() finishes first.
   void finish();
 
-  // Waits for everything under way, the whole queue included, and forgets it, errors too. After
-  // a failure, before either side of a copy may go. Throws Error where the device cannot be
-  // waited for; no thread works then, and it may be called again.
+  // Waits for everything under way, the whole queue included, and forgets it and its errors. After
+  // a failure, call it before either side of a copy goes. Throws Error if the wait for the device
+  // fails; then no thread is working, and the call may be repeated.
   void abandon();
 
-  // Gives the buffers and threads back; finish() or abandon() first. Inside a ContextScope.
-  // Returns the bytes unpinned; 0 where the driver would not unpin them, which may be tried
-  // again.
+  // Gives back buffers and threads; call finish() or abandon() first, and hold a ContextScope.
+  // Returns the bytes unpinned; 0 if the driver refuses, and the call may be repeated.
   std::uint64_t release() noexcept;
 
-  // Pinned bytes held. Any thread may ask.
+  // Pinned bytes held. Any thread may call this.
   std::uint64_t bytes() const noexcept { return bytes_; }
 
  private:
   class Buffers;
 
-  // Work for a thread on one buffer. Behind a copy out it waits in the queue; without work its
-  // buffer is free then.
+  // Work on one buffer for a thread. Behind a copy it waits in copies_; if it has no work, the
+  // buffer is free after the copy.
   struct Job {
     std::size_t buffer = 0;
     std::size_t bytes = 0;
     BufferWork work;
     Annotate annotate;
-    bool fills = false;  // else it empties the buffer
+    bool fills = false;  // the buffer; else empties it
   };
-  // A buffer that is being filled, and where its contents go.
+  // A buffer that a source is filling, and the destination of its contents.
   struct Incoming {
     std::size_t buffer = 0;
     cumempool_address destination = 0;
@@ -103,7 +102,7 @@ class BounceBuffers {
     std::vector<std::function<void()>> queued;
   };
 
-  // The calling thread.
+  // In the calling thread.
   void refuse_after_failure();
   void begin(bool inwards);
   void start();
@@ -120,7 +119,7 @@ class BounceBuffers {
   void throw_failure() const;
   void stop_threads() noexcept;
 
-  // Any thread, with the lock, which is given up while the job runs.
+  // In any thread, with the lock, which is released while the job runs.
   static void run_annotated(const Job& job, std::byte* data);
   void run_next_job(std::unique_lock<std::mutex>& lock);
   void work();
@@ -133,19 +132,19 @@ class BounceBuffers {
 
   std::unique_ptr<Buffers> buffers_;
   std::vector<std::thread> threads_;
-  bool inwards_ = false;           // to the device
+  bool inwards_ = false;           // copies go to the device
   bool failed_ = false;            // until abandon()
   std::deque<Job> copies_;         // in the queue, oldest first
-  std::deque<Incoming> incoming_;  // not in the queue yet, in the order of the calls
+  std::deque<Incoming> incoming_;  // not in the queue yet, oldest first
 
   std::mutex mutex_;  // guards everything below
   std::condition_variable job_given_;
   std::condition_variable job_done_;
   std::deque<Job> jobs_;
   std::size_t running_ = 0;
-  std::vector<std::size_t> free_;  // has room for all buffers
+  std::vector<std::size_t> free_;  // has capacity for all buffers
   std::vector<bool> filled_;
-  std::exception_ptr failure_;  // the first one; jobs are skipped from then on
+  std::exception_ptr failure_;  // the first one; later jobs are skipped
   bool stopping_ = false;
 };
 

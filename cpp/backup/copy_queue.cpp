@@ -1,5 +1,4 @@
-// A device's private stream: copies, fills and digests in order, and marks that tell how far it has
-// come.
+// A private stream of a device, and the buffer that digests are computed into.
 #include "backup/copy_queue.hpp"
 
 #include <algorithm>
@@ -54,7 +53,7 @@ void CopyQueue::drain() {
 
 std::size_t CopyQueue::mark() {
   if (free_marks_.empty()) {
-    // Room for every mark, so that ending one cannot fail.
+    // Capacity for every mark, so that ending one cannot fail.
     const std::size_t room = events_.size() + 1;
     if (free_marks_.capacity() < room) free_marks_.reserve(2 * room);
     if (events_.capacity() < room) events_.reserve(2 * room);
@@ -79,13 +78,14 @@ void CopyQueue::follow(const CopyQueue& other, std::size_t mark) {
 
 void CopyQueue::record(cumempool_event event) { driver_.event_record(device_, event, stream_); }
 
-DigestBuffer::DigestBuffer(driver::Driver driver, CopyQueue& queue)
-    : driver_(driver), queue_(queue) {}
+DigestBuffer::DigestBuffer(driver::Driver driver, int device)
+    : driver_(driver), queue_(driver, device) {}
 
 DigestBuffer::~DigestBuffer() { release(); }
 
 void DigestBuffer::begin(std::size_t count) {
   added_ = started_ = 0;
+  marks_.clear();
   if (count <= room_) return;
   if (data_ != nullptr && release() == 0) {
     throw Error(CUMEMPOOL_DRIVER_ERROR,
@@ -113,16 +113,24 @@ void DigestBuffer::add(cumempool_address address, std::size_t bytes) {
   extents_[added_++] = {address, bytes};
 }
 
-std::size_t DigestBuffer::start(std::uint64_t seed, std::size_t count) {
+void DigestBuffer::start(std::uint64_t seed, std::size_t count) {
   queue_.digest(seed, extents_ + started_, count, digests_ + started_);
+  const std::size_t mark = queue_.mark();
   started_ += count;
-  return queue_.mark();
+  marks_.emplace(started_, mark);
+}
+
+bool DigestBuffer::wait(std::size_t end) {
+  const auto launch = marks_.lower_bound(end);
+  if (launch == marks_.end()) return false;
+  queue_.wait(launch->second);
+  return true;
 }
 
 std::uint64_t DigestBuffer::release() noexcept {
   if (data_ == nullptr) return 0;
   const auto& table = driver_.table();
-  // Memory that the driver would not take back stays mapped: it may still write to it.
+  // If the driver refuses, the memory stays mapped: the driver may still write to it.
   if (table.host_unregister(table.self, queue_.device(), data_) != CUMEMPOOL_RESULT_SUCCESS) {
     return 0;
   }

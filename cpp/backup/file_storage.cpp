@@ -1,4 +1,4 @@
-// A backup in a file: slices in the order of their positions, each at the start of a block.
+// Backup storage in a file: slices in the order of their positions, each at the start of a block.
 #include "backup/file_storage.hpp"
 
 #include <fcntl.h>
@@ -30,8 +30,8 @@ Error backup_failed(const std::string& problem, std::uint64_t bytes, const char*
   return error;
 }
 
-// What file systems and kernels answer that cannot make a file without a name. ENOENT is also
-// that of a directory that is not there, which the next attempt meets again.
+// Whether an errno says that the kernel or file system cannot make a file without a name. ENOENT
+// may also mean that the directory is missing; then the next attempt fails as well.
 bool unnamed_unsupported(int number) {
   return number == EOPNOTSUPP || number == EISDIR || number == ENOENT;
 }
@@ -48,7 +48,7 @@ int open_file(const std::string& directory, bool unnamed) {
   if (unnamed) fd = open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
   if (!unnamed || (fd < 0 && unnamed_unsupported(errno))) fd = make_named(directory);
   if (fd >= 0) return fd;
-  throw backup_failed("no backup file can be made in '" + directory + "': " + strerror(errno), 0,
+  throw backup_failed("a backup file cannot be made in '" + directory + "': " + strerror(errno), 0,
                       "name an existing directory that this process may write to");
 }
 
@@ -82,15 +82,6 @@ std::byte* map_file(int fd, std::size_t offset, std::size_t bytes) {
 
 }  // namespace
 
-// ---- mapping ------------------------------------------------------------------------------------
-
-FileMapping::FileMapping(int fd, std::size_t offset, std::size_t bytes)
-    : before_(offset % page_bytes()),
-      bytes_(before_ + bytes),
-      data_(map_file(fd, offset - before_, bytes_) + before_) {}
-
-FileMapping::~FileMapping() { munmap(data_ - before_, bytes_); }
-
 // ---- making, room -------------------------------------------------------------------------------
 
 BackupFile::BackupFile(std::string directory, Wishes wishes)
@@ -102,7 +93,8 @@ BackupFile::BackupFile(std::string directory, Wishes wishes)
 
 BackupFile::~BackupFile() { close(fd_); }
 
-// Asked for once the file is open: some file systems that refuse it leave a new file behind.
+// Sets the flag on the open file: some file systems that refuse it at open() leave a new file
+// behind.
 void BackupFile::set_direct(bool direct) noexcept {
   const int flags = fcntl(fd_, F_GETFL);
   const int wanted = direct ? flags | O_DIRECT : flags & ~O_DIRECT;
@@ -116,7 +108,7 @@ std::size_t BackupFile::acquire(std::size_t bytes) {
     const std::lock_guard lock(mutex_);
     auto found = free_.take_first_fit(room);
     if (!found.has_value()) {
-      // Offsets cost nothing: what is free at the end, and too small, stays for others.
+      // Offsets cost nothing: a free range at the end that is too small stays for others.
       free_.add(end_, room);
       end_ += room;
       found = free_.take_first_fit(room);
@@ -143,7 +135,7 @@ void BackupFile::allocate(std::size_t offset, std::size_t bytes) {
       advice_for(number));
 }
 
-// Makes the file that long, without room on disk.
+// Extends the file to `end`, without reserving room on disk.
 bool BackupFile::grow_to(std::size_t end) {
   const std::lock_guard lock(mutex_);
   FileStatus file{};
@@ -159,7 +151,7 @@ std::string BackupFile::free_room() const {
 
 void BackupFile::release(std::size_t offset, std::size_t bytes) noexcept {
   const std::size_t room = whole_blocks(bytes);
-  // Where it cannot be given back to the disk it is there for the next backup all the same.
+  // If the disk does not take the room back, the next backup can still use it.
   without_interruption(fallocate, fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, room);
   const std::lock_guard lock(mutex_);
   free_.give_back(offset, room);
@@ -173,7 +165,8 @@ std::uint64_t BackupFile::held_bytes() const {
 
 // ---- transfers ----------------------------------------------------------------------------------
 
-// Some file systems take the flag for direct I/O, and then refuse each transfer.
+// Whether a failed transfer can be tried again. Some file systems take the flag for direct I/O, but
+// then refuse each transfer.
 bool BackupFile::goes_on(int number, bool was_direct) noexcept {
   if (number == EINTR) return true;
   if (number != EINVAL || !was_direct) return false;
@@ -204,12 +197,12 @@ void BackupFile::read(std::size_t offset, std::byte* data, std::size_t bytes) {
     const int number = errno;
     if (moved >= static_cast<ssize_t>(kBlockBytes)) {
       done += static_cast<std::size_t>(moved) / kBlockBytes * kBlockBytes;
-    } else if (moved >= 0) {  // less than a block is there: the file ends
+    } else if (moved >= 0) {  // less than a block: the file has ended
       Error error(CUMEMPOOL_BACKUP_DAMAGED,
                   "the backup file in '" + directory_ + "' was truncated: it ends at offset " +
                       std::to_string(offset + done + static_cast<std::size_t>(moved)));
       error.bytes = bytes;
-      error.advice = "the memory stays asleep with its backup, which is lost: discard it";
+      error.advice = "the backup is lost; discard the memory, which stays asleep until then";
       throw error;
     } else if (!goes_on(number, was_direct)) {
       throw backup_failed("reading at offset " + std::to_string(offset + done) +
@@ -219,6 +212,18 @@ void BackupFile::read(std::size_t offset, std::byte* data, std::size_t bytes) {
     }
   }
 }
+
+// ---- mapping ------------------------------------------------------------------------------------
+
+std::shared_ptr<std::byte> BackupFile::map(std::size_t offset, std::size_t bytes) const {
+  const std::size_t before = offset % page_bytes();  // mappings begin at a page
+  std::byte* const first = map_file(fd_, offset - before, before + bytes);
+  const std::shared_ptr<std::byte> mapping(
+      first, [mapped = before + bytes](std::byte* data) { munmap(data, mapped); });
+  return {mapping, first + before};
+}
+
+// ---- storage ------------------------------------------------------------------------------------
 
 static_assert(kSliceBytes % BackupFile::kBlockBytes == 0, "whole slices leave no gaps");
 static_assert(BounceBuffers::kBufferBytes % kSliceBytes == 0, "a slice fits, gap included");
@@ -253,14 +258,14 @@ void FileStorage::grow(std::size_t bytes) {
     slice.offset = slices_.empty() ? offset_ : BackupFile::whole_blocks(slices_.back().end());
     if (BackupFile::whole_blocks(slice.end()) > offset_ + room_ ||
         slices_.size() == slices_.capacity()) {
-      throw Error(CUMEMPOOL_INTERNAL, "a backup file has less room than its backup was to have");
+      throw Error(CUMEMPOOL_INTERNAL, "the backup is larger than its room in the file");
     }
     slices_.push_back(slice);
     bytes -= slice.bytes;
   }
 }
 
-// The slice that begins at `position`.
+// Returns the slice that begins at `position`.
 FileStorage::StoredSlice* FileStorage::find(std::size_t position) {
   const auto found = std::lower_bound(
       slices_.begin(), slices_.end(), position,
@@ -271,7 +276,8 @@ FileStorage::StoredSlice* FileStorage::find(std::size_t position) {
   return &*found;
 }
 
-// As many of `bytes` bytes from `position` on as one buffer and one transfer take.
+// Returns the slices from `position` on, at most `bytes`, that one buffer and one transfer can
+// take.
 FileStorage::Run FileStorage::next_run(std::size_t position, std::size_t bytes) {
   Run run;
   run.first = find(position);
@@ -283,7 +289,7 @@ FileStorage::Run FileStorage::next_run(std::size_t position, std::size_t bytes) 
     ++run.count;
   }
   if (run.bytes > bytes)
-    throw Error(CUMEMPOOL_INTERNAL, "part of a slice of a backup was asked for");
+    throw Error(CUMEMPOOL_INTERNAL, "a copy ends inside a slice of the backup");
   return run;
 }
 
@@ -296,8 +302,8 @@ void FileStorage::save(Transfer& transfer, std::size_t position, cumempool_addre
   for (std::size_t done = 0; done < bytes;) {
     const Run run = next_run(position + done, bytes - done);
     for (std::size_t i = 0; i < run.count; ++i) run.first[i].written = false;
-    transfer.staged.out(source + done, run.bytes,
-                        [this, run](std::byte* data, std::size_t) { write(run, data); });
+    transfer.bounce_buffers.out(source + done, run.bytes,
+                                [this, run](std::byte* data, std::size_t) { write(run, data); });
     done += run.bytes;
   }
 }
@@ -306,13 +312,13 @@ void FileStorage::load(Transfer& transfer, std::size_t position, cumempool_addre
                        std::size_t bytes) {
   for (std::size_t done = 0; done < bytes;) {
     const Run run = next_run(position + done, bytes - done);
-    transfer.staged.in(destination + done, run.bytes,
-                       [this, run](std::byte* data, std::size_t) { read(run, data); });
+    transfer.bounce_buffers.in(destination + done, run.bytes,
+                               [this, run](std::byte* data, std::size_t) { read(run, data); });
     done += run.bytes;
   }
 }
 
-// The last block goes with whatever the buffer holds behind the bytes.
+// The last block may end with other bytes of the buffer.
 void FileStorage::write(const Run& run, const std::byte* data) {
   file_.write(run.first->offset, data, BackupFile::whole_blocks(run.bytes));
   for (std::size_t i = 0; i < run.count; ++i) {
@@ -340,8 +346,8 @@ void FileStorage::refuse(const StoredSlice& slice, const char* problem) const {
                                             problem + " at offset " + std::to_string(slice.offset));
   error.bytes = slice.bytes;
   error.advice =
-      "the memory stays asleep with its backup; discard it if the contents can be had "
-      "from elsewhere";
+      "the memory stays asleep with its backup; discard it if you can load the contents from "
+      "elsewhere";
   throw error;
 }
 
@@ -360,15 +366,13 @@ BackupStorage::View FileStorage::view(std::size_t position, std::size_t bytes, b
     return slice.position >= position + bytes || !adjoins(slice);
   });
   if (end != slices_.end() && end->position < position + bytes) return nullptr;
-  std::shared_ptr<FileMapping> mapping = mapping_.lock();
+  std::shared_ptr<std::byte> mapping = mapping_.lock();
   if (mapping == nullptr) {
-    mapping = std::make_shared<FileMapping>(file_.fd(), offset_, room_);
+    mapping = file_.map(offset_, room_);
     mapping_ = mapping;
   }
   if (writable) checked_ = false;
-  std::byte* const data =
-      mapping->data() + (first->offset - offset_) + (position - first->position);
-  return {mapping, data};
+  return {mapping, mapping.get() + (first->offset - offset_) + (position - first->position)};
 }
 
 }  // namespace cumempool::backup

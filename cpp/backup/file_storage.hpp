@@ -1,5 +1,5 @@
-// A file without a name that backups are written to, by direct I/O, and a backup in it, which goes
-// through bounce buffers and is checked slice by slice on its way back.
+// Backup storage in a nameless file, written by direct I/O through bounce buffers. Each slice is
+// checked when it is read back.
 #pragma once
 
 #include <atomic>
@@ -16,56 +16,43 @@
 
 namespace cumempool::backup {
 
-// Part of a file as memory, for as long as it lives.
-class FileMapping {
- public:
-  // Changes to the memory change the file. Throws Error (CUMEMPOOL_BACKUP_FAILED).
-  FileMapping(int fd, std::size_t offset, std::size_t bytes);
-  ~FileMapping();
-  FileMapping(const FileMapping&) = delete;
-  FileMapping& operator=(const FileMapping&) = delete;
-
-  std::byte* data() const noexcept { return data_; }
-
- private:
-  std::size_t before_;  // bytes between the start of a page and data_
-  std::size_t bytes_;
-  std::byte* data_;
-};
-
-// Room in a file, direct I/O, and mappings of parts. Thread-safe. Gone with the process, however
-// that ends.
+// A file, with room that backups take, direct I/O and mappings. Thread-safe. The kernel deletes the
+// file when the process ends, in whatever way.
 class BackupFile {
  public:
-  // Offsets, room, and for direct I/O also memory and transfers, are multiples of this.
+  // Offsets and room are multiples of this, and for direct I/O also memory and transfers.
   static constexpr std::size_t kBlockBytes = 4096;
 
-  // What is asked of the file system first, and done without where it refuses.
+  // Features that the file uses if the file system supports them.
   struct Wishes {
-    bool unnamed = true;  // a file that never has a name; else it loses it right away
-    bool direct = true;   // I/O past the page cache
-    bool reserve = true;  // room on disk before bytes come; else a full disk shows at write()
+    bool unnamed = true;  // the file never has a name; else it loses its name at once
+    bool direct = true;   // I/O bypasses the page cache
+    bool reserve = true;  // reserves room on disk early; else a full disk shows at write()
   };
 
-  // In an existing directory. Throws Error (CUMEMPOOL_BACKUP_FAILED).
+  // Makes the file in an existing directory. Throws Error (CUMEMPOOL_BACKUP_FAILED).
   explicit BackupFile(std::string directory) : BackupFile(std::move(directory), Wishes()) {}
   BackupFile(std::string directory, Wishes wishes);
   ~BackupFile();
   BackupFile(const BackupFile&) = delete;
   BackupFile& operator=(const BackupFile&) = delete;
 
-  // Room for `bytes`, rounded up to whole blocks, in one piece: returns its offset. Throws
-  // Error (CUMEMPOOL_BACKUP_FAILED) where the disk is full, with nothing held.
+  // Takes a contiguous range of `bytes`, rounded up to whole blocks; returns its offset. If the
+  // disk is full, throws Error (CUMEMPOOL_BACKUP_FAILED) and holds nothing.
   std::size_t acquire(std::size_t bytes);
-  // Gives room back that acquire() returned for as many bytes, to the disk as well.
+  // Gives a range of acquire() back, to the disk as well; `bytes` as passed there.
   void release(std::size_t offset, std::size_t bytes) noexcept;
   // Bytes acquired and not released.
   std::uint64_t held_bytes() const;
 
-  // Whole blocks at a block's offset. Throw Error: CUMEMPOOL_BACKUP_FAILED, or
-  // CUMEMPOOL_BACKUP_DAMAGED where the file ends early.
+  // Transfer whole blocks, from the offset of a block on. Throw Error: CUMEMPOOL_BACKUP_FAILED, or
+  // CUMEMPOOL_BACKUP_DAMAGED if the file ends early.
   void write(std::size_t offset, const std::byte* data, std::size_t bytes);
   void read(std::size_t offset, std::byte* data, std::size_t bytes);
+
+  // Maps part of the file; the last owner of the memory unmaps it. Writes to the memory change the
+  // file. Throws Error (CUMEMPOOL_BACKUP_FAILED).
+  std::shared_ptr<std::byte> map(std::size_t offset, std::size_t bytes) const;
 
   const std::string& directory() const noexcept { return directory_; }
   bool direct() const noexcept { return direct_; }
@@ -89,19 +76,18 @@ class BackupFile {
 
   mutable std::mutex mutex_;  // guards everything below
   IntervalSet free_;
-  std::size_t end_ = 0;  // of the offsets that were ever handed out
+  std::size_t end_ = 0;  // of all offsets ever handed out
   std::uint64_t held_bytes_ = 0;
 };
 
-// Slices are cut from the start of each save() that makes the storage grow. Each begins at a
-// block of the file, whatever its position in the backup: a slice whose bytes are no whole
-// blocks leaves a gap behind it. save() and load() take whole slices. The file outlives the
-// storage.
+// Each save() that makes the storage grow cuts its bytes into slices. A slice begins at a block of
+// the file, so one that does not fill its last block leaves a gap behind it. save() and load() take
+// whole slices. The file must outlive the storage.
 class FileStorage : public BackupStorage {
  public:
-  // Takes its whole room at once: `bytes`, all of them multiples of CUMEMPOOL_DIGEST_ALIGNMENT,
-  // that come in `extents` saves that do not end with a whole block. `seed` is that of the
-  // digests. Throws Error (CUMEMPOOL_BACKUP_FAILED).
+  // Takes all its room at once: `bytes`, which come in multiples of CUMEMPOOL_DIGEST_ALIGNMENT, in
+  // `extents` saves that may each end inside a block. `seed` is the seed of the digests. Throws
+  // Error (CUMEMPOOL_BACKUP_FAILED).
   FileStorage(BackupFile& file, std::size_t bytes, std::size_t extents, std::uint64_t seed);
   ~FileStorage() override;
   FileStorage(const FileStorage&) = delete;
@@ -110,15 +96,15 @@ class FileStorage : public BackupStorage {
   cumempool_backup_tier tier() const noexcept override { return CUMEMPOOL_BACKUP_FILE; }
   void save(Transfer& transfer, std::size_t position, cumempool_address source,
             std::size_t bytes) override;
-  // Throws Error (CUMEMPOOL_BACKUP_DAMAGED), here or from the bounce buffers, where the file
-  // does not hold what was saved.
+  // If the file does not hold the saved bytes, throws Error (CUMEMPOOL_BACKUP_DAMAGED), here or
+  // from the bounce buffers.
   void load(Transfer& transfer, std::size_t position, cumempool_address destination,
             std::size_t bytes) override;
-  // With `writable` the file is right, from now on, whatever it holds: nothing is checked any
-  // more.
+  // If `writable`, no slice is checked from now on, since the program may change the file.
   View view(std::size_t position, std::size_t bytes, bool writable) override;
 
  private:
+  // A slice in the file.
   struct StoredSlice {
     std::size_t position = 0;
     std::size_t bytes = 0;
@@ -127,7 +113,7 @@ class FileStorage : public BackupStorage {
     bool written = false;
     std::size_t end() const noexcept { return offset + bytes; }
   };
-  // Slices side by side in the file, which one buffer takes.
+  // Adjacent slices of the file that fit into one buffer.
   struct Run {
     StoredSlice* first = nullptr;
     std::size_t count = 0;
@@ -146,9 +132,9 @@ class FileStorage : public BackupStorage {
   const std::uint64_t seed_;
   const std::size_t room_;
   const std::size_t offset_;         // of the room
-  std::vector<StoredSlice> slices_;  // by position; never moves: threads use them
+  std::vector<StoredSlice> slices_;  // by position; never reallocates, since threads use them
   bool checked_ = true;
-  std::weak_ptr<FileMapping> mapping_;  // that views share; gone with the last of them
+  std::weak_ptr<std::byte> mapping_;  // of the whole room, shared by all open views
 };
 
 }  // namespace cumempool::backup

@@ -1,10 +1,10 @@
-// Host memory for backups: blocks at neighbouring addresses, pinned or not, handed out in spans and
-// kept for the next sleep.
+// An arena of host memory for backups.
 #include "backup/host_arena.hpp"
 
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <functional>
 #include <string>
 #include <utility>
 
@@ -17,46 +17,42 @@ namespace {
 // Large enough that pinning runs at full speed, small enough that the first copies start while
 // later blocks are still being pinned.
 constexpr std::size_t kBlockBytes = std::size_t{64} << 20;
-constexpr std::size_t kTouchBytes = std::size_t{32} << 20;  // of a block, by one thread
+constexpr std::size_t kTouchBytes = std::size_t{32} << 20;  // touched by one thread at a time
 constexpr std::size_t kPage = std::size_t{4} << 10;
-// While memory is touched, room is asked for once in so long: time for some hundred MiB.
-constexpr std::chrono::milliseconds kAskAgain{5};
+// How often the room is read while memory is touched; some hundred MiB are touched meanwhile.
+constexpr std::chrono::milliseconds kReadRoomAgain{5};
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-// Whole pages and no more: what is held is what backups need. The kernel takes huge pages for as
-// much of it as it can.
+// Rounds to small pages, so that the arena holds no more than backups need. The kernel uses huge
+// pages for as much of it as it can.
 std::size_t block_bytes_for(std::size_t expected) {
   return std::min(kBlockBytes, round_up(expected, kPage));
 }
 
-// For FirstTouch: whether what is left is still more than what has to stay.
-class RoomWatch {
- public:
-  bool operator()() noexcept {
-    const auto now = std::chrono::steady_clock::now();
-    if (!has_room_ || now < next_) return has_room_;
-    next_ = now + kAskAgain;
+// Returns a function for FirstTouch that tells whether the process still has room for backups.
+std::function<bool()> watch_room() {
+  using Clock = std::chrono::steady_clock;
+  return [has_room = true, next = Clock::now() + kReadRoomAgain]() mutable noexcept {
+    const auto now = Clock::now();
+    if (!has_room || now < next) return has_room;
+    next = now + kReadRoomAgain;
     try {
-      has_room_ = host_room().for_backups() != 0;
+      has_room = host_room().for_backups() != 0;
     } catch (const std::exception&) {
-      return true;  // no memory to find it out with: what was asked for before has to do
+      return true;  // no memory to read it: the check at the order has to do
     }
-    return has_room_;
-  }
-
- private:
-  bool has_room_ = true;
-  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + kAskAgain;
-};
+    return has_room;
+  };
+}
 
 void not_pinned(Error& error) {
   error.pin_refused = !loses_context(error.result);
   if (error.status == CUMEMPOOL_UNSUPPORTED) {
     error.problem = "host memory for a backup cannot be pinned here";
-    return;  // the advice stands
+    return;  // keeps its advice
   }
   error.status = CUMEMPOOL_OUT_OF_HOST_MEMORY;
   error.problem = "host memory for a backup could not be pinned";
@@ -65,10 +61,10 @@ void not_pinned(Error& error) {
 
 }  // namespace
 
-HostArena::HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget,
-                     std::size_t address_bytes)
+HostArena::HostArena(driver::Driver driver, cumempool_backup_tier tier, int numa_node,
+                     HostBudget& budget, std::size_t address_bytes)
     : driver_(driver),
-      residence_(residence),
+      tier_(tier),
       numa_node_(numa_node),
       address_bytes_(address_bytes),
       budget_(budget) {}
@@ -130,7 +126,7 @@ void HostArena::start_touching(Order& order) const {
     order.ranges_until.push_back(ranges.size());
   }
   order.touch =
-      std::make_unique<FirstTouch>(std::move(ranges), FirstTouch::default_threads(), RoomWatch());
+      std::make_unique<FirstTouch>(std::move(ranges), FirstTouch::default_threads(), watch_room());
 }
 
 void HostArena::deliver(int device) {
@@ -151,7 +147,7 @@ void HostArena::deliver_next(int device) {
 
 void HostArena::cancel_order() noexcept {
   if (order_ == nullptr) return;
-  order_->touch.reset();  // its threads end before the blocks go
+  order_->touch.reset();  // joins the threads before the blocks go
   for (std::size_t i = order_->delivered; i < order_->slots.size(); ++i) {
     unmap_block(order_->slots[i]);
   }
@@ -201,7 +197,7 @@ std::size_t HostArena::slot_after_last() const {
   return blocks_.empty() ? 0 : blocks_.rbegin()->first + 1;
 }
 
-// Bytes for the next block of `needed` more.
+// Claims budget for the next block of `needed` more bytes; returns the size of the block.
 std::size_t HostArena::claim_room(std::size_t needed) {
   const std::size_t bytes = block_bytes_for(needed);
   if (!budget_.claim(bytes)) throw budget_.refusal(needed);
@@ -215,8 +211,8 @@ void HostArena::reserve_addresses() {
   slot_count_ = got / kBlockBytes;
 }
 
-// Maps the next block of `needed` more at `from_slot`, or where that is taken at the first free
-// slot; returns which.
+// Maps the next block of `needed` more bytes at `from_slot`, or, if that is taken, at the first
+// free slot; returns the slot.
 std::size_t HostArena::map_block(std::size_t needed, std::size_t from_slot) {
   reserve_addresses();
   std::size_t slot = from_slot;
@@ -240,7 +236,7 @@ std::size_t HostArena::map_block(std::size_t needed, std::size_t from_slot) {
   return slot;
 }
 
-// Of a block that is not registered.
+// Unmaps a block that is not registered.
 void HostArena::unmap_block(std::size_t slot) noexcept {
   const std::size_t bytes = blocks_.find(slot)->second.bytes;
   decommit_pages(address_of(slot), bytes);
@@ -253,7 +249,7 @@ void HostArena::unmap_block(std::size_t slot) noexcept {
 void HostArena::add_block(int device, std::size_t slot) {
   Block& block = blocks_.at(slot);
   try {
-    if (residence_ == Residence::kPinned) {
+    if (tier_ == CUMEMPOOL_BACKUP_PINNED) {
       driver_.host_register(device, address_of(slot), block.bytes);
       block.registration = slot;
     }
@@ -274,14 +270,14 @@ void HostArena::add_block(int device, std::size_t slot) {
 
 // ---- registrations ------------------------------------------------------------------------------
 
-// The block of a slot, where there is one that is registered.
+// Returns the registered block of a slot; null if there is none.
 const HostArena::Block* HostArena::neighbour(std::size_t slot) const noexcept {
   const auto found = blocks_.find(slot);
   if (found == blocks_.end() || found->second.registration == kNone) return nullptr;
   return &found->second;
 }
 
-// These slots and all beside them that are registered, without a gap between their bytes.
+// Extends the slots by all adjacent registered blocks, without a gap between their bytes.
 HostArena::Slots HostArena::neighbours_of(Slots slots) const noexcept {
   while (slots.first != 0) {
     const Block* const before = neighbour(slots.first - 1);
@@ -331,7 +327,7 @@ cumempool_result HostArena::unpin(int device, std::size_t registration) noexcept
   return result;
 }
 
-// Those that are not registered any more.
+// Pins the given slots again, if they are not registered.
 void HostArena::pin_again(int device, const std::vector<Slots>& registrations) noexcept {
   for (const Slots& slots : registrations) {
     if (blocks_.find(slots.first)->second.registration != kNone) continue;
@@ -340,7 +336,7 @@ void HostArena::pin_again(int device, const std::vector<Slots>& registrations) n
 }
 
 void HostArena::join(int device, const std::byte* data, std::size_t bytes) {
-  if (residence_ != Residence::kPinned) return;
+  if (tier_ != CUMEMPOOL_BACKUP_PINNED) return;
   pin_lost(device);
   const auto offset = static_cast<std::size_t>(data - base_);
   const Slots wanted{offset / kBlockBytes, (offset + bytes - 1) / kBlockBytes};
@@ -382,7 +378,8 @@ void HostArena::pin_lost(int device) {
   lost_pins_ = false;
 }
 
-// Unregisters what was registered as one, and registers again those of it that hold something.
+// Unregisters the blocks of a registration, and registers again the runs of delivered blocks among
+// them. False if the driver refuses to unregister.
 bool HostArena::split(int device, std::size_t registration) noexcept {
   const auto first = blocks_.find(registration);
   auto end = first;
@@ -408,7 +405,7 @@ HostSpan HostArena::take_free(std::size_t bytes, bool whole) {
   if (const auto offset = free_.take_first_fit(bytes)) {
     span = {base_ + *offset, bytes};
   } else if (!whole) {
-    // The last interval is the one that the next block will continue.
+    // The next block will continue the last interval.
     const auto [last, taken] = free_.take_last(bytes);
     if (taken != 0) span = {base_ + last, taken};
   }
@@ -433,7 +430,7 @@ HostSpan HostArena::acquire_whole(int device, std::size_t bytes) {
   const HostSpan span = take_free(bytes, true);
   if (span.bytes != 0) return span;
   refuse(bytes);
-  // New blocks side by side, behind all others: all but the last fill their slot.
+  // Adjacent new blocks behind all others; all but the last fill their slots.
   std::size_t slot = slot_after_last();
   for (std::size_t done = 0; done < bytes; done += kBlockBytes) {
     slot = map_block(bytes - done, slot);
@@ -443,7 +440,7 @@ HostSpan HostArena::acquire_whole(int device, std::size_t bytes) {
   const HostSpan made = take_free(bytes, true);
   if (made.bytes != 0) return made;
   Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
-              "there are not " + format_bytes(bytes) + " of addresses in one piece");
+              "no contiguous range of " + format_bytes(bytes) + " of addresses is free");
   error.advice = "wake other tags and call release_host_memory()";
   throw error;
 }
@@ -455,7 +452,7 @@ void HostArena::release(const HostSpan& span) noexcept {
   used_bytes_ -= span.bytes;
 }
 
-// Takes blocks that hold nothing out of the free room, `most` bytes of them.
+// Takes empty blocks, at most `most` bytes of them, out of the free room.
 std::vector<std::size_t> HostArena::take_empty_blocks(std::uint64_t most) {
   const std::lock_guard lock(mutex_);
   std::vector<std::size_t> empty;
@@ -467,7 +464,7 @@ std::vector<std::size_t> HostArena::take_empty_blocks(std::uint64_t most) {
     try {
       free_.take_exact(offset, block.bytes);
     } catch (const std::exception&) {
-      break;  // no memory to note more: what was taken so far goes, and makes some
+      break;  // no memory to take more: the blocks taken so far go, which frees some
     }
     block.delivered = false;
     most -= block.bytes;
@@ -481,7 +478,7 @@ std::uint64_t HostArena::trim(int device, std::uint64_t most) {
   for (const std::size_t slot : take_empty_blocks(most)) {
     Block& block = blocks_.find(slot)->second;
     if (block.registration != kNone && !split(device, block.registration)) {
-      const std::lock_guard lock(mutex_);  // what the driver would not take back stays in use
+      const std::lock_guard lock(mutex_);  // the driver refuses: the block stays
       free_.give_back(slot * kBlockBytes, block.bytes);
       block.delivered = true;
       continue;

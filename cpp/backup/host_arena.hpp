@@ -1,6 +1,6 @@
-// Host memory for backups: blocks at neighbouring addresses, pinned or not, handed out in spans and
-// kept for the next sleep. Blocks on order are faulted in by several threads while the copies into
-// earlier ones run. Each is registered by itself, until others want to copy across their borders.
+// An arena of host memory for backups: adjacent blocks, pinned or pageable, that are handed out in
+// spans and kept for the next sleep. Several threads fault ordered blocks in while copies into
+// earlier ones run. Each block is registered by itself until a view crosses its border.
 #pragma once
 
 #include <cstddef>
@@ -14,70 +14,67 @@
 #include "backup/host_limits.hpp"
 #include "backup/host_pages.hpp"
 #include "backup/interval_set.hpp"
+#include "cumempool/cumempool.h"
 #include "driver/driver.hpp"
 
 namespace cumempool::backup {
 
-enum class Residence { kPinned, kPageable };
-
-// Thread-safe. The driver and the kernel are called outside its lock. Its spans may cross blocks,
-// which lie side by side; a copy call may not: see run().
+// Thread-safe. Calls the driver and the kernel outside its lock. Calls that take a `device` run
+// inside a ContextScope of it. A span may cross adjacent blocks; a copy call may not: see run().
 class HostArena {
  public:
-  // Addresses of an arena: eight devices of twice today's size, should all of them be of one node.
+  // Addresses of an arena: enough for eight devices of twice today's size on one node.
   static constexpr std::size_t kAddressBytes = std::size_t{1} << 42;
 
-  // Memory is taken from `numa_node` where there is room; -1 = wherever it is.
-  HostArena(driver::Driver driver, Residence residence, int numa_node, HostBudget& budget,
+  // `tier` is PINNED or PAGEABLE. Takes memory of `numa_node` if there is room; -1 is any node.
+  HostArena(driver::Driver driver, cumempool_backup_tier tier, int numa_node, HostBudget& budget,
             std::size_t address_bytes = kAddressBytes);
-  // Leaves memory that could not be unregistered mapped: the driver may still write to it.
+  // If the driver refuses to unregister memory, it stays mapped: the driver may still write to it.
   ~HostArena();
   HostArena(const HostArena&) = delete;
   HostArena& operator=(const HostArena&) = delete;
 
-  Residence residence() const noexcept { return residence_; }
+  cumempool_backup_tier tier() const noexcept { return tier_; }
 
-  // Free room, and what `bytes` would take beyond it, rounded as blocks are.
+  // The free bytes, and the bytes of new blocks that `bytes` would need beside them.
   std::size_t free_bytes() const;
   std::size_t missing(std::size_t bytes) const;
-  // Bytes that it has addresses for beside the blocks that it holds. For the transition under way.
+  // Bytes of new blocks that the arena has addresses for. For the transition under way.
   std::uint64_t address_room();
-  // Why a block has no address: CUMEMPOOL_OUT_OF_HOST_MEMORY.
+  // Returns the error for a lack of addresses: CUMEMPOOL_OUT_OF_HOST_MEMORY.
   Error no_addresses() const;
 
-  // Orders the blocks that `bytes` more than what is free will need, and starts to fault them in.
-  // Orders are for one thread at a time, and end with cancel_order(). Throws Error
-  // (CUMEMPOOL_OUT_OF_HOST_MEMORY), with nothing ordered: what will not fit, into the budget or
-  // into the memory that the kernel leaves to the process, is refused here, before any of it is
-  // touched.
+  // Orders the blocks that `bytes` need beyond the free bytes, and starts to fault them in. One
+  // thread at a time may order; cancel_order() ends an order. If the blocks do not fit into the
+  // budget, or into the memory that the kernel leaves to the process, throws Error
+  // (CUMEMPOOL_OUT_OF_HOST_MEMORY) before it touches any, and orders nothing.
   void order(std::size_t bytes);
-  // Adds all that is still on order as free room. Inside a ContextScope of `device`. Throws Error
-  // (CUMEMPOOL_OUT_OF_HOST_MEMORY); what was added until then stays.
+  // Adds all blocks that are still on order as free room. Throws Error
+  // (CUMEMPOOL_OUT_OF_HOST_MEMORY); the blocks added until then stay.
   void deliver(int device);
-  // Gives back what was ordered and not delivered.
+  // Gives back the ordered blocks that were not delivered.
   void cancel_order() noexcept;
 
-  // One span of 1 to `bytes` bytes, from free room, from the order, or from a block made for it.
-  // Inside a ContextScope of `device`. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).
+  // Takes a span of 1 to `bytes` bytes from free room, from the order, or from a new block. Throws
+  // Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).
   HostSpan acquire(int device, std::size_t bytes);
-  // The same, all in one span.
+  // Takes all `bytes` in one span.
   HostSpan acquire_whole(int device, std::size_t bytes);
-  // A span, or several that were acquired side by side.
+  // Gives back a span, or several adjacent ones as one.
   void release(const HostSpan& span) noexcept;
 
-  // How many of `bytes` bytes from `data` on one copy call may use.
+  // Returns how many of the `bytes` bytes at `data` one copy call may use.
   std::size_t run(const std::byte* data, std::size_t bytes) const noexcept;
-  // Has the bytes, which are handed out, lie in one registration, for those who copy them in one
-  // call, as programs do. Registers all neighbours along with them: a range that grew by a block at
-  // a time would be pinned over and over. Waits for copies that use them. Inside a ContextScope of
-  // `device`. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY), with everything as it was.
+  // Puts acquired bytes into one registration, for programs that copy them in one call. Includes
+  // all adjacent blocks: otherwise a range that grows block by block would be pinned over and over.
+  // Waits for copies that use the blocks. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY), with
+  // everything as before.
   void join(int device, const std::byte* data, std::size_t bytes);
-  // Pins what could not be pinned again when a join() or a trim() was undone. Before any copy.
-  // Inside a ContextScope of `device`. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).
+  // Pins the blocks that join() or trim() has unpinned and could not pin again. Comes before any
+  // copy. Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).
   void pin_lost(int device);
 
-  // Gives back the blocks that hold nothing, or `most` bytes of them; returns their bytes. Inside a
-  // ContextScope.
+  // Gives back empty blocks, at most `most` bytes of them; returns their bytes.
   std::uint64_t trim(int device, std::uint64_t most = std::numeric_limits<std::uint64_t>::max());
 
   std::uint64_t held_bytes() const;
@@ -87,18 +84,18 @@ class HostArena {
   static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
   struct Block {
     std::size_t bytes = 0;
-    std::size_t registration = kNone;  // the first slot of the registration that it is part of
+    std::size_t registration = kNone;  // the first slot of its registration
     bool delivered = false;
   };
-  // Neighbours, all but the last of which fill their slots.
+  // Adjacent slots, filled by their blocks but for the last one.
   struct Slots {
     std::size_t first = 0;
     std::size_t last = 0;
   };
-  // Blocks on order: mapped, in the course of being touched, not delivered.
+  // Blocks on order: mapped and being touched.
   struct Order {
     std::vector<std::size_t> slots;
-    std::vector<std::size_t> ranges_until;  // per slot: the ranges of it and of those before
+    std::vector<std::size_t> ranges_until;  // per slot: the ranges up to its end
     std::size_t delivered = 0;
     std::unique_ptr<FirstTouch> touch;
   };
@@ -124,15 +121,15 @@ class HostArena {
   std::vector<std::size_t> take_empty_blocks(std::uint64_t most);
 
   driver::Driver driver_;
-  const Residence residence_;
+  const cumempool_backup_tier tier_;
   const int numa_node_;
   const std::size_t address_bytes_;
   HostBudget& budget_;
   std::byte* base_ = nullptr;  // of the reserved addresses
   std::size_t slot_count_ = 0;
-  // For the transition under way; spans are released meanwhile, which needs neither.
-  std::map<std::size_t, Block> blocks_;
-  bool lost_pins_ = false;  // whether a delivered block may be without a registration
+  // For the transition under way. Other threads may release spans, which needs neither of these.
+  std::map<std::size_t, Block> blocks_;  // by slot
+  bool lost_pins_ = false;               // whether a delivered block may be without a registration
   std::unique_ptr<Order> order_;
   mutable std::mutex mutex_;  // guards the three below
   IntervalSet free_;          // offsets from base_
@@ -140,7 +137,7 @@ class HostArena {
   std::uint64_t used_bytes_ = 0;
 };
 
-// An order that ends with the object.
+// Orders blocks of an arena, and cancels the order when it goes.
 class ArenaOrder {
  public:
   // Throws Error (CUMEMPOOL_OUT_OF_HOST_MEMORY).

@@ -46,13 +46,13 @@ std::vector<std::string_view> split(std::string_view text, char separator) {
   return parts;
 }
 
-// A number at the start of the text; none for "max" and for what is not there.
+// Returns the number at the start of the text; none for "max" and for an empty text.
 std::optional<std::uint64_t> number_in(const std::string& text) {
   if (text.empty() || text.front() < '0' || text.front() > '9') return std::nullopt;
   return std::strtoull(text.c_str(), nullptr, 10);
 }
 
-// The value of a line "name value" or "name: value kB"; none where there is no such line.
+// Returns the value of a line "name value" or "name: value kB"; none if there is no such line.
 std::optional<std::uint64_t> value_of(const std::string& text, std::string_view name) {
   for (const std::string_view line : split(text, '\n')) {
     if (line.substr(0, name.size()) != name) continue;
@@ -66,28 +66,23 @@ std::optional<std::uint64_t> value_of(const std::string& text, std::string_view 
 
 // ---- control groups -----------------------------------------------------------------------------
 
-// What the two versions call the same things. Names of memory.stat: of the group and all below.
-struct Version {
-  const char* limit;
-  const char* usage;
-  std::array<const char*, 3> reclaimable;
-};
-constexpr Version kFirst{"memory.limit_in_bytes",
-                         "memory.usage_in_bytes",
-                         {"total_active_file", "total_inactive_file", nullptr}};
-constexpr Version kSecond{
-    "memory.max", "memory.current", {"active_file", "inactive_file", "slab_reclaimable"}};
+// Reclaimable memory by the names of memory.stat, in the two versions of control groups. The first
+// version needs the names that include the groups below.
+constexpr std::array<const char*, 2> kReclaimableV1{"total_active_file", "total_inactive_file"};
+constexpr std::array<const char*, 3> kReclaimableV2{"active_file", "inactive_file",
+                                                    "slab_reclaimable"};
 
 // The first version writes "no limit" as the largest number of pages.
 constexpr std::uint64_t kNoLimit = std::uint64_t{1} << 62;
 
+// A mounted hierarchy of control groups.
 struct Mount {
-  bool second = false;
-  std::string root;   // the group that is at its top
-  std::string point;  // where it is
+  bool second = false;  // of the second version
+  std::string root;     // the group at its top
+  std::string point;    // the path where it is mounted
 };
 
-// As mountinfo writes paths: a space is \040.
+// Decodes a path of mountinfo: a space is \040.
 std::string unescape(std::string_view text) {
   std::string plain;
   for (std::size_t i = 0; i < text.size(); ++i) {
@@ -106,7 +101,7 @@ bool lists(std::string_view commas, std::string_view word) {
   return std::find(words.begin(), words.end(), word) != words.end();
 }
 
-// Mounts that have the controller of memory, or may have.
+// Returns the mounts that have the memory controller, or may have it.
 std::vector<Mount> mounts_in(const std::string& mountinfo) {
   std::vector<Mount> mounts;
   for (const std::string_view line : split(mountinfo, '\n')) {
@@ -122,7 +117,7 @@ std::vector<Mount> mounts_in(const std::string& mountinfo) {
   return mounts;
 }
 
-// The group of the process in one version's tree; none where it is in none.
+// Returns the group of the process in the hierarchy of one version; none if it is in none.
 std::optional<std::string> group_in(const std::string& groups, bool second) {
   for (const std::string_view line : split(groups, '\n')) {
     const std::size_t first_colon = line.find(':');
@@ -136,8 +131,8 @@ std::optional<std::string> group_in(const std::string& groups, bool second) {
   return std::nullopt;
 }
 
-// The group's path below a mount: what is above the mount's top cannot be seen from here. A process
-// that was moved to a group outside of what is mounted is measured against the top.
+// Returns the path of the group below a mount; groups above its top cannot be seen from here. A
+// process in a group outside the mount is measured against the top.
 std::string below(const Mount& mount, const std::string& group) {
   const std::string top = mount.root == "/" ? "" : mount.root;
   const bool inside = group.compare(0, top.size(), top) == 0 &&
@@ -152,38 +147,42 @@ void keep_least(HostRoom& least, HostRoom&& one) {
   if (one.bytes < least.bytes) least = std::move(one);
 }
 
-// What one group leaves, where it has a limit.
-void look_at(const std::string& root, const std::string& folder, const Version& version,
-             HostRoom& least) {
-  const std::string source = folder + "/" + version.limit;
+// Reads the room under the limit of one group, if it has one.
+void read_group(const std::string& root, const std::string& folder, bool second, HostRoom& least) {
+  const std::string source = folder + (second ? "/memory.max" : "/memory.limit_in_bytes");
   const auto limit = number_in(read_file(root + source));
   if (!limit || *limit >= kNoLimit) return;
-  const auto usage = number_in(read_file(root + folder + "/" + version.usage));
+  const auto usage =
+      number_in(read_file(root + folder + (second ? "/memory.current" : "/memory.usage_in_bytes")));
   if (!usage) return;
   std::uint64_t used = *usage;
   const std::string statistics = read_file(root + folder + "/memory.stat");
-  for (const char* const name : version.reclaimable) {
-    if (name != nullptr) used -= std::min(used, value_of(statistics, name).value_or(0));
+  const auto reclaim = [&](const char* name) {
+    used -= std::min(used, value_of(statistics, name).value_or(0));
+  };
+  if (second) {
+    std::for_each(kReclaimableV2.begin(), kReclaimableV2.end(), reclaim);
+  } else {
+    std::for_each(kReclaimableV1.begin(), kReclaimableV1.end(), reclaim);
   }
   keep_least(least, {*limit - std::min(*limit, used), *limit, source});
 }
 
-void look_at_groups(const std::string& root, HostRoom& least) {
+void read_groups(const std::string& root, HostRoom& least) {
   const std::string groups = read_file(root + "/proc/self/cgroup");
   for (const Mount& mount : mounts_in(read_file(root + "/proc/self/mountinfo"))) {
     const auto group = group_in(groups, mount.second);
     if (!group) continue;
-    const Version& version = mount.second ? kSecond : kFirst;
     std::string path = below(mount, *group);
     while (true) {
-      look_at(root, mount.point + path, version, least);
+      read_group(root, mount.point + path, mount.second, least);
       if (path.empty()) break;
       path.resize(path.rfind('/'));
     }
   }
 }
 
-void look_at_machine(const std::string& root, HostRoom& least) {
+void read_machine(const std::string& root, HostRoom& least) {
   const std::string text = read_file(root + "/proc/meminfo");
   const auto available = value_of(text, "MemAvailable");
   if (!available) return;
@@ -194,7 +193,7 @@ void look_at_machine(const std::string& root, HostRoom& least) {
 std::mutex root_mutex;
 
 std::string& chosen_root() {
-  static auto& root = *new std::string;  // never destroyed, as what may still ask
+  static auto& root = *new std::string;  // never destroyed: callers may outlive static objects
   return root;
 }
 
@@ -208,9 +207,9 @@ std::uint64_t HostRoom::for_backups() const noexcept {
 
 Error HostRoom::refusal(std::uint64_t needed) const {
   Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY, "the backup needs " + format_bytes(needed) +
-                                                " more of host memory, and " + format_bytes(bytes) +
+                                                " more of host memory; " + format_bytes(bytes) +
                                                 " are left of the " + format_bytes(limit) + " of " +
-                                                source + ", some of which have to stay free");
+                                                source + ", and some of them must stay free");
   error.bytes = needed;
   error.advice =
       "raise that limit or free host memory, set host_backup_overflow to a file, or discard tags "
@@ -220,8 +219,8 @@ Error HostRoom::refusal(std::uint64_t needed) const {
 
 HostRoom host_room(const std::string& root) {
   HostRoom least;
-  look_at_machine(root, least);
-  look_at_groups(root, least);
+  read_machine(root, least);
+  read_groups(root, least);
   return least;
 }
 
@@ -286,7 +285,7 @@ Error HostBudget::refusal(std::uint64_t bytes) const {
     Error error(
         CUMEMPOOL_OUT_OF_HOST_MEMORY,
         "the backup needs " + format_bytes(bytes) +
-            " more of pinned host memory, and the driver has refused to pin more than the " +
+            " more of pinned host memory, but the driver has refused to pin more than the " +
             format_bytes(claimed()) + " that are held");
     error.bytes = bytes;
     error.advice =
@@ -295,7 +294,7 @@ Error HostBudget::refusal(std::uint64_t bytes) const {
     return error;
   }
   Error error(CUMEMPOOL_OUT_OF_HOST_MEMORY,
-              "the backup needs " + format_bytes(bytes) + " more of pinned host memory, " +
+              "the backup needs " + format_bytes(bytes) + " more of pinned host memory; " +
                   format_bytes(claimed()) + " are held and the limit is " + format_bytes(limit()));
   error.bytes = bytes;
   error.advice =

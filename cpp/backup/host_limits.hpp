@@ -1,5 +1,5 @@
-// Limits on host memory for backups: what the kernel leaves to the process, and what one allocator
-// may pin.
+// Limits on host memory for backups: the room that the kernel leaves to the process, and the budget
+// of an allocator for pinned memory.
 #pragma once
 
 #include <cstddef>
@@ -12,50 +12,51 @@
 
 namespace cumempool::backup {
 
-// How much more the process may take before the kernel ends it: what the machine has left, and what
-// each control group from its own up to the root leaves of that.
+// The memory that the process may still take before the kernel ends it: the least of what the
+// machine and each control group, from that of the process up to the root, have left.
 struct HostRoom {
   static constexpr std::uint64_t kUnknown = std::numeric_limits<std::uint64_t>::max();
 
-  std::uint64_t bytes = kUnknown;  // under the limit that leaves the least
-  std::uint64_t limit = 0;         // of that one
-  std::string source;              // its file; "" where none could be read
+  std::uint64_t bytes = kUnknown;  // under the tightest limit
+  std::uint64_t limit = 0;         // the tightest limit itself
+  std::string source;              // the file of that limit; "" if none could be read
 
-  // Bytes that a backup may take of it: some stay for page tables, for what the driver notes of
-  // pinned memory, and for what other threads and processes take meanwhile.
+  // The bytes that a backup may take. The rest stays for page tables, for the driver's own records
+  // of pinned memory, and for other threads and processes.
   std::uint64_t for_backups() const noexcept;
-  // Why there is no room for so many more: CUMEMPOOL_OUT_OF_HOST_MEMORY.
+  // Returns the error for a lack of `needed` bytes: CUMEMPOOL_OUT_OF_HOST_MEMORY.
   Error refusal(std::uint64_t needed) const;
 };
 
-// Of the calling process. Page cache counts as room, for the kernel drops it first; swap does not,
-// since pinned memory cannot go there. Reads some ten files: not for every call.
+// Reads the room of the calling process. Page cache counts as room, since the kernel drops it
+// first; swap does not, since pinned memory cannot go there. Reads some ten files, so call it
+// rarely.
 HostRoom host_room();
-// The same with all files below another root, for tests.
+// Does the same with all files below another root, for tests.
 HostRoom host_room(const std::string& root);
-// What host_room() reads below from now on; "" is the system's own. For tests.
+// Sets the root that host_room() reads below; "" is the root of the system. For tests.
 void set_host_root(const std::string& root);
 
-// The most pinned host memory that the arenas of one allocator may hold between them. Thread-safe.
+// The pinned host memory that the arenas of one allocator may hold together. Thread-safe.
 class HostBudget {
  public:
-  // `limit` 0 = no limit.
+  // A `limit` of 0 is no limit.
   explicit HostBudget(std::uint64_t limit) : limit_(limit) {}
 
   std::uint64_t limit() const noexcept { return limit_; }
   std::uint64_t claimed() const;
-  // Bytes that can still be claimed; UINT64_MAX where there is no limit.
+  // Bytes that can still be claimed; UINT64_MAX if there is no limit.
   std::uint64_t room() const;
 
-  // False, and no effect, where there is not so much room.
+  // Claims `bytes`; returns false, with no effect, if the room is too small.
   bool claim(std::size_t bytes);
   void unclaim(std::size_t bytes) noexcept;
 
-  // The driver pins no more than what is claimed: there is no room beyond that until allow().
+  // The driver refuses to pin more: there is no room until allow().
   void refuse() noexcept;
   void allow() noexcept;
 
-  // Why there is no room for so many more: CUMEMPOOL_OUT_OF_HOST_MEMORY.
+  // Returns the error for a lack of `bytes`: CUMEMPOOL_OUT_OF_HOST_MEMORY.
   Error refusal(std::uint64_t bytes) const;
 
  private:

@@ -1,4 +1,4 @@
-// Address space and pages from the kernel, as backups want them.
+// Address space and pages for backups.
 #include "backup/host_pages.hpp"
 
 #include <sys/mman.h>
@@ -31,8 +31,8 @@ void* map_anonymous(void* address, std::size_t bytes, int protection, int flags)
   return mmap(address, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
 }
 
-// By system call, since libnuma would be one more library to have. Where the kernel refuses, the
-// memory comes from elsewhere and copies are slower; nothing else changes.
+// Uses the system call, since libnuma would be one more dependency. If the kernel refuses, the
+// memory comes from another node and copies are slower; nothing else changes.
 void prefer_node(std::byte* first, std::size_t bytes, int node) {
   constexpr int kPreferred = 1;  // MPOL_PREFERRED of <numaif.h>
   std::array<unsigned long, 16> mask{};
@@ -47,7 +47,7 @@ void prefer_node(std::byte* first, std::size_t bytes, int node) {
 
 std::byte* reserve_pages(std::size_t wanted, std::size_t least, std::size_t& got) {
   for (std::size_t bytes = wanted;; bytes = std::max(bytes / 2, least)) {
-    // One huge page more, to begin at the border of one.
+    // One more huge page, so that the range can begin at a huge page.
     void* mapped = map_anonymous(nullptr, bytes + kHugePage, PROT_NONE, MAP_NORESERVE);
     if (mapped == MAP_FAILED) {
       if (bytes <= least) throw no_pages("reserving the addresses of", bytes, errno);
@@ -68,7 +68,7 @@ void commit_pages(std::byte* first, std::size_t bytes, int numa_node) {
   if (map_anonymous(first, bytes, PROT_READ | PROT_WRITE, MAP_FIXED) == MAP_FAILED) {
     throw no_pages("mapping", bytes, errno);
   }
-  // Huge pages make pinning several times faster; where they are off this changes nothing.
+  // Huge pages make pinning several times faster. If they are off, this has no effect.
   madvise(first, bytes, MADV_HUGEPAGE);
   // A forked child must neither copy these pages nor have the parent's moved under a registration.
   madvise(first, bytes, MADV_DONTFORK);
@@ -81,9 +81,8 @@ void decommit_pages(std::byte* first, std::size_t bytes) noexcept {
 
 namespace {
 
-// A byte per page: MADV_POPULATE_WRITE would hold the lock of the whole address space meanwhile,
-// and with it everybody who maps or pins memory. Memory that is not there shows up as the failure
-// of whoever pins it.
+// Writes a byte per page. MADV_POPULATE_WRITE would hold the lock of the address space, and so stop
+// all threads that map or pin memory. If memory is missing, the thread that pins it fails.
 void touch(const HostSpan& range) {
   static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   for (std::size_t at = 0; at < range.bytes; at += page) {
@@ -100,7 +99,7 @@ FirstTouch::FirstTouch(std::vector<HostSpan> ranges, unsigned threads, std::func
   try {
     while (threads_.size() < count) threads_.emplace_back([this] { work(); });
   } catch (const std::exception&) {
-    // No more threads, or no memory for them: those that there are do it, or wait() itself.
+    // The system starts no more threads. The existing ones do the work, or wait() does.
   }
 }
 

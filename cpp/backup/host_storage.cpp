@@ -1,5 +1,4 @@
-// A backup in host memory of an arena: pinned, where copy engines reach it, or pageable, where
-// threads bring it.
+// Backup storage in host memory of an arena.
 #include "backup/host_storage.hpp"
 
 #include <algorithm>
@@ -8,15 +7,14 @@
 
 namespace cumempool::backup {
 
-HostStorage::HostStorage(HostArena& arena, cumempool_backup_tier tier, int device)
-    : arena_(arena), tier_(tier), device_(device) {}
+HostStorage::HostStorage(HostArena& arena, int device) : arena_(arena), device_(device) {}
 
 HostStorage::~HostStorage() {
   for (const Part& part : parts_) arena_.release(part.span);
-  for (const HostSpan& span : left_behind_) arena_.release(span);
+  for (const HostSpan& span : replaced_) arena_.release(span);
 }
 
-// The part that holds `position`, which is saved.
+// Returns the part that holds a saved position.
 std::vector<HostStorage::Part>::const_iterator HostStorage::part_at(std::size_t position) const {
   const auto after =
       std::upper_bound(parts_.begin(), parts_.end(), position,
@@ -24,11 +22,10 @@ std::vector<HostStorage::Part>::const_iterator HostStorage::part_at(std::size_t 
   return std::prev(after);
 }
 
-// Calls visit(data, done, count) for ranges that one copy call, or one buffer, may hold.
+// Calls visit(data, done, count) for each range that one copy call, or one bounce buffer, can take.
 template <typename Visit>
 void HostStorage::for_each_run(std::size_t position, std::size_t bytes, Visit visit) const {
-  const bool staged = tier_ == CUMEMPOOL_BACKUP_PAGEABLE;
-  const std::size_t most = staged ? BounceBuffers::kBufferBytes : bytes;
+  const std::size_t most = uses_bounce_buffers(tier()) ? BounceBuffers::kBufferBytes : bytes;
   auto part = part_at(position);
   for (std::size_t done = 0; done < bytes;) {
     const std::size_t inside = position + done - part->position;
@@ -41,9 +38,9 @@ void HostStorage::for_each_run(std::size_t position, std::size_t bytes, Visit vi
   }
 }
 
-// Takes one more span, of at most `most` bytes.
+// Takes one more span of at most `most` bytes.
 void HostStorage::grow(std::size_t most) {
-  // A span has its owner from the moment it is taken.
+  // Makes the space first, so that a new span always has an owner.
   if (parts_.size() == parts_.capacity()) parts_.reserve(2 * parts_.size() + 1);
   const HostSpan span = arena_.acquire(device_, most);
   const bool continues =
@@ -66,11 +63,11 @@ void HostStorage::save(Transfer& transfer, std::size_t position, cumempool_addre
     const std::size_t here = std::min(bytes - done, bytes_ - at);
     for_each_run(at, here, [&](std::byte* data, std::size_t offset, std::size_t count) {
       const cumempool_address from = source + done + offset;
-      if (tier_ == CUMEMPOOL_BACKUP_PINNED) {
+      if (tier() == CUMEMPOOL_BACKUP_PINNED) {
         transfer.queue.to_host(data, from, count);
         return;
       }
-      transfer.staged.out(from, count, [data](const std::byte* buffer, std::size_t filled) {
+      transfer.bounce_buffers.out(from, count, [data](const std::byte* buffer, std::size_t filled) {
         std::memcpy(data, buffer, filled);
       });
     });
@@ -83,37 +80,37 @@ void HostStorage::load(Transfer& transfer, std::size_t position, cumempool_addre
   arena_.pin_lost(device_);
   for_each_run(position, bytes, [&](std::byte* data, std::size_t offset, std::size_t count) {
     const cumempool_address to = destination + offset;
-    if (tier_ == CUMEMPOOL_BACKUP_PINNED) {
+    if (tier() == CUMEMPOOL_BACKUP_PINNED) {
       transfer.queue.to_device(to, data, count);
       return;
     }
-    transfer.staged.in(to, count, [data](std::byte* buffer, std::size_t wanted) {
+    transfer.bounce_buffers.in(to, count, [data](std::byte* buffer, std::size_t wanted) {
       std::memcpy(buffer, data, wanted);
     });
   });
 }
 
 void HostStorage::gather() {
-  left_behind_.reserve(left_behind_.size() + parts_.size());
+  replaced_.reserve(replaced_.size() + parts_.size());
   const HostSpan whole = arena_.acquire_whole(device_, bytes_);
   for (const Part& part : parts_) {
     std::memcpy(whole.data + part.position, part.span.data, part.span.bytes);
-    left_behind_.push_back(part.span);
+    replaced_.push_back(part.span);
   }
   parts_.resize(1);
   parts_.front() = {0, whole};
 }
 
 void HostStorage::settle_views() noexcept {
-  for (const HostSpan& span : left_behind_) arena_.release(span);
-  left_behind_.clear();
+  for (const HostSpan& span : replaced_) arena_.release(span);
+  replaced_.clear();
 }
 
 BackupStorage::View HostStorage::view(std::size_t position, std::size_t bytes, bool writable) {
   if (position + bytes > bytes_) return nullptr;
   const auto part = part_at(position);
   const std::size_t inside = position - part->position;
-  // What is written must still be part of the backup after a later view has gathered it.
+  // Bytes written through the view must stay part of the backup if a later view gathers it.
   const bool stays = !writable || parts_.size() == 1;
   std::byte* data = part->span.data + inside;
   if (!stays || inside + bytes > part->span.bytes) {
@@ -121,7 +118,7 @@ BackupStorage::View HostStorage::view(std::size_t position, std::size_t bytes, b
     data = parts_.front().span.data + position;
   }
   arena_.join(device_, data, bytes);
-  return {View(), data};  // of the arena, as long as the storage has it
+  return {View(), data};  // owns nothing: the storage holds the memory
 }
 
 }  // namespace cumempool::backup

@@ -1,5 +1,5 @@
-// A backup in host memory of an arena: pinned, where copy engines reach it, or pageable, where
-// threads bring it.
+// Backup storage in host memory of an arena. Copy engines reach pinned memory; pageable memory goes
+// through bounce buffers.
 #pragma once
 
 #include <cstddef>
@@ -12,23 +12,25 @@ namespace cumempool::backup {
 
 class HostStorage : public BackupStorage {
  public:
-  // Takes room as it is saved. `tier` is PINNED or PAGEABLE, as the arena.
-  HostStorage(HostArena& arena, cumempool_backup_tier tier, int device);
+  // Takes memory of the arena only when save() needs it.
+  HostStorage(HostArena& arena, int device);
   ~HostStorage() override;
   HostStorage(const HostStorage&) = delete;
   HostStorage& operator=(const HostStorage&) = delete;
 
-  cumempool_backup_tier tier() const noexcept override { return tier_; }
+  cumempool_backup_tier tier() const noexcept override { return arena_.tier(); }
   void save(Transfer& transfer, std::size_t position, cumempool_address source,
             std::size_t bytes) override;
   void load(Transfer& transfer, std::size_t position, cumempool_address destination,
             std::size_t bytes) override;
-  // Moves the backup into one span where the bytes are in several, or are to be written and others
-  // are. A program may copy the bytes in one call. Inside a ContextScope of the device.
+  // Moves the backup into one span if the bytes are in several, or if the view is writable and the
+  // backup is in several. A program may copy the bytes in one call. Runs inside a ContextScope of
+  // the device.
   View view(std::size_t position, std::size_t bytes, bool writable) override;
   void settle_views() noexcept override;
 
  private:
+  // A span, and its position in the backup.
   struct Part {
     std::size_t position = 0;
     HostSpan span;
@@ -41,11 +43,10 @@ class HostStorage : public BackupStorage {
   void gather();
 
   HostArena& arena_;
-  const cumempool_backup_tier tier_;
   const int device_;
   std::vector<Part> parts_;  // in order, without gaps
   std::size_t bytes_ = 0;
-  std::vector<HostSpan> left_behind_;  // by gather(); views may still be on them
+  std::vector<HostSpan> replaced_;  // by gather(); views may still show them
 };
 
 }  // namespace cumempool::backup

@@ -1,5 +1,5 @@
-// The free intervals of a linear space of offsets. A node moves between the map of what is free
-// and the map of what is taken; only cutting an interval makes one.
+// The free intervals of a linear space of offsets. Nodes move between the map of free intervals and
+// the map of taken ranges; only a cut makes a new one.
 #include "backup/interval_set.hpp"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace cumempool::backup {
 
 void IntervalSet::add(std::size_t offset, std::size_t bytes) {
-  // One for the range, one for the case that it comes from the middle of what was cut out.
+  // One node for the range, and one in case it comes from the middle of a cut-out range.
   const std::size_t before = spares_.size();
   reserve_nodes(2);
   give_back(offset, bytes);
@@ -26,10 +26,10 @@ std::optional<std::size_t> IntervalSet::take_first_fit(std::size_t bytes) {
   return offset;
 }
 
-IntervalSet::Interval IntervalSet::take_last(std::size_t bytes) {
+Extent IntervalSet::take_last(std::size_t bytes) {
   if (free_.empty()) return {};
   const auto last = std::prev(free_.end());
-  const Interval taken{last->first, std::min(bytes, last->second)};
+  const Extent taken{last->first, std::min(bytes, last->second)};
   take_from(last, taken.offset, taken.bytes);
   return taken;
 }
@@ -46,7 +46,7 @@ bool IntervalSet::contains(std::size_t offset, std::size_t bytes) const noexcept
   return offset - start <= room && room - (offset - start) >= bytes;
 }
 
-// Makes all nodes that the cut needs before it changes anything.
+// Makes all nodes that the cut needs, then cuts.
 void IntervalSet::take_from(Map::iterator interval, std::size_t offset, std::size_t bytes) {
   const auto [start, room] = *interval;
   const std::size_t before = offset - start;
@@ -80,8 +80,8 @@ void IntervalSet::give_back(std::size_t offset, std::size_t bytes) noexcept {
   put(free_, node.empty() ? spare() : std::move(node), offset, bytes);
 }
 
-// Takes the range out of what is taken; returns the node of a range that lay all inside, if any
-// did.
+// Removes the range from the taken ones; returns the node of a taken range that lay entirely
+// inside, if there was one.
 IntervalSet::Node IntervalSet::untake(std::size_t offset, std::size_t bytes) noexcept {
   const std::size_t end = offset + bytes;
   Node left_over;

@@ -1,5 +1,4 @@
-// The free intervals of a linear space of offsets, in the order of their offsets, with room
-// kept for what comes back.
+// The free intervals of a linear space of offsets. Giving a range back needs no memory.
 #pragma once
 
 #include <cstddef>
@@ -9,37 +8,41 @@
 
 namespace cumempool::backup {
 
-// Free intervals are disjoint and never adjacent. Every range that is taken keeps a map node of
-// its own until it comes back, so that giving it back, alone or together with its neighbours,
-// needs no memory. A range that comes back in parts needs more nodes: see reserve_nodes().
-// Functions that throw (std::bad_alloc) change nothing. Not thread-safe.
+// A contiguous range of offsets.
+struct Extent {
+  std::size_t offset = 0;
+  std::size_t bytes = 0;
+};
+
+inline bool operator==(const Extent& left, const Extent& right) {
+  return left.offset == right.offset && left.bytes == right.bytes;
+}
+
+// Free intervals are disjoint and never adjacent. Each taken range keeps a map node until it comes
+// back, so giving it back, alone or together with its neighbours, needs no memory. A range that
+// comes back in parts needs more nodes: see reserve_nodes(). Functions that throw (std::bad_alloc)
+// change nothing. Not thread-safe.
 class IntervalSet {
  public:
-  struct Interval {
-    std::size_t offset = 0;
-    std::size_t bytes = 0;
-  };
-
-  // Adds a free range: the space grows, or gets back what take_exact() had cut out of it.
+  // Adds a free range. It is new, or take_exact() has cut it out before.
   void add(std::size_t offset, std::size_t bytes);
 
-  // The start of the lowest interval of at least `bytes`.
+  // Takes `bytes` from the lowest interval that is large enough; returns their offset.
   std::optional<std::size_t> take_first_fit(std::size_t bytes);
-  // Up to `bytes` from the front of the interval with the highest offset; 0 bytes where none is
-  // free.
-  Interval take_last(std::size_t bytes);
-  // This range, all of which is free.
+  // Takes up to `bytes` from the front of the highest interval; 0 bytes if nothing is free.
+  Extent take_last(std::size_t bytes);
+  // Takes this range, all of which is free.
   void take_exact(std::size_t offset, std::size_t bytes);
 
   // Whether all of the range is free.
   bool contains(std::size_t offset, std::size_t bytes) const noexcept;
 
-  // Gives back a range that was taken: one, several that lie side by side, or parts of them.
-  // Each end of it that is not an end of what is taken consumes up to one reserved node.
+  // Gives back taken bytes: one range, several adjacent ones, or parts of them. Each end that is
+  // not an end of a taken range consumes up to one reserved node.
   void give_back(std::size_t offset, std::size_t bytes) noexcept;
 
-  // Makes `count` nodes more, for ranges that will come back in parts: n parts, in whatever
-  // order, need n - 1.
+  // Makes `count` more nodes for ranges that will come back in parts: n parts, in any order, need
+  // n - 1.
   void reserve_nodes(std::size_t count);
 
   std::size_t total() const noexcept { return total_; }

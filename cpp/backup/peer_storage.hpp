@@ -1,10 +1,10 @@
-// A backup in the memory of another device, which the sleeping memory's own device reaches
-// directly.
+// Backup storage in the memory of a peer: another device, which the device of the allocation
+// reaches directly.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <list>
 #include <mutex>
 #include <utility>
 
@@ -13,43 +13,41 @@
 
 namespace cumempool::backup {
 
-// Memory of other devices that holds backups, and what is leaked of it. Thread-safe.
+// The memory of peers that holds backups, leaked memory included. Thread-safe.
 class PeerMemory {
  public:
-  struct Piece {
-    vmm::Allocation memory;
-    std::unique_ptr<Piece> next;  // of what is leaked
-  };
+  // The memory of one backup. A list of one, so that leaking it takes no memory.
+  using Piece = std::list<vmm::Allocation>;
 
   explicit PeerMemory(driver::Driver driver) : driver_(driver) {}
   ~PeerMemory();
   PeerMemory(const PeerMemory&) = delete;
   PeerMemory& operator=(const PeerMemory&) = delete;
 
-  // `bytes`, rounded up to `granularity`, with `properties` of the peer, and access for `device` as
-  // well. Throws Error (CUMEMPOOL_OUT_OF_MEMORY).
-  std::unique_ptr<Piece> acquire(const cumempool_memory_properties& properties,
-                                 std::size_t granularity, int device, std::size_t bytes);
-  // Never fails: what the driver refuses to take back is leaked.
-  void release(std::unique_ptr<Piece> piece) noexcept;
-  // Tries once more to give back what is leaked.
+  // Takes `bytes`, rounded up to `granularity`, of the peer that `properties` name, and gives
+  // `device` access as well. Throws Error (CUMEMPOOL_OUT_OF_MEMORY).
+  Piece acquire(const cumempool_memory_properties& properties, std::size_t granularity, int device,
+                std::size_t bytes);
+  // Gives a piece back. It is leaked if the driver refuses.
+  void release(Piece&& piece) noexcept;
+  // Tries once more to give back the leaked pieces.
   void release_leaked() noexcept;
 
   std::uint64_t held_bytes() const noexcept { return memory_stats_.physical_bytes; }
   std::uint64_t leaked_bytes() const noexcept { return memory_stats_.leaked_bytes; }
-  // Nothing is held, addresses included.
+  // Whether nothing is held, not even addresses.
   bool empty() const noexcept { return memory_stats_.reserved_bytes == 0; }
 
  private:
   driver::Driver driver_;
   vmm::MemoryStats memory_stats_;
   std::mutex mutex_;
-  std::unique_ptr<Piece> leaked_;  // guarded by mutex_
+  std::list<vmm::Allocation> leaked_;  // guarded by mutex_
 };
 
 class PeerStorage : public BackupStorage {
  public:
-  // As PeerMemory::acquire().
+  // Takes all its memory at once; throws as PeerMemory::acquire() does.
   PeerStorage(PeerMemory& memory, const cumempool_memory_properties& properties,
               std::size_t granularity, int device, std::size_t bytes)
       : memory_(memory), piece_(memory.acquire(properties, granularity, device, bytes)) {}
@@ -66,7 +64,7 @@ class PeerStorage : public BackupStorage {
 
  private:
   PeerMemory& memory_;
-  std::unique_ptr<PeerMemory::Piece> piece_;
+  PeerMemory::Piece piece_;
 };
 
 }  // namespace cumempool::backup

@@ -1,4 +1,4 @@
-// Everything that one allocator keeps backups in.
+// The stores of one allocator's backups.
 #include "backup/stores.hpp"
 
 #include <iterator>
@@ -8,12 +8,12 @@ namespace cumempool::backup {
 Stores::Stores(driver::Driver driver, std::uint64_t pinned_limit)
     : driver_(driver), pinned_(pinned_limit), pageable_(0), peers_(driver) {}
 
-HostArena& Stores::arena(Residence residence, int numa_node) {
+HostArena& Stores::arena(cumempool_backup_tier tier, int numa_node) {
   const std::lock_guard lock(mutex_);
-  std::unique_ptr<HostArena>& arena = arenas_[{residence, numa_node}];
+  std::unique_ptr<HostArena>& arena = arenas_[{tier, numa_node}];
   if (arena == nullptr) {
-    HostBudget& budget = residence == Residence::kPinned ? pinned_ : pageable_;
-    arena = std::make_unique<HostArena>(driver_, residence, numa_node, budget);
+    HostBudget& budget = tier == CUMEMPOOL_BACKUP_PINNED ? pinned_ : pageable_;
+    arena = std::make_unique<HostArena>(driver_, tier, numa_node, budget);
   }
   return *arena;
 }
@@ -25,26 +25,26 @@ BackupFile& Stores::file(const std::string& directory) {
   return *files_.emplace(directory, std::make_unique<BackupFile>(directory)).first->second;
 }
 
-std::uint64_t Stores::sum(Residence residence,
+std::uint64_t Stores::sum(cumempool_backup_tier tier,
                           const std::function<std::uint64_t(const HostArena&)>& bytes) const {
   const std::lock_guard lock(mutex_);
   std::uint64_t total = 0;
   for (const auto& [key, arena] : arenas_) {
-    if (key.first == residence && arena != nullptr) total += bytes(*arena);
+    if (key.first == tier && arena != nullptr) total += bytes(*arena);
   }
   return total;
 }
 
 std::uint64_t Stores::pinned_bytes() const {
-  return sum(Residence::kPinned, [](const HostArena& arena) { return arena.held_bytes(); });
+  return sum(CUMEMPOOL_BACKUP_PINNED, [](const HostArena& arena) { return arena.held_bytes(); });
 }
 
 std::uint64_t Stores::pinned_used_bytes() const {
-  return sum(Residence::kPinned, [](const HostArena& arena) { return arena.used_bytes(); });
+  return sum(CUMEMPOOL_BACKUP_PINNED, [](const HostArena& arena) { return arena.used_bytes(); });
 }
 
 std::uint64_t Stores::pageable_bytes() const {
-  return sum(Residence::kPageable, [](const HostArena& arena) { return arena.held_bytes(); });
+  return sum(CUMEMPOOL_BACKUP_PAGEABLE, [](const HostArena& arena) { return arena.held_bytes(); });
 }
 
 std::uint64_t Stores::file_bytes() const {

@@ -1,5 +1,5 @@
-// Everything that one allocator keeps backups in: arenas of host memory, by NUMA node, files, by
-// directory, and memory of other devices.
+// The stores of one allocator's backups: arenas of host memory by NUMA node, files by directory,
+// and memory of peers.
 #pragma once
 
 #include <cstddef>
@@ -20,17 +20,18 @@
 
 namespace cumempool::backup {
 
-// Thread-safe; what it hands out lives as long as it.
+// Thread-safe. Arenas live as long as the object, files until a trim() finds them empty.
 class Stores {
  public:
-  // `pinned_limit` bytes of pinned memory are held at the most; 0 = no limit.
+  // The arenas hold at most `pinned_limit` bytes of pinned memory; 0 is no limit.
   Stores(driver::Driver driver, std::uint64_t pinned_limit);
   ~Stores() = default;
   Stores(const Stores&) = delete;
   Stores& operator=(const Stores&) = delete;
 
-  HostArena& arena(Residence residence, int numa_node);
-  // Makes the file at first use. Throws Error (CUMEMPOOL_BACKUP_FAILED).
+  // Both make their store at first use. `tier` is PINNED or PAGEABLE; file() throws Error
+  // (CUMEMPOOL_BACKUP_FAILED).
+  HostArena& arena(cumempool_backup_tier tier, int numa_node);
   BackupFile& file(const std::string& directory);
   PeerMemory& peers() noexcept { return peers_; }
   const PeerMemory& peers() const noexcept { return peers_; }
@@ -38,21 +39,21 @@ class Stores {
   // The arenas made so far.
   std::vector<HostArena*> arenas() const;
   const HostBudget& pinned_budget() const noexcept { return pinned_; }
-  // The driver pins no more than what is held: no arena asks for more until trim() was called.
+  // The driver refuses to pin more: no arena asks for more until trim().
   void refuse_pinned() noexcept { pinned_.refuse(); }
   std::uint64_t pinned_bytes() const;
   std::uint64_t pinned_used_bytes() const;
   std::uint64_t pageable_bytes() const;
   std::uint64_t file_bytes() const;
 
-  // Gives back the blocks of all arenas that hold nothing, and closes files that do; returns the
-  // bytes of memory. Inside a ContextScope of `device`, for the transition under way.
+  // Gives back the empty blocks of all arenas and closes empty files; returns the bytes of memory.
+  // Runs inside a ContextScope of `device`, for the transition under way.
   std::uint64_t trim(int device);
 
  private:
-  using ArenaKey = std::pair<Residence, int>;
+  using ArenaKey = std::pair<cumempool_backup_tier, int>;  // and the NUMA node
 
-  std::uint64_t sum(Residence residence,
+  std::uint64_t sum(cumempool_backup_tier tier,
                     const std::function<std::uint64_t(const HostArena&)>& bytes) const;
 
   driver::Driver driver_;

@@ -1,4 +1,4 @@
-// What programs read of an allocator: statistics, backups, handles for other processes.
+// Read access to an allocator: statistics, backups, handles.
 #include "pool/access.hpp"
 
 #include <algorithm>
@@ -32,9 +32,9 @@ cumempool_allocation_info describe(const Record& record) {
   info.device = record.device;
   info.state = public_state(record.contents.state());
   info.generation = record.generation;
-  if (const auto& image = record.contents.image()) {
-    info.backup_bytes = image->bytes();
-    info.backup_tier = image->tier();
+  if (const auto& backup = record.contents.backup()) {
+    info.backup_bytes = backup->bytes();
+    info.backup_tier = backup->tier();
   }
   info.sequence = record.sequence;
   info.preserved = record.preserved ? 1 : 0;
@@ -65,114 +65,99 @@ void count(const cumempool_allocation_info& info, const Record& record,
   if (record.preserved) stats.preserved_bytes += info.bytes;
 }
 
-class Collector {
- public:
-  Collector(Allocator& allocator, bool allocations)
-      : allocator_(allocator), allocations_(allocations) {
-    for (const auto& device : allocator.devices().used()) {
-      kinds_[device->ordinal()] = device->kind().properties;
-    }
-  }
+using Properties = std::map<int, cumempool_memory_properties>;            // by device
+using Rows = std::map<std::pair<std::string, int>, cumempool_tag_stats>;  // by tag and device
 
-  Snapshot collect() {
-    allocator_.records().for_each([this](Record& record) { visit(record); }, [this] { held(); });
-    for (const Tag* tag : allocator_.tags().all()) {
-      const auto first = rows_.lower_bound({tag->name, -1});
-      if (first == rows_.end() || first->first.first != tag->name) row(*tag, nullptr);
-    }
-    for (auto& [key, stats] : rows_) snapshot_.tags.push_back(stats);
-    total();
-    snapshot_.last_malloc_failure = allocator_.last_malloc_failure();
-    return std::move(snapshot_);
+Properties properties_by_device(Allocator& allocator) {
+  Properties properties;
+  for (const auto& device : allocator.devices().used()) {
+    properties[device->ordinal()] = device->kind().properties;
   }
+  return properties;
+}
 
- private:
-  void visit(const Record& record) {
-    if (record.freed) {
-      snapshot_.totals.pending_free_bytes += record.bytes;
-      return;
-    }
-    const cumempool_allocation_info info = describe(record);
-    count(info, record, row(*record.tag, &record));
-    if (allocations_) snapshot_.allocations.push_back(info);
+// Returns the row of a tag on a device; makes it at first use.
+cumempool_tag_stats& row_of(Allocator& allocator, Rows& rows, const Tag& tag, int device) {
+  const auto [at, made] = rows.try_emplace({tag.name, device});
+  cumempool_tag_stats& stats = at->second;
+  if (!made) return stats;
+  const TagTable& tags = allocator.tags();
+  stats.size = sizeof stats;
+  stats.tag = tag.name.c_str();
+  stats.device = device;
+  stats.on_sleep = tags.on_sleep(tag);
+  stats.on_wake = tags.on_wake(tag);
+  stats.backup_tier = tags.backup(tag).tier;
+  stats.backing = tags.memory(tag).backing;
+  stats.pins = tags.pin_count(tag);
+  return stats;
+}
+
+// Reads the counters of device memory under the records' lock: later, the memory of counted records
+// may be released.
+void read_memory_stats(Allocator& allocator, cumempool_totals& totals) {
+  const vmm::MemoryStats& stats = allocator.memory_stats();
+  totals.size = sizeof totals;
+  totals.reserved_address_bytes = stats.reserved_bytes;
+  totals.physical_bytes = stats.physical_bytes;
+  // The peak may not include the latest allocation yet.
+  totals.peak_physical_bytes = std::max(totals.physical_bytes, stats.peak_physical_bytes.load());
+  totals.mapped_bytes = stats.mapped_bytes;
+  totals.leaked_bytes = stats.leaked_bytes + allocator.stores().peers().leaked_bytes();
+}
+
+void read_counters(Allocator& allocator, cumempool_totals& totals) {
+  const backup::Stores& stores = allocator.stores();
+  totals.pending_free_bytes += allocator.pending_free_bytes();
+  totals.host_bytes = stores.pinned_bytes();
+  totals.host_used_bytes = stores.pinned_used_bytes();
+  totals.pageable_bytes = stores.pageable_bytes();
+  totals.file_bytes = stores.file_bytes();
+  totals.peer_bytes = stores.peers().held_bytes();
+  for (const auto& device : allocator.devices().used()) {
+    totals.staging_bytes += device->buffer_bytes();
   }
-
-  // Where the driver chooses them, those that virtual memory of the device would have.
-  const cumempool_memory_properties& properties_of(const Record& record) {
-    const cumempool_memory_properties* own = record.memory.properties();
-    return own != nullptr ? *own : kinds_[record.device];
-  }
-
-  // Of a tag on the device of a record; null: of a tag without any.
-  cumempool_tag_stats& row(const Tag& tag, const Record* record) {
-    const int device = record == nullptr ? -1 : record->device;
-    const auto [at, made] = rows_.try_emplace({tag.name, device});
-    cumempool_tag_stats& stats = at->second;
-    if (!made) return stats;
-    stats.size = sizeof stats;
-    const TagPolicy policy = allocator_.tags().policy(tag);
-    stats.tag = tag.name.c_str();
-    stats.device = device;
-    stats.on_sleep = policy.on_sleep;
-    stats.on_wake = policy.on_wake;
-    stats.backup_tier = allocator_.tags().backup(tag).tier;
-    stats.backing = allocator_.tags().memory(tag).backing;
-    stats.pins = allocator_.tags().pin_count(tag);
-    if (record != nullptr) {
-      const auto& properties = properties_of(*record);
-      stats.handle_types = properties.handle_types;
-      stats.rdma = properties.rdma;
-    }
-    return stats;
-  }
-
-  // Under the records' lock: later, the memory of records that were counted may have gone back.
-  void held() {
-    cumempool_totals& totals = snapshot_.totals;
-    totals.size = sizeof totals;
-    totals.reserved_address_bytes = allocator_.memory_stats().reserved_bytes;
-    totals.physical_bytes = allocator_.memory_stats().physical_bytes;
-    // What has just been taken may not be in the peak yet.
-    totals.peak_physical_bytes =
-        std::max(totals.physical_bytes, allocator_.memory_stats().peak_physical_bytes.load());
-    totals.mapped_bytes = allocator_.memory_stats().mapped_bytes;
-    totals.leaked_bytes =
-        allocator_.memory_stats().leaked_bytes + allocator_.stores().peers().leaked_bytes();
-  }
-
-  void total() {
-    cumempool_totals& totals = snapshot_.totals;
-    Counters& counters = allocator_.counters();
-    totals.pending_free_bytes += allocator_.pending_free_bytes();
-    const backup::Stores& stores = allocator_.stores();
-    totals.host_bytes = stores.pinned_bytes();
-    totals.host_used_bytes = stores.pinned_used_bytes();
-    totals.pageable_bytes = stores.pageable_bytes();
-    totals.file_bytes = stores.file_bytes();
-    totals.peer_bytes = stores.peers().held_bytes();
-    for (const auto& device : allocator_.devices().used()) {
-      totals.staging_bytes += device->staging_bytes();
-    }
-    totals.malloc_calls = counters.malloc_calls;
-    totals.malloc_failures = counters.malloc_failures;
-    totals.free_calls = counters.free_calls;
-    totals.sleeps = counters.sleeps;
-    totals.wakes = counters.wakes;
-    totals.swaps = counters.swaps;
-    totals.failed_transitions = counters.failed_transitions;
-  }
-
-  Allocator& allocator_;
-  bool allocations_;
-  std::map<int, cumempool_memory_properties> kinds_;
-  std::map<std::pair<std::string, int>, cumempool_tag_stats> rows_;
-  Snapshot snapshot_;
-};
+  const Counters& counters = allocator.counters();
+  totals.malloc_calls = counters.malloc_calls;
+  totals.malloc_failures = counters.malloc_failures;
+  totals.free_calls = counters.free_calls;
+  totals.sleeps = counters.sleeps;
+  totals.wakes = counters.wakes;
+  totals.swaps = counters.swaps;
+  totals.failed_transitions = counters.failed_transitions;
+}
 
 }  // namespace
 
 Snapshot take_snapshot(Allocator& allocator, bool allocations) {
-  return Collector(allocator, allocations).collect();
+  Snapshot snapshot;
+  Rows rows;
+  Properties properties = properties_by_device(allocator);
+  const auto visit = [&](const Record& record) {
+    if (record.freed) {
+      snapshot.totals.pending_free_bytes += record.bytes;
+      return;
+    }
+    const cumempool_allocation_info info = describe(record);
+    cumempool_tag_stats& row = row_of(allocator, rows, *record.tag, record.device);
+    // Memory without properties of its own shows those that virtual memory of the device would
+    // have.
+    const cumempool_memory_properties* own = record.memory.properties();
+    const auto& known = own != nullptr ? *own : properties[record.device];
+    row.handle_types = known.handle_types;
+    row.rdma = known.rdma;
+    count(info, record, row);
+    if (allocations) snapshot.allocations.push_back(info);
+  };
+  allocator.records().for_each(visit, [&] { read_memory_stats(allocator, snapshot.totals); });
+  for (const Tag* tag : allocator.tags().all()) {
+    const auto first = rows.lower_bound({tag->name, -1});
+    if (first == rows.end() || first->first.first != tag->name) row_of(allocator, rows, *tag, -1);
+  }
+  for (const auto& entry : rows) snapshot.tags.push_back(entry.second);
+  read_counters(allocator, snapshot.totals);
+  snapshot.last_malloc_failure = allocator.last_malloc_failure();
+  return snapshot;
 }
 
 cumempool_allocation_info find_allocation(const Allocator* allocator, cumempool_address address) {
@@ -208,7 +193,7 @@ Error refusal(cumempool_status status, const char* why, const Record* record, co
 BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address address,
                        std::size_t bytes, bool writable)
     : allocator_(std::move(allocator)) {
-  const TransitionLock::Turn turn(allocator_->transition_lock(), "read_backup");
+  const TransitionLock::Turn turn = allocator_->transition_lock().enter("read_backup");
   if (bytes == 0) {
     throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "a view has at least one byte", nullptr,
                   "ask for the bytes that you read");
@@ -220,24 +205,24 @@ BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address a
     allocator_->records().update([&] {
       lives = !record->freed;  // else it is being torn down
       asleep = record->contents.asleep();
-      if (lives && asleep) image_ = record->contents.image();
+      if (lives && asleep) backup_ = record->contents.backup();
     });
   }
   if (!lives) {
     throw refusal(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator",
                   nullptr, "pass a tensor of the allocator's pools");
   }
-  if (image_ == nullptr) {
+  if (backup_ == nullptr) {
     throw refusal(CUMEMPOOL_INVALID_ARGUMENT,
                   asleep ? "its contents were discarded" : "the memory is awake", record.get(),
                   "read backups of tags that sleep with a backup");
   }
   {
     const driver::ContextScope scope(allocator_->driver(), record->device);
-    data_ = image_->view(address - record->address, bytes, writable);
-    if (image_.use_count() == 2) image_->settle_views();  // the record's and this one
+    data_ = backup_->view(address - record->address, bytes, writable);
+    if (backup_.use_count() == 2) backup_->settle_views();  // the record's and this one
   }
-  if (data_ == nullptr && image_->tier() == CUMEMPOOL_BACKUP_PEER) {
+  if (data_ == nullptr && backup_->tier() == CUMEMPOOL_BACKUP_PEER) {
     throw refusal(CUMEMPOOL_UNSUPPORTED, "the backup is in the memory of another device",
                   record.get(), "wake it, or use another tier");
   }
@@ -251,7 +236,7 @@ BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address a
 BackupView::~BackupView() {
   const bool was_open = data_ != nullptr;
   data_.reset();
-  image_.reset();
+  backup_.reset();
   if (was_open) allocator_->counters().open_views -= 1;
 }
 
@@ -284,9 +269,9 @@ void refuse(Allocator& allocator, const Record& record, std::uint32_t handle_typ
 
 cumempool_allocation_info export_memory(Allocator& allocator, cumempool_address address,
                                         std::uint32_t handle_type, void* exported) {
-  const TransitionLock::Turn turn(allocator.transition_lock(), "export");
+  const TransitionLock::Turn turn = allocator.transition_lock().enter("export");
   const RecordPointer record = Registry::instance().find(address);
-  // Claimed, so that it cannot be freed meanwhile.
+  // Claims the record, so that it cannot be freed meanwhile.
   const auto claimed = allocator.records().claim("export", [&](const Record& candidate) {
     return &candidate == record.get() && !candidate.freed;
   });

@@ -1,5 +1,5 @@
-// What programs read of an allocator beside its transitions: statistics, backups of sleeping
-// memory, and handles for other processes.
+// Read access to an allocator: statistics, backups of sleeping memory, and handles for other
+// processes.
 #pragma once
 
 #include <cstddef>
@@ -22,22 +22,23 @@ struct Snapshot {
   std::string last_malloc_failure;
 };
 
-// What is known of a record; under the records' lock, or by who has claimed it.
+// Describes a record. Runs under the records' lock, or in the operation that has claimed the
+// record.
 cumempool_allocation_info describe(const Record& record);
 
 Snapshot take_snapshot(Allocator& allocator, bool allocations);
 
-// What is known of the live allocation that holds `address`. Throws Error (CUMEMPOOL_NOT_OWNED)
-// where there is none, or where `allocator` is not null and it belongs to another.
+// Describes the live allocation that contains `address`. Throws Error (CUMEMPOOL_NOT_OWNED) if
+// there is none, or if `allocator` is not null and it belongs to another one.
 cumempool_allocation_info find_allocation(const Allocator* allocator, cumempool_address address);
 
 // ---- backups ------------------------------------------------------------------------------------
 
-// Keeps the host memory, or the file, that it shows.
+// A view of a backup. It keeps the host memory, or the file, that it shows.
 class BackupView {
  public:
-  // Throws Error: CUMEMPOOL_NOT_OWNED, CUMEMPOOL_INVALID_ARGUMENT where the memory is awake or the
-  // bytes are not in its backup, CUMEMPOOL_UNSUPPORTED where the backup is not in host memory.
+  // Throws Error: CUMEMPOOL_NOT_OWNED; CUMEMPOOL_INVALID_ARGUMENT if the memory is awake or the
+  // backup does not hold all bytes; CUMEMPOOL_UNSUPPORTED if the backup is not in host memory.
   BackupView(std::shared_ptr<Allocator> allocator, cumempool_address address, std::size_t bytes,
              bool writable);
   ~BackupView();
@@ -48,15 +49,16 @@ class BackupView {
 
  private:
   std::shared_ptr<Allocator> allocator_;
-  std::shared_ptr<backup::Backup> image_;
+  std::shared_ptr<backup::Backup> backup_;
   backup::BackupStorage::View data_;
 };
 
 // ---- handles ------------------------------------------------------------------------------------
 
-// Writes the exported handle of the awake allocation that holds `address`, and tells which that is.
-// Throws Error: CUMEMPOOL_NOT_OWNED, CUMEMPOOL_INVALID_ARGUMENT where it sleeps,
-// CUMEMPOOL_UNSUPPORTED for ordinary memory and for handle types that the memory was not made for.
+// Exports the handle of the awake allocation that contains `address`, and describes the allocation.
+// Throws Error: CUMEMPOOL_NOT_OWNED; CUMEMPOOL_INVALID_ARGUMENT if it is asleep;
+// CUMEMPOOL_UNSUPPORTED for memory of cudaMalloc and for handle types that the memory was not made
+// for.
 cumempool_allocation_info export_memory(Allocator& allocator, cumempool_address address,
                                         std::uint32_t handle_type, void* exported);
 

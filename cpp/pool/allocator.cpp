@@ -31,32 +31,32 @@ void TransitionLock::refuse_inside(const char* operation) const {
   refuse_locked(operation);
 }
 
-TransitionLock::Turn::Turn(TransitionLock& transition_lock, const char* operation)
-    : transition_lock_(transition_lock) {
-  std::unique_lock lock(transition_lock_.mutex_);
-  transition_lock_.refuse_locked(operation);
-  transition_lock_.free_.wait(lock, [this] { return transition_lock_.operation_ == nullptr; });
-  transition_lock_.operation_ = operation;
-  transition_lock_.owner_ = std::this_thread::get_id();
+void TransitionLock::begin(const char* operation) noexcept {
+  operation_ = operation;
+  owner_ = std::this_thread::get_id();
 }
 
-TransitionLock::Turn::Turn(TransitionLock& transition_lock, const char* operation,
-                           std::try_to_lock_t)
-    : transition_lock_(transition_lock) {
-  const std::lock_guard lock(transition_lock_.mutex_);
-  taken_ = transition_lock_.operation_ == nullptr;
-  if (!taken_) return;
-  transition_lock_.operation_ = operation;
-  transition_lock_.owner_ = std::this_thread::get_id();
+TransitionLock::Turn TransitionLock::enter(const char* operation) {
+  std::unique_lock lock(mutex_);
+  refuse_locked(operation);
+  free_.wait(lock, [this] { return operation_ == nullptr; });
+  begin(operation);
+  return {*this, std::adopt_lock};
 }
 
-TransitionLock::Turn::~Turn() {
-  if (!taken_) return;
+TransitionLock::Turn TransitionLock::try_enter(const char* operation) noexcept {
+  const std::lock_guard lock(mutex_);
+  if (operation_ != nullptr) return {};
+  begin(operation);
+  return {*this, std::adopt_lock};
+}
+
+void TransitionLock::unlock() noexcept {
   {
-    const std::lock_guard lock(transition_lock_.mutex_);
-    transition_lock_.operation_ = nullptr;
+    const std::lock_guard lock(mutex_);
+    operation_ = nullptr;
   }
-  transition_lock_.free_.notify_one();
+  free_.notify_one();
 }
 
 // ---- the allocator ------------------------------------------------------------------------------
@@ -64,14 +64,14 @@ TransitionLock::Turn::~Turn() {
 namespace {
 
 constexpr std::size_t kLargest = std::size_t{1} << 62;
-constexpr std::size_t kMostProblems = 64;  // of a close, told one by one
+constexpr std::size_t kMostProblems = 64;  // that a close reports one by one
 
 std::optional<BackupChoice> overflow_of(const cumempool_allocator_options& options) {
   if (options.overflow.tier == CUMEMPOOL_BACKUP_UNSET) return std::nullopt;
   BackupChoice choice = backup_choice(options.overflow);
   if (choice.tier == CUMEMPOOL_BACKUP_PINNED || choice.tier == CUMEMPOOL_BACKUP_PEER) {
     throw Error(CUMEMPOOL_INVALID_ARGUMENT,
-                "backups over the limit can go to pageable memory or a file only");
+                "backups beyond the limit can only go to pageable memory or a file");
   }
   return choice;
 }
@@ -106,7 +106,7 @@ void add_secondary(Error& failure, std::string&& text, const char* before) noexc
   try {
     failure.secondary.push_back(before + text);
   } catch (const std::exception&) {
-    return;  // there is no memory to say it: the states of the allocations do
+    return;  // no memory for it: the states of the allocations show it
   }
 }
 
@@ -123,11 +123,11 @@ Allocator::Allocator(driver::Driver driver, const cumempool_allocator_options& o
 }
 
 Allocator::~Allocator() {
-  // Only reached once no record is left. Contexts must still be there to unpin host memory.
+  // Runs only when no record is left. Unpinning host memory needs the contexts.
   try {
     trim_stores();
   } catch (const Error&) {
-    // The contexts are gone; HostArena leaves memory mapped that may still be pinned.
+    // The contexts are gone. HostArena leaves memory mapped that may still be pinned.
     return;
   }
 }
@@ -149,7 +149,7 @@ std::size_t Allocator::round_up(const Device& device, std::size_t bytes) const {
   return (bytes + granularity - 1) / granularity * granularity;
 }
 
-// Other programs and libraries of the process need some of the device, too.
+// Throws Error if the allocation would leave less than the margin for other programs and libraries.
 void Allocator::refuse_below_margin(const Device& device, std::size_t bytes) const {
   const std::uint64_t margin = memory_margin_;
   if (margin == 0) return;
@@ -197,9 +197,9 @@ cumempool_address Allocator::malloc(const Tag& tag, int device, std::size_t byte
 
 void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
   check_peers(choice);
-  const TransitionLock::Turn turn(transition_lock_, "set_memory");
+  const TransitionLock::Turn turn = transition_lock_.enter("set_memory");
   if (tags_.is_made_of(tag, choice)) return;
-  // In one step: what is being allocated meanwhile looks at the choice again when it is published.
+  // In one step: allocations under way look at the choice again when they are published.
   const std::uint64_t bytes =
       records_.update_unless([&](const Record& record) { return record.tag == &tag; },
                              [&] { tags_.set_memory(tag, choice); });
@@ -213,8 +213,8 @@ void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
 }
 
 void Allocator::preserve(cumempool_address address) {
-  const TransitionLock::Turn turn(transition_lock_,
-                                  "preserve");  // transitions read it without the lock
+  // In a turn: transitions read `preserved` without the lock.
+  const TransitionLock::Turn turn = transition_lock_.enter("preserve");
   const RecordPointer record = Registry::instance().find(address);
   bool lives = false;
   if (record != nullptr && record->owner.get() == this) {
@@ -230,8 +230,8 @@ void Allocator::preserve(cumempool_address address) {
   throw error;
 }
 
-// What no device's memory could be given to. Whether they reach the device of an allocation is seen
-// when there is one.
+// Refuses peers that can reach no device at all. malloc() checks whether they reach the device of
+// an allocation.
 void Allocator::check_peers(const MemoryChoice& choice) const {
   if (choice.peers.empty()) return;
   const int count = driver_.device_count();
@@ -239,7 +239,7 @@ void Allocator::check_peers(const MemoryChoice& choice) const {
     for (int other = 0; other < count; ++other) {
       if (other != peer && driver_.peer_access(peer, other)) return true;
     }
-    return count == 1;  // there is none
+    return count == 1;  // there is no other
   };
   for (const int peer : choice.peers) {
     const std::string name = "device " + std::to_string(peer);
@@ -261,11 +261,11 @@ vmm::Allocation Allocator::make_memory(const MemoryChoice& choice, const Device&
     return {driver_, memory_stats_, on.ordinal(), bytes};
   }
   cumempool_memory_properties properties = on.kind().properties;
-  if (!choice.rdma) properties.rdma = 0;  // asks for less than what was tried (R8)
+  if (!choice.rdma) properties.rdma = 0;  // less than the kind that was tried, so it works (R8)
   return {driver_, memory_stats_, properties, bytes, users_of(choice, on.ordinal())};
 }
 
-// The device that the memory is on, and its peers.
+// Returns the device of the memory and its peers.
 std::vector<int> Allocator::users_of(const MemoryChoice& choice, int device) const {
   std::vector<int> users{device};
   const int count = choice.all_peers ? driver_.device_count() : 0;
@@ -309,7 +309,7 @@ void Allocator::follow_use(Record& record, const std::vector<int>& in_use) noexc
     }
     record.memory.extend(peers);
   } catch (const std::exception&) {
-    return;  // as where no peer can reach it
+    return;  // as if no peer could reach it
   }
 }
 
@@ -320,8 +320,8 @@ void Allocator::follow_use() noexcept {
     const std::lock_guard lock(aside_mutex_);
     if (in_use == followed_) return;
   }
-  const TransitionLock::Turn turn(transition_lock_, "giving access to peers", std::try_to_lock);
-  if (turn.taken()) follow_use_inside();
+  const TransitionLock::Turn turn = transition_lock_.try_enter("giving access to peers");
+  if (turn.owns_lock()) follow_use_inside();
 }
 
 void Allocator::follow_use_inside() noexcept {
@@ -347,7 +347,7 @@ void Allocator::follow_use_inside() noexcept {
   unclaim(claimed);
 }
 
-// Of a record that others could not see yet when a device came to be used.
+// Gives access for a record that was not yet published when a device came into use.
 void Allocator::follow_use_since(const std::vector<int>& seen) noexcept {
   if (devices_in_use() != seen) {
     const std::lock_guard lock(aside_mutex_);
@@ -356,7 +356,7 @@ void Allocator::follow_use_since(const std::vector<int>& seen) noexcept {
   follow_use();
 }
 
-// False, with nothing held, where memory of the tag is to be made otherwise by now.
+// Returns false, with nothing held, if the tag's memory must be made otherwise by now.
 bool Allocator::publish(const RecordPointer& record, const MemoryChoice& made_of,
                         const std::vector<int>& in_use) {
   const auto still = [&] { return tags_.is_made_of(*record->tag, made_of); };
@@ -368,12 +368,12 @@ bool Allocator::publish(const RecordPointer& record, const MemoryChoice& made_of
       return false;
     }
   } catch (const std::exception&) {
-    reaper_->take(record);  // leaked, should the driver not take back what it gave
+    reaper_->take(record);  // leaks it if the driver refuses to take it back
     throw;
   }
   try {
     Registry::instance().add(record);
-  } catch (const std::exception&) {  // no memory to find it by: it could never be freed
+  } catch (const std::exception&) {  // out of host memory: it could never be freed
     if (records_.retire(record)) reaper_->take(record);
     throw;
   }
@@ -386,7 +386,7 @@ void Allocator::note_malloc_failure(const std::string& why) noexcept {
     const std::lock_guard lock(aside_mutex_);
     last_malloc_failure_ = why;
   } catch (const std::exception&) {
-    // No host memory to note it in: the count says that there was one.
+    // No host memory for the text: the count still shows the failure.
   }
 }
 
@@ -397,7 +397,7 @@ std::string Allocator::last_malloc_failure() const {
 
 void Allocator::free(const RecordPointer& record) noexcept {
   counters_.free_calls += 1;
-  // Held across the teardown, which needs the context: another thread may be closing.
+  // Keeps the context, which the teardown needs, while another thread may be closing.
   const std::shared_ptr<Device> device = devices_.find(record->device);
   if (records_.retire(record)) reaper_->take(record);
 }
@@ -411,7 +411,7 @@ void Allocator::unclaim(const std::vector<RecordPointer>& claimed) noexcept {
 std::uint64_t Allocator::trim_stores() {
   release_leaked();
   std::uint64_t released = 0;
-  std::optional<Error> failure;  // of one device: the others give back what they can
+  std::optional<Error> failure;  // of the first device; the others still release what they can
   for (const auto& device : devices_.used()) {
     try {
       const driver::ContextScope scope(driver_, device->ordinal());
@@ -429,26 +429,26 @@ bool Allocator::drop_retained(std::uint64_t bytes) {
   std::vector<std::shared_ptr<backup::Backup>> dropped;  // outside of the records' lock
   std::uint64_t freed = 0;
   records_.for_each([&](Record& record) {
-    const auto& image = record.contents.image();
-    if (record.claimed_by != nullptr || image == nullptr || freed >= bytes) return;
+    const auto& backup = record.contents.backup();
+    if (record.claimed_by != nullptr || backup == nullptr || freed >= bytes) return;
     if (record.contents.asleep()) return;
-    const cumempool_backup_tier tier = image->tier();
+    const cumempool_backup_tier tier = backup->tier();
     if (tier != CUMEMPOOL_BACKUP_PINNED && tier != CUMEMPOOL_BACKUP_PAGEABLE) return;
-    freed += image->bytes();
-    dropped.emplace_back();  // takes the memory that it needs before anything changes
+    freed += backup->bytes();
+    dropped.emplace_back();  // takes memory before anything changes
     dropped.back() = record.contents.drop_retained();
   });
   return !dropped.empty();
 }
 
-void Allocator::leak(const std::shared_ptr<backup::Backup>& image, int device) noexcept {
+void Allocator::leak(const std::shared_ptr<backup::Backup>& backup, int device) noexcept {
   const std::lock_guard lock(aside_mutex_);
   for (const backup::Backup* one = leaked_.get(); one != nullptr; one = one->next.get()) {
-    if (one == image.get()) return;  // by an earlier failure
+    if (one == backup.get()) return;  // leaked by an earlier failure
   }
-  image->leaked_by = device;
-  image->next = std::move(leaked_);
-  leaked_ = image;
+  backup->leaked_by = device;
+  backup->next = std::move(leaked_);
+  leaked_ = backup;
 }
 
 void Allocator::release_leaked() noexcept {
@@ -463,13 +463,13 @@ void Allocator::release_leaked() noexcept {
       device->settle();
       driver_.fence({device->ordinal()});
     } catch (const std::exception&) {
-      continue;  // its images stay
+      continue;  // the backups of this device stay
     }
-    release_images_of(device->ordinal());
+    release_backups_of(device->ordinal());
   }
 }
 
-void Allocator::release_images_of(int device) noexcept {
+void Allocator::release_backups_of(int device) noexcept {
   std::shared_ptr<backup::Backup> released;  // outside of the lock
   {
     const std::lock_guard lock(aside_mutex_);
@@ -487,7 +487,7 @@ void Allocator::release_images_of(int device) noexcept {
 }
 
 std::uint64_t Allocator::release_host_memory() {
-  const TransitionLock::Turn turn(transition_lock_, "release_host_memory");
+  const TransitionLock::Turn turn = transition_lock_.enter("release_host_memory");
   check_open("release_host_memory");
   {
     std::vector<std::shared_ptr<backup::Backup>> dropped;  // outside of the records' lock
@@ -497,14 +497,14 @@ std::uint64_t Allocator::release_host_memory() {
 }
 
 void Allocator::close(bool force) {
-  const TransitionLock::Turn turn(transition_lock_, "close");
+  const TransitionLock::Turn turn = transition_lock_.enter("close");
   if (!closed_) {
     if (!force) refuse_close_in_use();
     records_.seal(false);
     closed_ = true;
   }
   reaper_->seal();
-  // From here on a repeated close goes on where this one fails.
+  // A repeated close continues where this one fails.
   const std::vector<std::string> problems = give_everything_back();
   if (problems.empty() && !reaper_->holds_leaked() && holds_nothing()) {
     if (!context_needed()) devices_.close();
@@ -514,7 +514,7 @@ void Allocator::close(bool force) {
               "the allocator is closed, but some memory was not given back");
   error.operation = "close";
   error.bytes = memory_stats_.physical_bytes + stores_.pinned_bytes();
-  error.advice = "close it again; where the driver refuses for good, end the process";
+  error.advice = "close it again; if the driver keeps refusing, end the process";
   error.secondary = problems;
   throw error;
 }
@@ -525,7 +525,7 @@ std::vector<std::string> Allocator::give_everything_back() {
     try {
       step();
     } catch (const std::exception& caught) {
-      // Where even that has no room, the next close finds what is left.
+      // If there is no room for the message, the next close meets the problem again.
       if (problems.size() < problems.capacity()) problems.push_back(told(caught, "close", record));
     }
   };
@@ -544,7 +544,7 @@ bool Allocator::holds_nothing() const {
   return stores_.pinned_bytes() == 0 && stores_.peers().empty();
 }
 
-// Memory that cannot sleep is still there, and needs its context until it is freed.
+// Whether memory is left that cannot sleep: it needs its context until it is freed.
 bool Allocator::context_needed() {
   bool lives = false;
   records_.for_each([&](const Record& record) { lives = lives || !record.memory.can_sleep(); });
@@ -555,7 +555,7 @@ void Allocator::refuse_close_in_use() {
   const auto bound = counters_.bound_slots.load();
   const auto views = counters_.open_views.load();
   std::map<std::string, std::uint64_t> bytes_by_tag;
-  // Sealed only when nothing lives, so that no allocation can slip in after the check.
+  // Seals only an empty set, so that no allocation can come after the check.
   if (bound == 0 && views == 0 && records_.seal(true)) return;
   records_.for_each([&](const Record& record) { bytes_by_tag[record.tag->name] += record.bytes; });
   std::string what;
@@ -570,12 +570,12 @@ void Allocator::refuse_close_in_use() {
   throw error;
 }
 
-// Physical memory and backup go; the address stays reserved until the program frees it. Memory that
-// cannot sleep stays as it is until then: the driver would give its address to others.
+// Releases physical memory and backup; the address stays reserved until the program frees it.
+// Memory that cannot sleep stays until then, since the driver would give its address to others.
 void Allocator::vacate(Record& record) {
   if (!record.memory.can_sleep()) return;
   if (record.memory.mapped()) driver_.fence(record.memory.access());
-  Contents::ImagePointer dropped;
+  Contents::BackupPointer dropped;
   records_.update([&] { dropped = record.contents.discard(); });
   record.memory.vacate();
 }

@@ -1,6 +1,5 @@
 // An allocator: tags, devices, live records and the stores of backups over one driver, and the lock
-// that lets one transition through at a time. Transitions (transitions.hpp) work on it from
-// outside.
+// that admits one transition at a time. Transitions (transitions.hpp) work on it from outside.
 #pragma once
 
 #include <atomic>
@@ -28,37 +27,31 @@ namespace cumempool::pool {
 
 // ---- one transition at a time -------------------------------------------------------------------
 
+// Hands out turns. Holds no mutex during a turn.
 class TransitionLock {
  public:
-  // The right to run a transition; ends with the object.
-  class Turn {
-   public:
-    // Waits for the transition of another thread. Throws Error (CUMEMPOOL_BUSY) where the calling
-    // thread is inside one itself.
-    Turn(TransitionLock& transition_lock, const char* operation);
-    // Does not wait, and throws nothing: see taken().
-    Turn(TransitionLock& transition_lock, const char* operation, std::try_to_lock_t);
-    ~Turn();
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
+  // The right to run a transition, which ends with the object.
+  using Turn = std::unique_lock<TransitionLock>;
 
-    bool taken() const noexcept { return taken_; }
+  // Waits for the transition of another thread. Throws Error (CUMEMPOOL_BUSY) if the calling thread
+  // is inside one itself.
+  Turn enter(const char* operation);
+  // Does not wait: returns a Turn that owns nothing if there is a transition.
+  Turn try_enter(const char* operation) noexcept;
+  // For Turn.
+  void unlock() noexcept;
 
-   private:
-    TransitionLock& transition_lock_;
-    bool taken_ = true;
-  };
-
-  // Throws Error (CUMEMPOOL_BUSY) where the calling thread is inside a transition.
+  // Throws Error (CUMEMPOOL_BUSY) if the calling thread is inside a transition.
   void refuse_inside(const char* operation) const;
 
  private:
   void refuse_locked(const char* operation) const;
+  void begin(const char* operation) noexcept;
 
   mutable std::mutex mutex_;
   std::condition_variable free_;
   std::thread::id owner_;
-  const char* operation_ = nullptr;  // null = nobody is inside
+  const char* operation_ = nullptr;  // null if there is no transition
 };
 
 // ---- the allocator ------------------------------------------------------------------------------
@@ -73,15 +66,12 @@ struct Counters {
   std::atomic<std::uint64_t> failed_transitions{0};
   std::atomic<std::uint64_t> bound_slots{0};
   std::atomic<std::uint64_t> open_views{0};  // of backups
+  // The progress of the transition under way, in bytes of the allocations that it copies.
+  std::atomic<std::uint64_t> copied_bytes{0};
+  std::atomic<std::uint64_t> bytes_to_copy{0};
 };
 
-// How far the transition under way has come, in bytes of the allocations that it copies.
-struct Progress {
-  std::atomic<std::uint64_t> done{0};
-  std::atomic<std::uint64_t> total{0};
-};
-
-// Shared: every live record keeps its allocator alive, so that torch may free whenever it likes.
+// Every live record keeps its allocator alive, so that torch may free at any time.
 class Allocator : public std::enable_shared_from_this<Allocator> {
  public:
   Allocator(driver::Driver driver, const cumempool_allocator_options& options);
@@ -89,14 +79,14 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
 
-  // The address of `bytes` of device memory under `tag`, which may be at most 2^62. Throws Error;
-  // then nothing is held.
+  // Allocates `bytes`, at most 2^62, of device memory under `tag`; returns the address. If it
+  // throws Error, nothing is held.
   cumempool_address malloc(const Tag& tag, int device, std::size_t bytes, bool preserved = false);
 
-  // From now on malloc() leaves this much of a device's memory free, or fails; 0 = takes all of it.
+  // Makes malloc() leave this much of a device's memory free, or fail; 0 lets it take all.
   void set_memory_margin(std::uint64_t bytes) noexcept { memory_margin_ = bytes; }
 
-  // Has the contents of the allocation that holds an address kept wherever its tag is discarded.
+  // Keeps the contents of the allocation that contains the address when its tag is discarded.
   // Throws Error (CUMEMPOOL_NOT_OWNED).
   void preserve(cumempool_address address);
 
@@ -116,13 +106,13 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // cost milliseconds for each mapping.
   std::vector<int> devices_in_use() const noexcept;
 
-  // What the registry found at an address that the program frees. Never fails, and waits for a
-  // busy device for a moment only; see Reaper.
+  // Frees a record that the registry has found. Never fails, and waits for a busy device for a
+  // moment only; see Reaper.
   void free(const RecordPointer& record) noexcept;
   void set_free_wait(Reaper::Duration wait) noexcept { reaper_->set_free_wait(wait); }
 
-  // Runs `take`, and where the device has no room for it once more, after memory has come back that
-  // the program has freed already.
+  // Runs `take`. If the device has no room for it, waits for freed memory to come back and runs it
+  // once more.
   template <typename Take>
   auto with_freed_memory(const Take& take) {
     if (pending_free_bytes() != 0) {
@@ -142,19 +132,18 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // Throws Error (CUMEMPOOL_CLOSED).
   void check_open(const char* operation) const;
 
-  // Gives back host memory that holds no contents of sleeping memory; returns its bytes.
+  // Gives back host memory that sleeping memory does not need; returns its bytes.
   std::uint64_t release_host_memory();
 
-  // Drops retained backups of memory that is awake, until `bytes` of host memory came free with
-  // them or none is left; returns whether any went. For the transition under way, which keeps those
-  // it claimed.
+  // Drops retained backups of awake memory until `bytes` of host memory are free, or none is left;
+  // returns whether any went. For the transition under way, whose claimed records keep theirs.
   bool drop_retained(std::uint64_t bytes);
 
-  // An image that copies of `device` may still be using is leaked: it stays until the device could
-  // be waited for (R5), which release_host_memory() and close() try.
-  void leak(const std::shared_ptr<backup::Backup>& image, int device) noexcept;
+  // Leaks a backup that copies of `device` may still use: it stays until the device could be waited
+  // for (R5), which release_host_memory() and close() try.
+  void leak(const std::shared_ptr<backup::Backup>& backup, int device) noexcept;
 
-  // Ends the claims of a transition, and tears down what was freed meanwhile.
+  // Ends the claims of a transition, and tears down the records that were freed meanwhile.
   void unclaim(const std::vector<RecordPointer>& claimed) noexcept;
   std::uint64_t pending_free_bytes() const noexcept { return reaper_->bytes(); }
 
@@ -167,16 +156,15 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   RecordSet& records() noexcept { return records_; }
   TransitionLock& transition_lock() noexcept { return transition_lock_; }
   backup::Stores& stores() noexcept { return stores_; }
-  // Whether backups are kept while awake, and only what has changed since is copied.
+  // Whether backups are retained while awake, so that the next sleep copies only changes.
   bool retains_backups() const noexcept { return retains_backups_; }
-  // What takes backups that the limit on pinned memory leaves no room for, where anything does.
+  // The tier for backups that do not fit under the limit on pinned memory, if there is one.
   const std::optional<BackupChoice>& overflow() const noexcept { return overflow_; }
-  // Of digests; nobody outside the process knows it.
+  // The seed of digests, which only this process knows.
   std::uint64_t digest_seed() const noexcept { return digest_seed_; }
   void reset_peaks() noexcept { memory_stats_.reset_peaks(); }
   const vmm::MemoryStats& memory_stats() const noexcept { return memory_stats_; }
   Counters& counters() noexcept { return counters_; }
-  Progress& progress() noexcept { return progress_; }
 
  private:
   std::size_t round_up(const Device& device, std::size_t bytes) const;
@@ -192,7 +180,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   void vacate(Record& record);
   std::uint64_t trim_stores();
   void release_leaked() noexcept;
-  void release_images_of(int device) noexcept;
+  void release_backups_of(int device) noexcept;
   bool holds_nothing() const;
   bool context_needed();
 
@@ -203,7 +191,6 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   const std::uint64_t digest_seed_;
   vmm::MemoryStats memory_stats_;
   Counters counters_;
-  Progress progress_;
   TagTable tags_;
   DeviceTable devices_;
   backup::Stores stores_;
@@ -214,18 +201,20 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   bool one_device_ = true;
 
   mutable std::mutex aside_mutex_;          // guards the three below
-  std::vector<int> followed_;               // the devices in use that have access
+  std::vector<int> followed_;               // the devices in use that have got access
   std::shared_ptr<backup::Backup> leaked_;  // the first of a list
   std::string last_malloc_failure_;
 };
 
-// Adds what an error from below does not know: the operation, and the tag and device of a record.
+// Adds to an error what lower layers do not know: the operation, and the tag and device of a
+// record.
 void annotate(Error& error, const char* operation, const Record* record);
 
-// For where nothing may fail any more: what a caught exception says, annotated like that; at the
-// least that there was no memory for more. And its place among the failures after the first.
+// Returns the annotated message of a caught exception, for calls that must not fail. If there is no
+// memory for it, the message is "out of memory".
 std::string told(const std::exception& caught, const char* operation,
                  const Record* record) noexcept;
+// Adds a message to the later failures of an error, if there is memory for it.
 void add_secondary(Error& failure, std::string&& text, const char* before = "") noexcept;
 
 }  // namespace cumempool::pool

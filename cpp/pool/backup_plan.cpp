@@ -1,11 +1,11 @@
-// Plans the backups of a transition: which bytes need one, where each goes, and whether there is
-// room.
+// The plan for the backups of a transition.
 #include "pool/backup_plan.hpp"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <set>
@@ -27,10 +27,11 @@ DeadRanges::DeadRanges(std::vector<cumempool_extent> ranges, std::uint64_t as_of
             [](const auto& left, const auto& right) { return left.address < right.address; });
   for (const auto& [begin, bytes] : ranges) {
     const cumempool_address end = begin + std::min(bytes, kLast - begin);
-    if (!ranges_.empty() && begin <= ranges_.back().end) {
-      ranges_.back().end = std::max(ranges_.back().end, end);
+    const auto last = ranges_.empty() ? ranges_.end() : std::prev(ranges_.end());
+    if (last != ranges_.end() && begin <= last->second) {
+      last->second = std::max(last->second, end);
     } else {
-      ranges_.push_back({begin, end});
+      ranges_.emplace_hint(ranges_.end(), begin, end);
     }
   }
 }
@@ -40,7 +41,7 @@ void DeadRanges::look_at(const Tag& tag) {
   handed_out_.insert(&tag);
 }
 
-// As torch rounds its blocks; digests and direct I/O need less.
+// torch rounds its blocks to this; digests and direct I/O need less.
 constexpr cumempool_address kUnit = 512;
 
 std::vector<backup::Extent> DeadRanges::live_extents(const Record& record) const {
@@ -50,13 +51,11 @@ std::vector<backup::Extent> DeadRanges::live_extents(const Record& record) const
   std::vector<backup::Extent> live;
   const cumempool_address end = record.address + record.bytes;
   cumempool_address at = record.address;
-  auto dead = std::lower_bound(
-      ranges_.begin(), ranges_.end(), record.address,
-      [](const Range& range, cumempool_address value) { return range.begin < value; });
+  auto dead = ranges_.lower_bound(record.address);
   if (dead != ranges_.begin()) --dead;  // may reach into the record from below
-  for (; dead != ranges_.end() && dead->begin < end; ++dead) {
-    const cumempool_address from = (std::max(dead->begin, at) + kUnit - 1) / kUnit * kUnit;
-    const cumempool_address to = std::min(dead->end, end) / kUnit * kUnit;
+  for (; dead != ranges_.end() && dead->first < end; ++dead) {
+    const cumempool_address from = (std::max(dead->first, at) + kUnit - 1) / kUnit * kUnit;
+    const cumempool_address to = std::min(dead->second, end) / kUnit * kUnit;
     if (to <= from) continue;
     if (from > at) live.push_back({at - record.address, from - at});
     at = to;
@@ -107,24 +106,27 @@ void check_peer(Allocator& allocator, const BackupChoice& choice) {
 
 bool reusable(const Allocator& allocator, const Record& record, const BackupChoice& wanted,
               const std::vector<backup::Extent>& live) {
-  const std::shared_ptr<backup::Backup>& image = record.contents.image();
-  // A view of it may be open: what it shows must not change under its reader.
-  if (image == nullptr || image.use_count() != 1 || image->digests().empty()) return false;
+  const std::shared_ptr<backup::Backup>& backup = record.contents.backup();
+  // An open view must not change under its reader.
+  if (backup == nullptr || backup.use_count() != 1 || backup->digests().empty()) return false;
   const BackupChoice& choice = record.contents.choice();
   const bool in_place =
       choice == wanted || (allocator.overflow() && choice == *allocator.overflow());
-  return in_place && image->extents() == live;
+  return in_place && backup->extents() == live;
 }
+
+namespace {
+
+bool is_in_host_memory(const BackupChoice& choice) {
+  return choice.tier == CUMEMPOOL_BACKUP_PINNED || choice.tier == CUMEMPOOL_BACKUP_PAGEABLE;
+}
+
+}  // namespace
 
 backup::HostArena* arena_of(Allocator& allocator, const BackupChoice& choice, int device) {
   const int node = allocator.devices().at(device)->numa_node();
-  if (choice.tier == CUMEMPOOL_BACKUP_PINNED) {
-    return &allocator.stores().arena(backup::Residence::kPinned, node);
-  }
-  if (choice.tier == CUMEMPOOL_BACKUP_PAGEABLE) {
-    return &allocator.stores().arena(backup::Residence::kPageable, node);
-  }
-  return nullptr;
+  if (!is_in_host_memory(choice)) return nullptr;
+  return &allocator.stores().arena(choice.tier, node);
 }
 
 namespace {
@@ -133,7 +135,7 @@ std::unique_ptr<backup::BackupStorage> make_storage(Allocator& allocator, const 
                                                     const BackupChoice& choice,
                                                     const std::vector<backup::Extent>& live) {
   if (backup::HostArena* arena = arena_of(allocator, choice, record.device)) {
-    return std::make_unique<backup::HostStorage>(*arena, choice.tier, record.device);
+    return std::make_unique<backup::HostStorage>(*arena, record.device);
   }
   if (choice.tier == CUMEMPOOL_BACKUP_FILE) {
     return std::make_unique<backup::FileStorage>(allocator.stores().file(choice.directory),
@@ -148,11 +150,11 @@ std::unique_ptr<backup::BackupStorage> make_storage(Allocator& allocator, const 
 
 }  // namespace
 
-std::shared_ptr<backup::Backup> make_image(Allocator& allocator, const Record& record,
-                                           const BackupChoice& choice,
-                                           std::vector<backup::Extent> live) {
-  auto place = make_storage(allocator, record, choice, live);
-  return std::make_shared<backup::Backup>(std::move(live), std::move(place));
+std::shared_ptr<backup::Backup> make_backup(Allocator& allocator, const Record& record,
+                                            const BackupChoice& choice,
+                                            std::vector<backup::Extent> live) {
+  auto storage = make_storage(allocator, record, choice, live);
+  return std::make_shared<backup::Backup>(std::move(live), std::move(storage));
 }
 
 // ---- whether there is room ----------------------------------------------------------------------
@@ -162,15 +164,7 @@ namespace {
 using backup::HostArena;
 using backup::HostRoom;
 
-bool is_staged(const BackupChoice& choice) {
-  return choice.tier == CUMEMPOOL_BACKUP_PAGEABLE || choice.tier == CUMEMPOOL_BACKUP_FILE;
-}
-
-bool is_in_host_memory(const BackupChoice& choice) {
-  return choice.tier == CUMEMPOOL_BACKUP_PINNED || choice.tier == CUMEMPOOL_BACKUP_PAGEABLE;
-}
-
-// What a set of backups takes, and of what.
+// The host memory that a set of new backups needs.
 class Demand {
  public:
   explicit Demand(Allocator& allocator) : allocator_(&allocator) {}
@@ -178,18 +172,19 @@ class Demand {
   void add(const HostNeed& need, const BackupChoice& choice) {
     HostArena* const arena = arena_of(*allocator_, choice, need.device);
     if (arena != nullptr) bytes_[arena] += need.bytes;
-    if (is_staged(choice)) staged_.insert(need.device);
+    if (backup::uses_bounce_buffers(choice.tier)) bouncing_.insert(need.device);
   }
 
   std::uint64_t of(HostArena& arena) const {
     const auto found = bytes_.find(&arena);
     return found == bytes_.end() ? 0 : found->second;
   }
-  // Beyond what is free.
+  // Bytes of new blocks: of pinned arenas, and of all with the missing bounce buffers.
   std::uint64_t pinned() const { return missing(true); }
   std::uint64_t all() const {
     std::uint64_t bytes = missing(false);
-    for (const int device : staged_) bytes += allocator_->devices().at(device)->staging_missing();
+    for (const int device : bouncing_)
+      bytes += allocator_->devices().at(device)->missing_buffer_bytes();
     return bytes;
   }
   bool has_addresses() const {
@@ -203,7 +198,7 @@ class Demand {
   std::uint64_t missing(bool pinned_only) const {
     std::uint64_t bytes = 0;
     for (const auto& [arena, wanted] : bytes_) {
-      if (!pinned_only || arena->residence() == backup::Residence::kPinned) {
+      if (!pinned_only || arena->tier() == CUMEMPOOL_BACKUP_PINNED) {
         bytes += arena->missing(wanted);
       }
     }
@@ -212,90 +207,69 @@ class Demand {
 
   Allocator* allocator_;
   std::map<HostArena*, std::size_t> bytes_;
-  std::set<int> staged_;  // devices that copy through buffers
+  std::set<int> bouncing_;  // devices that need bounce buffers
 };
 
-class HostPlan {
- public:
-  HostPlan(Allocator& allocator, const char* operation, const std::vector<HostNeed>& needs)
-      : allocator_(allocator), operation_(operation), needs_(needs) {}
+// Returns the bytes that the scarcest room lacks for a demand.
+std::uint64_t lacking(Allocator& allocator, const Demand& demand) {
+  const std::uint64_t budget = allocator.stores().pinned_budget().room();
+  const std::uint64_t room = backup::host_room().for_backups();
+  const std::uint64_t pinned = demand.pinned();
+  const std::uint64_t all = demand.all();
+  const std::uint64_t most = std::max(pinned - std::min(pinned, budget), all - std::min(all, room));
+  return most == 0 && !demand.has_addresses() ? 1 : most;
+}
 
-  void run(Retained retained) {
-    Demand demand(allocator_);
-    for (const HostNeed& need : needs_) demand.add(need, *need.choice);
-    if (demand.all() == 0 || lacking(demand) == 0) return;
-    give_back_surplus(demand);
-    while (retained == Retained::kMayGo && lacking(demand) != 0) {
-      if (!allocator_.drop_retained(lacking(demand))) break;
-      give_back_surplus(demand);
+// Gives back empty blocks that the demand does not use.
+void give_back_surplus(Allocator& allocator, const Demand& demand, int device) {
+  const driver::ContextScope scope(allocator.driver(), device);
+  for (HostArena* const arena : allocator.stores().arenas()) {
+    const std::uint64_t free = arena->free_bytes();
+    arena->trim(device, free - std::min(free, demand.of(*arena)));
+  }
+}
+
+// Names the need of all backups, since the one that does not fit tells too little.
+[[noreturn]] void refuse(Allocator& allocator, const char* operation,
+                         const std::vector<HostNeed>& needs, const HostNeed& culprit,
+                         std::uint64_t budget, const HostRoom& room) {
+  Demand demand(allocator);
+  for (const HostNeed& need : needs) demand.add(need, *need.choice);
+  const HostArena* const arena = arena_of(allocator, *culprit.choice, culprit.device);
+  const bool addresses_lack = demand.pinned() <= budget && demand.all() <= room.for_backups();
+  Error error = demand.pinned() > budget
+                    ? allocator.stores().pinned_budget().refusal(demand.pinned())
+                : addresses_lack && arena != nullptr ? arena->no_addresses()
+                                                     : room.refusal(demand.all());
+  error.operation = operation;
+  error.tag = culprit.tag->name;
+  error.device = culprit.device;
+  throw error;
+}
+
+// Places the backups in order; those that do not fit go to the overflow tier.
+void place_one_by_one(Allocator& allocator, const char* operation,
+                      const std::vector<HostNeed>& needs) {
+  const std::uint64_t budget = allocator.stores().pinned_budget().room();
+  const HostRoom room = backup::host_room();
+  Demand placed(allocator);
+  for (const HostNeed& need : needs) {
+    const auto fits = [&](const BackupChoice& choice) {
+      Demand with = placed;
+      with.add(need, choice);
+      const bool there =
+          with.pinned() <= budget && with.all() <= room.for_backups() && with.has_addresses();
+      if (there) placed = with;
+      return there;
+    };
+    if (fits(*need.choice)) continue;
+    const auto& overflow = allocator.overflow();
+    if (!overflow || !is_in_host_memory(*need.choice) || !fits(*overflow)) {
+      refuse(allocator, operation, needs, need, budget, room);
     }
-    if (lacking(demand) != 0) place_one_by_one();
+    *need.choice = *overflow;
   }
-
- private:
-  // Bytes that a demand is over what there is, of whatever is scarcest.
-  std::uint64_t lacking(const Demand& demand) const {
-    const std::uint64_t budget = allocator_.stores().pinned_budget().room();
-    const std::uint64_t room = backup::host_room().for_backups();
-    const std::uint64_t pinned = demand.pinned();
-    const std::uint64_t all = demand.all();
-    const std::uint64_t most =
-        std::max(pinned - std::min(pinned, budget), all - std::min(all, room));
-    return most == 0 && !demand.has_addresses() ? 1 : most;
-  }
-
-  // Blocks that hold nothing and that this demand does not use.
-  void give_back_surplus(const Demand& demand) {
-    const int device = needs_.front().device;
-    const driver::ContextScope scope(allocator_.driver(), device);
-    for (HostArena* const arena : allocator_.stores().arenas()) {
-      const std::uint64_t free = arena->free_bytes();
-      arena->trim(device, free - std::min(free, demand.of(*arena)));
-    }
-  }
-
-  void place_one_by_one() {
-    const std::uint64_t budget = allocator_.stores().pinned_budget().room();
-    const HostRoom room = backup::host_room();
-    Demand placed(allocator_);
-    for (const HostNeed& need : needs_) {
-      const auto fits = [&](const BackupChoice& choice) {
-        Demand with = placed;
-        with.add(need, choice);
-        const bool there =
-            with.pinned() <= budget && with.all() <= room.for_backups() && with.has_addresses();
-        if (there) placed = with;
-        return there;
-      };
-      if (fits(*need.choice)) continue;
-      const auto& overflow = allocator_.overflow();
-      if (!overflow || !is_in_host_memory(*need.choice) || !fits(*overflow)) {
-        refuse(need, budget, room);
-      }
-      *need.choice = *overflow;
-    }
-  }
-
-  // Says what all of the backups need, which the one that does not fit alone does not tell.
-  [[noreturn]] void refuse(const HostNeed& culprit, std::uint64_t budget, const HostRoom& room) {
-    Demand demand(allocator_);
-    for (const HostNeed& need : needs_) demand.add(need, *need.choice);
-    const HostArena* const arena = arena_of(allocator_, *culprit.choice, culprit.device);
-    const bool addresses_lack = demand.pinned() <= budget && demand.all() <= room.for_backups();
-    Error error = demand.pinned() > budget
-                      ? allocator_.stores().pinned_budget().refusal(demand.pinned())
-                  : addresses_lack && arena != nullptr ? arena->no_addresses()
-                                                       : room.refusal(demand.all());
-    error.operation = operation_;
-    error.tag = culprit.tag->name;
-    error.device = culprit.device;
-    throw error;
-  }
-
-  Allocator& allocator_;
-  const char* operation_;
-  const std::vector<HostNeed>& needs_;
-};
+}
 
 }  // namespace
 
@@ -304,22 +278,31 @@ bool sends_to_overflow(Allocator& allocator, const Error& failure) noexcept {
   try {
     for (const auto& device : allocator.devices().used()) {
       const driver::ContextScope scope(allocator.driver(), device->ordinal());
-      std::uint64_t buffers = device->staging_missing();
+      std::uint64_t buffers = device->missing_buffer_bytes();
       for (HostArena* const arena : allocator.stores().arenas()) {
-        if (arena->residence() != backup::Residence::kPinned) continue;
+        if (arena->tier() != CUMEMPOOL_BACKUP_PINNED) continue;
         buffers -= arena->trim(device->ordinal(), buffers);
       }
     }
   } catch (const std::exception&) {
-    return false;  // the failure stands
+    return false;  // the first failure is reported
   }
   allocator.stores().refuse_pinned();
   return true;
 }
 
 void plan_host_memory(Allocator& allocator, const char* operation,
-                      const std::vector<HostNeed>& needs, Retained retained) {
-  HostPlan(allocator, operation, needs).run(retained);
+                      const std::vector<HostNeed>& needs, bool may_drop_retained) {
+  Demand demand(allocator);
+  for (const HostNeed& need : needs) demand.add(need, *need.choice);
+  if (demand.all() == 0 || lacking(allocator, demand) == 0) return;
+  const int device = needs.front().device;
+  give_back_surplus(allocator, demand, device);
+  while (may_drop_retained && lacking(allocator, demand) != 0) {
+    if (!allocator.drop_retained(lacking(allocator, demand))) break;
+    give_back_surplus(allocator, demand, device);
+  }
+  if (lacking(allocator, demand) != 0) place_one_by_one(allocator, operation, needs);
 }
 
 }  // namespace cumempool::pool

@@ -1,4 +1,4 @@
-// What an allocator keeps per device: the primary context, the kind of memory, the private streams.
+// The devices of an allocator.
 #include "pool/device.hpp"
 
 #include <string>
@@ -17,7 +17,7 @@ Device::~Device() {
   try {
     drop_streams();
   } catch (const Error&) {
-    // The context is gone, and its streams with it: what is left is host memory, which goes now.
+    // The context is gone, and its streams with it. Only host memory is left, which goes now.
     return;
   }
 }
@@ -36,23 +36,19 @@ backup::Transfer& Device::transfer(Direction direction) {
   return made(direction == Direction::kOut ? out_ : in_);
 }
 
-backup::CopyQueue& Device::digest_queue() { return made(digests_).queue; }
+backup::DigestBuffer& Device::digests() { return made(digests_); }
 
-backup::DigestBuffer& Device::digest_buffer() { return made(digests_).board; }
-
-backup::CopyQueue& Device::recheck_queue() { return made(rechecks_).queue; }
-
-backup::DigestBuffer& Device::recheck_buffer() { return made(rechecks_).board; }
+backup::DigestBuffer& Device::rechecks() { return made(rechecks_); }
 
 void Device::settle() {
   if (settled_) return;
   for (backup::Transfer* transfer : {out_.get(), in_.get()}) {
     if (transfer == nullptr) continue;
-    transfer->staged.abandon();
+    transfer->bounce_buffers.abandon();
     transfer->queue.drain();
   }
-  for (Digests* digests : {digests_.get(), rechecks_.get()}) {
-    if (digests != nullptr) digests->queue.drain();
+  for (backup::DigestBuffer* digests : {digests_.get(), rechecks_.get()}) {
+    if (digests != nullptr) digests->queue().drain();
   }
   settled_ = true;
 }
@@ -60,30 +56,30 @@ void Device::settle() {
 std::uint64_t Device::release_buffers() noexcept {
   std::uint64_t bytes = 0;
   for (backup::Transfer* transfer : {out_.get(), in_.get()})
-    bytes += transfer == nullptr ? 0 : transfer->staged.release();
-  for (Digests* digests : {digests_.get(), rechecks_.get()}) {
-    bytes += digests == nullptr ? 0 : digests->board.release();
+    bytes += transfer == nullptr ? 0 : transfer->bounce_buffers.release();
+  for (backup::DigestBuffer* digests : {digests_.get(), rechecks_.get()}) {
+    bytes += digests == nullptr ? 0 : digests->release();
   }
   return bytes;
 }
 
-std::uint64_t Device::staging_bytes() const {
+std::uint64_t Device::buffer_bytes() const {
   const std::lock_guard lock(mutex_);
   std::uint64_t bytes = 0;
   for (const backup::Transfer* transfer : {out_.get(), in_.get()}) {
-    bytes += transfer == nullptr ? 0 : transfer->staged.bytes();
+    bytes += transfer == nullptr ? 0 : transfer->bounce_buffers.bytes();
   }
-  for (const Digests* digests : {digests_.get(), rechecks_.get()}) {
-    bytes += digests == nullptr ? 0 : digests->board.bytes();
+  for (const backup::DigestBuffer* digests : {digests_.get(), rechecks_.get()}) {
+    bytes += digests == nullptr ? 0 : digests->bytes();
   }
   return bytes;
 }
 
-std::uint64_t Device::staging_missing() const {
+std::uint64_t Device::missing_buffer_bytes() const {
   const std::lock_guard lock(mutex_);
   std::uint64_t bytes = 0;
   for (const backup::Transfer* transfer : {out_.get(), in_.get()}) {
-    const bool there = transfer != nullptr && transfer->staged.bytes() != 0;
+    const bool there = transfer != nullptr && transfer->bounce_buffers.bytes() != 0;
     bytes += there ? 0 : backup::BounceBuffers::kAllBytes;
   }
   return bytes;
@@ -93,7 +89,7 @@ void Device::drop_streams() {
   if (out_ == nullptr && in_ == nullptr && digests_ == nullptr && rechecks_ == nullptr) return;
   const driver::ContextScope scope(driver_, ordinal_);
   release_buffers();
-  if (staging_bytes() != 0) {
+  if (buffer_bytes() != 0) {
     throw Error(CUMEMPOOL_DRIVER_ERROR, "buffers for copies could not be unpinned");
   }
   const std::lock_guard lock(mutex_);

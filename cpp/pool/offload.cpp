@@ -1,4 +1,4 @@
-// Allocations that go to sleep.
+// The offload of allocations.
 #include "pool/offload.hpp"
 
 #include <algorithm>
@@ -12,31 +12,21 @@
 
 namespace cumempool::pool {
 
-namespace {
-
-// Threads take part in its copies.
-bool is_staged(cumempool_backup_tier tier) {
-  return tier == CUMEMPOOL_BACKUP_PAGEABLE || tier == CUMEMPOOL_BACKUP_FILE;
+void refuse_pinned(Allocator& allocator, const char* operation, const Record& record) {
+  const std::string holders = allocator.tags().holders(*record.tag);
+  if (holders.empty()) return;
+  Error error(CUMEMPOOL_IN_USE, "its memory is pinned by " + holders);
+  error.advice = "let the holder deregister the memory and release its pin first";
+  annotate(error, operation, &record);
+  throw error;
 }
 
-}  // namespace
-
-void refuse_to_sleep(Allocator& allocator, const char* operation, const Record& record,
-                     Pinned pinned) {
-  const std::string holders =
-      pinned == Pinned::kCounts ? allocator.tags().holders(*record.tag) : std::string();
-  if (!holders.empty()) {
-    Error error(CUMEMPOOL_IN_USE, "its memory is pinned by " + holders);
-    error.advice = "have the holder deregister the memory and release its pin first";
-    annotate(error, operation, &record);
-    throw error;
-  }
-  if (!record.memory.can_sleep()) {
-    Error error(CUMEMPOOL_UNSUPPORTED, "its memory is of cudaMalloc, which cannot sleep");
-    error.advice = "leave the tag out, or give it backing='vmm'";
-    annotate(error, operation, &record);
-    throw error;
-  }
+void refuse_cuda_malloc(const char* operation, const Record& record) {
+  if (record.memory.can_sleep()) return;
+  Error error(CUMEMPOOL_UNSUPPORTED, "its memory is of cudaMalloc, which cannot sleep");
+  error.advice = "leave the tag out, or give it backing='vmm'";
+  annotate(error, operation, &record);
+  throw error;
 }
 
 Offload::Offload(Allocator& allocator, const char* operation, const SleepRequest& request,
@@ -48,7 +38,7 @@ Offload::Offload(Allocator& allocator, const char* operation, const SleepRequest
       report_(report),
       transfers_(allocator, operation, Direction::kOut, report) {}
 
-// ---- what is to be done -------------------------------------------------------------------------
+// ---- the plan -----------------------------------------------------------------------------------
 
 void Offload::admit() {
   for (const auto& action : request_.actions) {
@@ -74,7 +64,7 @@ bool Offload::discards(const Record& record) const {
   return request_.actions.at(record.tag) == CUMEMPOOL_ON_SLEEP_DISCARD && !record.preserved;
 }
 
-// Asleep with contents that are to go.
+// Whether a record is already asleep and its contents must go.
 bool Offload::forgettable(const Record& record) const {
   switch (record.contents.state()) {
     case State::kDetached:
@@ -88,57 +78,60 @@ bool Offload::forgettable(const Record& record) const {
 
 void Offload::plan(const std::vector<RecordPointer>& claimed) {
   for (const RecordPointer& record : claimed) {
-    if (!record->contents.asleep()) refuse_to_sleep(allocator_, operation_, *record);
+    if (record->contents.asleep()) continue;
+    refuse_pinned(allocator_, operation_, *record);
+    refuse_cuda_malloc(operation_, *record);
   }
   for (const RecordPointer& record : claimed) {
     if (record->contents.state() == State::kBackedUp) {
       forgotten_.push_back(record);
       continue;
     }
-    Sleeper sleeper;
-    sleeper.record = record;
-    if (!record->memory.mapped()) sleeper.stage = Stage::kDetached;
-    if (!discards(*record)) sleeper.live = dead_.live_extents(*record);
-    sleepers_.push_back(std::move(sleeper));
+    Entry entry;
+    entry.record = record;
+    if (!record->memory.mapped()) entry.stage = Stage::kDetached;
+    if (!discards(*record)) entry.live = dead_.live_extents(*record);
+    entries_.push_back(std::move(entry));
   }
-  // Made now: past the point of no return, and on the way back, nothing may need memory.
+  // Made now, since nothing may need memory past the point of no return or on the way back.
   for (const RecordPointer& record : claimed) {
     report_.row(*record);
     released_.emplace(record->device, 0);
   }
   report_.problems.reserve(report_.problems.size() + 2 * claimed.size());
   dropped_.reserve(claimed.size());
-  choose_images();
-  for (std::size_t i = 0; i < sleepers_.size(); ++i) {
-    if (sleepers_[i].image == nullptr) {
+  choose_backups();
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    if (entries_[i].backup == nullptr) {
       discarded_.push_back(i);
     } else {
-      transfers_.add(*sleepers_[i].record, i);
+      transfers_.add(*entries_[i].record, i);
     }
   }
 }
 
-void Offload::choose_images() {
-  for (Sleeper& sleeper : sleepers_) {
-    if (sleeper.live.empty()) continue;
-    sleeper.choice = allocator_.tags().backup(*sleeper.record->tag);
-    if (reusable(allocator_, *sleeper.record, sleeper.choice, sleeper.live)) {
-      sleeper.fresh = false;
-      sleeper.choice = sleeper.record->contents.choice();
-      sleeper.image = sleeper.record->contents.image();
+void Offload::choose_backups() {
+  for (Entry& entry : entries_) {
+    if (entry.live.empty()) continue;
+    entry.choice = allocator_.tags().backup(*entry.record->tag);
+    if (reusable(allocator_, *entry.record, entry.choice, entry.live)) {
+      entry.fresh = false;
+      entry.choice = entry.record->contents.choice();
+      entry.backup = entry.record->contents.backup();
       continue;
     }
-    // What it has retained is no use any more, and its room is: it is awake and loses nothing.
+    // The retained backup is useless now, but its room is not. The record is awake and loses
+    // nothing.
     std::shared_ptr<backup::Backup> dropped;
-    allocator_.records().update([&] { dropped = sleeper.record->contents.drop_retained(); });
+    allocator_.records().update([&] { dropped = entry.record->contents.drop_retained(); });
   }
   plan_room();
-  for (Sleeper& sleeper : sleepers_) {
-    if (sleeper.live.empty() || !sleeper.fresh) continue;
+  for (Entry& entry : entries_) {
+    if (entry.live.empty() || !entry.fresh) continue;
     try {
-      sleeper.image = make_image(allocator_, *sleeper.record, sleeper.choice, sleeper.live);
+      entry.backup = make_backup(allocator_, *entry.record, entry.choice, entry.live);
     } catch (Error& error) {
-      annotate(error, operation_, sleeper.record.get());
+      annotate(error, operation_, entry.record.get());
       throw;
     }
   }
@@ -146,18 +139,18 @@ void Offload::choose_images() {
 
 void Offload::plan_room() {
   std::vector<HostNeed> needs;
-  for (Sleeper& sleeper : sleepers_) {
-    if (sleeper.live.empty() || !sleeper.fresh) continue;
+  for (Entry& entry : entries_) {
+    if (entry.live.empty() || !entry.fresh) continue;
     needs.push_back(
-        {sleeper.record->tag, sleeper.record->device, total_bytes(sleeper.live), &sleeper.choice});
+        {entry.record->tag, entry.record->device, total_bytes(entry.live), &entry.choice});
   }
-  plan_host_memory(allocator_, operation_, needs, Retained::kMayGo);
+  plan_host_memory(allocator_, operation_, needs, /*may_drop_retained=*/true);
 }
 
 std::uint64_t Offload::bytes_on(int device) const {
   std::uint64_t bytes = 0;
-  for (const Sleeper& sleeper : sleepers_) {
-    if (sleeper.record->device == device) bytes += sleeper.record->bytes;
+  for (const Entry& entry : entries_) {
+    if (entry.record->device == device) bytes += entry.record->bytes;
   }
   return bytes;
 }
@@ -172,7 +165,7 @@ void Offload::fence() {
   const auto add = [&](const Record& record) {
     devices.insert(record.memory.access().begin(), record.memory.access().end());
   };
-  for (const Sleeper& sleeper : sleepers_) add(*sleeper.record);
+  for (const Entry& entry : entries_) add(*entry.record);
   try {
     allocator_.driver().fence({devices.begin(), devices.end()});
   } catch (Error& error) {
@@ -183,17 +176,17 @@ void Offload::fence() {
 
 // ---- copies -------------------------------------------------------------------------------------
 
-// Orders the host memory that is missing, before anything of it is used. Backups that are only
-// retained make room where the system has none left.
+// Orders the missing host memory before any of it is used. If the system has none left, retained
+// backups make room.
 void Offload::make_room() {
   std::map<backup::HostArena*, std::size_t> needs;
   std::map<backup::HostArena*, const Record*> first;
-  for (const Sleeper& sleeper : sleepers_) {
-    if (sleeper.image == nullptr || !sleeper.fresh) continue;
-    backup::HostArena* arena = arena_of(allocator_, sleeper.choice, sleeper.record->device);
+  for (const Entry& entry : entries_) {
+    if (entry.backup == nullptr || !entry.fresh) continue;
+    backup::HostArena* arena = arena_of(allocator_, entry.choice, entry.record->device);
     if (arena == nullptr) continue;
-    needs[arena] += total_bytes(sleeper.live);
-    first.emplace(arena, sleeper.record.get());
+    needs[arena] += total_bytes(entry.live);
+    first.emplace(arena, entry.record.get());
   }
   for (const auto& [arena, bytes] : needs) {
     try {
@@ -225,96 +218,94 @@ void Offload::start_copies() {
 }
 
 void Offload::start_digests(DeviceTransfer& transfer) {
-  std::vector<DirtyTracker::Source> sources;
-  sources.reserve(transfer.size());
   for (std::size_t position = 0; position < transfer.size(); ++position) {
-    const Sleeper& sleeper = sleepers_[transfer.index(position)];
-    sources.push_back({sleeper.record->address, sleeper.image.get()});
+    const Entry& entry = entries_[transfer.index(position)];
+    transfer.dirty().add(entry.record->address, *entry.backup);
   }
-  transfer.dirty().start(sources);
+  transfer.dirty().start();
 }
 
 void Offload::copy(DeviceTransfer& transfer, std::size_t position) {
-  Sleeper& sleeper = sleepers_[transfer.index(position)];
-  backup::Backup& image = *sleeper.image;
+  Entry& entry = entries_[transfer.index(position)];
+  backup::Backup& backup = *entry.backup;
   const cumempool_digest* digests = nullptr;
-  if (sleeper.fresh) {
+  if (entry.fresh) {
     transfer.dirty().pass(position);
   } else {
     transfer.about(position, [&] { digests = transfer.dirty().wait(position); });
   }
   if (digests == nullptr) {
-    sleeper.copied.resize(image.slices().size());
-    std::iota(sleeper.copied.begin(), sleeper.copied.end(), std::size_t{0});
+    entry.copied.resize(backup.slices().size());
+    std::iota(entry.copied.begin(), entry.copied.end(), std::size_t{0});
   } else {
-    sleeper.copied = image.changed(digests);
+    entry.copied = backup.changed(digests);
   }
-  transfer.copy(sleeper.choice.tier, [&] {
-    std::uint64_t copied = image.bytes();
+  transfer.copy(entry.choice.tier, [&] {
+    std::uint64_t copied = backup.bytes();
     if (digests == nullptr) {
-      image.save(transfer.streams(), sleeper.record->address);
+      backup.save(transfer.streams(), entry.record->address);
     } else {
-      copied = image.save_changes(transfer.streams(), sleeper.record->address, digests);
+      copied = backup.save_changes(transfer.streams(), entry.record->address, digests);
     }
-    sleeper.clean_bytes = image.bytes() - copied;
+    entry.clean_bytes = backup.bytes() - copied;
   });
-  if (!is_staged(sleeper.choice.tier)) recheck(transfer, position);
+  if (!backup::uses_bounce_buffers(entry.choice.tier)) recheck(transfer, position);
 }
 
-// Digests what was copied of an allocation once more, behind its copies.
+// Digests the copied slices of an allocation once more, behind their copies.
 void Offload::recheck(DeviceTransfer& transfer, std::size_t position) {
-  Sleeper& sleeper = sleepers_[transfer.index(position)];
-  transfer.dirty().recheck(position, std::move(sleeper.copied), transfer.streams().queue);
+  Entry& entry = entries_[transfer.index(position)];
+  transfer.dirty().recheck(position, std::move(entry.copied), transfer.streams().queue);
 }
 
-// What threads write out is copied when they have ended.
+// Copies through bounce buffers are complete once their threads have finished.
 void Offload::finish_copies(DeviceTransfer& transfer) {
-  transfer.finish_staged();
+  transfer.finish_bounce_buffers();
   for (std::size_t position = 0; position < transfer.size(); ++position) {
-    const Sleeper& sleeper = sleepers_[transfer.index(position)];
-    if (is_staged(sleeper.choice.tier)) recheck(transfer, position);
+    const Entry& entry = entries_[transfer.index(position)];
+    if (backup::uses_bounce_buffers(entry.choice.tier)) recheck(transfer, position);
   }
   transfer.dirty().flush(transfer.streams().queue);
 }
 
-// A digest is that of the bytes that were copied, or it is forgotten.
+// Forgets digests that do not match the copied bytes.
 void Offload::verify(DeviceTransfer& transfer, std::size_t position) {
-  const Sleeper& sleeper = sleepers_[transfer.index(position)];
-  const Record& record = *sleeper.record;
+  const Entry& entry = entries_[transfer.index(position)];
+  const Record& record = *entry.record;
   std::uint64_t bytes = 0;
-  transfer.about(position, [&] { bytes = transfer.dirty().verify(position, *sleeper.image); });
+  transfer.about(position, [&] { bytes = transfer.dirty().verify(position, *entry.backup); });
   if (bytes == 0) return;
   report_.problems.push_back(
       format_bytes(bytes) + " of tag '" + record.tag->name + "' on device " +
       std::to_string(record.device) +
-      " changed while they were copied, and the next sleep copies them again: something writes to "
+      " changed during the copy, so the next sleep copies them again: something writes to "
       "memory that goes to sleep");
 }
 
 void Offload::keep_digests(DeviceTransfer& transfer) {
   transfer.dirty().complete();
   for (std::size_t position = 0; position < transfer.size(); ++position) {
-    const Sleeper& sleeper = sleepers_[transfer.index(position)];
+    const Entry& entry = entries_[transfer.index(position)];
     const cumempool_digest* digests = nullptr;
     transfer.about(position, [&] { digests = transfer.dirty().wait(position); });
-    const std::size_t count = digests == nullptr ? 0 : sleeper.image->slices().size();
-    sleeper.image->set_digests({digests, digests + count});
+    const std::size_t count = digests == nullptr ? 0 : entry.backup->slices().size();
+    entry.backup->set_digests({digests, digests + count});
   }
 }
 
-// ---- giving the memory back ---------------------------------------------------------------------
+// ---- the release of device memory ---------------------------------------------------------------
 
-void Offload::detach(Sleeper& sleeper) {
+void Offload::detach(Entry& entry) {
   try {
-    sleeper.record->memory.unmap();
-    sleeper.stage = Stage::kDetached;
+    entry.record->memory.unmap();
+    entry.stage = Stage::kDetached;
   } catch (Error& error) {
-    annotate(error, operation_, sleeper.record.get());
+    annotate(error, operation_, entry.record.get());
     throw;
   }
 }
 
-// What the driver refuses still has its contents, which the way back would use. commit() leaks it.
+// If the driver refuses, the memory keeps its contents for the way back; commit() leaks it.
 void Offload::give_back(Record& record) noexcept {
   try {
     driver::check(allocator_.driver().table(), "release", record.memory.release_physical(),
@@ -326,20 +317,20 @@ void Offload::give_back(Record& record) noexcept {
   }
 }
 
-void Offload::account(const Sleeper& sleeper) {
-  cumempool_report_row& row = report_.row(*sleeper.record);
-  const std::uint64_t kept = total_bytes(sleeper.live);
+void Offload::account(const Entry& entry) {
+  cumempool_report_row& row = report_.row(*entry.record);
+  const std::uint64_t kept = total_bytes(entry.live);
   row.allocations += 1;
   row.backed_up_bytes += kept;
-  row.clean_bytes += sleeper.clean_bytes;
-  row.discarded_bytes += sleeper.record->bytes - kept;
+  row.clean_bytes += entry.clean_bytes;
+  row.discarded_bytes += entry.record->bytes - kept;
 }
 
-void Offload::release(Sleeper& sleeper) {
-  if (sleeper.stage == Stage::kAwake) detach(sleeper);
-  sleeper.stage = Stage::kReleased;
-  account(sleeper);
-  give_back(*sleeper.record);
+void Offload::release(Entry& entry) {
+  if (entry.stage == Stage::kAwake) detach(entry);
+  entry.stage = Stage::kReleased;
+  account(entry);
+  give_back(*entry.record);
 }
 
 bool Offload::release_next(int device, bool with_discarded) {
@@ -351,23 +342,23 @@ bool Offload::release_next(int device, bool with_discarded) {
       position = transfer->pop();
       verify(*transfer, position);
     }
-    release(sleepers_[transfer->index(position)]);
+    release(entries_[transfer->index(position)]);
     return true;
   }
   if (!with_discarded) return false;
   for (const std::size_t i : discarded_) {
-    if (sleepers_[i].record->device != device || sleepers_[i].stage == Stage::kReleased) continue;
-    release(sleepers_[i]);
+    if (entries_[i].record->device != device || entries_[i].stage == Stage::kReleased) continue;
+    release(entries_[i]);
     return true;
   }
   return false;
 }
 
-// Discarded memory is detached while copies still run: until something has been released, all of it
-// can be mapped again as it was, without asking the device for memory.
+// Detaches discarded memory while copies still run. Until something has been released, all of it
+// can be mapped again without asking the device for memory.
 void Offload::finish() {
   for (const std::size_t i : discarded_) {
-    if (sleepers_[i].stage == Stage::kAwake) detach(sleepers_[i]);
+    if (entries_[i].stage == Stage::kAwake) detach(entries_[i]);
   }
   for (bool any = true; any;) {
     any = false;
@@ -380,10 +371,10 @@ void Offload::finish() {
 
 void Offload::commit() noexcept {
   allocator_.records().update([&] {
-    for (Sleeper& sleeper : sleepers_) {
-      Contents& contents = sleeper.record->contents;
-      if (sleeper.image != nullptr) {
-        contents.back_up(sleeper.image, sleeper.choice);
+    for (Entry& entry : entries_) {
+      Contents& contents = entry.record->contents;
+      if (entry.backup != nullptr) {
+        contents.back_up(entry.backup, entry.choice);
       } else {
         dropped_.push_back(contents.discard());
       }
@@ -391,14 +382,14 @@ void Offload::commit() noexcept {
     for (const RecordPointer& record : forgotten_) {
       cumempool_report_row& row = report_.row(*record);
       row.allocations += 1;
-      row.discarded_bytes += record->contents.image()->bytes();
+      row.discarded_bytes += record->contents.backup()->bytes();
       dropped_.push_back(record->contents.discard());
     }
   });
-  dropped_.clear();  // outside of the lock: files, peers
-  for (Sleeper& sleeper : sleepers_) {
-    if (sleeper.stage != Stage::kReleased) release(sleeper);
-    sleeper.record->memory.leak();
+  dropped_.clear();  // outside the lock: calls the kernel for files, the driver for peers
+  for (Entry& entry : entries_) {
+    if (entry.stage != Stage::kReleased) release(entry);
+    entry.record->memory.leak();
   }
 }
 
@@ -407,42 +398,42 @@ void Offload::commit() noexcept {
 void Offload::undo(Error& failure) noexcept {
   transfers_.settle(failure);
   orders_.clear();
-  for (std::size_t i = sleepers_.size(); i-- > 0;) {
-    if (sleepers_[i].stage != Stage::kAwake) reattach(sleepers_[i], failure);
+  for (std::size_t i = entries_.size(); i-- > 0;) {
+    if (entries_[i].stage != Stage::kAwake) reattach(entries_[i], failure);
   }
   forget_overwritten();
 }
 
-void Offload::reattach(Sleeper& sleeper, Error& failure) noexcept {
-  Record& record = *sleeper.record;
+void Offload::reattach(Entry& entry, Error& failure) noexcept {
+  Record& record = *entry.record;
   const bool had_contents = record.memory.holds_physical();
   if (had_contents && record.contents.asleep()) return;  // detached, as before
   try {
-    if (!had_contents && sleeper.image == nullptr) {
-      throw Error(CUMEMPOOL_DRIVER_ERROR, "its contents had been discarded already");
+    if (!had_contents && entry.backup == nullptr) {
+      throw Error(CUMEMPOOL_DRIVER_ERROR, "its contents are discarded already");
     }
     record.memory.map();
     allocator_.follow_use(record, allocator_.devices_in_use());
     if (had_contents) return;
     const driver::ContextScope scope(allocator_.driver(), record.device);
     backup::Transfer& streams = transfers_.find(record.device)->streams();
-    sleeper.image->restore(streams, record.address);
-    streams.staged.finish();
+    entry.backup->restore(streams, record.address);
+    streams.bounce_buffers.finish();
     streams.queue.drain();
     allocator_.records().update([&] { record.generation += 1; });
   } catch (const std::exception& caught) {
-    keep_asleep(sleeper, failure, told(caught, operation_, &record));
+    keep_asleep(entry, failure, told(caught, operation_, &record));
   }
 }
 
-// Nothing is lost: the image has the contents, or the handle that is still held.
-void Offload::keep_asleep(Sleeper& sleeper, Error& failure, std::string&& why) noexcept {
-  Record& record = *sleeper.record;
+// Loses nothing: the contents are in the backup, or in the handle that is still held.
+void Offload::keep_asleep(Entry& entry, Error& failure, std::string&& why) noexcept {
+  Record& record = *entry.record;
   add_secondary(failure, std::move(why), "stays asleep: ");
   DeviceTransfer* transfer = transfers_.find(record.device);
   if (transfer != nullptr) transfer->device().unsettle();
-  const bool detached = sleeper.image == nullptr && record.memory.holds_physical();
-  if (sleeper.image != nullptr && record.memory.holds_physical()) {
+  const bool detached = entry.backup == nullptr && record.memory.holds_physical();
+  if (entry.backup != nullptr && record.memory.holds_physical()) {
     try {
       const driver::ContextScope scope(allocator_.driver(), record.device);
       if (transfer != nullptr) transfer->settle();
@@ -451,30 +442,30 @@ void Offload::keep_asleep(Sleeper& sleeper, Error& failure, std::string&& why) n
     } catch (const std::exception&) {
       add_secondary(failure, {}, "its device memory could not be given back");
       record.memory.leak();
-      allocator_.leak(sleeper.image, record.device);
+      allocator_.leak(entry.backup, record.device);
     }
   }
   std::shared_ptr<backup::Backup> dropped;  // outside of the records' lock
   allocator_.records().update([&] {
-    if (sleeper.image == nullptr) {
+    if (entry.backup == nullptr) {
       dropped = detached ? record.contents.detach() : record.contents.discard();
     } else {
-      record.contents.back_up(sleeper.image, sleeper.choice);
-      dropped.swap(sleeper.image);
+      record.contents.back_up(entry.backup, entry.choice);
+      dropped.swap(entry.backup);
     }
   });
 }
 
-// Retained images that were being overwritten say nothing any more. Those that copies may still be
-// writing to must stay where they are (R5).
+// Drops retained backups that were being overwritten. Backups that copies may still write to stay
+// where they are (R5).
 void Offload::forget_overwritten() noexcept {
-  for (Sleeper& sleeper : sleepers_) {
-    const DeviceTransfer* transfer = transfers_.find(sleeper.record->device);
-    if (sleeper.image == nullptr || transfer == nullptr) continue;
-    if (transfer->stuck()) allocator_.leak(sleeper.image, sleeper.record->device);
-    if (sleeper.fresh) continue;
+  for (Entry& entry : entries_) {
+    const DeviceTransfer* transfer = transfers_.find(entry.record->device);
+    if (entry.backup == nullptr || transfer == nullptr) continue;
+    if (transfer->stuck()) allocator_.leak(entry.backup, entry.record->device);
+    if (entry.fresh) continue;
     std::shared_ptr<backup::Backup> dropped;
-    allocator_.records().update([&] { dropped = sleeper.record->contents.drop_retained(); });
+    allocator_.records().update([&] { dropped = entry.record->contents.drop_retained(); });
   }
 }
 

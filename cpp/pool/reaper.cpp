@@ -2,10 +2,8 @@
 #include "pool/reaper.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <exception>
-#include <optional>
 #include <thread>
 
 #include "driver/driver.hpp"
@@ -14,8 +12,8 @@ namespace cumempool::pool {
 
 namespace {
 
-// Batches of all reapers' threads, of which none is under way once exit handlers have run: the
-// driver ends after them.
+// Counts the batches of all reapers' threads. None is under way once exit handlers have run, since
+// the driver ends after them.
 class Exit {
  public:
   static Exit& instance() {
@@ -23,7 +21,7 @@ class Exit {
     return exit;
   }
 
-  // False where the process ends: no batch may begin any more.
+  // Begins a batch; false if the process is ending.
   bool begin() noexcept {
     const std::lock_guard lock(mutex_);
     if (ends_) return false;
@@ -42,12 +40,12 @@ class Exit {
 
  private:
   Exit() {
-    // Later than libcuda's own handlers, and so called before them.
+    // Registered later than libcuda's own handlers, and so called before them.
     std::atexit([] {
       if (!driver::in_forked_child()) instance().wait();
     });
   }
-  // Work that never ends must not keep the process from ending.
+  // Waits for a second at most: work that never ends must not keep the process from ending.
   void wait() noexcept {
     std::unique_lock lock(mutex_);
     ends_ = true;
@@ -60,72 +58,55 @@ class Exit {
   bool ends_ = false;
 };
 
-// How long threads look out for each other before they sleep: a row of frees does not start a
-// thread each, and a free of an idle device is not woken up.
+// How long threads spin for each other before they sleep: a row of frees does not start a thread
+// each, and a free of an idle device needs no wake-up.
 constexpr std::chrono::microseconds kLookout{250};
 
 }  // namespace
 
-// One call of the driver that may wait for a device.
-class Reaper::Step {
- public:
-  explicit Step(Reaper& reaper) : reaper_(reaper) {
-    const Lock lock(reaper_.mutex_);
-    reaper_.in_step_ = true;
-    reaper_.step_ += 1;
-    reaper_.step_began_ = Clock::now();
-    reaper_.changed_.notify_all();
+// Runs a driver call that may wait for a device, so that frees can tell how long it takes.
+template <typename Call>
+auto Reaper::in_step(const Call& call) noexcept {
+  {
+    const Lock lock(mutex_);
+    in_step_ = true;
+    step_ += 1;
+    step_began_ = Clock::now();
+    changed_.notify_all();
   }
-  ~Step() {
-    const Lock lock(reaper_.mutex_);
-    reaper_.in_step_ = false;
-  }
-  Step(const Step&) = delete;
-  Step& operator=(const Step&) = delete;
+  const auto result = call();
+  const Lock lock(mutex_);
+  in_step_ = false;
+  return result;
+}
 
- private:
-  Reaper& reaper_;
-};
+bool Reaper::fence(int device) noexcept {
+  const auto& table = driver_.table();
+  return in_step([&] { return table.fence(table.self, &device, 1); }) == CUMEMPOOL_RESULT_SUCCESS;
+}
 
-// The fences of one batch: each device is waited for once. A device whose context is broken keeps
-// the memory that it may use, and no other.
-class Reaper::Fences {
- public:
-  explicit Fences(Reaper& reaper) : reaper_(reaper) {}
-
-  // Whether no work that was submitted before can be using the record's memory.
-  bool cover(const Record& record) noexcept {
-    bool idle = true;
-    for (const int device : record.memory.access()) {
-      idle = is_idle(device) && idle;
-    }
-    return idle;
-  }
-
- private:
-  bool is_idle(int device) noexcept {
+// Whether no work submitted before can be using the record's memory. Waits for each device once per
+// batch. A device with a broken context keeps the memory that it may use, and no other.
+bool Reaper::unused(const Record& record, IdleDevices& idle) noexcept {
+  bool unused = true;
+  for (const int device : record.memory.access()) {
     const auto index = static_cast<std::size_t>(device);
-    if (index >= state_.size()) return fence(device);
-    std::optional<bool>& idle = state_.at(index);
-    if (!idle) idle = fence(device);
-    return *idle;
+    if (index >= idle.size()) {
+      unused = fence(device) && unused;
+      continue;
+    }
+    if (!idle.at(index)) idle.at(index) = fence(device);
+    unused = *idle.at(index) && unused;
   }
-  bool fence(int device) noexcept {
-    const Step step(reaper_);
-    const auto& table = reaper_.driver_.table();
-    return table.fence(table.self, &device, 1) == CUMEMPOOL_RESULT_SUCCESS;
-  }
+  return unused;
+}
 
-  Reaper& reaper_;
-  std::array<std::optional<bool>, 64> state_{};  // by device; none: not asked
-};
-
-// ---- what frees, transitions and close call -----------------------------------------------------
+// ---- calls of frees, transitions and close ------------------------------------------------------
 
 void Reaper::take(const RecordPointer& record) noexcept {
   bytes_ += record->bytes;
   record->contents.discard();      // drops the backup
-  if (!record->memory.mapped()) {  // nothing can be using it
+  if (!record->memory.mapped()) {  // no work can be using it
     finish(record, record->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS);
     return;
   }
@@ -155,7 +136,7 @@ void Reaper::seal() noexcept {
   drain();
 }
 
-// Waits until `done`, unless a call of the driver turns out to wait for a busy device.
+// Waits until `done`, unless a driver call turns out to wait for a busy device.
 template <typename Done>
 void Reaper::wait_for(const Done& done, Lock& lock) noexcept {
   const Duration wait = free_wait_;
@@ -163,7 +144,7 @@ void Reaper::wait_for(const Done& done, Lock& lock) noexcept {
     if (start(lock)) look_out(finished_, lock);
     while (!done() && start(lock)) {
       if (!in_step_) {
-        changed_.wait(lock);  // the thread is about to begin one
+        changed_.wait(lock);  // the thread is about to begin a step
         continue;
       }
       const std::uint64_t step = step_;
@@ -177,7 +158,7 @@ void Reaper::wait_for(const Done& done, Lock& lock) noexcept {
 
 // ---- the work -----------------------------------------------------------------------------------
 
-// Works off what waits until `done`, in turns with other threads that do the same.
+// Works off the waiting records until `done`, in turns with other threads that do the same.
 template <typename Done>
 void Reaper::work_until(const Done& done, Lock& lock) noexcept {
   while (!done()) {
@@ -189,19 +170,20 @@ void Reaper::work_until(const Done& done, Lock& lock) noexcept {
   }
 }
 
-// One batch.
+// Works off one batch.
 void Reaper::work_off(Lock& lock) noexcept {
   RecordList batch;
   batch.swap(waiting_);
   working_ = true;
   lock.unlock();
-  Fences fences(*this);
+  IdleDevices idle{};
   while (RecordPointer record = batch.pop()) {
-    bool given_back = !record->memory.mapped() || fences.cover(*record);
+    bool given_back = !record->memory.mapped() || unused(*record, idle);
     if (given_back) {
-      std::optional<Step> step;  // of what may wait for a device; unmapping does not (C11)
-      if (record->memory.free_waits()) step.emplace(*this);
-      given_back = record->memory.teardown() == CUMEMPOOL_RESULT_SUCCESS;
+      const auto teardown = [&] { return record->memory.teardown(); };
+      // Freeing memory of cudaMalloc may wait for a device; unmapping does not (C11).
+      given_back = (record->memory.free_waits() ? in_step(teardown) : teardown()) ==
+                   CUMEMPOOL_RESULT_SUCCESS;
     }
     finish(std::move(record), given_back);
   }
@@ -223,7 +205,7 @@ void Reaper::finish(RecordPointer record, bool given_back) noexcept {
 
 // ---- the thread ---------------------------------------------------------------------------------
 
-// False where there can be no thread: no memory, too many threads, or the process ends.
+// Starts the thread; false if there can be none: no memory, too many threads, or the process ends.
 bool Reaper::start(const Lock& /*lock*/) noexcept {
   if (thread_lives_) return true;
   if (Exit::instance().ends()) return false;
@@ -256,7 +238,7 @@ bool Reaper::more_soon(Lock& lock) noexcept {
   return !waiting_.empty();
 }
 
-// Gives the lock up until the count has changed, for a moment at most.
+// Spins without the lock until the count has changed, for kLookout at most.
 void Reaper::look_out(const std::atomic<std::uint64_t>& count, Lock& lock) noexcept {
   const std::uint64_t before = count;
   lock.unlock();

@@ -1,6 +1,7 @@
 // Gives back the memory of allocations that the program has freed, once no work can be using it.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -8,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "driver/driver.hpp"
@@ -15,8 +17,8 @@
 
 namespace cumempool::pool {
 
-// A list that is linked through the records, so that entering one takes no memory and cannot fail:
-// this happens where memory has run out, and where nothing may throw.
+// A list that is linked through the records, so that push() takes no memory and cannot fail:
+// callers are out of memory, or must not throw.
 class RecordList {
  public:
   RecordList() = default;
@@ -33,7 +35,7 @@ class RecordList {
     record->next = std::move(first_);
     first_ = std::move(record);
   }
-  // Null where it is empty.
+  // Removes a record; null if the list is empty.
   RecordPointer pop() noexcept {
     if (first_ == nullptr) return nullptr;
     RecordPointer record = std::move(first_);
@@ -47,14 +49,14 @@ class RecordList {
   RecordPointer first_;
 };
 
-// Thread-safe; no function fails. Memory that is mapped may be in use until its devices were waited
-// for. That is done by a thread, which lives as long as there is something to do: a free goes on
-// without it when a device turns out to be busy. All records that wait at a time are one batch,
-// with one fence. See docs/adr/0028-retired-memory.md.
+// Thread-safe; no function fails. Mapped memory may be in use until its devices were waited for. A
+// thread does that, which lives as long as there is work: a free returns without it if a device
+// turns out to be busy. All records that wait at a time form one batch with one fence. See
+// docs/adr/0028-retired-memory.md.
 class Reaper : public std::enable_shared_from_this<Reaper> {
  public:
   using Duration = std::chrono::nanoseconds;
-  // The thread that frees does what is to be done, however long that takes.
+  // The freeing thread does the work itself, however long that takes.
   static constexpr Duration kForever = Duration::max();
 
   explicit Reaper(driver::Driver driver) : driver_(driver) {}
@@ -62,22 +64,21 @@ class Reaper : public std::enable_shared_from_this<Reaper> {
   Reaper(const Reaper&) = delete;
   Reaper& operator=(const Reaper&) = delete;
 
-  // Takes a record that is in no set any more. Returns when its memory was given back, or is leaked
-  // because the driver has refused that, or one call of the driver has lasted for the free wait
-  // already.
+  // Takes a record that has left its set. Returns when its memory is given back, or is leaked
+  // because the driver has refused, or when one call of the driver has lasted for the free wait.
   void take(const RecordPointer& record) noexcept;
 
-  // Waits for the devices: what was taken so far has been given back, or is leaked.
+  // Waits for the devices until all records taken so far are given back or leaked.
   void drain() noexcept;
 
-  // From now on take() waits for the devices, since their contexts are about to go. Then drains,
-  // and tries once more to give back what is leaked.
+  // Makes take() wait for the devices from now on, since their contexts are about to go. Then
+  // drains, and tries once more to give back leaked records.
   void seal() noexcept;
 
-  // How long a free waits for a call of the driver that waits for a device.
+  // Sets how long a free waits for a driver call that waits for a device.
   void set_free_wait(Duration wait) noexcept { free_wait_ = wait; }
 
-  // Of what waits.
+  // The bytes of the waiting records.
   std::uint64_t bytes() const noexcept { return bytes_; }
   // Whether anything is leaked.
   bool holds_leaked() noexcept {
@@ -89,8 +90,13 @@ class Reaper : public std::enable_shared_from_this<Reaper> {
   using Clock = std::chrono::steady_clock;
   using Lock = std::unique_lock<std::mutex>;
 
-  class Step;
-  class Fences;
+  // By device: whether it was idle after its fence; none if it was not waited for.
+  using IdleDevices = std::array<std::optional<bool>, 64>;
+
+  template <typename Call>
+  auto in_step(const Call& call) noexcept;
+  bool fence(int device) noexcept;
+  bool unused(const Record& record, IdleDevices& idle) noexcept;
 
   template <typename Done>
   void wait_for(const Done& done, Lock& lock) noexcept;
@@ -115,10 +121,10 @@ class Reaper : public std::enable_shared_from_this<Reaper> {
   RecordList leaked_;
   bool sealed_ = false;
   bool thread_lives_ = false;
-  bool working_ = false;       // some thread, on a batch
-  std::uint64_t batches_ = 0;  // done
-  bool in_step_ = false;       // a call of the driver that may wait
-  std::uint64_t step_ = 0;     // its number
+  bool working_ = false;       // a thread works on a batch
+  std::uint64_t batches_ = 0;  // that are done
+  bool in_step_ = false;       // a driver call is under way that may wait for a device
+  std::uint64_t step_ = 0;     // the number of that call
   Clock::time_point step_began_;
 };
 

@@ -1,4 +1,4 @@
-// Allocations as the pool sees them: tags, records, the set of an allocator, the registry.
+// Tags, records, the record set of an allocator, the registry.
 #include "pool/records.hpp"
 
 #include <cstddef>
@@ -16,8 +16,8 @@ namespace {
 
 constexpr std::size_t kLongestName = 255;
 
-// Bytes of the UTF-8 sequence that starts at `at`, or 0 where it is malformed (overlong forms,
-// surrogates and numbers past U+10FFFF included).
+// Returns the length of the UTF-8 sequence at `at`; 0 if it is malformed: overlong forms,
+// surrogates and numbers past U+10FFFF included.
 std::size_t sequence_length(const std::string& text, std::size_t at) {
   const auto byte = [&](std::size_t i) {
     return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U;
@@ -56,17 +56,17 @@ void check_name(const std::string& name) {
   }
 }
 
-void check_policy(const TagPolicy& policy) {
-  const auto sleep = static_cast<int>(policy.on_sleep);
-  const auto wake = static_cast<int>(policy.on_wake);
+void check_policy(cumempool_on_sleep on_sleep, cumempool_on_wake on_wake) {
+  const auto sleep = static_cast<int>(on_sleep);
+  const auto wake = static_cast<int>(on_wake);
   if (sleep < 0 || sleep > CUMEMPOOL_ON_SLEEP_DISCARD || wake < 0 ||
       wake > CUMEMPOOL_ON_WAKE_ZERO) {
     throw Error(CUMEMPOOL_INVALID_ARGUMENT, "the policy of the tag has a value outside its enum");
   }
 }
 
-// The one copy of a name. Never destroyed: callers of the C interface may keep it for longer than
-// the allocator that they got it from.
+// Returns the only copy of a name. It is never destroyed: callers of the C interface may keep it
+// longer than the allocator that it came from.
 const std::string& interned(const std::string& name) {
   static auto& mutex = *new std::mutex;
   static auto& names = *new std::set<std::string>;
@@ -103,7 +103,8 @@ MemoryChoice memory_choice(const cumempool_memory_policy& policy) {
   choice.backing = policy.backing;
   if (policy.all_peers > CUMEMPOOL_PEERS_NONE ||
       (policy.all_peers == CUMEMPOOL_PEERS_NONE && policy.peer_count != 0)) {
-    throw Error(CUMEMPOOL_INVALID_ARGUMENT, "all_peers has a value outside its enum, or peers too");
+    throw Error(CUMEMPOOL_INVALID_ARGUMENT,
+                "all_peers has a value outside its enum, or excludes peers that are listed");
   }
   choice.all_peers = policy.all_peers == CUMEMPOOL_PEERS_ALL;
   choice.no_peers =
@@ -124,17 +125,18 @@ MemoryChoice memory_choice(const cumempool_memory_policy& policy) {
   return choice;
 }
 
-void TagTable::declare(const std::string& name, TagPolicy policy) {
+void TagTable::declare(const std::string& name, cumempool_on_sleep on_sleep,
+                       cumempool_on_wake on_wake) {
   check_name(name);
-  check_policy(policy);
+  check_policy(on_sleep, on_wake);
   const std::lock_guard lock(mutex_);
   auto found = tags_.find(name);
   if (found == tags_.end()) {
-    found = tags_.emplace(name, std::make_unique<Tag>(Tag{interned(name), {}, {}, {}, {}})).first;
+    found = tags_.emplace(name, std::make_unique<Tag>(Tag{interned(name)})).first;
   }
   Tag& tag = *found->second;
-  if (policy.on_sleep != CUMEMPOOL_ON_SLEEP_UNSET) tag.policy.on_sleep = policy.on_sleep;
-  if (policy.on_wake != CUMEMPOOL_ON_WAKE_UNSET) tag.policy.on_wake = policy.on_wake;
+  if (on_sleep != CUMEMPOOL_ON_SLEEP_UNSET) tag.on_sleep = on_sleep;
+  if (on_wake != CUMEMPOOL_ON_WAKE_UNSET) tag.on_wake = on_wake;
 }
 
 Tag& TagTable::find(const std::string& name) const {
@@ -150,9 +152,14 @@ Tag& TagTable::find(const std::string& name) const {
   throw error;
 }
 
-TagPolicy TagTable::policy(const Tag& tag) const {
+cumempool_on_sleep TagTable::on_sleep(const Tag& tag) const {
   const std::lock_guard lock(mutex_);
-  return tag.policy;
+  return tag.on_sleep;
+}
+
+cumempool_on_wake TagTable::on_wake(const Tag& tag) const {
+  const std::lock_guard lock(mutex_);
+  return tag.on_wake;
 }
 
 BackupChoice TagTable::backup(const Tag& tag) const {
@@ -161,7 +168,7 @@ BackupChoice TagTable::backup(const Tag& tag) const {
 }
 
 void TagTable::set_backup(Tag& tag, const BackupChoice& choice) {
-  BackupChoice copy = choice;  // all of it or nothing
+  BackupChoice copy = choice;  // made outside the lock; the move cannot fail
   const std::lock_guard lock(mutex_);
   tag.backup = std::move(copy);
 }

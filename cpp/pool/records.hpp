@@ -1,5 +1,5 @@
-// Allocations as the pool sees them: the tags that they belong to, what is known of each, the set
-// of an allocator, and the registry of the process.
+// Tags, the records of allocations, the record set of an allocator, and the registry of the
+// process.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ namespace cumempool::pool {
 
 // ---- tags ---------------------------------------------------------------------------------------
 
-// Where backups go.
+// The storage that backups go to.
 struct BackupChoice {
   cumempool_backup_tier tier = CUMEMPOOL_BACKUP_PINNED;
   std::string directory;  // of the file
@@ -32,19 +32,19 @@ inline bool operator==(const BackupChoice& left, const BackupChoice& right) {
   return left.tier == right.tier && left.directory == right.directory && left.peer == right.peer;
 }
 
-// Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a tier outside its enum, or a file without a
-// directory.
+// Converts a policy. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a tier outside its enum, or a
+// file without a directory.
 BackupChoice backup_choice(const cumempool_backup_policy& policy);
 
-// What memory of a tag is made of, and who else may use it.
+// The backing of a tag's memory, and the devices that may use it.
 struct MemoryChoice {
   cumempool_backing backing = CUMEMPOOL_BACKING_VMM;
-  bool all_peers = false;  // every device that can
-  bool no_peers = false;   // none
-  std::vector<int> peers;  // these devices, beside the one that the memory is on
-  bool rdma = true;        // where the device grants it
+  bool all_peers = false;  // give access to every device that can have it
+  bool no_peers = false;   // give access to none
+  std::vector<int> peers;  // give access to these, beside the device of the memory
+  bool rdma = true;        // if the device grants it
 
-  // Nobody has chosen: memory goes to the devices that the process uses.
+  // Whether access follows the devices that the process uses, since no peers were chosen.
   bool follows_use() const noexcept {
     return backing == CUMEMPOOL_BACKING_VMM && !all_peers && !no_peers && peers.empty();
   }
@@ -55,37 +55,36 @@ inline bool operator==(const MemoryChoice& left, const MemoryChoice& right) {
          left.no_peers == right.no_peers && left.peers == right.peers && left.rdma == right.rdma;
 }
 
-// Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a backing outside its enum, for peers that are both
-// listed and not, and for ordinary memory with peers or without RDMA.
+// Converts a policy. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for a backing outside its enum, for
+// peers that are both listed and excluded, and for memory of cudaMalloc with peers or without RDMA.
 MemoryChoice memory_choice(const cumempool_memory_policy& policy);
 
-struct TagPolicy {
+struct Tag {
+  const std::string& name;  // lives as long as the process
+  // Guarded by the lock of the table.
   cumempool_on_sleep on_sleep = CUMEMPOOL_ON_SLEEP_UNSET;
   cumempool_on_wake on_wake = CUMEMPOOL_ON_WAKE_UNSET;
-};
-
-struct Tag {
-  const std::string& name;                    // lives as long as the process
-  TagPolicy policy;                           // guarded by the table's lock
-  BackupChoice backup;                        // the same
-  MemoryChoice memory;                        // the same
-  std::map<std::uint64_t, std::string> pins;  // the same: who forbids that the memory goes
+  BackupChoice backup{};
+  MemoryChoice memory{};
+  std::map<std::uint64_t, std::string> pins{};  // holders that forbid sleep, by pin
   // Guarded by the lock of the RecordSet.
-  std::uint64_t scopes = 0;          // that are open: while there is one, the tag cannot sleep
-  std::uint64_t scopes_changed = 0;  // the moment when one last began or ended
+  std::uint64_t scopes = 0;          // open scopes, which forbid sleep
+  std::uint64_t scopes_changed = 0;  // the moment of the last begin or end of one
 };
 
 // The tags of one allocator. Thread-safe; a tag lives as long as the table, at the same address.
 class TagTable {
  public:
-  // Makes a tag known, or changes what `policy` sets. Throws Error (CUMEMPOOL_INVALID_ARGUMENT) for
-  // a name that is empty, over 255 bytes or not UTF-8, and for policies outside their enums.
-  void declare(const std::string& name, TagPolicy policy);
+  // Makes a tag known, or changes its policies, but for values that are UNSET. Throws Error
+  // (CUMEMPOOL_INVALID_ARGUMENT) for a name that is empty, over 255 bytes or not UTF-8, and for
+  // policies outside their enums.
+  void declare(const std::string& name, cumempool_on_sleep on_sleep, cumempool_on_wake on_wake);
 
-  // Throws Error (CUMEMPOOL_UNKNOWN_TAG) that lists the known ones.
+  // Throws Error (CUMEMPOOL_UNKNOWN_TAG), which lists the known tags.
   Tag& find(const std::string& name) const;
 
-  TagPolicy policy(const Tag& tag) const;
+  cumempool_on_sleep on_sleep(const Tag& tag) const;
+  cumempool_on_wake on_wake(const Tag& tag) const;
   BackupChoice backup(const Tag& tag) const;
   void set_backup(Tag& tag, const BackupChoice& choice);
   MemoryChoice memory(const Tag& tag) const;
@@ -93,11 +92,11 @@ class TagTable {
   bool is_made_of(const Tag& tag, const MemoryChoice& choice) const;
   void set_memory(Tag& tag, const MemoryChoice& choice);
 
-  // Until the pin is taken off again, no memory of the tag may go.
+  // Pins a tag: none of its memory may sleep until the pin is released.
   std::uint64_t pin(Tag& tag, const std::string& holder);
-  // Whether there was such a pin.
+  // Releases a pin; false if there is no such pin.
   bool unpin(std::uint64_t pin);
-  // Who has pinned a tag: "nixl, 'decode worker'"; "" where nobody has.
+  // The holders of a tag's pins: "nixl, 'decode worker'"; "" if there are none.
   std::string holders(const Tag& tag) const;
   std::size_t pin_count(const Tag& tag) const;
 
@@ -115,51 +114,52 @@ class Allocator;
 
 enum class State {
   kAwake,
-  kBackedUp,   // asleep, with an image
+  kBackedUp,   // asleep, with a backup
   kDiscarded,  // asleep, without contents
-  kDetached,   // asleep, with its contents in device memory that is still held: the way back of a
-               // failed sleep could not map it, and there is no image of it
+  kDetached,   // asleep, with its contents in a handle that is still held: the way back of a failed
+               // sleep could not map it, and there is no backup of it
 };
 
-// Where the contents of an allocation are. An image is there while it is backed up, and may be
-// while it is awake: then it is retained, and its digests tell what has changed since. Changes take
-// no memory; an image that is no use any more comes out of them, to be dropped outside of any lock.
+// The location of an allocation's contents. An asleep one has a backup if its contents were copied.
+// An awake one may retain its backup, whose digests tell what has changed since. Changes of state
+// take no memory. They return the backup that is not needed any more, so that the caller can
+// destroy it outside any lock.
 class Contents {
  public:
-  using ImagePointer = std::shared_ptr<backup::Backup>;
+  using BackupPointer = std::shared_ptr<backup::Backup>;
 
   State state() const noexcept { return state_; }
   bool asleep() const noexcept { return state_ != State::kAwake; }
-  // The backup, or the retained one; null where there is none.
-  const ImagePointer& image() const noexcept { return image_; }
-  // Where that is.
+  // The backup, which may be a retained one; null if there is none.
+  const BackupPointer& backup() const noexcept { return backup_; }
+  // The storage of the backup.
   const BackupChoice& choice() const noexcept { return choice_; }
 
-  void back_up(ImagePointer& image, BackupChoice& choice) noexcept {
+  void back_up(BackupPointer& backup, BackupChoice& choice) noexcept {
     state_ = State::kBackedUp;
-    image_.swap(image);
+    backup_.swap(backup);
     std::swap(choice_, choice);
   }
-  ImagePointer discard() noexcept { return change(State::kDiscarded); }
-  ImagePointer detach() noexcept { return change(State::kDetached); }
-  // What it keeps, comparable or not, is the caller's to decide: see drop_retained().
+  BackupPointer discard() noexcept { return change(State::kDiscarded); }
+  BackupPointer detach() noexcept { return change(State::kDetached); }
+  // Keeps the backup; the caller may call drop_retained() afterwards.
   void wake() noexcept { state_ = State::kAwake; }
-  // Null while asleep: a backup is never dropped like that.
-  ImagePointer drop_retained() noexcept { return asleep() ? nullptr : std::move(image_); }
+  // Returns null while asleep: the backup is needed.
+  BackupPointer drop_retained() noexcept { return asleep() ? nullptr : std::move(backup_); }
 
  private:
-  ImagePointer change(State state) noexcept {
+  BackupPointer change(State state) noexcept {
     state_ = state;
-    return std::move(image_);
+    return std::move(backup_);
   }
 
   State state_ = State::kAwake;
-  ImagePointer image_;
+  BackupPointer backup_;
   BackupChoice choice_;
 };
 
-// `memory` belongs to the operation that claimed the record, or retired it; everything below the
-// line is guarded by the lock of the RecordSet.
+// One allocation. `memory` belongs to the operation that has claimed or retired the record. The
+// lock of the RecordSet guards everything below the line.
 struct Record {
   Record(std::shared_ptr<Allocator> owner_of, const Tag& under, int on_device,
          std::size_t bytes_requested, vmm::Allocation&& made, bool is_preserved)
@@ -182,14 +182,14 @@ struct Record {
   // ---------------------------------------------------------------------------------------------
   std::uint64_t sequence = 0;
   std::uint64_t generation = 1;
-  bool preserved;  // its contents are kept where those of its tag are discarded
+  bool preserved;  // keeps its contents when its tag is discarded
   Contents contents;
-  const char* claimed_by = nullptr;  // the operation under way that works on it
-  bool freed = false;                // by the program; its teardown waits for that operation
+  const char* claimed_by = nullptr;  // the operation that works on it
+  bool freed = false;                // by the program; the teardown waits for that operation
 
   std::list<std::shared_ptr<Record>>::iterator place;  // in the set
-  // Once it was taken out of the set, for the Reaper: the next of the list that it is in, and
-  // whether its memory was given back, or leaked.
+  // For the Reaper, after the record has left the set: the next record of its list, and whether its
+  // memory was given back or leaked.
   std::shared_ptr<Record> next;
   bool reaped = false;
 };
@@ -198,33 +198,33 @@ struct Record {
 
 using RecordPointer = std::shared_ptr<Record>;
 
-// Thread-safe. Its lock is only ever held for bookkeeping, never across a driver call.
+// Thread-safe. Holds its lock for bookkeeping only, never across a driver call.
 class RecordSet {
  public:
-  // Unless `still` says no, which is asked under the lock: then false, and no effect. Throws Error
-  // (CUMEMPOOL_CLOSED) after seal().
+  // Adds a record, unless `still`, called under the lock, returns false; then returns false. Throws
+  // Error (CUMEMPOOL_CLOSED) after seal().
   bool add(const RecordPointer& record, const std::function<bool()>& still);
 
-  // Marks the record as freed, after which readers leave it alone, and takes it out for teardown by
-  // the caller: true. Where a transition has claimed it, it comes back from unclaim(), and the
-  // answer is false.
+  // Marks the record as freed, so that readers ignore it. Removes it and returns true, and the
+  // caller tears it down. If a transition has claimed it, returns false, and unclaim() hands it
+  // out.
   bool retire(const RecordPointer& record);
 
-  // Claims the records that `wanted` picks for an operation, in order of allocation. `admit` comes
-  // first, under the same lock; where it throws, nothing is claimed.
+  // Claims the records that `wanted` picks, in order of allocation. Calls `admit` first, under the
+  // same lock; if it throws, nothing is claimed.
   std::vector<RecordPointer> claim(const char* operation,
                                    const std::function<bool(const Record&)>& wanted,
                                    const std::function<void()>& admit = nullptr);
 
-  // A slot begins, or ceases, to hand out memory of a tag. What it hands out later than a claim is
-  // not claimed.
+  // A slot begins, or stops, to hand out memory of a tag. A claim does not include memory that is
+  // handed out later.
   void begin_scope(Tag& tag) noexcept;
   void end_scope(Tag& tag) noexcept;
 
-  // Grows with every allocation, and with every scope that begins or ends.
+  // A counter that grows with every allocation and every begin or end of a scope.
   std::uint64_t moment() const noexcept;
 
-  // Ends the claims. Hands those freed meanwhile, taken out, to `tear_down`.
+  // Ends the claims. Removes the records that were freed meanwhile, and hands them to `tear_down`.
   template <typename TearDown>
   void unclaim(const std::vector<RecordPointer>& claimed, TearDown tear_down) noexcept {
     const std::lock_guard lock(mutex_);
@@ -236,43 +236,44 @@ class RecordSet {
     }
   }
 
-  // Runs `visit` on every record, in order of allocation, then `last`, all under the lock: no
-  // driver calls in there. No record that was visited has been torn down when `last` runs.
+  // Calls `visit` on every record, in order of allocation, then `last`, all under the lock: neither
+  // may call the driver. No visited record has been torn down when `last` runs.
   void for_each(const std::function<void(Record&)>& visit,
                 const std::function<void()>& last = nullptr);
 
-  // Runs `change` under the lock. Takes no memory: transitions end by it.
+  // Runs `change` under the lock. Takes no memory: transitions end with it.
   template <typename Change>
   void update(const Change& change) {
     const std::lock_guard lock(mutex_);
     change();
   }
 
-  // The same, unless `hinders` picks any record; returns how many bytes of records it picks.
+  // Runs `change`, unless `hinders` picks any record; returns the bytes of the records it picks.
   std::uint64_t update_unless(const std::function<bool(const Record&)>& hinders,
                               const std::function<void()>& change);
 
-  // No records can be added from now on. With `only_if_empty`, false and no effect where one lives.
+  // Refuses new records from now on. With `only_if_empty`, has no effect and returns false if there
+  // is a record.
   bool seal(bool only_if_empty);
 
  private:
   mutable std::mutex mutex_;
   std::list<RecordPointer> records_;  // in order of allocation
-  std::uint64_t next_sequence_ = 1;   // the moment
+  std::uint64_t next_sequence_ = 1;   // also the moment
   bool sealed_ = false;
 };
 
 // ---- the registry of the process ----------------------------------------------------------------
 
-// Thread-safe, one per process; torch frees by pointer alone, from any thread, at any time.
+// Thread-safe; one per process, since torch frees by address alone, from any thread, at any time.
 class Registry {
  public:
   static Registry& instance();
 
   void add(const RecordPointer& record);
-  // Removes and returns the record that starts exactly at `address`, or null.
+  // Removes and returns the record that starts at `address`; null if there is none.
   RecordPointer take(cumempool_address address);
-  // The record that holds `address`, anywhere inside it, or null.
+  // Returns the record that contains `address`; null if there is none.
   RecordPointer find(cumempool_address address) const;
 
  private:

@@ -1,4 +1,4 @@
-// Allocations that wake.
+// The restore of allocations.
 #include "pool/restore.hpp"
 
 #include <algorithm>
@@ -27,7 +27,7 @@ void Restore::plan(std::vector<RecordPointer> claimed) {
   for (std::size_t i = 0; i < records_.size(); ++i) {
     const Record& record = *records_[i];
     report_.row(record);
-    zero_[record.tag] = allocator_.tags().policy(*record.tag).on_wake == CUMEMPOOL_ON_WAKE_ZERO;
+    zero_[record.tag] = allocator_.tags().on_wake(*record.tag) == CUMEMPOOL_ON_WAKE_ZERO;
     held_before_[i] = !record.memory.needs_physical();
     transfers_.add(record, i);
   }
@@ -78,13 +78,14 @@ void Restore::bring(DeviceTransfer& transfer, std::size_t position) {
   const std::size_t index = transfer.index(position);
   Record& record = *records_[index];
   attach(index);
-  const auto& image = record.contents.image();
-  const cumempool_backup_tier tier = image != nullptr ? image->tier() : CUMEMPOOL_BACKUP_PINNED;
+  const auto& backup = record.contents.backup();
+  const cumempool_backup_tier tier = backup != nullptr ? backup->tier() : CUMEMPOOL_BACKUP_PINNED;
   transfer.copy(tier, [&] { load(transfer.streams(), record); });
   if (queued_) {
     transfer.about(position, [&] {
       backup::Transfer& streams = transfer.streams();
-      streams.staged.when_queued([this, &streams, &record] { queued_(record, streams.queue); });
+      streams.bounce_buffers.when_queued(
+          [this, &streams, &record] { queued_(record, streams.queue); });
     });
   }
   cumempool_report_row& row = report_.row(record);
@@ -103,7 +104,7 @@ void Restore::attach(std::size_t index) {
   }
 }
 
-// Says how much the whole wake needs, which the failing allocation alone does not tell.
+// Names the need of the whole wake, since that of the failing allocation tells too little.
 void Restore::explain(Error& error, std::size_t failed) const {
   const int device = records_[failed]->device;
   annotate(error, operation_, records_[failed].get());
@@ -113,20 +114,20 @@ void Restore::explain(Error& error, std::size_t failed) const {
     if (records_[i]->device == device && i != failed) taken += records_[i]->bytes;
   }
   error.problem = "the wake needs " + format_bytes(bytes_on(device)) +
-                  " on the device and had taken " + format_bytes(taken) + ", which it gave back";
+                  " on the device; it had taken " + format_bytes(taken) + " and gave them back";
   error.advice =
       "free device memory (torch.cuda.empty_cache(), other tags, other processes) and wake again; "
       "everything is still asleep with its backup";
 }
 
 void Restore::load(backup::Transfer& streams, Record& record) {
-  if (record.contents.state() == State::kDetached) return;  // its contents never left
+  if (record.contents.state() == State::kDetached) return;  // the handle still has its contents
   cumempool_report_row& row = report_.row(record);
-  if (const auto& image = record.contents.image()) {
-    image->restore(streams, record.address);
-    row.restored_bytes += image->bytes();
+  if (const auto& backup = record.contents.backup()) {
+    backup->restore(streams, record.address);
+    row.restored_bytes += backup->bytes();
     if (!zero_.at(record.tag)) return;
-    row.zeroed_bytes += image->zero_rest(streams.queue, record.address, record.bytes);
+    row.zeroed_bytes += backup->zero_rest(streams.queue, record.address, record.bytes);
   } else if (zero_.at(record.tag)) {
     streams.queue.fill_zero(record.address, record.bytes);
     row.zeroed_bytes += record.bytes;
@@ -134,7 +135,7 @@ void Restore::load(backup::Transfer& streams, Record& record) {
 }
 
 void Restore::finish() {
-  transfers_.each([](DeviceTransfer& transfer) { transfer.finish_staged(); });
+  transfers_.each([](DeviceTransfer& transfer) { transfer.finish_bounce_buffers(); });
   transfers_.each([](DeviceTransfer& transfer) {
     while (!transfer.empty()) transfer.pop();
     transfer.streams().queue.drain();
@@ -147,13 +148,13 @@ void Restore::commit() {
     for (const RecordPointer& record : records_) {
       record->contents.wake();
       record->generation += 1;
-      const auto& image = record->contents.image();
+      const auto& backup = record->contents.backup();
       const bool comparable =
-          image != nullptr && !image->digests().empty() && !image->lent_for_writing();
+          backup != nullptr && !backup->digests().empty() && !backup->lent_for_writing();
       if (!comparable) *drop++ = record->contents.drop_retained();
     }
   });
-  dropped_.clear();  // within the turn: who closes next counts on it
+  dropped_.clear();  // within the turn: the next close() relies on it
 }
 
 // ---- back ---------------------------------------------------------------------------------------
@@ -168,8 +169,8 @@ std::vector<int> Restore::users_of(int device) const {
   return {users.begin(), users.end()};
 }
 
-// Copies were waited for, unless that failed as well: then they may still write to what is mapped.
-// Memory that was handed out is in use by whatever its program has submitted since.
+// The copies are done, unless the wait for them has failed: then they may still write to mapped
+// memory. Memory that was handed out may be in use by any later work of the program.
 void Restore::fence_all() {
   for (const auto& transfer : transfers_.all()) {
     if (!transfer->stuck() && !queued_) continue;
@@ -179,7 +180,7 @@ void Restore::fence_all() {
       transfer->settle();
       allocator_.driver().fence(users_of(device));
     } catch (const std::exception&) {
-      busy_.push_back(device);  // has room for every transfer
+      busy_.push_back(device);  // has capacity for every transfer
     }
   }
 }
@@ -201,11 +202,11 @@ void Restore::undo(Error& failure) {
 
 void Restore::detach(Record& record, bool may_be_written_to) {
   if (may_be_written_to) {
-    const auto& image = record.contents.image();
-    if (image != nullptr) allocator_.leak(image, record.device);
+    const auto& backup = record.contents.backup();
+    if (backup != nullptr) allocator_.leak(backup, record.device);
     if (record.contents.state() != State::kDetached) record.memory.leak();
   } else if (record.contents.state() == State::kDetached) {
-    record.memory.unmap();  // it keeps the contents
+    record.memory.unmap();  // the handle keeps the contents
   } else {
     record.memory.vacate();
   }

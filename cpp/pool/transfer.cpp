@@ -1,4 +1,4 @@
-// One device's share of a transition: copies, digests, report.
+// The transfer of one device in a transition: copies, digests, report.
 #include "pool/transfer.hpp"
 
 #include <algorithm>
@@ -26,40 +26,32 @@ cumempool_report_row& Report::row(const Record& record) {
 
 namespace {
 
-// Slices per launch, each of which keeps one multiprocessor busy: enough to fill a device, few
-// enough that the first answers come at once.
+// Slices per launch. Each slice keeps one multiprocessor busy: enough to fill a device, few enough
+// that the first digests come at once.
 constexpr std::size_t kLaunchSlices = 512;
-// How far launches run ahead of the allocation that is asked for.
+// How far launches run ahead of the allocation at hand.
 constexpr std::size_t kAheadSlices = 1024;
-// Slices per launch behind the copies: memory waits for a launch until it goes back, and small
+// Slices per launch behind the copies. Memory is released only after its launch, and small
 // allocations share one.
 constexpr std::size_t kRecheckSlices = 64;
 
 }  // namespace
 
-std::optional<std::size_t> DirtyTracker::Launches::mark_of(std::size_t end) const {
-  const auto found = marks.lower_bound(end);
-  if (found == marks.end()) return std::nullopt;
-  return found->second;
-}
-
-void DirtyTracker::start(const std::vector<Source>& sources) {
-  if (!allocator_.retains_backups() || sources.empty()) return;
+void DirtyTracker::start() {
+  if (!allocator_.retains_backups() || sources_.empty()) return;
   try {
     std::size_t count = 0;
-    for (const Source& source : sources) count += source.image->slices().size();
-    backup::DigestBuffer& board = device_.digest_buffer();
-    board.begin(count);
-    device_.recheck_buffer().begin(count);
+    for (const Source& source : sources_) count += source.backup->slices().size();
+    backup::DigestBuffer& digests = device_.digests();
+    digests.begin(count);
+    device_.rechecks().begin(count);
     begun_ = true;
-    allotted_.reserve(sources.size());
-    for (const Source& source : sources) {
-      for (const backup::Slice& slice : source.image->slices()) {
-        board.add(source.address + slice.offset, slice.bytes);
+    for (Source& source : sources_) {
+      source.first = digests.added();
+      for (const backup::Slice& slice : source.backup->slices()) {
+        digests.add(source.address + slice.offset, slice.bytes);
       }
-      const std::size_t first = digests_.added;
-      digests_.added += source.image->slices().size();
-      allotted_.push_back({source, first, digests_.added});
+      source.end = digests.added();
     }
     known_ = true;
     advance(kAheadSlices);
@@ -71,15 +63,15 @@ void DirtyTracker::start(const std::vector<Source>& sources) {
 const cumempool_digest* DirtyTracker::wait(std::size_t position) {
   pass(position);
   if (!known_) return nullptr;
-  const Allotted& allotted = allotted_[position];
-  device_.digest_queue().wait(*digests_.mark_of(allotted.end));
-  return &device_.digest_buffer().digest(allotted.first);
+  const Source& source = sources_[position];
+  device_.digests().wait(source.end);
+  return &device_.digests().digest(source.first);
 }
 
 void DirtyTracker::pass(std::size_t position) {
   if (!known_) return;
   try {
-    advance(allotted_[position].end + kAheadSlices);
+    advance(sources_[position].end + kAheadSlices);
   } catch (Error& error) {
     give_up(error);
   }
@@ -87,7 +79,7 @@ void DirtyTracker::pass(std::size_t position) {
 
 void DirtyTracker::complete() {
   try {
-    advance(digests_.added);
+    if (known_) advance(device_.digests().added());
   } catch (Error& error) {
     give_up(error);
   }
@@ -95,23 +87,21 @@ void DirtyTracker::complete() {
 }
 
 void DirtyTracker::finish() {
-  if (begun_) device_.digest_queue().drain();
+  if (begun_) device_.digests().queue().drain();
 }
 
-// Launches until `end` slices of the board are under way, or all are.
+// Launches the digests of all slices before `end`.
 void DirtyTracker::advance(std::size_t end) {
-  while (digests_.started < std::min(end, digests_.added)) {
-    const std::size_t count = std::min(kLaunchSlices, digests_.added - digests_.started);
-    const std::size_t mark = device_.digest_buffer().start(allocator_.digest_seed(), count);
-    digests_.started += count;
-    digests_.marks.emplace(digests_.started, mark);
+  backup::DigestBuffer& digests = device_.digests();
+  while (digests.started() < std::min(end, digests.added())) {
+    digests.start(allocator_.digest_seed(),
+                  std::min(kLaunchSlices, digests.added() - digests.started()));
   }
 }
 
-// Without digests everything is copied, and nothing can be compared with the next time.
+// Without digests everything is copied, and the next sleep has none to compare with.
 void DirtyTracker::give_up(Error& error) {
   known_ = false;
-  digests_.added = digests_.started;
   annotate(error, operation_, nullptr);
   report_.problems.push_back("contents could not be compared, so all of them were copied: " +
                              error.message());
@@ -122,28 +112,28 @@ void DirtyTracker::give_up(Error& error) {
 void DirtyTracker::recheck(std::size_t position, std::vector<std::size_t> slices,
                            backup::CopyQueue& copies) {
   if (slices.empty() || !known_) return;
-  Allotted& allotted = allotted_[position];
+  Source& source = sources_[position];
+  backup::DigestBuffer& rechecks = device_.rechecks();
+  source.first_recheck = rechecks.added();
   for (const std::size_t slice : slices) {
-    const backup::Slice& part = allotted.source.image->slices()[slice];
-    device_.recheck_buffer().add(allotted.source.address + part.offset, part.bytes);
+    const backup::Slice& part = source.backup->slices()[slice];
+    rechecks.add(source.address + part.offset, part.bytes);
   }
-  allotted.first_recheck = rechecks_.added;
-  rechecks_.added += slices.size();
-  allotted.rechecked = std::move(slices);
-  if (rechecks_.added - rechecks_.started >= kRecheckSlices) flush(copies);
+  source.rechecked = std::move(slices);
+  if (rechecks.added() - rechecks.started() >= kRecheckSlices) flush(copies);
 }
 
-// Where it fails, what it was to digest has no digests any more.
+// If a launch fails, its slices have no digests any more.
 void DirtyTracker::flush(backup::CopyQueue& copies) {
-  if (rechecks_failed_ || rechecks_.started == rechecks_.added) return;
+  if (!begun_ || rechecks_failed_) return;
+  backup::DigestBuffer& rechecks = device_.rechecks();
+  const std::size_t count = rechecks.added() - rechecks.started();
+  if (count == 0) return;
   try {
     const std::size_t copied = copies.mark();
-    device_.recheck_queue().follow(copies, copied);
+    rechecks.queue().follow(copies, copied);
     copies.end_mark(copied);
-    const std::size_t mark = device_.recheck_buffer().start(allocator_.digest_seed(),
-                                                            rechecks_.added - rechecks_.started);
-    rechecks_.started = rechecks_.added;
-    rechecks_.marks.emplace(rechecks_.started, mark);
+    rechecks.start(allocator_.digest_seed(), count);
   } catch (Error& error) {
     rechecks_failed_ = true;
     annotate(error, operation_, nullptr);
@@ -153,31 +143,30 @@ void DirtyTracker::flush(backup::CopyQueue& copies) {
   }
 }
 
-std::uint64_t DirtyTracker::verify(std::size_t position, backup::Backup& image) {
-  if (position >= allotted_.size()) return 0;
-  const Allotted& allotted = allotted_[position];
-  if (allotted.rechecked.empty()) return 0;
-  const auto mark = rechecks_.mark_of(allotted.first_recheck + allotted.rechecked.size());
-  if (!mark) {
-    device_.recheck_queue().drain();  // it may have begun before it failed
-    image.set_digests({});
+std::uint64_t DirtyTracker::verify(std::size_t position, backup::Backup& backup) {
+  if (position >= sources_.size()) return 0;
+  const Source& source = sources_[position];
+  if (source.rechecked.empty()) return 0;
+  backup::DigestBuffer& rechecks = device_.rechecks();
+  if (!rechecks.wait(source.first_recheck + source.rechecked.size())) {
+    rechecks.queue().drain();  // a failed launch may have begun
+    backup.set_digests({});
     return 0;
   }
-  device_.recheck_queue().wait(*mark);
-  if (image.digests().empty()) return 0;
+  if (backup.digests().empty()) return 0;
   std::uint64_t bytes = 0;
-  for (std::size_t i = 0; i < allotted.rechecked.size(); ++i) {
-    const std::size_t slice = allotted.rechecked[i];
-    const cumempool_digest& digest = device_.recheck_buffer().digest(allotted.first_recheck + i);
-    if (!image.differs(slice, digest)) continue;
-    image.forget_digest(slice);
-    bytes += image.slices()[slice].bytes;
+  for (std::size_t i = 0; i < source.rechecked.size(); ++i) {
+    const std::size_t slice = source.rechecked[i];
+    const cumempool_digest& digest = rechecks.digest(source.first_recheck + i);
+    if (!backup.differs(slice, digest)) continue;
+    backup.forget_digest(slice);
+    bytes += backup.slices()[slice].bytes;
   }
   return bytes;
 }
 
 void DirtyTracker::finish_rechecks() {
-  if (begun_) device_.recheck_queue().drain();
+  if (begun_) device_.rechecks().queue().drain();
 }
 
 // ---- one device ---------------------------------------------------------------------------------
@@ -195,7 +184,7 @@ DeviceTransfer::DeviceTransfer(Allocator& allocator, const char* operation,
 
 void DeviceTransfer::add(const Record& record, std::size_t index) {
   items_.push_back({&record, index});
-  allocator_.progress().total += record.bytes;
+  allocator_.counters().bytes_to_copy += record.bytes;
 }
 
 void DeviceTransfer::advance() {
@@ -209,15 +198,15 @@ void DeviceTransfer::copy(cumempool_backup_tier tier, const std::function<void()
   Item& item = items_[copied_];
   const Record* const record = item.record;
   const Clock::time_point begin = Clock::now();
-  streams_.staged.about(
+  streams_.bounce_buffers.about(
       [operation = operation_, record](Error& error) { annotate(error, operation, record); });
   about(copied_, [&] {
     start();
     const std::uint64_t enqueued = streams_.queue.enqueued();
-    if (tier == CUMEMPOOL_BACKUP_PAGEABLE || tier == CUMEMPOOL_BACKUP_FILE) {
+    if (backup::uses_bounce_buffers(tier)) {
       poll();
-      last_staged_ = record;
-      note_staged(seconds_since(begin));
+      last_bounced_ = record;
+      add_bounce_seconds(seconds_since(begin));
     } else if (enqueued != seen_) {
       item.mark = streams_.queue.mark();
     }
@@ -226,15 +215,15 @@ void DeviceTransfer::copy(cumempool_backup_tier tier, const std::function<void()
   ++copied_;
 }
 
-void DeviceTransfer::finish_staged() {
+void DeviceTransfer::finish_bounce_buffers() {
   const Clock::time_point begin = Clock::now();
-  about(items_.size() - 1, [this] { streams_.staged.finish(); });
-  note_staged(seconds_since(begin));
+  about(items_.size() - 1, [this] { streams_.bounce_buffers.finish(); });
+  add_bounce_seconds(seconds_since(begin));
 }
 
-void DeviceTransfer::note_staged(double seconds) {
-  if (last_staged_ == nullptr) return;
-  report_.row(*last_staged_).copy_seconds += seconds;
+void DeviceTransfer::add_bounce_seconds(double seconds) {
+  if (last_bounced_ == nullptr) return;
+  report_.row(*last_bounced_).copy_seconds += seconds;
   if (finished_ == copied_) since_ = Clock::now();
 }
 
@@ -247,11 +236,11 @@ void DeviceTransfer::finish_oldest() {
     report_.row(*item.record).copy_seconds += std::chrono::duration<double>(now - since_).count();
     since_ = now;
   }
-  allocator_.progress().done += item.record->bytes;
+  allocator_.counters().copied_bytes += item.record->bytes;
   ++finished_;
 }
 
-// Enters the times of what has finished meanwhile.
+// Reports the times of the copies that have finished.
 void DeviceTransfer::poll() {
   while (finished_ < copied_) {
     const Item& item = items_[finished_];

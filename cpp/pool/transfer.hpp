@@ -1,5 +1,5 @@
-// One device's share of a transition: the copies of its allocations, their digests, and the report
-// of how long they took.
+// The transfer of one device in a transition: the copies of its allocations, their digests, and the
+// report with the times.
 #pragma once
 
 #include <chrono>
@@ -27,16 +27,16 @@ struct Report {
   std::vector<cumempool_report_row> rows;  // names live as long as the process
   std::vector<std::string> problems;
 
-  // Adds a problem; for those that there is room reserved for, without memory.
+  // Adds a problem. It takes no memory if `problems` has capacity.
   void problem(std::string&& text) noexcept {
     try {
       problems.push_back(std::move(text));
     } catch (const std::exception&) {
-      return;  // the numbers of the rows tell of it all the same
+      return;  // the numbers of the rows still show it
     }
   }
 
-  // The row of a record's tag and device, made at first use.
+  // Returns the row of the record's tag and device; makes it at first use.
   cumempool_report_row& row(const Record& record);
 };
 
@@ -48,57 +48,49 @@ inline double seconds_since(Clock::time_point start) {
 
 // ---- digests ------------------------------------------------------------------------------------
 
-// Where the device cannot compute digests, nothing has any, all of it is copied, and the report
-// says so. Every call inside a ContextScope of the device, but for construction. Allocations are
-// known by their position in the list that start() is given.
+// Dirty tracking by digests. If the device cannot compute digests, all contents are copied and the
+// report says so. Calls, but for construction, run inside a ContextScope of the device. Allocations
+// are known by their position in the order of add().
 class DirtyTracker {
  public:
   DirtyTracker(Allocator& allocator, Device& device, const char* operation, Report& report)
       : allocator_(allocator), device_(device), operation_(operation), report_(report) {}
 
-  struct Source {
-    cumempool_address address;
-    const backup::Backup* image;
-  };
-  // Begins with allocations, which are asked for in this order.
-  void start(const std::vector<Source>& sources);
+  // Adds an allocation and its backup. wait() and pass() come in the order of add().
+  void add(cumempool_address address, const backup::Backup& backup) {
+    sources_.push_back({address, &backup});
+  }
+  // Starts to compute digests.
+  void start();
 
-  // The digests of an allocation's slices, in order, once they are computed; null where there are
+  // Waits for the digests of an allocation's slices and returns them, in order; null if there are
   // none.
   const cumempool_digest* wait(std::size_t position);
-  // Goes on with what follows an allocation, which is not waited for.
+  // Starts the digests that follow those of an allocation, without a wait.
   void pass(std::size_t position);
-  // Computes the rest of the digests, and waits for them.
+  // Computes the remaining digests, and waits for them.
   void complete();
 
-  // Digests slices of an allocation once more, behind what `copies` has been given so far, in
-  // groups of allocations; flush() begins with the last one. No effect where there are no digests.
+  // Digests slices of an allocation once more, behind the commands of `copies` so far. Launches are
+  // shared by several allocations; flush() starts the last one. No effect if there are no digests.
   void recheck(std::size_t position, std::vector<std::size_t> slices, backup::CopyQueue& copies);
   void flush(backup::CopyQueue& copies);
-  // Waits for that, and has the image forget the digests of slices that are others now: what was
-  // copied may be neither. Returns their bytes.
-  std::uint64_t verify(std::size_t position, backup::Backup& image);
+  // Waits for the second digests. Forgets the digests in the backup that differ from them, since
+  // the copy may match neither. Returns the bytes of those slices.
+  std::uint64_t verify(std::size_t position, backup::Backup& backup);
 
-  // Wait for all that was begun before the copies, or behind them.
+  // Wait for all digests before, or behind, the copies.
   void finish();
   void finish_rechecks();
 
  private:
-  struct Allotted {
-    Source source;
-    std::size_t first = 0;  // of its slices on the board
+  struct Source {
+    cumempool_address address = 0;
+    const backup::Backup* backup = nullptr;
+    std::size_t first = 0;  // of its slices in the digest buffer
     std::size_t end = 0;
-    std::size_t first_recheck = 0;         // the same of those that are digested once more
-    std::vector<std::size_t> rechecked{};  // of the image
-  };
-  // How far a board has come.
-  struct Launches {
-    // The mark of the launch that digests the slices before `end`; none: there is no such launch.
-    std::optional<std::size_t> mark_of(std::size_t end) const;
-
-    std::size_t added = 0;                       // slices on the board
-    std::size_t started = 0;                     // of them
-    std::map<std::size_t, std::size_t> marks{};  // by the slices that are done once they are
+    std::size_t first_recheck = 0;         // of its slices in the buffer of second digests
+    std::vector<std::size_t> rechecked{};  // slices of the backup
   };
 
   void advance(std::size_t end);
@@ -108,17 +100,15 @@ class DirtyTracker {
   Device& device_;
   const char* operation_;
   Report& report_;
-  std::vector<Allotted> allotted_;
-  Launches digests_;
-  Launches rechecks_;
-  bool begun_ = false;            // something may be under way
-  bool known_ = false;            // digests are computed, and none was refused
-  bool rechecks_failed_ = false;  // nothing more is launched
+  std::vector<Source> sources_;
+  bool begun_ = false;            // digests may be under way
+  bool known_ = false;            // digests are computed, and no launch has failed
+  bool rechecks_failed_ = false;  // no more launches behind the copies
 };
 
 // ---- copies -------------------------------------------------------------------------------------
 
-// Every call inside a ContextScope of the device, but for construction and what is noexcept.
+// Calls run inside a ContextScope of the device, but for construction and noexcept calls.
 class DeviceTransfer {
  public:
   DeviceTransfer(Allocator& allocator, const char* operation, std::shared_ptr<Device> device,
@@ -132,29 +122,29 @@ class DeviceTransfer {
   backup::Transfer& streams() noexcept { return streams_; }
   DirtyTracker& dirty() noexcept { return dirty_; }
 
-  // Appends an allocation, which the caller knows as `index`. Its position counts from 0.
+  // Appends an allocation, with the caller's `index` of it. Positions count from 0.
   void add(const Record& record, std::size_t index);
   std::size_t size() const noexcept { return items_.size(); }
   std::size_t index(std::size_t position) const { return items_[position].index; }
 
-  // The position of the allocation that comes next, until advance(); size() where none is left.
+  // The position of the next allocation, until advance(); size() if none is left.
   std::size_t next() const noexcept { return next_; }
   bool done() const noexcept { return next_ == items_.size(); }
   void advance();
 
-  // The first copy is about to begin: time counts from here.
+  // Starts the clock, before the first copy.
   void begin() { since_ = Clock::now(); }
-  // Starts the copies of the next allocation, in order, by calling `start`.
+  // Starts the copies of the next allocation, in order: calls `start`.
   void copy(cumempool_backup_tier tier, const std::function<void()>& start);
-  // Waits for the threads that take part in copies.
-  void finish_staged();
-  // Whether nothing that was copied is left to be popped.
+  // Waits for the threads of the bounce buffers.
+  void finish_bounce_buffers();
+  // Whether all copied allocations are popped.
   bool empty() const noexcept { return popped_ == copied_; }
-  // Waits for the copies of the oldest allocation, and for nothing else; returns its position.
-  // Throws Error; then it is still there.
+  // Waits for the copies of the oldest allocation only; returns its position. If this throws Error,
+  // the allocation is not popped.
   std::size_t pop();
 
-  // Runs `step`, and has its Error say that it is about an allocation, unless it knows better.
+  // Runs `step`. Annotates its Error with the allocation, unless the Error names another one.
   template <typename Step>
   void about(std::size_t position, const Step& step) {
     try {
@@ -165,8 +155,9 @@ class DeviceTransfer {
     }
   }
 
-  // A failure: what was enqueued, digests included, may still run. It is stuck until settle() has
-  // waited for that, so that both sides of the copies may go. settle() throws Error.
+  // After a failure, commands, digests included, may still run: the transfer is stuck until
+  // settle() has waited for them. Until then both sides of the copies must stay. settle() throws
+  // Error.
   void unsettle() noexcept;
   void settle();
   bool stuck() const noexcept { return stuck_; }
@@ -175,10 +166,10 @@ class DeviceTransfer {
   struct Item {
     const Record* record = nullptr;
     std::size_t index = 0;
-    std::optional<std::size_t> mark{};  // behind its copies; none: done
+    std::optional<std::size_t> mark{};  // behind its copies; none if they are done
   };
 
-  void note_staged(double seconds);
+  void add_bounce_seconds(double seconds);
   void finish_oldest();
   void poll();
 
@@ -190,14 +181,13 @@ class DeviceTransfer {
   DirtyTracker dirty_;
   std::vector<Item> items_;
   std::size_t next_ = 0;
-  // So many of the items, from the first on, are in the queue, have had their time entered, and
-  // were popped.
+  // Numbers of items, from the first on: in the queue, with their time in the report, and popped.
   std::size_t copied_ = 0;
   std::size_t finished_ = 0;
   std::size_t popped_ = 0;
-  const Record* last_staged_ = nullptr;
-  std::uint64_t seen_;       // commands of the queue at the last copy()
-  Clock::time_point since_;  // when the last one finished, or the first began
+  const Record* last_bounced_ = nullptr;
+  std::uint64_t seen_;       // commands in the queue after the last copy()
+  Clock::time_point since_;  // the end of the last copy, or the start of the first
   bool stuck_ = false;
 };
 
@@ -213,12 +203,12 @@ class DeviceTransfers {
   std::vector<std::unique_ptr<DeviceTransfer>>& all() noexcept { return transfers_; }
   DeviceTransfer* find(int device) noexcept;
 
-  // Calls step(transfer, position) for all that is left, in turns between the devices, inside a
-  // ContextScope.
+  // Calls step(transfer, position) for all remaining allocations, in turns between the devices,
+  // inside a ContextScope.
   void each_in_turn(const std::function<void(DeviceTransfer&, std::size_t)>& step);
-  // Calls step(transfer) for all transfers, inside a ContextScope.
+  // Calls step(transfer) for each transfer, inside a ContextScope.
   void each(const std::function<void(DeviceTransfer&)>& step);
-  // After a failure: settles all of them; why one is stuck is added to it.
+  // Settles all transfers after a failure; adds the reason to it if one stays stuck.
   void settle(Error& failure) noexcept;
 
  private:

@@ -16,12 +16,14 @@
 
 namespace cumempool::pool {
 
-// ---- what transitions have in common ------------------------------------------------------------
+// ---- common parts of transitions ----------------------------------------------------------------
 
 Transition::Transition(Allocator& allocator, const char* operation)
-    : allocator_(allocator), turn_(allocator.transition_lock(), operation), operation_(operation) {
+    : allocator_(allocator),
+      turn_(allocator.transition_lock().enter(operation)),
+      operation_(operation) {
   allocator_.check_open(operation);
-  allocator_.progress().done = allocator_.progress().total = 0;
+  allocator_.counters().copied_bytes = allocator_.counters().bytes_to_copy = 0;
   allocator_.follow_use_inside();
 }
 
@@ -40,7 +42,7 @@ Transition::~Transition() {
 
 void Transition::refuse_captures(const std::vector<cumempool_device_stream>& streams) const {
   for (const cumempool_device_stream& stream : streams) {
-    if (allocator_.devices().find(stream.device) == nullptr) continue;  // nothing of ours is there
+    if (allocator_.devices().find(stream.device) == nullptr) continue;  // a device without records
     const driver::ContextScope scope(allocator_.driver(), stream.device);
     if (!allocator_.driver().stream_is_capturing(stream.device, stream.stream)) continue;
     Error error(CUMEMPOOL_CAPTURING, "the calling thread's current stream is being captured");
@@ -56,7 +58,7 @@ std::vector<RecordPointer> Transition::claim(const std::function<bool(const Reco
   std::vector<RecordPointer> claimed = allocator_.records().claim(operation_, wanted, admit);
   try {
     claimed_.insert(claimed_.end(), claimed.begin(), claimed.end());
-  } catch (const std::exception&) {  // out of host memory: then nobody would end the claims
+  } catch (const std::exception&) {  // out of host memory: nobody else would end the claims
     allocator_.unclaim(claimed);
     throw;
   }
@@ -66,7 +68,7 @@ std::vector<RecordPointer> Transition::claim(const std::function<bool(const Reco
 void Transition::begin_again() noexcept {
   allocator_.unclaim(claimed_);
   claimed_.clear();
-  allocator_.progress().done = allocator_.progress().total = 0;
+  allocator_.counters().copied_bytes = allocator_.counters().bytes_to_copy = 0;
 }
 
 // ---- sleep --------------------------------------------------------------------------------------
@@ -98,13 +100,13 @@ Report sleep(Allocator& allocator, const SleepRequest& request) {
 
 namespace {
 
-// What is asked for first, then in order of allocation, so that what a program uses first is there
-// first. Where nobody looks before the end, what has a backup comes first: while it is copied, the
-// rest is mapped.
+// Sorts the records: those of `first`, then in order of allocation, since programs use those first.
+// If nobody looks before the end, records with a backup come first: the rest is mapped while they
+// are copied.
 void put_in_order(std::vector<RecordPointer>& records, const WakeRequest& request) {
   const auto rank = [&](const RecordPointer& record) {
     if (request.first.count(record.get()) != 0) return 0;
-    return request.queued || record->contents.image() != nullptr ? 1 : 2;
+    return request.queued || record->contents.backup() != nullptr ? 1 : 2;
   };
   std::stable_sort(records.begin(), records.end(),
                    [&](const auto& left, const auto& right) { return rank(left) < rank(right); });
@@ -173,29 +175,6 @@ Report wake(Allocator& allocator, const WakeRequest& request) {
 
 namespace {
 
-// Device memory that may be taken, by device: what was free at the start, and what came back since.
-class Room {
- public:
-  Room(Allocator& allocator, const std::vector<int>& devices) {
-    for (const int device : devices) {
-      std::uint64_t total = 0;
-      const driver::ContextScope scope(allocator.driver(), device);
-      allocator.driver().memory_info(device, &free_[device], &total);
-    }
-  }
-
-  bool take(int device, std::uint64_t bytes) {
-    std::uint64_t& free = free_.at(device);
-    if (bytes > free) return false;
-    free -= bytes;
-    return true;
-  }
-  void put(int device, std::uint64_t bytes) { free_.at(device) += bytes; }
-
- private:
-  std::map<int, std::uint64_t> free_;
-};
-
 class Swap {
  public:
   Swap(Transition& transition, const SleepRequest& sleep, const WakeRequest& wake)
@@ -215,8 +194,8 @@ class Swap {
         any = false;
         for (const int device : restore_.devices()) any = bring_next(device) || any;
       }
-      // Memory that nothing here waits for goes back last: a device clears what it gets back, and
-      // copies that still run would lose time to it.
+      // Memory that the restore does not need is released last: a device clears what it gets back,
+      // which would slow down the copies that still run.
       restore_.finish();
       offload_.finish();
     });
@@ -225,7 +204,7 @@ class Swap {
     return std::move(report_);
   }
 
-  // What arrived goes first, since what departed may need its memory.
+  // Undoes the restore first, since the offload may need its memory.
   void undo(Error& failure) {
     restore_.undo(failure);
     offload_.undo(failure);
@@ -244,19 +223,25 @@ class Swap {
     restore_.plan(coming);
     refuse_without_room(allocator_, "swap", restore_,
                         [this](int device) { return offload_.bytes_on(device); });
-    room_.emplace(allocator_, restore_.devices());
+    for (const int device : restore_.devices()) {
+      std::uint64_t total = 0;
+      const driver::ContextScope scope(allocator_.driver(), device);
+      allocator_.driver().memory_info(device, &free_[device], &total);
+    }
   }
 
   // Brings one allocation, once there is room for it.
   bool bring_next(int device) {
     if (restore_.done(device)) return false;
     const std::uint64_t needed = restore_.next_bytes(device);
-    while (!room_->take(device, needed)) {
+    std::uint64_t& free = free_.at(device);
+    while (needed > free) {
       const std::uint64_t before = offload_.released_on(device);
-      // Without room that we know of, the device has the last word.
+      // Without known room, the device has the last word.
       if (!offload_.release_next(device, true)) break;
-      room_->put(device, offload_.released_on(device) - before);
+      free += offload_.released_on(device) - before;
     }
+    if (needed <= free) free -= needed;
     restore_.bring_next(device);
     return true;
   }
@@ -268,7 +253,7 @@ class Swap {
   Offload offload_;
   Restore restore_;
   Transition& transition_;
-  std::optional<Room> room_;
+  std::map<int, std::uint64_t> free_;  // device memory that the restore may take, by device
 };
 
 }  // namespace
@@ -287,7 +272,7 @@ Report swap(Allocator& allocator, const SleepRequest& sleep, const WakeRequest& 
 
 namespace {
 
-// The backups that a sleep would make anew, and where each is to go, which `choices` holds.
+// Returns the new backups that a sleep would make; `choices` holds their choices.
 std::vector<HostNeed> needs_of(Allocator& allocator, const SleepRequest& request,
                                const std::set<const Tag*>& yielding,
                                std::deque<BackupChoice>& choices) {
@@ -299,27 +284,27 @@ std::vector<HostNeed> needs_of(Allocator& allocator, const SleepRequest& request
   allocator.records().for_each([&](const Record& record) {
     const auto action = request.actions.find(record.tag);
     if (action == request.actions.end() || record.contents.asleep() || record.freed) return;
-    refuse_to_sleep(allocator, "prepare", record,
-                    yielding.count(record.tag) == 0 ? Pinned::kCounts : Pinned::kIsLeftOut);
+    if (yielding.count(record.tag) == 0) refuse_pinned(allocator, "prepare", record);
+    refuse_cuda_malloc("prepare", record);
     if (action->second != CUMEMPOOL_ON_SLEEP_OFFLOAD && !record.preserved) return;
     const auto live = dead.live_extents(record);
     BackupChoice choice = allocator.tags().backup(*record.tag);
-    if (reusable(allocator, record, choice, live)) return;  // has its room
+    if (reusable(allocator, record, choice, live)) return;  // has its room already
     choices.push_back(std::move(choice));
     needs.push_back({record.tag, record.device, total_bytes(live), &choices.back()});
   });
   return needs;
 }
 
-// Streams, buffers and code of a device. What it cannot do is the sleep's business.
+// Makes the streams, buffers and code of a device. If it has no digests, the sleep reports that.
 void warm_up(Allocator& allocator, int ordinal) {
   const std::shared_ptr<Device> device = allocator.devices().at(ordinal);
   const driver::ContextScope scope(allocator.driver(), ordinal);
   device->transfer(Direction::kOut);
   if (!allocator.retains_backups()) return;
   try {
-    device->digest_buffer().begin(1);
-    device->digest_queue().digest(allocator.digest_seed(), nullptr, 0, nullptr);
+    device->digests().begin(1);
+    device->digests().queue().digest(allocator.digest_seed(), nullptr, 0, nullptr);
   } catch (const Error& error) {
     if (error.result != CUMEMPOOL_RESULT_NOT_SUPPORTED) throw;
   }
@@ -328,12 +313,12 @@ void warm_up(Allocator& allocator, int ordinal) {
 void hold_room(Allocator& allocator, const SleepRequest& request,
                const std::set<const Tag*>& yielding) {
   std::map<backup::HostArena*, std::size_t> bytes;
-  std::map<backup::HostArena*, int> devices;  // that pin it
+  std::map<backup::HostArena*, int> devices;  // the device that pins it
   std::set<int> warm;
   std::deque<BackupChoice> choices;
   const std::vector<HostNeed> needs = needs_of(allocator, request, yielding, choices);
-  // What is retained stays: the sleep may need no more than that.
-  plan_host_memory(allocator, "prepare", needs, Retained::kStay);
+  // Retained backups stay: the sleep may need nothing else.
+  plan_host_memory(allocator, "prepare", needs, /*may_drop_retained=*/false);
   for (const HostNeed& need : needs) {
     if (warm.insert(need.device).second) warm_up(allocator, need.device);
     check_reach(allocator, *need.choice, need.device);
@@ -353,7 +338,7 @@ void hold_room(Allocator& allocator, const SleepRequest& request,
 
 std::uint64_t prepare(Allocator& allocator, const SleepRequest& request,
                       const std::set<const Tag*>& yielding) {
-  const TransitionLock::Turn turn(allocator.transition_lock(), "prepare");
+  const TransitionLock::Turn turn = allocator.transition_lock().enter("prepare");
   allocator.check_open("prepare");
   const std::uint64_t before = allocator.stores().pinned_bytes();
   try {
@@ -403,7 +388,7 @@ AsyncWake::~AsyncWake() {
 }
 
 void AsyncWake::run() {
-  std::exception_ptr failure;  // told by those who ask: this thread has nobody to fail to
+  std::exception_ptr failure;  // thrown by wait() and finish()
   std::optional<Report> report;
   try {
     report = wake(*allocator_, request_);
@@ -425,7 +410,7 @@ void AsyncWake::note_planned(const std::vector<RecordPointer>& records) {
     Ready ready;
     ready.device = record->device;
     ready_.emplace(record.get(), ready);
-    // They keep the contexts of the events.
+    // The devices keep the contexts of the events.
     if (devices_.empty() || devices_.back()->ordinal() != record->device) {
       devices_.push_back(allocator_->devices().at(record->device));
     }
@@ -434,7 +419,7 @@ void AsyncWake::note_planned(const std::vector<RecordPointer>& records) {
   changed_.notify_all();
 }
 
-// In the thread of the wake, inside a ContextScope of the device.
+// Runs in the thread of the wake, inside a ContextScope of the device.
 void AsyncWake::note_queued(const Record& record, backup::CopyQueue& queue) {
   const cumempool_event event = allocator_->driver().event_create(record.device);
   {
@@ -447,8 +432,8 @@ void AsyncWake::note_queued(const Record& record, backup::CopyQueue& queue) {
   changed_.notify_all();
 }
 
-// Behind it, work on memory that was handed out is in its streams, or comes too late: wait() says
-// so.
+// After this, work on memory that was handed out is in its streams. Later calls of wait() throw the
+// failure.
 void AsyncWake::withdraw() {
   std::unique_lock lock(mutex_);
   withdrawn_ = true;
@@ -477,7 +462,7 @@ void AsyncWake::throw_failure_locked() const {
   try {
     std::rethrow_exception(failure_);
   } catch (const Error& error) {
-    throw Error(error);  // each asker has one of its own
+    throw Error(error);  // each caller gets its own
   } catch (const std::exception& error) {
     Error other(CUMEMPOOL_OUT_OF_HOST_MEMORY, error.what());
     other.operation = "wake";
@@ -494,28 +479,6 @@ Error refuse_wait(cumempool_status status, const char* why, const char* advice) 
   return error;
 }
 
-// Counts a call that hands memory out, outside of the lock.
-class HandingOut {
- public:
-  HandingOut(std::unique_lock<std::mutex>& lock, std::condition_variable& changed, int& count)
-      : lock_(lock), changed_(changed), count_(count) {
-    ++count_;
-    lock_.unlock();
-  }
-  ~HandingOut() {
-    lock_.lock();
-    --count_;
-    changed_.notify_all();
-  }
-  HandingOut(const HandingOut&) = delete;
-  HandingOut& operator=(const HandingOut&) = delete;
-
- private:
-  std::unique_lock<std::mutex>& lock_;
-  std::condition_variable& changed_;
-  int& count_;
-};
-
 }  // namespace
 
 void AsyncWake::wait(cumempool_address address, const cumempool_device_stream& stream) {
@@ -530,20 +493,31 @@ void AsyncWake::wait(cumempool_address address, const cumempool_device_stream& s
     changed_.wait(lock, [&] { return (found->second.queued && !withdrawn_) || ended_; });
     throw_failure_locked();
   }
-  if (found == ready_.end() || ended_) {  // then its contents are visible to every stream
+  if (found == ready_.end() || ended_) {  // then every stream sees its contents
     lock.unlock();
     bool asleep = false;
     allocator_->records().update([&] { asleep = record->contents.asleep() && !record->freed; });
     if (!asleep) return;
     throw refuse_wait(CUMEMPOOL_INVALID_ARGUMENT,
-                      "the allocation sleeps, and is not part of this wake", "wake its tag");
+                      "the allocation is asleep and not part of this wake", "wake its tag");
   }
   const cumempool_event event = found->second.event;
-  const HandingOut handing_out(lock, changed_, handing_out_);
-  wait_for_event(stream, event);
+  ++handing_out_;
+  lock.unlock();
+  std::exception_ptr failure;
+  try {
+    hand_out(stream, event);
+  } catch (const std::exception&) {
+    failure = std::current_exception();
+  }
+  lock.lock();
+  --handing_out_;
+  changed_.notify_all();
+  if (failure != nullptr) std::rethrow_exception(failure);
 }
 
-void AsyncWake::wait_for_event(const cumempool_device_stream& stream, cumempool_event event) {
+// Makes a stream wait for the event of an allocation. Runs outside the lock.
+void AsyncWake::hand_out(const cumempool_device_stream& stream, cumempool_event event) {
   const driver::Driver driver = allocator_->driver();
   hold_context(stream.device);
   const driver::ContextScope scope(driver, stream.device);
@@ -554,7 +528,7 @@ void AsyncWake::wait_for_event(const cumempool_device_stream& stream, cumempool_
   driver.stream_wait_event(stream.device, stream.stream, event);
 }
 
-// Of a device that the program uses; the driver knows a context only while it is held.
+// Holds the context of a device that the program uses: the driver knows only held contexts.
 void AsyncWake::hold_context(int device) {
   const driver::Driver driver = allocator_->driver();
   if (!driver.context_active(device)) {

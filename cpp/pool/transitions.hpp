@@ -1,5 +1,5 @@
-// The transitions of an allocator: sleep, wake, swap, asynchronous wake, and what a sleep can be
-// prepared by. This is the only door through which allocations change state (R3).
+// The transitions of an allocator: sleep, wake, swap, asynchronous wake, and the preparation of a
+// sleep. Only transitions change the state of allocations (R3).
 #pragma once
 
 #include <condition_variable>
@@ -24,10 +24,10 @@
 
 namespace cumempool::pool {
 
-// ---- what transitions have in common ------------------------------------------------------------
+// ---- common parts of transitions ----------------------------------------------------------------
 
-// One transition of an allocator, from its turn to the release of its claims. While it lives, frees
-// of claimed records are put off; its destructor carries them out.
+// One transition of an allocator, from the start of its turn to the end of its claims. Frees of
+// claimed records wait until its destructor carries them out.
 class Transition {
  public:
   // Waits for its turn. Throws Error (CUMEMPOOL_BUSY, CUMEMPOOL_CLOSED).
@@ -43,9 +43,9 @@ class Transition {
   std::vector<RecordPointer> claim(const std::function<bool(const Record&)>& wanted,
                                    const std::function<void()>& admit = nullptr);
 
-  // Runs `attempt`, which claims, and returns the report of what it did. Where the driver refuses
-  // to pin host memory for its backups, and a tier takes the overflow, runs it once more, and the
-  // report says so.
+  // Runs `attempt`, which claims records, and returns its report. If the driver refuses to pin host
+  // memory for the backups and there is an overflow tier, runs it once more and says so in the
+  // report.
   template <typename Attempt>
   Report with_overflow(const Attempt& attempt) {
     std::string refused;
@@ -61,7 +61,7 @@ class Transition {
     return report;
   }
 
-  // Tells that the transition succeeded; without it, it counts as failed.
+  // Marks the transition as successful; without this it counts as failed.
   void commit() noexcept { committed_ = true; }
 
   Allocator& allocator() noexcept { return allocator_; }
@@ -76,7 +76,7 @@ class Transition {
   bool committed_ = false;
 };
 
-// Runs `work`. Where it fails, `party.undo(error)` takes back what was done, and it throws on.
+// Runs `work`. If it throws, calls `party.undo(error)` and throws on.
 template <typename Party, typename Work>
 void undo_on_failure(Party& party, const Work& work) {
   try {
@@ -93,8 +93,8 @@ void undo_on_failure(Party& party, const Work& work) {
 
 // ---- sleep --------------------------------------------------------------------------------------
 
-// All or nothing (R4). Throws Error; then every allocation is awake with its contents as before,
-// or, where undoing failed as well, asleep with its contents kept, and the error says so.
+// All or nothing (R4). If it throws Error, every allocation is awake with its contents as before.
+// If undoing failed as well, some are asleep with their contents kept, and the error says so.
 Report sleep(Allocator& allocator, const SleepRequest& request);
 
 // ---- wake ---------------------------------------------------------------------------------------
@@ -102,27 +102,28 @@ Report sleep(Allocator& allocator, const SleepRequest& request);
 // Whether the request concerns a record.
 bool wakes(const WakeRequest& request, const Record& record);
 
-// Throws Error (CUMEMPOOL_OUT_OF_MEMORY) where a device has not the room that a planned restore
-// needs, `more(device)` bytes included that will become free meanwhile.
+// Throws Error (CUMEMPOOL_OUT_OF_MEMORY) if a device has less room than a planned restore needs,
+// including the `more(device)` bytes that will become free meanwhile.
 void refuse_without_room(Allocator& allocator, const char* operation, Restore& restore,
                          const std::function<std::uint64_t(int device)>& more);
 
-// All or nothing (R4). Throws Error; then every allocation is as asleep as before, with its backup.
+// All or nothing (R4). If it throws Error, every allocation is as asleep as before, with its
+// backup.
 Report wake(Allocator& allocator, const WakeRequest& request);
 
 // ---- swap ---------------------------------------------------------------------------------------
 
-// Takes no more device memory than what is free and what the sleep gives back. All or nothing
-// (R4), but for what the sleep discards: where its memory had to be reused before the failure, it
-// stays asleep, and the error says so. Throws Error.
+// Takes no more device memory than is free and the sleep releases. All or nothing (R4), except for
+// discarded allocations: if their memory had to be reused before the failure, they stay asleep, and
+// the error says so. Throws Error.
 Report swap(Allocator& allocator, const SleepRequest& sleep, const WakeRequest& wake);
 
 // ---- prepare ------------------------------------------------------------------------------------
 
-// Pins what `request` would need for its backups beyond what is free; returns the bytes pinned. A
-// transition that starts meanwhile waits. Throws Error: what the sleep would be refused with, where
-// holders of the tags in `yielding` will have taken their pins off; CUMEMPOOL_OUT_OF_HOST_MEMORY,
-// and what was pinned until then stays.
+// Pins the host memory that the backups of `request` need beyond the free bytes; returns the bytes
+// pinned. Transitions that start meanwhile wait. Throws the Error that would refuse the sleep, as
+// if the pins of the tags in `yielding` were released, or CUMEMPOOL_OUT_OF_HOST_MEMORY; the memory
+// pinned until then stays.
 std::uint64_t prepare(Allocator& allocator, const SleepRequest& request,
                       const std::set<const Tag*>& yielding = {});
 
@@ -131,8 +132,7 @@ std::uint64_t prepare(Allocator& allocator, const SleepRequest& request,
 // Thread-safe.
 class AsyncWake {
  public:
-  // Returns when it is known that there is room for all of it. Throws Error; then nothing has
-  // changed.
+  // Returns once there is known to be room for all of it. If it throws Error, nothing has changed.
   AsyncWake(std::shared_ptr<Allocator> allocator, WakeRequest request);
   // Waits for the end.
   ~AsyncWake();
@@ -140,16 +140,15 @@ class AsyncWake {
   AsyncWake& operator=(const AsyncWake&) = delete;
 
   // Makes later work of a stream, of any device with an active context, wait until the allocation
-  // at `address` has its contents; returns as soon as that is arranged. Throws Error: of the wake,
-  // where it failed.
+  // at `address` has its contents; does not wait itself. If the wake has failed, throws its Error.
   void wait(cumempool_address address, const cumempool_device_stream& stream);
-  // Whether it has ended, well or not.
+  // Whether the wake has ended, successfully or not.
   bool done() const;
-  // Waits for the end. Throws Error where it failed; returns the report, the first time.
+  // Waits for the end. Throws Error if the wake has failed; returns the report, the first time.
   std::optional<Report> finish();
 
  private:
-  // When an allocation has its contents.
+  // The point at which an allocation has its contents.
   struct Ready {
     int device = 0;
     cumempool_event event = 0;  // behind its copies, once they are in the queue
@@ -161,7 +160,7 @@ class AsyncWake {
   void note_queued(const Record& record, backup::CopyQueue& queue);
   void withdraw();
   void hold_context(int device);
-  void wait_for_event(const cumempool_device_stream& stream, cumempool_event event);
+  void hand_out(const cumempool_device_stream& stream, cumempool_event event);
   void destroy_events() noexcept;
   void throw_failure() const;
   void throw_failure_locked() const;
@@ -173,11 +172,11 @@ class AsyncWake {
   std::condition_variable changed_;
   bool planned_ = false;
   bool ended_ = false;
-  bool withdrawn_ = false;  // it fails: nothing is handed out any more
-  int handing_out_ = 0;     // calls of wait() that have seen that it does not
+  bool withdrawn_ = false;  // the wake has failed: no memory is handed out any more
+  int handing_out_ = 0;     // calls of wait() under way that came before that
   std::map<const Record*, Ready> ready_;
   std::vector<std::shared_ptr<Device>> devices_;  // of the events
-  // Contexts of other devices whose streams wait, until the end.
+  // Contexts of other devices with waiting streams, until the end.
   std::map<int, std::unique_ptr<driver::RetainedContext>> contexts_;
   std::exception_ptr failure_;
   std::optional<Report> report_;

@@ -32,7 +32,6 @@ using backup::HostArena;
 using backup::HostBudget;
 using backup::HostSpan;
 using backup::kSliceBytes;
-using backup::Residence;
 using driver::Driver;
 using driver::FaultDriver;
 
@@ -62,14 +61,14 @@ class ImageFixture {
     for (const Extent& extent : extents) bytes += extent.bytes;
     switch (tier) {
       case CUMEMPOOL_BACKUP_PAGEABLE:
-        return std::make_unique<backup::HostStorage>(pageable, tier, 0);
+        return std::make_unique<backup::HostStorage>(pageable, 0);
       case CUMEMPOOL_BACKUP_FILE:
         return std::make_unique<backup::FileStorage>(file, bytes, extents.size(), kSeed);
       case CUMEMPOOL_BACKUP_PEER:
         return std::make_unique<backup::PeerStorage>(peers, cumempool_memory_properties{1, 0, 0, 0},
                                                      kGranule, 0, bytes);
       default:
-        return std::make_unique<backup::HostStorage>(pinned, CUMEMPOOL_BACKUP_PINNED, 0);
+        return std::make_unique<backup::HostStorage>(pinned, 0);
     }
   }
   std::unique_ptr<Backup> image(cumempool_backup_tier tier, const std::vector<Extent>& extents) {
@@ -106,13 +105,13 @@ class ImageFixture {
   vmm::MemoryStats stats;
   vmm::Allocation memory{table, stats, {0, 0, 0, 0}, kBytes};
   HostBudget budget{0};
-  HostArena pinned{table, Residence::kPinned, -1, budget};
-  HostArena pageable{table, Residence::kPageable, -1, budget};
+  HostArena pinned{table, CUMEMPOOL_BACKUP_PINNED, -1, budget};
+  HostArena pageable{table, CUMEMPOOL_BACKUP_PAGEABLE, -1, budget};
   BackupFile file{directory.path()};
   backup::PeerMemory peers{table};
   backup::Transfer transfer{table, 0};
   CopyQueue& queue = transfer.queue;
-  BounceBuffers& staged = transfer.staged;
+  BounceBuffers& staged = transfer.bounce_buffers;
 };
 
 std::string name_of(cumempool_backup_tier tier) {
@@ -418,12 +417,11 @@ TEST(LargeImage, CrossesBlocks) {
   memory.map();
   write_pattern(memory.address(), kLarge, 1);
   HostBudget budget(0);
-  HostArena arena(table, Residence::kPinned, -1, budget);
+  HostArena arena(table, CUMEMPOOL_BACKUP_PINNED, -1, budget);
   backup::Transfer transfer{table, 0};
   CopyQueue& queue = transfer.queue;
   {
-    Backup saved({{0, kLarge}},
-                 std::make_unique<backup::HostStorage>(arena, CUMEMPOOL_BACKUP_PINNED, 0));
+    Backup saved({{0, kLarge}}, std::make_unique<backup::HostStorage>(arena, 0));
     saved.save(transfer, memory.address());
     queue.drain();
     EXPECT_EQ(faults.calls("copy_to_host"), 2U) << "one per block";

@@ -88,7 +88,7 @@ class FileStorageTest : public ::testing::Test {
   conformance::Block memory{table.table(), kMemory, {0, 0, 0, 0}};
   backup::Transfer transfer{table, 0, 3};
   backup::CopyQueue& queue = transfer.queue;
-  backup::BounceBuffers& staged = transfer.staged;
+  backup::BounceBuffers& staged = transfer.bounce_buffers;
   TemporaryDirectory directory;
   BackupFile file{directory.path()};
   const Layout layout{{16, 512, kBlock, kSliceBytes, kSliceBytes + 512, 9 * kSliceBytes + 1040,

@@ -22,7 +22,6 @@ using backup::ArenaOrder;
 using backup::HostArena;
 using backup::HostBudget;
 using backup::HostSpan;
-using backup::Residence;
 using driver::Driver;
 using driver::FaultDriver;
 
@@ -48,8 +47,9 @@ class HostArenaTest : public ::testing::Test {
   static void give(HostArena& to, const std::vector<HostSpan>& spans) {
     for (const HostSpan& span : spans) to.release(span);
   }
-  std::unique_ptr<HostArena> another(HostBudget& of, Residence residence = Residence::kPinned) {
-    return std::make_unique<HostArena>(Driver(faults.table()), residence, -1, of);
+  std::unique_ptr<HostArena> another(HostBudget& of,
+                                     cumempool_backup_tier tier = CUMEMPOOL_BACKUP_PINNED) {
+    return std::make_unique<HostArena>(Driver(faults.table()), tier, -1, of);
   }
   static Error error_of(const std::function<void()>& call) {
     try {
@@ -65,7 +65,7 @@ class HostArenaTest : public ::testing::Test {
   driver::RetainedContext context{Driver(host.table()), 0};
   driver::ContextScope scope{Driver(host.table()), 0};
   HostBudget budget{0};
-  HostArena arena{Driver(faults.table()), Residence::kPinned, -1, budget};
+  HostArena arena{Driver(faults.table()), CUMEMPOOL_BACKUP_PINNED, -1, budget};
 };
 
 // ---- pages -------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ TEST_F(HostArenaTest, EightLargeDevicesHaveTheirAddressesInOneArena) {
 }
 
 TEST_F(HostArenaTest, WhereAllAddressesAreInUseTheAdviceIsNoLimit) {
-  HostArena small(Driver(faults.table()), Residence::kPageable, -1, budget, 2 * kBlock);
+  HostArena small(Driver(faults.table()), CUMEMPOOL_BACKUP_PAGEABLE, -1, budget, 2 * kBlock);
   EXPECT_EQ(small.address_room(), 2 * kBlock);
   small.order(kPage);
   small.deliver(0);
@@ -186,7 +186,7 @@ TEST_F(HostArenaTest, AnArenaThatHoldsNothingHoldsNoAddresses) {
   // More of them than the address space would have room for.
   std::vector<std::unique_ptr<HostArena>> arenas;
   for (int i = 0; i < 200; ++i) {
-    arenas.push_back(another(budget, Residence::kPageable));
+    arenas.push_back(another(budget, CUMEMPOOL_BACKUP_PAGEABLE));
     const ArenaOrder order(*arenas.back(), kPage);
     give(*arenas.back(), take(*arenas.back(), kPage));
     ASSERT_EQ(arenas.back()->trim(0), kPage) << i;
@@ -253,7 +253,7 @@ TEST_F(HostArenaTest, R13_AWholeSpanThatFailsHalfwayHoldsNothingInUse) {
 }
 
 TEST_F(HostArenaTest, PageableMemoryIsNotRegistered) {
-  const auto pageable = another(budget, Residence::kPageable);
+  const auto pageable = another(budget, CUMEMPOOL_BACKUP_PAGEABLE);
   const ArenaOrder order(*pageable, 70 * kMiB);
   const auto spans = take(*pageable, 70 * kMiB);
   std::memset(spans.front().data, 1, spans.front().bytes);

@@ -14,6 +14,7 @@
 namespace cumempool::tests {
 namespace {
 
+using backup::Extent;
 using backup::IntervalSet;
 
 TEST(IntervalSetTest, TakesTheLowestIntervalThatIsLargeEnough) {
@@ -116,7 +117,7 @@ class Model {
     }
     return std::nullopt;
   }
-  IntervalSet::Interval last(std::size_t bytes) const {
+  Extent last(std::size_t bytes) const {
     std::size_t end = free_.size();
     while (end > 0 && !free_[end - 1]) --end;
     std::size_t start = end;
@@ -209,11 +210,11 @@ TEST(IntervalSetTest, EveryTakeKeepsTheMemoryThatGivingBackNeeds) {
   for (int round = 0; round < 100; ++round) {
     IntervalSet set;
     set.add(0, cells);
-    std::vector<IntervalSet::Interval> taken;
+    std::vector<Extent> taken;
     while (set.total() != 0) {
       const std::size_t bytes = 1 + random() % 9;
       const auto at = set.take_first_fit(bytes);
-      taken.push_back(at ? IntervalSet::Interval{*at, bytes} : set.take_last(bytes));
+      taken.push_back(at ? Extent{*at, bytes} : set.take_last(bytes));
     }
     std::shuffle(taken.begin(), taken.end(), random);
     const std::uint64_t before = allocations();

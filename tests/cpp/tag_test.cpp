@@ -16,7 +16,7 @@ using pool::TagTable;
 cumempool_status declare(const std::string& name) {
   TagTable tags;
   try {
-    tags.declare(name, {});
+    tags.declare(name, CUMEMPOOL_ON_SLEEP_UNSET, CUMEMPOOL_ON_WAKE_UNSET);
     return CUMEMPOOL_OK;
   } catch (const Error& error) {
     return error.status;
@@ -61,14 +61,14 @@ TEST(Tag, NamesAreUtf8) {
 
 TEST(Tag, AnUnsetPolicyLeavesWhatWasSetBefore) {
   TagTable tags;
-  tags.declare("kv", {CUMEMPOOL_ON_SLEEP_DISCARD, CUMEMPOOL_ON_WAKE_UNSET});
+  tags.declare("kv", CUMEMPOOL_ON_SLEEP_DISCARD, CUMEMPOOL_ON_WAKE_UNSET);
   const pool::Tag& kv = tags.find("kv");
-  tags.declare("kv", {CUMEMPOOL_ON_SLEEP_UNSET, CUMEMPOOL_ON_WAKE_ZERO});
-  EXPECT_EQ(tags.policy(kv).on_sleep, CUMEMPOOL_ON_SLEEP_DISCARD);
-  EXPECT_EQ(tags.policy(kv).on_wake, CUMEMPOOL_ON_WAKE_ZERO);
-  tags.declare("kv", {CUMEMPOOL_ON_SLEEP_OFFLOAD, CUMEMPOOL_ON_WAKE_UNDEFINED});
-  EXPECT_EQ(tags.policy(kv).on_sleep, CUMEMPOOL_ON_SLEEP_OFFLOAD);
-  EXPECT_EQ(tags.policy(kv).on_wake, CUMEMPOOL_ON_WAKE_UNDEFINED);
+  tags.declare("kv", CUMEMPOOL_ON_SLEEP_UNSET, CUMEMPOOL_ON_WAKE_ZERO);
+  EXPECT_EQ(tags.on_sleep(kv), CUMEMPOOL_ON_SLEEP_DISCARD);
+  EXPECT_EQ(tags.on_wake(kv), CUMEMPOOL_ON_WAKE_ZERO);
+  tags.declare("kv", CUMEMPOOL_ON_SLEEP_OFFLOAD, CUMEMPOOL_ON_WAKE_UNDEFINED);
+  EXPECT_EQ(tags.on_sleep(kv), CUMEMPOOL_ON_SLEEP_OFFLOAD);
+  EXPECT_EQ(tags.on_wake(kv), CUMEMPOOL_ON_WAKE_UNDEFINED);
   EXPECT_EQ(&tags.find("kv"), &kv) << "the same tag at the same address";
 }
 
