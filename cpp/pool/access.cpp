@@ -140,8 +140,7 @@ Snapshot take_snapshot(Allocator& allocator, bool allocations) {
     }
     const cumempool_allocation_info info = describe(record);
     cumempool_tag_stats& row = row_of(allocator, rows, *record.tag, record.device);
-    // Memory without properties of its own shows those that virtual memory of the device would
-    // have.
+    // Memory of cudaMalloc has no properties; its row shows those of virtual memory of the device.
     const cumempool_memory_properties* own = record.memory.properties();
     const auto& known = own != nullptr ? *own : properties[record.device];
     row.handle_types = known.handle_types;
@@ -195,7 +194,7 @@ BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address a
     : allocator_(std::move(allocator)) {
   const TransitionLock::Turn turn = allocator_->transition_lock().enter("read_backup");
   if (bytes == 0) {
-    throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "a view has at least one byte", nullptr,
+    throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "a view needs at least one byte", nullptr,
                   "ask for the bytes that you read");
   }
   const RecordPointer record = Registry::instance().find(address);
@@ -220,15 +219,15 @@ BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address a
   {
     const driver::ContextScope scope(allocator_->driver(), record->device);
     data_ = backup_->view(address - record->address, bytes, writable);
-    if (backup_.use_count() == 2) backup_->settle_views();  // the record's and this one
+    if (backup_.use_count() == 2) backup_->settle_views();  // the record and this view
   }
   if (data_ == nullptr && backup_->tier() == CUMEMPOOL_BACKUP_PEER) {
     throw refusal(CUMEMPOOL_UNSUPPORTED, "the backup is in the memory of another device",
                   record.get(), "wake it, or use another tier");
   }
   if (data_ == nullptr) {
-    throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "the bytes are not all in the backup", record.get(),
-                  "read live bytes of one allocation");
+    throw refusal(CUMEMPOOL_INVALID_ARGUMENT, "the backup does not hold all of the bytes",
+                  record.get(), "read live bytes of one allocation");
   }
   allocator_->counters().open_views += 1;
 }
@@ -289,7 +288,7 @@ cumempool_allocation_info export_memory(Allocator& allocator, cumempool_address 
     allocator.unclaim(claimed);
     annotate(error, "export", record.get());
     throw;
-  } catch (const std::exception&) {  // no memory to say what failed
+  } catch (const std::exception&) {  // no memory for the message
     allocator.unclaim(claimed);
     throw;
   }

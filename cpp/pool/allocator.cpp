@@ -90,8 +90,8 @@ void annotate(Error& error, const char* operation, const Record* record) {
   if (error.device < 0) error.device = record->device;
 }
 
-std::string told(const std::exception& caught, const char* operation,
-                 const Record* record) noexcept {
+std::string failure_text(const std::exception& caught, const char* operation,
+                         const Record* record) noexcept {
   try {
     const auto* known = dynamic_cast<const Error*>(&caught);
     Error error = known != nullptr ? *known : Error(CUMEMPOOL_OUT_OF_HOST_MEMORY, caught.what());
@@ -205,9 +205,9 @@ void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
                              [&] { tags_.set_memory(tag, choice); });
   if (bytes != 0) {
     Error error(CUMEMPOOL_IN_USE,
-                format_bytes(bytes) + " of the tag live that were made otherwise");
+                format_bytes(bytes) + " of the tag are live and were made otherwise");
     error.tag = tag.name;
-    error.advice = "choose what it is made of before the first allocation of the tag";
+    error.advice = "choose backing, peers and rdma before the first allocation of the tag";
     throw error;
   }
 }
@@ -526,7 +526,8 @@ std::vector<std::string> Allocator::give_everything_back() {
       step();
     } catch (const std::exception& caught) {
       // If there is no room for the message, the next close meets the problem again.
-      if (problems.size() < problems.capacity()) problems.push_back(told(caught, "close", record));
+      if (problems.size() < problems.capacity())
+        problems.push_back(failure_text(caught, "close", record));
     }
   };
   problems.reserve(kMostProblems);

@@ -90,20 +90,21 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   // Throws Error (CUMEMPOOL_NOT_OWNED).
   void preserve(cumempool_address address);
 
-  // Changes what later memory of a tag is made of. Throws Error: CUMEMPOOL_IN_USE while memory that
-  // was made otherwise lives, since all memory of a tag is alike (R8); CUMEMPOOL_INVALID_ARGUMENT
-  // for a peer that does not exist, CUMEMPOOL_UNSUPPORTED for one that reaches no other device.
+  // Sets the backing and the peers of a tag's later memory. Throws Error: CUMEMPOOL_IN_USE while
+  // the tag has memory made otherwise, since all memory of a tag is alike (R8);
+  // CUMEMPOOL_INVALID_ARGUMENT for a peer that does not exist, CUMEMPOOL_UNSUPPORTED for one that
+  // reaches no other device.
   void set_memory(Tag& tag, const MemoryChoice& choice);
 
-  // Memory of tags without a choice of peers is for the devices whose context is active: gives
-  // those that have become so since access to what is awake. Leaves it to a later call where a
-  // transition is under way; the second is for that transition.
+  // Gives devices whose context has become active access to awake memory of all tags without a
+  // choice of peers. If a transition is under way, leaves that to a later call; the second function
+  // is for the transition itself.
   void follow_use() noexcept;
   void follow_use_inside() noexcept;
-  // The same for one record, by whoever may map it.
+  // Does the same for one record, which the caller may map.
   void follow_use(Record& record, const std::vector<int>& in_use) noexcept;
-  // Empty where there is one device: nobody asks then. Access for devices that are not in use would
-  // cost milliseconds for each mapping.
+  // The devices whose context is active; empty if there is only one device, which needs no list.
+  // Access for devices that are not in use would cost milliseconds per mapping.
   std::vector<int> devices_in_use() const noexcept;
 
   // Frees a record that the registry has found. Never fails, and waits for a busy device for a
@@ -212,8 +213,8 @@ void annotate(Error& error, const char* operation, const Record* record);
 
 // Returns the annotated message of a caught exception, for calls that must not fail. If there is no
 // memory for it, the message is "out of memory".
-std::string told(const std::exception& caught, const char* operation,
-                 const Record* record) noexcept;
+std::string failure_text(const std::exception& caught, const char* operation,
+                         const Record* record) noexcept;
 // Adds a message to the later failures of an error, if there is memory for it.
 void add_secondary(Error& failure, std::string&& text, const char* before = "") noexcept;
 

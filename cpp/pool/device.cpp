@@ -90,7 +90,7 @@ void Device::drop_streams() {
   const driver::ContextScope scope(driver_, ordinal_);
   release_buffers();
   if (buffer_bytes() != 0) {
-    throw Error(CUMEMPOOL_DRIVER_ERROR, "buffers for copies could not be unpinned");
+    throw Error(CUMEMPOOL_DRIVER_ERROR, "bounce buffers or digest buffers could not be unpinned");
   }
   const std::lock_guard lock(mutex_);
   digests_.reset();

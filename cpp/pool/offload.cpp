@@ -45,8 +45,7 @@ void Offload::admit() {
     const Tag& tag = *action.first;
     dead_.look_at(tag);
     if (tag.scopes == 0) continue;
-    Error error(CUMEMPOOL_IN_USE,
-                "a scope of the tag is open, and would hand out memory that sleeps");
+    Error error(CUMEMPOOL_IN_USE, "an open scope of the tag would hand out memory that sleeps");
     error.operation = operation_;
     error.tag = tag.name;
     error.advice = "leave the scope first";
@@ -313,7 +312,7 @@ void Offload::give_back(Record& record) noexcept {
     report_.row(record).freed_bytes += record.bytes;
     released_.find(record.device)->second += record.bytes;
   } catch (const std::exception& caught) {
-    report_.problem(told(caught, operation_, &record));
+    report_.problem(failure_text(caught, operation_, &record));
   }
 }
 
@@ -422,7 +421,7 @@ void Offload::reattach(Entry& entry, Error& failure) noexcept {
     streams.queue.drain();
     allocator_.records().update([&] { record.generation += 1; });
   } catch (const std::exception& caught) {
-    keep_asleep(entry, failure, told(caught, operation_, &record));
+    keep_asleep(entry, failure, failure_text(caught, operation_, &record));
   }
 }
 

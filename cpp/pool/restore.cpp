@@ -195,7 +195,7 @@ void Restore::undo(Error& failure) {
     try {
       detach(record, busy);
     } catch (const std::exception& caught) {
-      add_secondary(failure, told(caught, operation_, &record));
+      add_secondary(failure, failure_text(caught, operation_, &record));
     }
   }
 }

@@ -22,7 +22,7 @@ class Restore {
   using Queued = std::function<void(const Record& record, backup::CopyQueue& queue)>;
 
   // With `queued`, programs may use memory before all of it has arrived. Then undo() first calls
-  // `withdraw`, after which nobody gets any more memory.
+  // `withdraw`, after which no more memory is handed out.
   Restore(Allocator& allocator, const char* operation, Report& report, Queued queued = {},
           std::function<void()> withdraw = {});
 

@@ -321,7 +321,7 @@ void DeviceTransfers::settle(Error& failure) noexcept {
       const driver::ContextScope scope(allocator_.driver(), transfer->ordinal());
       transfer->settle();
     } catch (const std::exception& caught) {
-      add_secondary(failure, told(caught, operation_, nullptr));
+      add_secondary(failure, failure_text(caught, operation_, nullptr));
     }
   }
 }

@@ -58,7 +58,7 @@ std::vector<RecordPointer> Transition::claim(const std::function<bool(const Reco
   std::vector<RecordPointer> claimed = allocator_.records().claim(operation_, wanted, admit);
   try {
     claimed_.insert(claimed_.end(), claimed.begin(), claimed.end());
-  } catch (const std::exception&) {  // out of host memory: nobody else would end the claims
+  } catch (const std::exception&) {  // out of memory: the destructor would miss the claims
     allocator_.unclaim(claimed);
     throw;
   }
@@ -101,8 +101,8 @@ Report sleep(Allocator& allocator, const SleepRequest& request) {
 namespace {
 
 // Sorts the records: those of `first`, then in order of allocation, since programs use those first.
-// If nobody looks before the end, records with a backup come first: the rest is mapped while they
-// are copied.
+// If no program can look before the end, records with a backup come first: the rest is mapped while
+// they are copied.
 void put_in_order(std::vector<RecordPointer>& records, const WakeRequest& request) {
   const auto rank = [&](const RecordPointer& record) {
     if (request.first.count(record.get()) != 0) return 0;
@@ -485,7 +485,7 @@ void AsyncWake::wait(cumempool_address address, const cumempool_device_stream& s
   const RecordPointer record = Registry::instance().find(address);
   if (record == nullptr || record->owner != allocator_) {
     throw refuse_wait(CUMEMPOOL_NOT_OWNED, "the address lies in no allocation of the allocator",
-                      "pass a tensor of the tags that are waking");
+                      "pass a tensor of a tag that is waking");
   }
   std::unique_lock lock(mutex_);
   const auto found = ready_.find(record.get());
@@ -534,7 +534,7 @@ void AsyncWake::hold_context(int device) {
   if (!driver.context_active(device)) {
     Error error = refuse_wait(CUMEMPOOL_INVALID_ARGUMENT,
                               "the device of the stream has no context, so it has no streams",
-                              "use the device before (torch.cuda.synchronize(device))");
+                              "use the device first (torch.cuda.synchronize(device))");
     error.device = device;
     throw error;
   }
