@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <iterator>
 #include <limits>
 #include <map>
 #include <set>
@@ -21,17 +20,22 @@ namespace cumempool::pool {
 
 // ---- which bytes --------------------------------------------------------------------------------
 
+namespace {
+
+cumempool_address end_of(const cumempool_extent& range) { return range.address + range.bytes; }
+
+}  // namespace
+
 DeadRanges::DeadRanges(std::vector<cumempool_extent> ranges, std::uint64_t as_of) : as_of_(as_of) {
   constexpr cumempool_address kLast = std::numeric_limits<cumempool_address>::max();
   std::sort(ranges.begin(), ranges.end(),
             [](const auto& left, const auto& right) { return left.address < right.address; });
   for (const auto& [begin, bytes] : ranges) {
     const cumempool_address end = begin + std::min(bytes, kLast - begin);
-    const auto last = ranges_.empty() ? ranges_.end() : std::prev(ranges_.end());
-    if (last != ranges_.end() && begin <= last->second) {
-      last->second = std::max(last->second, end);
+    if (!ranges_.empty() && begin <= end_of(ranges_.back())) {
+      ranges_.back().bytes = std::max(end_of(ranges_.back()), end) - ranges_.back().address;
     } else {
-      ranges_.emplace_hint(ranges_.end(), begin, end);
+      ranges_.push_back({begin, end - begin});
     }
   }
 }
@@ -51,11 +55,13 @@ std::vector<backup::Extent> DeadRanges::live_extents(const Record& record) const
   std::vector<backup::Extent> live;
   const cumempool_address end = record.address + record.bytes;
   cumempool_address at = record.address;
-  auto dead = ranges_.lower_bound(record.address);
+  auto dead = std::lower_bound(
+      ranges_.begin(), ranges_.end(), record.address,
+      [](const auto& range, cumempool_address value) { return range.address < value; });
   if (dead != ranges_.begin()) --dead;  // may reach into the record from below
-  for (; dead != ranges_.end() && dead->first < end; ++dead) {
-    const cumempool_address from = (std::max(dead->first, at) + kUnit - 1) / kUnit * kUnit;
-    const cumempool_address to = std::min(dead->second, end) / kUnit * kUnit;
+  for (; dead != ranges_.end() && dead->address < end; ++dead) {
+    const cumempool_address from = (std::max(dead->address, at) + kUnit - 1) / kUnit * kUnit;
+    const cumempool_address to = std::min(end_of(*dead), end) / kUnit * kUnit;
     if (to <= from) continue;
     if (from > at) live.push_back({at - record.address, from - at});
     at = to;

@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <set>
 #include <vector>
@@ -34,7 +33,7 @@ class DeadRanges {
   std::vector<backup::Extent> live_extents(const Record& record) const;
 
  private:
-  std::map<cumempool_address, cumempool_address> ranges_;  // disjoint: begin to end
+  std::vector<cumempool_extent> ranges_;  // disjoint, in order
   std::uint64_t as_of_;
   std::set<const Tag*> handed_out_;
 };

@@ -95,8 +95,9 @@ bool Reaper::unused(const Record& record, IdleDevices& idle) noexcept {
       unused = fence(device) && unused;
       continue;
     }
-    if (!idle.at(index)) idle.at(index) = fence(device);
-    unused = *idle.at(index) && unused;
+    std::optional<bool>& known = idle[index];
+    if (!known) known = fence(device);
+    unused = *known && unused;
   }
   return unused;
 }
