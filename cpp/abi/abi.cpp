@@ -226,6 +226,17 @@ void cumempool_allocator_destroy(cumempool_allocator* allocator) {
   delete allocator;
 }
 
+// Runs `body`, which checks and changes a choice of a tag. Its errors name the tag.
+template <typename Body>
+void change_tag(const pool::Tag& tag, const Body& body) {
+  try {
+    body();
+  } catch (Error& error) {
+    error.tag = tag.name;
+    throw;
+  }
+}
+
 cumempool_status cumempool_declare_tag(cumempool_allocator* allocator, const char* tag,
                                        cumempool_on_sleep on_sleep, cumempool_on_wake on_wake) {
   return guarded("declare_tag", [&] {
@@ -244,9 +255,11 @@ cumempool_status cumempool_set_backup(cumempool_allocator* allocator, const char
     open.check_open("set_backup");
     pool::Tag& known = open.tags().find(text(tag, "tag is NULL"));
     if (policy->tier == CUMEMPOOL_BACKUP_UNSET) return;
-    const pool::BackupChoice choice = pool::backup_choice(*policy);
-    pool::check_peer(open, choice);
-    open.tags().set_backup(known, choice);
+    change_tag(known, [&] {
+      const pool::BackupChoice choice = pool::backup_choice(*policy);
+      pool::check_peer(open, choice);
+      open.tags().set_backup(known, choice);
+    });
   });
 }
 
@@ -261,7 +274,7 @@ cumempool_status cumempool_set_memory(cumempool_allocator* allocator, const char
     pool::Tag& known = open.tags().find(text(tag, "tag is NULL"));
     cumempool_memory_policy full = *policy;
     if (full.backing == CUMEMPOOL_BACKING_UNSET) full.backing = CUMEMPOOL_BACKING_VMM;
-    open.set_memory(known, pool::memory_choice(full));
+    change_tag(known, [&] { open.set_memory(known, pool::memory_choice(full)); });
   });
 }
 

@@ -206,7 +206,6 @@ void Allocator::set_memory(Tag& tag, const MemoryChoice& choice) {
   if (bytes != 0) {
     Error error(CUMEMPOOL_IN_USE,
                 format_bytes(bytes) + " of the tag are live and were made otherwise");
-    error.tag = tag.name;
     error.advice = "choose backing, peers and rdma before the first allocation of the tag";
     throw error;
   }
@@ -563,7 +562,9 @@ void Allocator::refuse_close_in_use() {
   for (const auto& [tag, bytes] : bytes_by_tag) {
     what += (what.empty() ? "" : ", ") + format_bytes(bytes) + " under '" + tag + "'";
   }
-  if (bound != 0) what += (what.empty() ? "" : ", ") + std::to_string(bound) + " open scope(s)";
+  if (bound != 0) {
+    what += (what.empty() ? "" : ", ") + std::to_string(bound) + " open scope(s) or graph pool(s)";
+  }
   if (views != 0) what += (what.empty() ? "" : ", ") + std::to_string(views) + " open view(s)";
   Error error(CUMEMPOOL_IN_USE, "still in use: " + what);
   error.operation = "close";

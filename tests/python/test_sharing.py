@@ -293,6 +293,17 @@ def test_a_stale_generation_is_refused(alloc: CuMemAllocator, importer: Importer
     importer.ask("close", "a")
 
 
+def test_a_refusal_of_the_owner_has_the_fields_of_an_error(alloc: CuMemAllocator) -> None:
+    kv = filled(alloc, MIB, "kv")
+    memory = alloc.share(kv)
+    alloc.sleep(tags="kv")
+    alloc.wake_up()
+    with refuses(SharingError, operation="open_shared", tag="kv", advice="share it again"):
+        open_shared(memory)
+    with refuses(InvalidArgumentError, operation="open_shared", tag="kv"):
+        open_shared(dataclasses.replace(memory, version=memory.version + 1))
+
+
 def test_memory_that_was_freed_is_refused(alloc: CuMemAllocator, importer: Importer) -> None:
     kv = alloc.empty(8, tag="kv")
     memory = alloc.share(kv)

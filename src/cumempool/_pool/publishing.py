@@ -219,6 +219,7 @@ def request_snapshot(of: Published, timeout: float = 10.0) -> dict[str, Any]:
             wanted.unlink(missing_ok=True)
             raise CumempoolError(
                 f"process {of.process} did not answer within {timeout:g} s",
+                operation="snapshot",
                 advice="look whether it is stopped; py-spy dump shows where it is",
             )
         time.sleep(0.02)

@@ -51,7 +51,7 @@ def refuse_open_scopes(state: PoolState, operation: str, tags: Iterable[str]) ->
         names = ", ".join(repr(tag) for tag in entered)
         raise InUseError(
             f"{operation}: a use_memory_pool() scope of {names} is open, and would hand out "
-            "memory that sleeps; leave it first",
+            "memory that sleeps",
             operation=operation,
             tag=entered[0],
             advice="leave the scope first",

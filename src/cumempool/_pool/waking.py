@@ -68,7 +68,9 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
             self._core.wait(address, 0, 0)
             return
         if not tensor.is_cuda:
-            raise NotInPoolError(f"the tensor is on {tensor.device}, not on a CUDA device")
+            raise NotInPoolError(
+                f"the tensor is on {tensor.device}, not on a CUDA device", operation="wait"
+            )
         import torch
 
         stream = torch.cuda.current_stream(tensor.device)

@@ -97,8 +97,11 @@ def create_and_map(allocation_handle: HandleType) -> None:
         NotInPoolError: The handle is not of an allocation that lives.
         UnsupportedError: The allocation sleeps. Memory is woken by tags, all or nothing.
     """
-    if memory.find(allocation_handle).state != "awake":
-        raise UnsupportedError("one allocation cannot be woken alone: call wake_up(tags=...)")
+    if memory.find("create_and_map", allocation_handle).state != "awake":
+        raise UnsupportedError(
+            "one allocation cannot be woken alone: call wake_up(tags=...)",
+            operation="create_and_map",
+        )
 
 
 def unmap_and_release(allocation_handle: HandleType) -> None:
@@ -108,9 +111,10 @@ def unmap_and_release(allocation_handle: HandleType) -> None:
         NotInPoolError: The handle is not of an allocation that lives.
         UnsupportedError: The allocation is awake. Memory is put to sleep by tags.
     """
-    if memory.find(allocation_handle).state == "awake":
+    if memory.find("unmap_and_release", allocation_handle).state == "awake":
         raise UnsupportedError(
-            "one allocation cannot be put to sleep alone: call sleep() or discard(tags)"
+            "one allocation cannot be put to sleep alone: call sleep() or discard(tags)",
+            operation="unmap_and_release",
         )
 
 
@@ -127,7 +131,8 @@ def get_pluggable_allocator(
     """
     raise UnsupportedError(
         "malloc and free of cumempool never enter Python, so there are no callbacks to set: use "
-        "CuMemAllocator.get_instance().use_memory_pool(tag); pointer_to_data says what there is"
+        "CuMemAllocator.get_instance().use_memory_pool(tag); pointer_to_data says what there is",
+        operation="get_pluggable_allocator",
     )
 
 

@@ -67,13 +67,13 @@ def data_of(info: AllocationInfo) -> AllocationData:
     return AllocationData(handle, info.tag, backup, info.state != "awake")
 
 
-def find(handle: HandleType) -> AllocationInfo:
-    """The allocation of a handle."""
+def find(operation: str, handle: HandleType) -> AllocationInfo:
+    """The allocation of a handle, for an operation on it."""
     address = handle[2]
     for info in shared().snapshot():
         if info.address == address:
             return info
-    raise NotInPoolError(f"there is no allocation at {address:#x}")
+    raise NotInPoolError(f"there is no allocation at {address:#x}", operation=operation)
 
 
 def return_what_nobody_uses(allocator: Pools) -> None:
@@ -123,6 +123,7 @@ class Memory:
             advice = "check the address, and whether an earlier kernel has failed"
             raise DriverError(
                 f"{name} of {count} bytes at {address:#x}: CUDA error {result}; {advice}",
+                operation=name,
                 bytes=count,
                 driver_call=name,
                 result=result,

@@ -245,7 +245,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         with self._lock:
             self._check_registered("xfer_descs")
             for piece in pieces:
-                self._check_inside(*piece)
+                self._check_inside("xfer_descs", *piece)
             return self._agent.get_xfer_descs(pieces, self._memory)
 
     def close(self) -> None:
@@ -364,7 +364,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
                 advice="wake the tag, or call refresh()",
             )
 
-    def _check_inside(self, address: int, size: int, device: int) -> None:
+    def _check_inside(self, operation: str, address: int, size: int, device: int) -> None:
         for each in self._ranges:
             start, length, ordinal = _span(each, self._memory)
             inside = start <= address and address + size <= start + length
@@ -373,6 +373,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         raise NotInPoolError(
             f"{size} bytes at {address:#x} on device {device} do not lie in one registered range "
             f"of tag {self.tag!r}; after allocating, refresh()",
+            operation=operation,
             tag=self.tag,
             device=device,
             bytes=size,

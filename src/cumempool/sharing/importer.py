@@ -73,8 +73,27 @@ def open_shared(
         OutOfMemoryError: No address space, or too much is open.
     """
     if not isinstance(memory, SharedMemory):
-        raise InvalidTypeError(f"a SharedMemory is needed, not {memory!r}")
+        raise InvalidTypeError(f"a SharedMemory is needed, not {memory!r}", operation="open_shared")
     check_bool(writable=writable)
+    with _opening(memory):
+        tensors = _open_tensors(memory, device, writable)
+    return tensors if memory.layout is None else tensors[0]
+
+
+@contextlib.contextmanager
+def _opening(memory: SharedMemory) -> Iterator[None]:
+    """Adds to errors what they do not say: the operation, and the tag of the memory."""
+    try:
+        yield
+    except CumempoolError as error:
+        error.operation = error.operation or "open_shared"
+        error.tag = error.tag or memory.tag
+        raise
+
+
+def _open_tensors(
+    memory: SharedMemory, device: torch.device | str | int | None, writable: bool
+) -> list[torch.Tensor]:
     if memory.version != VERSION:
         raise InvalidArgumentError(
             f"the descriptor is of version {memory.version}, this is {VERSION}: both processes "
@@ -99,7 +118,7 @@ def open_shared(
             tensors = [_in_layout(tensors[0], memory.layout)]
         if not writable:
             tensors = [_torch.ReadOnlyTensor(tensor) for tensor in tensors]
-    return tensors if memory.layout is None else tensors[0]
+    return tensors
 
 
 _T = TypeVar("_T")
@@ -115,7 +134,6 @@ def _patiently(memory: SharedMemory, attempt: Callable[[], _T]) -> _T:
             if time.monotonic() > deadline:
                 raise SharingError(
                     f"process {memory.owner}, which owns the memory, is busy: {error}",
-                    tag=memory.tag,
                     advice="open it again later, or in fewer processes at a time",
                 ) from None
         time.sleep(random.uniform(0.01, 0.05))
@@ -165,7 +183,7 @@ def _map_carried(
 ) -> list[object]:
     """Capsules of memory whose descriptor carries its handles. Nobody is asked, and none knows."""
     if writable and not memory.writable:
-        raise SharingError("this memory is shared for reading only", tag=memory.tag)
+        raise SharingError("this memory is shared for reading only")
     return [
         _map(part.fabric, driver, ordinal, part.bytes, writable, None)
         for part, ordinal in zip(memory.ranges, devices, strict=True)
@@ -194,7 +212,7 @@ def _map(
 def _check_layout(memory: SharedMemory) -> None:
     layout = memory.layout
     if not memory.ranges:
-        raise SharingError("the descriptor names no memory", tag=memory.tag)
+        raise SharingError("the descriptor names no memory")
     if layout is None:
         return
     import torch
@@ -210,8 +228,7 @@ def _check_layout(memory: SharedMemory) -> None:
         )
     if not fits:
         raise SharingError(
-            f"the layout is not one of the memory that was shared: {layout} in {memory!r}",
-            tag=memory.tag,
+            f"the layout is not one of the memory that was shared: {layout} in {memory!r}"
         )
 
 
@@ -304,7 +321,6 @@ def _talking(memory: SharedMemory) -> Iterator[None]:
         raise SharingError(
             f"process {memory.owner}, which owns the memory, does not answer "
             f"({type(error).__name__}: {error})",
-            tag=memory.tag,
             advice="share it again from a process that lives",
         ) from None
 
@@ -318,7 +334,7 @@ def _connect(memory: SharedMemory) -> socket.socket | None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:
         raise SharingError(
-            f"no Unix socket could be made: {error}", tag=memory.tag, advice="raise ulimit -n"
+            f"no Unix socket could be made: {error}", advice="raise ulimit -n"
         ) from None
     try:
         connection.settimeout(PATIENCE)
@@ -333,12 +349,11 @@ def _connect(memory: SharedMemory) -> socket.socket | None:
         raise SharingError(
             f"process {memory.owner}, which owns the memory, cannot be reached "
             f"({type(error).__name__}: {error})",
-            tag=memory.tag,
             advice="share it again from a process that lives, in this network namespace",
         ) from None
     if not is_of_this_user(*peer_of(connection)):
         connection.close()
-        raise SharingError("the endpoint belongs to another user", tag=memory.tag)
+        raise SharingError("the endpoint belongs to another user")
     return connection
 
 

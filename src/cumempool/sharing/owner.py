@@ -81,7 +81,9 @@ class Endpoint:
                 self._listener.setblocking(False)
                 self._events.register(self._listener, selectors.EVENT_READ, self._accept)
             except OSError as error:
-                raise SharingError(f"no Unix socket could be made: {error}") from None
+                raise SharingError(
+                    f"no Unix socket could be made: {error}", operation="share"
+                ) from None
             failed.pop_all()
         self._thread = threading.Thread(target=self._watch, name="cumempool-sharing", daemon=True)
         self._thread.start()
@@ -104,6 +106,8 @@ class Endpoint:
         if len(ranges) > _MOST_RANGES:
             raise SharingError(
                 f"{tag!r} has {len(ranges)} allocations, and {_MOST_RANGES} can be shared at once",
+                operation="share",
+                tag=tag,
                 advice="share the tensors",
             )
         if fabric:
@@ -260,7 +264,7 @@ class Endpoint:
                 failed.pop_all()
         except CumempoolError as error:
             # The pin is off by now: the importer may have the owner sleep.
-            wire.send({"error": str(error)}, before=FAILED)
+            wire.send({"error": str(error), "advice": error.advice}, before=FAILED)
             return False
         return True
 
@@ -323,11 +327,14 @@ def _put_off(connection: socket.socket) -> None:
 
 def _check_current(part: SharedRange, info: Mapping[str, Any]) -> None:
     if info["sequence"] != part.sequence:
-        raise SharingError("the memory was freed since it was shared", tag=info["tag"])
+        raise SharingError(
+            "the memory was freed since it was shared", operation="share", tag=info["tag"]
+        )
     if info["generation"] != part.generation:
         raise SharingError(
             f"the memory is of generation {info['generation']}, and the descriptor of "
             f"{part.generation}: it has slept since it was shared; share it again",
+            operation="share",
             tag=info["tag"],
             advice="share it again",
         )

@@ -101,7 +101,9 @@ class Wire:
             return list(fds)
         close_all(fds)
         if data == FAILED:
-            raise SharingError(f"the owner refused: {self.receive().get('error')}")
+            refusal = self.receive()
+            advice = str(refusal.get("advice", ""))
+            raise SharingError(f"the owner refused: {refusal.get('error')}", advice=advice)
         if data == BUSY:
             raise BusyError("too many others are being answered")
         if flags & socket.MSG_CTRUNC:

@@ -86,7 +86,7 @@ def _check(allocator: CuMemAllocator, tensors: list[torch.Tensor], added: int) -
         view = allocator.read_backup(tensor)
         wanted = (number + added) % 256
         if int(view[0]) != wanted or int(view[-1]) != wanted:
-            raise InternalError(f"piece {number} did not come back as it was")
+            raise InternalError(f"piece {number} did not come back as it was", operation="bench")
 
 
 def _timed(allocator: CuMemAllocator, operation: Callable[[], object]) -> float:

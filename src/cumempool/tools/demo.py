@@ -22,7 +22,9 @@ def _choose_driver(wanted: str, console: Console) -> CuMemConfig:
     if wanted != "host":
         found = probe(driver="cuda")
         if not found.ok and wanted == "cuda":
-            raise UnavailableError(f"{found.reason}. {found.hint}", advice=found.hint)
+            raise UnavailableError(
+                f"{found.reason}. {found.hint}", operation="demo", advice=found.hint
+            )
         if not found.ok:
             console.print(
                 "Driver: host. NO GPU IS USED: memory is host memory, tensors are on the CPU.",
