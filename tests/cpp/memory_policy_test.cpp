@@ -659,6 +659,7 @@ TEST_F(Peers, R12_WhatCannotBeAPeerIsRefusedWhereItIsChosen) {
   must(pool.set_memory("kv", kVmm, {1}));
   for (const std::int32_t none : {-1, 3, 7}) {
     EXPECT_EQ(pool.set_memory("kv", kVmm, {0, none}), CUMEMPOOL_INVALID_ARGUMENT) << none;
+    EXPECT_STREQ(cumempool_last_error()->tag, "kv");
     EXPECT_TRUE(last_message_has("no device " + std::to_string(none))) << last_message();
     EXPECT_TRUE(last_message_has("3 device(s)")) << last_message();
   }
