@@ -156,11 +156,16 @@ TEST_F(ReaperTest, OneFenceIsForAllThatWasFreedMeanwhile) {
 TEST_F(ReaperTest, R6_SleepingMemoryGoesAtOnceWhateverTheDeviceDoes) {
   const auto address = pool.malloc("w", kGranule);
   must(pool.sleep("w", kOffload).status);
-  const Work work(host);
+  Work work(host);
   must(cumempool_free(address));
   EXPECT_EQ(pending(), 0U);
   EXPECT_EQ(host.counters().reserved_bytes, 0U);
   EXPECT_EQ(pool.snapshot().totals.host_used_bytes, 0U);
+  EXPECT_FALSE(work.ran());
+  work.end();
+  const int device = 0;
+  EXPECT_EQ(host.table().fence(host.table().self, &device, 1), CUMEMPOOL_RESULT_SUCCESS);
+  EXPECT_TRUE(work.ran());
 }
 
 TEST_F(ReaperTest, ARetainedBackupGoesAtOnce) {
