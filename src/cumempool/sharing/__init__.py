@@ -1,4 +1,4 @@
-"""Memory shared with other processes: `share` hands it out, `open_shared` opens it."""
+"""Shares memory with other processes: `share` hands it out, `open_shared` opens it."""
 
 from cumempool.sharing.descriptor import SharedLayout, SharedMemory, SharedRange
 from cumempool.sharing.importer import open_shared
@@ -7,6 +7,6 @@ from cumempool.sharing.reducers import rebuild_storage, rebuild_tensor
 
 __all__ = ["Export", "SharedLayout", "SharedMemory", "SharedRange", "open_shared"]
 
-# Lists of names that may be unpickled have them from here, wherever they are defined.
+# Allow-lists of unpicklers name them by this module, wherever they are defined.
 for _pickled in (SharedLayout, SharedMemory, SharedRange, rebuild_storage, rebuild_tensor):
     _pickled.__module__ = __name__

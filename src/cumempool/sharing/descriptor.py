@@ -1,4 +1,4 @@
-"""Descriptors of shared memory: its ranges, its owner, and how to ask for it."""
+"""Describes shared memory: its ranges, its owner, and how to ask for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cumempool.errors import InvalidTypeError
 if TYPE_CHECKING:
     import torch
 
-#: Of the format of `SharedMemory`.
+#: The version of the format of `SharedMemory`.
 VERSION: Final = 3
 
 
@@ -23,9 +23,9 @@ class SharedRange:
         address: Its start in the owner's address space.
         bytes: Its size.
         generation: Its generation when it was shared.
-        sequence: What tells it from later allocations at the same address.
-        device: What names its device in every process: a UUID, or the ordinal on ``host``.
-        fabric: Its FABRIC handle, 64 bytes, where it was shared with them; else empty.
+        sequence: A number that tells it from later allocations at the same address.
+        device: A name of its device that every process knows: a UUID, or the ordinal on ``host``.
+        fabric: Its FABRIC handle, 64 bytes, if it was shared with one; else empty.
     """
 
     address: int
@@ -47,7 +47,7 @@ class SharedLayout:
         offset: Bytes from the start of the range to the first element.
         dtype: Name of the element type, such as ``"bfloat16"``.
         shape: Elements per dimension.
-        strides: In elements.
+        strides: Elements between neighbours, per dimension.
     """
 
     offset: int
@@ -60,19 +60,19 @@ class SharedLayout:
 class SharedMemory:
     """The descriptor that `CuMemAllocator.share` returns: small, picklable, useless to other users.
 
-    With FABRIC handles in it, every holder can use it, on any host of the NVLink domain.
+    If it carries FABRIC handles, every holder can use it, on any host of the NVLink domain.
 
     Attributes:
-        version: Of this format.
+        version: The version of this format.
         driver: ``"cuda"`` or ``"host"``.
         owner: Process number of the owner.
         endpoint: Name of the owner's socket, in the abstract namespace.
-        secret: What the importer has to present.
+        secret: The secret that the importer has to present.
         tag: The tag of the memory.
         writable: Whether importers may ask for write access.
         ranges: The allocations.
-        layout: The tensor that was shared, inside the only range; None where a tag was.
-        message: Number of the message that keeps the memory until it is received; 0: none does.
+        layout: The shared tensor inside the only range; None if a tag was shared.
+        message: Number of the message that keeps the memory until it is received; 0 if none does.
     """
 
     version: int
@@ -98,7 +98,7 @@ class SharedMemory:
         }
 
     def __repr__(self) -> str:
-        """Without the secret."""
+        """Describes the memory, without the secret."""
         total = sum(part.bytes for part in self.ranges)
         return (
             f"<SharedMemory of process {self.owner}: {total} bytes of {self.tag!r} in "

@@ -1,6 +1,6 @@
 """Makes and withdraws the descriptors that an allocator gives to other processes.
 
-`owner.py` serves those who ask, and is opened at the first sharing.
+The first sharing opens the endpoint of `owner.py`, which serves importers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Exports:
-    """The memory of one allocator that others can open. Thread-safe."""
+    """The memory of one allocator that other processes can open. Thread-safe."""
 
     def __init__(self, core: _core.Allocator, tags: Tags, devices: Devices, driver: str) -> None:
         self._core = core
@@ -55,14 +55,14 @@ class Exports:
         return endpoint.describe(self._driver, infos[0].tag, ranges, layout, writable, fabric)
 
     def send(self, tensor: torch.Tensor, kept: object) -> SharedMemory:
-        """Shares a tensor with who receives a message; `kept` is kept until he has released it."""
+        """Shares a tensor with the receiver of a message; keeps `kept` until that releases it."""
         found = AllocationInfo(**self._core.find(memory_of(tensor)))
         layout = layout_of(tensor, found.address)
         endpoint = self._open_endpoint()
         with contextlib.ExitStack() as failed:
             number = endpoint.leases.keep(found.tag, found.bytes, kept)
             failed.callback(endpoint.leases.forget, number)
-            # Once more: it may have slept before it was kept awake.
+            # Find it again: it may have slept before the message kept it awake.
             ranges = self._ranges([AllocationInfo(**self._core.find(found.address))])
             memory = endpoint.describe(
                 self._driver, found.tag, ranges, layout, writable=True, message=number
@@ -71,7 +71,7 @@ class Exports:
         return memory
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor's memory is of the allocator."""
+        """Returns whether a tensor's memory belongs to the allocator."""
         try:
             self._core.find(memory_of(tensor))
         except CumempoolError:
@@ -80,7 +80,7 @@ class Exports:
 
     def _ranges(self, infos: list[AllocationInfo]) -> list[SharedRange]:
         for info in infos:
-            os.close(self._core.export_fd(info.address)[0])  # which says what is in the way
+            os.close(self._core.export_fd(info.address)[0])  # raises if it cannot be shared
         name = self._devices.name_for_others
         return [
             SharedRange(i.address, i.bytes, i.generation, i.sequence, name(i.device)) for i in infos
@@ -96,12 +96,12 @@ class Exports:
         return [] if self._endpoint is None else self._endpoint.leases.exports()
 
     def settle(self, tags: Collection[str]) -> None:
-        """Takes note of all that others have released of tags, before these are to sleep."""
+        """Notes what other processes have released of tags, before a sleep of the tags."""
         if self._endpoint is not None:
             self._endpoint.leases.settle(tags)
 
     def settle_close(self, force: bool) -> None:
-        """Lets go what messages keep, before a close. Importers keep what they have mapped."""
+        """Releases what messages keep, before a close. Importers keep what they have mapped."""
         waiting = [one for one in self.list() if not one.received]
         if waiting and not force:
             tags = sorted({one.tag for one in waiting})
@@ -116,7 +116,7 @@ class Exports:
             self._endpoint.leases.forget_all()
 
     def close(self) -> None:
-        """Ends all that was opened. Closing twice is no error."""
+        """Closes the endpoint, if one was opened. A second close has no effect."""
         if self._endpoint is not None:
             self._endpoint.close()
 

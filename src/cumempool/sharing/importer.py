@@ -47,30 +47,30 @@ def open_shared(
     device: torch.device | str | int | None = None,
     writable: bool = True,
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Tensors on the physical memory of another process, or of this one.
+    """Returns tensors on the physical memory of another process, or of this one.
 
-    The owner's tag cannot sleep while they live. The memory outlives its owner. What a descriptor
-    carries FABRIC handles for is imported by them, and by file descriptors where that fails. It
-    also opens where its owner cannot be reached, on another host of the NVLink domain; then the
-    owner does not know of it. In inference mode, too, the tensors are ordinary ones.
+    The owner's tag cannot sleep while they live. The memory outlives its owner. If the descriptor
+    carries FABRIC handles, they are imported, or file descriptors if that fails. Such a descriptor
+    also opens if its owner cannot be reached, on another host of the NVLink domain; the owner then
+    does not know of it. The tensors are ordinary ones, in inference mode too.
 
     Args:
-        memory: What `CuMemAllocator.share` returned, as it arrived here.
-        device: The device that will use it here; None: the one that the memory is on. Another one
-            needs peer access to that, and is to be named on another host.
-        writable: False maps it for reading only: torch refuses to write to the tensors, and so
-            does the device, where it can.
+        memory: The descriptor that `CuMemAllocator.share` returned, as it arrived here.
+        device: The device that will use it here; None means the memory's own device. Another
+            device needs peer access to that. On another host, name one.
+        writable: False maps it read-only: torch refuses to write to the tensors, and so does the
+            device, if it can.
 
     Returns:
-        The tensor that was shared, or one of bytes per allocation of the tag that was.
+        The shared tensor; for a shared tag, a list with a tensor of bytes per allocation.
 
     Raises:
-        SharingError: The owner is gone, has withdrawn it, or has slept since (a stale generation),
-            or answers others for too long; or the layout is not one of that memory.
+        SharingError: The owner is gone, has withdrawn it, has slept since (a stale generation), or
+            answers others for too long; or the layout does not fit the memory.
         InvalidArgumentError: A descriptor of another version, or a device that does not exist.
-        InvalidTypeError: It is no descriptor.
+        InvalidTypeError: `memory` is no descriptor.
         UnsupportedError: The device cannot reach the memory, or the driver cannot map it like this.
-        OutOfMemoryError: No address space, or too much is open.
+        OutOfMemoryError: No address space is left, or too much is open.
     """
     if not isinstance(memory, SharedMemory):
         raise InvalidTypeError(f"a SharedMemory is needed, not {memory!r}", operation="open_shared")
@@ -82,7 +82,7 @@ def open_shared(
 
 @contextlib.contextmanager
 def _opening(memory: SharedMemory) -> Iterator[None]:
-    """Adds to errors what they do not say: the operation, and the tag of the memory."""
+    """Adds the operation and the tag to errors that lack them."""
     try:
         yield
     except CumempoolError as error:
@@ -105,7 +105,7 @@ def _open_tensors(
 
     _check_layout(memory)
     driver = _driver(memory.driver)
-    # Once per device: a tag may have thousands of ranges.
+    # Resolved once per device: a tag may have thousands of ranges.
     local = {
         name: _local_device(memory, driver, name, device)
         for name in {part.device for part in memory.ranges}
@@ -125,7 +125,7 @@ _T = TypeVar("_T")
 
 
 def _patiently(memory: SharedMemory, attempt: Callable[[], _T]) -> _T:
-    """Tries again for as long as the owner answers too many others."""
+    """Retries for `PATIENCE` seconds while the owner answers too many others."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -156,10 +156,10 @@ def _map_leased(
     writable: bool,
     wire: Wire,
 ) -> list[object]:
-    """Capsules of memory whose owner is asked for it; they keep the lease."""
+    """Asks the owner for the memory and returns capsules of it, which keep the lease."""
     from cumempool import _core
 
-    # Before anything can be mapped: whatever happens, its end tells the owner that nothing is.
+    # Made before anything is mapped: its end always tells the owner that nothing is mapped.
     lease = _core.Connection(wire.connection.fileno())
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer says why
         wire.send(memory._request(writable))
@@ -173,7 +173,7 @@ def _map_leased(
                 _logger.debug("memory is opened by its file descriptor: %s", error)
                 capsule = None
             capsules.append(_map(fd, *place) if capsule is None else capsule)
-    with contextlib.suppress(OSError):  # gone by now, or it has revoked it: this is open
+    with contextlib.suppress(OSError):  # the owner is gone or has revoked it: this stays open
         wire.connection.sendall(OPENED)
     return capsules
 
@@ -181,7 +181,7 @@ def _map_leased(
 def _map_carried(
     memory: SharedMemory, driver: _core.Driver, devices: Sequence[int], writable: bool
 ) -> list[object]:
-    """Capsules of memory whose descriptor carries its handles. Nobody is asked, and none knows."""
+    """Returns capsules of memory from the handles in its descriptor, unknown to the owner."""
     if writable and not memory.writable:
         raise SharingError("this memory is shared for reading only")
     return [
@@ -205,7 +205,7 @@ def _map(
     except (UnsupportedError, DriverError):
         if writable:
             raise
-        # Some devices map nothing for reading only; torch still refuses to write.
+        # Some devices cannot map read-only; torch still refuses to write.
         return _core.open_shared(driver, device, exported, size, True, lease)
 
 
@@ -246,19 +246,19 @@ _drivers: Final[dict[str, _core.Driver]] = {}
 
 
 def _driver(name: str) -> _core.Driver:
-    """The driver that maps what others share; one of a kind per process."""
+    """Returns the driver that maps memory of other processes; one of each kind per process."""
     from cumempool import _core
 
     if name in _drivers:
         return _drivers[name]
     if name == "cuda":
         opened = _core.open_cuda()
-    else:  # memory of others counts for no device here
+    else:  # shared memory counts for no device of this process
         size = HOST_GRANULARITY
         opened = _core.open_host(
             devices=64, bytes_per_device=size, granularity=size, rdma=False, fabric=True
         )
-    return _drivers.setdefault(name, opened)  # that of the thread that was fastest
+    return _drivers.setdefault(name, opened)  # the fastest thread's
 
 
 def _local_device(
@@ -303,7 +303,7 @@ def _by_uuid(uuid: str) -> int:
 
 
 def _visible(uuid: str) -> int | None:
-    """The ordinal, in this process, of the GPU with that identity."""
+    """Returns the ordinal, in this process, of the GPU with a UUID; None if it is hidden."""
     from torch import cuda
 
     ordinals = range(cuda.device_count())
@@ -312,7 +312,7 @@ def _visible(uuid: str) -> int | None:
 
 @contextlib.contextmanager
 def _talking(memory: SharedMemory) -> Iterator[None]:
-    """Says of which owner it was that did not answer, or answered garbage."""
+    """Names the owner in errors if it does not answer, or answers garbage."""
     try:
         yield
     except (OSError, EOFError, ValueError, TypeError) as error:
@@ -326,9 +326,9 @@ def _talking(memory: SharedMemory) -> Iterator[None]:
 
 
 def _connect(memory: SharedMemory) -> socket.socket | None:
-    """A connection to the owner, by the name of its endpoint.
+    """Connects to the owner's endpoint.
 
-    None where there is no way to it, and none is needed: the descriptor carries all handles.
+    Returns None if it cannot be reached and the descriptor carries all handles.
     """
     try:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -358,7 +358,7 @@ def _connect(memory: SharedMemory) -> socket.socket | None:
 
 
 def _handles(wire: Wire, count: int) -> Generator[int, None, None]:
-    """Descriptors as they come; each is closed when the next is asked for."""
+    """Yields descriptors as they arrive, and closes each before the next."""
     while count:
         fds = wire.receive_fds(min(count, MOST_FDS))
         count -= len(fds)

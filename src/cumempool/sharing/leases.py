@@ -1,4 +1,4 @@
-"""Keeps account of who keeps shared memory awake: importers that have it open, and messages."""
+"""Records what keeps shared memory awake: importers that have it open, and messages."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 _FABRIC_HOLDER: Final = "FABRIC handles that were given out; revoke() withdraws them"
 _QUEUE_HOLDER: Final = "messages that were sent and not received yet; revoke() withdraws them"
-#: Seconds for which a sleep waits for a process that has hung up and is not quite gone.
+#: Seconds that a sleep waits for a process that has hung up and has not yet ended.
 _DYING: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Memory that others have open, or will open, and who keeps it awake by that.
+    """Memory that another process has open or will open, and the holder that keeps it awake.
 
     Attributes:
         tag: The tag.
-        bytes: Of the allocations concerned; of whole allocations, as importers get them.
-        holder: A process, or messages that nobody has received; as an `InUseError` names it.
-        seconds: For how long.
-        received: False for a message that nobody has received.
+        bytes: Size of the allocations. Importers get whole allocations.
+        holder: A process, or messages not received yet; as an `InUseError` names it.
+        seconds: Time since it was opened or sent.
+        received: False for a message not received yet.
     """
 
     tag: str
@@ -48,7 +48,7 @@ class Export:
 
 @dataclass(eq=False)
 class _Message:
-    """Memory that was sent, and is kept until it was received and released."""
+    """Memory that was sent, and is kept until the receiver has released it."""
 
     number: int
     tag: str
@@ -63,15 +63,15 @@ class _Message:
 class Lease:
     """One importer's connection, and the pin that goes with it.
 
-    An importer that lets go says so. One that dies says nothing: its connection is closed before
-    the work is stopped that it had its devices do, so what counts is that the process is gone,
-    where the kernel can tell. That is also how a lease ends whose connection a child has as well.
+    An importer that releases the memory says so. One that dies says nothing, and the kernel closes
+    its connection before it stops the work of its devices. So the lease then ends with the process,
+    if the kernel can report that. A lease whose connection a child also holds ends the same way.
 
     Attributes:
         opened: The importer has mapped all of it.
-        deaf: Nothing more will come over the connection, and the process has to be waited for.
+        deaf: The connection has ended; the lease waits for the process.
         over: The importer has none of it mapped.
-        watched: By the thread that closes it; else it is still being answered.
+        watched: The endpoint's thread watches and closes it; False while it is being answered.
     """
 
     connection: socket.socket
@@ -86,13 +86,13 @@ class Lease:
     watched: bool = False
 
     def listen(self) -> None:
-        """Reads what the importer has said and whether its process is gone, without blocking."""
+        """Reads the importer's messages and whether its process is gone, without blocking."""
         while not (self.deaf or self.over):
             try:
                 said = os.read(self.connection.fileno(), 64)
             except BlockingIOError:
                 break
-            except OSError:  # it was closed with something unread
+            except OSError:  # the importer closed it with something unread
                 said = b""
             if said.startswith(OPENED) and not self.opened:
                 self.opened = True
@@ -112,32 +112,32 @@ def _ends_within(pidfd: int, seconds: float) -> bool:
 
 
 class Leases:
-    """The memory of one allocator that others keep awake. Thread-safe.
+    """The memory of one allocator that other processes keep awake. Thread-safe.
 
     Attributes:
-        lock: Held while any of it changes.
-        withdrawals: How often a tag was withdrawn.
-        closed: No message is kept any longer.
+        lock: Guards all of it.
+        withdrawals: How often each tag was withdrawn.
+        closed: Whether it refuses messages.
     """
 
     def __init__(self, core: _core.Allocator) -> None:
         self._core = core
         self.lock: Final = fork_safe_lock()
-        self._turn: Final = fork_safe_lock()  # of a change; taken before the lock
+        self._turn: Final = fork_safe_lock()  # held by a change; taken before `lock`
         self.withdrawals: Final = Counter[str]()
         self.closed = False
         self._leases: set[Lease] = set()
         self._messages: dict[int, _Message] = {}
         self._numbers = itertools.count(1)
-        self._queued: dict[str, Pin] = {}  # per tag, for messages that were not received
+        self._queued: dict[str, Pin] = {}  # per tag, for messages not received yet
         self._given_out: dict[str, Pin] = {}  # per tag, for FABRIC handles in descriptors
         self._dropped: list[_Message] = []  # since the lock was taken
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Holds the lock. Messages that are dropped go after it, which may wait for a device.
+        """Holds the lock, and frees dropped messages after it: that may wait for a device.
 
-        They have gone when the next change begins: a close finds nothing that is on its way.
+        They are freed before the next change begins, so a close finds none half freed.
         """
         with self._turn:
             with self.lock:
@@ -148,7 +148,7 @@ class Leases:
             del dropped
 
     def keep(self, tag: str, size: int, kept: object) -> int:
-        """Keeps memory for a message, and its tag awake, until it is received; its number."""
+        """Keeps memory for a message, and its tag awake until receipt; returns the number."""
         with self.lock:
             if self.closed:
                 raise ClosedError("the allocator is closed", operation="share", tag=tag)
@@ -159,19 +159,19 @@ class Leases:
         return number
 
     def forget(self, number: int) -> None:
-        """Keeps memory no longer for a message, which was not sent."""
+        """Drops a message that was not sent."""
         with self._changing():
             self._drop([self._messages[number]] if number in self._messages else [])
 
     def forget_all(self) -> None:
-        """Keeps memory for no message any longer."""
+        """Drops all messages."""
         with self._changing():
             for lease in self._leases:
                 lease.message = None
             self._drop(self._messages.values())
 
     def _drop(self, messages: Iterable[_Message]) -> None:
-        """Forgets messages, whose memory goes when the lock is open again."""
+        """Forgets messages; their memory is freed after the lock is released."""
         dropped = list(messages)
         for message in dropped:
             self._messages.pop(message.number, None)
@@ -180,13 +180,13 @@ class Leases:
         self._dropped += dropped
 
     def _unqueue(self, tag: str) -> None:
-        """Takes the pin of messages off a tag of which none is left that was not received."""
+        """Releases the pin of messages on a tag if all its messages are received."""
         left = any(not one.received for one in self._messages.values() if one.tag == tag)
         if not left and tag in self._queued:
             self._queued.pop(tag).release()
 
     def exports(self) -> list[Export]:
-        """Returns the memory that others keep awake, the oldest first."""
+        """Returns the memory that other processes keep awake, the oldest first."""
         self.settle(None)
         now = time.monotonic()
         with self.lock:
@@ -206,10 +206,10 @@ class Leases:
         ]
 
     def settle(self, tags: Collection[str] | None) -> None:
-        """Ends leases of tags, or of all, that are over, though the thread has not seen it yet.
+        """Ends the leases of tags, or of all, that are over but not yet seen by the thread.
 
-        What an importer has said is in the socket here before it can tell anybody else. A process
-        that has hung up is waited for, for a moment, where nobody else has the tags open.
+        An importer's message is in this socket before the importer can tell another process. If
+        only processes that have hung up hold the tags, it waits `_DYING` seconds for them at most.
         """
         deadline = time.monotonic() + _DYING
         while True:
@@ -238,7 +238,7 @@ class Leases:
             self._end(lease)
 
     def _end(self, lease: Lease) -> None:
-        """Takes the pin of a lease off, and hangs up; the thread that watches it closes it."""
+        """Releases the pin of a lease, and hangs up; the endpoint's thread closes it."""
         self._let_go(lease)
         with contextlib.suppress(OSError):
             lease.connection.shutdown(socket.SHUT_RDWR)
@@ -253,13 +253,13 @@ class Leases:
                 self._drop([message])
 
     def give_out(self, tag: str) -> None:
-        """Keeps a tag awake until `revoke`: nobody can say who has its FABRIC handles."""
+        """Keeps a tag awake until `revoke`: the holders of FABRIC handles are unknown."""
         with self.lock:
             if tag not in self._given_out:
                 self._given_out[tag] = pin_tag(self._core, tag, _FABRIC_HOLDER)
 
     def revoke(self, tag: str) -> int:
-        """Withdraws all that was shared of a tag; returns how many leases that has ended."""
+        """Withdraws all shared memory of a tag; returns how many leases that has ended."""
         with self._changing():
             self.withdrawals[tag] += 1
             ended = [one for one in self._leases if one.pin.tag == tag and not one.over]
@@ -271,7 +271,7 @@ class Leases:
         return len(ended)
 
     def end_all(self) -> None:
-        """Ends all leases, and keeps nothing for messages, now and later."""
+        """Ends all leases, drops all messages and refuses later ones."""
         with self._changing():
             self.closed = True
             for lease in self._leases:
@@ -279,7 +279,7 @@ class Leases:
             self._drop(self._messages.values())
 
     def add(self, lease: Lease, message: int) -> None:
-        """Begins a lease, of the memory of a message if there is one of that number."""
+        """Begins a lease, and gives it the message of that number if there is one."""
         with self.lock:
             self._leases.add(lease)
             lease.message = self._messages.get(message)
@@ -287,12 +287,12 @@ class Leases:
                 lease.message.leases.add(lease)
 
     def hear(self, lease: Lease) -> None:
-        """Takes in how far an importer is, without blocking."""
+        """Updates a lease from its importer's messages, without blocking."""
         with self._changing():
             self._hear(lease)
 
     def remove(self, lease: Lease) -> None:
-        """Ends a lease; its connection stays the caller's."""
+        """Ends a lease; the caller still owns its connection."""
         with self._changing():
             self._leases.discard(lease)
             if lease.pidfd is not None:
@@ -306,6 +306,6 @@ class Leases:
             return [lease for lease in self._leases if lease.watched]
 
     def forked(self) -> None:
-        """Forgets all leases, in a child of the owner."""
+        """Forgets all leases, in a forked child of the owner."""
         close_all(lease.pidfd for lease in self._leases if lease.pidfd is not None)
         self._leases.clear()

@@ -1,10 +1,9 @@
-"""Serves shared memory to the processes that open it, and keeps it awake for as long as they do.
+"""Serves shared memory to the processes that open it, and keeps it awake while they have it open.
 
-The owner listens on a Unix socket without a name in the file system. An importer of the same user,
-who has to present the secret of its descriptor, gets a file descriptor per allocation. Its
-connection is its lease: the owner's tag is pinned until the importer says that it has released the
-memory, or its process is gone. Memory that was sent in a message is kept until it was received and
-released.
+The owner listens on a Unix socket without a name in the file system. An importer of the same user
+presents the secret of its descriptor and gets a file descriptor per allocation. Its connection is
+its lease: the owner's tag is pinned until the importer says that it has released the memory, or its
+process is gone. Memory sent in a message is kept until the receiver has released it.
 """
 
 from __future__ import annotations
@@ -45,21 +44,21 @@ if TYPE_CHECKING:
     from cumempool import _core
 
 _MOST_RANGES: Final = 10_000
-_MOST_REQUESTS: Final = 64  # that are answered at the same time
+_MOST_REQUESTS: Final = 64  # answered at the same time
 
 _logger = logging.getLogger("cumempool")
 
 
 class Endpoint:
-    """Serves the memory of one allocator to processes of the same user who know a secret of it.
+    """Serves the memory of one allocator to processes of the same user that know its secret.
 
-    One thread waits for requests and for the ends of leases; each request is answered in a thread
-    of its own, which has ended after a few seconds. Secrets are signatures of what was shared, so
-    that sharing leaves nothing behind.
+    One thread waits for requests and for the ends of leases. Each request is answered in its own
+    thread, which ends within a few seconds. A secret is a signature of the shared memory, so
+    sharing keeps no state.
 
     Attributes:
-        leases: Who keeps its memory awake.
-        name: Of the socket.
+        leases: The leases that keep its memory awake.
+        name: The name of the socket.
     """
 
     def __init__(self, core: _core.Allocator) -> None:
@@ -67,7 +66,7 @@ class Endpoint:
         self.leases: Final = Leases(core)
         self._key = secrets.token_bytes(32)
         self._lock = fork_safe_lock()
-        self._asking: dict[Wire, None] = {}  # whose request has not come, the oldest first
+        self._asking: dict[Wire, None] = {}  # no request has come yet; the oldest first
         self._connections: set[socket.socket] = set()
         self._room = threading.BoundedSemaphore(_MOST_REQUESTS)
         self._closing = threading.Event()
@@ -89,7 +88,7 @@ class Endpoint:
         self._thread.start()
         _endpoints.add(self)
 
-    # ---- what the allocator calls --------------------------------------------------------------
+    # ---- called by the allocator ---------------------------------------------------------------
 
     def describe(
         self,
@@ -101,7 +100,7 @@ class Endpoint:
         fabric: bool = False,
         message: int = 0,
     ) -> SharedMemory:
-        """The descriptor of memory, for other processes; with its FABRIC handles where asked."""
+        """Returns the descriptor of memory for other processes, with FABRIC handles if asked."""
         self._refuse_closed("share", tag)
         if len(ranges) > _MOST_RANGES:
             raise SharingError(
@@ -121,7 +120,7 @@ class Endpoint:
             raise ClosedError("the allocator is closed", operation=operation, tag=tag)
 
     def _give_out(self, tag: str, ranges: Sequence[SharedRange]) -> list[SharedRange]:
-        """Ranges with their FABRIC handles, of a tag that does not sleep until `revoke`."""
+        """Returns ranges with their FABRIC handles; their tag cannot sleep until `revoke`."""
         carrying = []
         with pin_tag(self._core, tag, "share"):
             for part in ranges:
@@ -132,7 +131,7 @@ class Endpoint:
         return carrying
 
     def close(self) -> None:
-        """Ends all leases, and waits for the thread. Closing twice is no error."""
+        """Ends all leases, and waits for the thread. A second close has no effect."""
         self.stop()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -166,13 +165,13 @@ class Endpoint:
         except BlockingIOError:
             return
         except OSError as error:
-            if not self._closing.wait(0.1):  # no descriptors left: they may come back
+            if not self._closing.wait(0.1):  # no file descriptor is free; one may be later
                 _logger.warning("an importer could not be accepted: %s", error)
             return
         self._admit(connection)
 
     def _admit(self, connection: socket.socket) -> None:
-        """Answers a connection in a thread of its own if it is of a process of the same user."""
+        """Answers a connection in its own thread if its process is of the same user."""
         process, user = peer_of(connection)
         if not is_of_this_user(process, user):
             _logger.warning("process %d of user %d asked for shared memory", process, user)
@@ -192,23 +191,23 @@ class Endpoint:
         self._hang_up(connection)
 
     def _make_room(self) -> None:
-        """Puts off the oldest of those who have asked for nothing yet, the silent ones first."""
+        """Puts off the oldest connection without a request, the silent ones first."""
         with self._lock:
             silent = (wire for wire in self._asking if not wire.heard)
             wire = next(silent, next(iter(self._asking), None))
             if wire is not None:
                 del self._asking[wire]
-                _put_off(wire.connection)  # not yet closed: it is among those who ask
+                _put_off(wire.connection)  # not closed yet: it was in `_asking`
 
     def _attend(self, lease: Lease) -> None:
-        """An importer has said something, has hung up or has gone."""
+        """Updates or ends a lease whose importer has sent a message, hung up or died."""
         if lease.connection.fileno() == -1:
-            return  # both of its descriptors were ready, and the first has ended it
+            return  # both of its descriptors were ready, and the first event ended it
         self.leases.hear(lease)
         if lease.over:
             self._end(lease)
         elif lease.deaf:
-            self._ignore(lease.connection)  # which would go on saying that it was hung up
+            self._ignore(lease.connection)  # it would stay ready, as it was hung up
 
     def _end(self, lease: Lease) -> None:
         self._drop(lease)
@@ -246,7 +245,7 @@ class Endpoint:
                 self._hang_up(connection)
 
     def _answer(self, wire: Wire, process: int) -> bool:
-        """Whether there is a lease now."""
+        """Answers a request; returns whether it has begun a lease."""
         request = wire.receive()
         with self._lock:
             self._asking.pop(wire, None)
@@ -258,12 +257,12 @@ class Endpoint:
                 lease = Lease(wire.connection, pin, sum(part.bytes for part in ranges), pidfd)
                 failed.callback(self._drop, lease)
                 self.leases.add(lease, request["message"])
-                self._check(request)  # what was withdrawn before the pin, revoke() did not see
+                self._check(request)  # again: a revoke() before the pin did not see the lease
                 self._hand_out(wire, ranges)
                 self._watch_lease(lease)
                 failed.pop_all()
         except CumempoolError as error:
-            # The pin is off by now: the importer may have the owner sleep.
+            # The pin is released by now: the importer may make the owner sleep.
             wire.send({"error": str(error), "advice": error.advice}, before=FAILED)
             return False
         return True
@@ -296,7 +295,7 @@ class Endpoint:
         return tag, [SharedRange(a, b, g, s, "") for a, b, g, s in keys]
 
     def _hand_out(self, wire: Wire, ranges: Sequence[SharedRange]) -> None:
-        """Exports and sends, some at a time; the pin keeps the memory awake meanwhile."""
+        """Exports and sends ranges in batches; the pin keeps the memory awake meanwhile."""
         for first in range(0, len(ranges), MOST_FDS):
             fds: list[int] = []
             try:
@@ -309,7 +308,7 @@ class Endpoint:
                 close_all(fds)
 
     def _forked(self) -> None:
-        """In a child of the owner, which serves nothing and keeps no descriptor."""
+        """Closes everything in a forked child, which serves nothing."""
         self._closing.set()
         self.leases.forked()
         for connection in (*self._connections, self._listener):
@@ -318,7 +317,7 @@ class Endpoint:
 
 
 def _put_off(connection: socket.socket) -> None:
-    """Tells an importer that it is to ask again, and hears it no longer."""
+    """Tells an importer to ask again, and shuts the connection down."""
     with contextlib.suppress(OSError):
         connection.send(BUSY, socket.MSG_DONTWAIT)
     with contextlib.suppress(OSError):
@@ -353,6 +352,6 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @atexit.register
 def _close_all_endpoints() -> None:
-    """No thread of theirs runs when the interpreter goes."""
+    """Closes all endpoints, so that none of their threads runs when the interpreter ends."""
     for endpoint in list(_endpoints):
         endpoint.close()

@@ -1,4 +1,4 @@
-"""Has ``torch.multiprocessing`` send tensors of a pool as what they are: shared memory."""
+"""Makes ``torch.multiprocessing`` send tensors of a pool as shared memory."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _installed = False
 
 
 def install_reducers(exports: Exports) -> None:
-    """Has torch.multiprocessing send tensors of an allocator as what they are: shared memory.
+    """Makes torch.multiprocessing send tensors of an allocator as shared memory.
 
-    Both torch's functions themselves and `ForkingPickler` ask here first, so that it holds whoever
-    has imported those functions before, calls them, or registers reducers of his own.
+    Torch's functions and `ForkingPickler` both ask this module first. So it also works for code
+    that imported those functions before, calls them, or registers its own reducers.
     """
     global _installed
     with _senders_lock:
         _senders.add(exports)
     if _installed:
         return
-    # Outside of the lock: an import may run anything. It registers torch's own first.
+    # Outside the lock: an import may run anything. It registers torch's own reducers first.
     from torch.multiprocessing import reductions
 
     with _senders_lock:
@@ -43,12 +43,12 @@ def install_reducers(exports: Exports) -> None:
             _installed = True
 
 
-#: What torch's functions did before.
+#: Torch's functions with their own code.
 _torchs_own: Final[dict[str, Callable[[Any], Any]]] = {}
 
 
 def _ask_first(function: Any, instead: Any) -> None:
-    """Replaces the code of a function, and with it all that is bound to the function anywhere."""
+    """Replaces the code of a function, so that every reference to the function runs the new one."""
     own = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__
     )
@@ -56,7 +56,7 @@ def _ask_first(function: Any, instead: Any) -> None:
     function.__code__ = instead.__code__
 
 
-# The code of these two runs as that of torch's functions, among the globals of torch's module.
+# These two run as the code of torch's functions, with the globals of torch's module.
 def _first_reduce_tensor(tensor: Any) -> Any:
     from cumempool.sharing import reducers
 
@@ -72,7 +72,7 @@ def _first_reduce_storage(storage: Any) -> Any:
 
 
 def _ask_pickler_first() -> None:
-    """Has every `ForkingPickler` ask here before it looks for a reducer that was registered."""
+    """Makes every `ForkingPickler` ask this module before it looks up a registered reducer."""
     from multiprocessing.reduction import ForkingPickler
 
     pickler: Any = ForkingPickler
@@ -88,10 +88,10 @@ def _ask_pickler_first() -> None:
 
 
 def _reduce(what: Any) -> Any:
-    """Reduces a tensor, parameter or storage of a pool for sending; None if it is none.
+    """Reduces a tensor, parameter or storage of a pool for sending; returns None for others.
 
-    Some receivers put their own device in the place that it has among the arguments of torch's
-    `rebuild_cuda_tensor`, the seventh: `rebuild_tensor` takes it there.
+    Some receivers put their own device in as the seventh argument, its place in torch's
+    `rebuild_cuda_tensor`. `rebuild_tensor` takes it there.
     """
     import torch
 
@@ -105,7 +105,7 @@ def _reduce(what: Any) -> Any:
         return None
     taken_apart = what.layout is not torch.strided or what.is_nested
     if taken_apart or (what.requires_grad and not what.is_leaf):
-        return None  # torch's own does that, and refuses the other
+        return None  # torch's own reducer takes the first kind apart, and refuses the second
     memory = _send(what, what.detach())
     if memory is None or memory.layout is None:
         return None
@@ -121,7 +121,7 @@ def _send(what: Any, tensor: torch.Tensor) -> SharedMemory | None:
         if not exports.holds(tensor):
             continue
         try:
-            # They go with it: were they dropped, nobody could be answered.
+            # The message keeps both alive: without them the owner could not answer.
             return exports.send(tensor, (tensor, exports))
         except UnsupportedError:
             return None
@@ -139,36 +139,37 @@ def rebuild_tensor(
     memory: SharedMemory,
     requires_grad: bool,
 ) -> torch.Tensor:
-    """The tensor or parameter that was sent through `torch.multiprocessing`.
+    """Returns the tensor or parameter that was sent through `torch.multiprocessing`.
 
-    The name is part of what is sent: unpicklers with a list of what they admit have to admit it.
+    The pickle names this function: unpicklers with an allow-list have to allow it.
 
     Args:
         is_parameter: Whether it is a parameter.
-        size: Its shape; as all up to the device for those who look at what they receive.
-        stride: In elements.
-        offset: In bytes, inside the allocation.
+        size: Its shape. All arguments up to the device are for receivers that inspect them.
+        stride: Its strides, in elements.
+        offset: Bytes from the start of the allocation.
         storage: None.
         dtype: Name of the element type.
-        device: The ordinal of a device here that is to use it; anything else: that of the memory.
-        memory: What was shared.
+        device: The ordinal of the device that will use it here; anything else means the memory's
+            own device.
+        memory: The descriptor of the memory.
         requires_grad: Whether it requires a gradient.
 
     Raises:
-        SharingError: See `open_shared`, and all others.
+        SharingError: As for `open_shared`, which also lists the other errors.
     """
     import torch
 
     here = device if isinstance(device, int) else None
-    tensor = cast("torch.Tensor", open_shared(memory, device=here))  # which has a layout
+    tensor = cast("torch.Tensor", open_shared(memory, device=here))  # it has a layout
     if is_parameter:
         return torch.nn.Parameter(tensor, requires_grad)
     return tensor.requires_grad_(requires_grad)
 
 
 def rebuild_storage(memory: SharedMemory) -> torch.UntypedStorage:
-    """The storage that was sent through `torch.multiprocessing`; see `rebuild_tensor`."""
+    """Returns the storage that was sent through `torch.multiprocessing`; see `rebuild_tensor`."""
     from cumempool import _torch
 
-    part = cast("torch.Tensor", open_shared(memory))  # of bytes, somewhere in the allocation
+    part = cast("torch.Tensor", open_shared(memory))  # bytes, somewhere in the allocation
     return _torch.from_capsule(part).untyped_storage()

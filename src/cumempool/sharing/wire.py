@@ -19,31 +19,31 @@ from cumempool.errors import SharingError
 PATIENCE: Final = 10.0
 #: Descriptors per message; the kernel takes up to 253.
 MOST_FDS: Final = 64
-_MORE: Final = b"f"  # what goes before descriptors
-#: What goes before an error that is sent instead of descriptors.
+_MORE: Final = b"f"  # precedes descriptors
+#: Precedes an error, sent instead of descriptors.
 FAILED: Final = b"e"
-#: What is sent instead of an answer where too many others are being answered.
+#: Sent instead of an answer if the owner is answering too many others.
 BUSY: Final = b"b"
-#: What an importer says when it has mapped all that it was sent, before anything uses it.
+#: Sent by an importer when it has mapped all memory, before anything uses it.
 OPENED: Final = b"o"
-#: What it says when nothing is mapped there any more (`Connection` in module.cpp).
+#: Sent by an importer when it has unmapped all memory (`Connection` in module.cpp).
 RELEASED: Final = b"r"
 
-_MOST_MESSAGE: Final = 2 << 20  # bytes; what the most ranges need, FABRIC handles included
+_MOST_MESSAGE: Final = 2 << 20  # bytes; enough for the most ranges, FABRIC handles included
 _LENGTH: Final = struct.Struct("!I")
-_SO_PEERPIDFD: Final = 77  # Linux 6.5; the same number on all that PyTorch is built for
+_SO_PEERPIDFD: Final = 77  # Linux 6.5; the same number on all platforms that PyTorch is built for
 
 
 class BusyError(EOFError):
-    """The owner answers too many others; it may be asked again."""
+    """The owner is answering too many others; the importer may ask again."""
 
 
 class Wire:
-    """A connection whose messages have to be through at a deadline."""
+    """A connection whose messages have a common deadline."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.heard = False  # anything
+        self.heard = False  # whether anything has arrived
         self._deadline = time.monotonic() + PATIENCE
 
     def _hurry(self) -> None:
@@ -53,7 +53,7 @@ class Wire:
         self.connection.settimeout(left)
 
     def send(self, message: Mapping[str, Any], before: bytes = b"") -> None:
-        """Sends a message, behind a byte that says what it is where that is not clear."""
+        """Sends a message, after a byte that says its kind if the receiver cannot know it."""
         data = json.dumps(message).encode()
         self._hurry()
         self.connection.sendall(before + _LENGTH.pack(len(data)) + data)
@@ -70,7 +70,7 @@ class Wire:
         return bytes(data)
 
     def receive(self) -> dict[str, Any]:
-        """The next message."""
+        """Returns the next message."""
         (length,) = _LENGTH.unpack(self._receive_exactly(_LENGTH.size))
         if length > _MOST_MESSAGE:
             raise ValueError(f"a message of {length} bytes")
@@ -83,15 +83,15 @@ class Wire:
         return message
 
     def send_fds(self, fds: Sequence[int]) -> None:
-        """Sends at most `MOST_FDS` descriptors, which stay the caller's."""
+        """Sends at most `MOST_FDS` descriptors; the caller still owns them."""
         self._hurry()
         socket.send_fds(self.connection, [_MORE], fds)
 
     def receive_fds(self, count: int) -> list[int]:
-        """As many descriptors, close-on-exec; none stays open where it raises."""
+        """Returns `count` descriptors, close-on-exec; leaves none open if it raises."""
         self._hurry()
         fds = array.array("i")
-        # `socket.recv_fds` passes no flags on, so that they would be inherited for a moment.
+        # `socket.recv_fds` ignores flags, so children could inherit the descriptors for a moment.
         room, cloexec = socket.CMSG_LEN(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
         data, ancillary, flags, _ = self.connection.recvmsg(1, room, cloexec)
         for level, kind, raw in ancillary:
@@ -118,7 +118,7 @@ def close_all(fds: Iterable[int]) -> None:
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Process and user of the other end, as the kernel knows them."""
+    """Returns process and user of the other end, as the kernel reports them."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     process, user, _ = struct.unpack("3i", raw)
     return process, user
@@ -134,10 +134,10 @@ def _overflow_user() -> int:
 
 
 def is_of_this_user(process: int, user: int) -> bool:
-    """Whether a process that the kernel says is of a user runs as the user of this one.
+    """Returns whether a process, with the user that the kernel reports, runs as this one's user.
 
-    Users of other namespaces all appear as one. Whoever runs as just that one takes only processes
-    of its own namespace for its own.
+    All users without a number in this namespace appear as one, the overflow user. A process that
+    runs as the overflow user accepts only processes of its own namespace.
     """
     if user != os.geteuid():
         return False
@@ -157,8 +157,8 @@ def pidfd_of_peer(connection: socket.socket, process: int) -> int | None:
     try:
         pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
-        # An older kernel. A process that took over the number meanwhile does no harm: then the one
-        # that is meant is gone, and so is its end of the connection, unless a child of it has that.
+        # An older kernel. Another process may have taken the number meanwhile. That does no harm:
+        # the importer and its end of the connection are gone then, unless a child holds that end.
         try:
             return _core.pidfd_open(process)
         except OSError:
