@@ -1,8 +1,8 @@
-"""Sleep and wake on all ranks of a process group, or on none.
+"""Puts memory to sleep and wakes it on all ranks of a process group, or on none.
 
 Every rank does its local transition and votes; one entry of the group's store, written once,
-decides for all. Ranks meet through the store and never by a collective, so that nothing hangs on a
-rank that is gone.
+decides for all. Ranks meet through the store and never by a collective, so no rank hangs if another
+is gone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["DEFAULT_TIMEOUT", "GroupReport", "Store", "StoreGroup", "discard", "
 DEFAULT_TIMEOUT: Final = 300.0
 """Seconds that a rank waits for the others, at each point where they meet."""
 
-_STORE_PATIENCE: Final = 10.0  # seconds for one call of the store, where the timeout is longer
+_STORE_PATIENCE: Final = 10.0  # seconds for one call of the store, if the timeout is longer
 
 
 @takes_offload_tags_first
@@ -41,30 +41,30 @@ def sleep(
     allocator: CuMemAllocator | None = None,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> GroupReport:
-    """Puts tags to sleep on every rank of a group, or on none. Called by every rank, in one order.
+    """Puts tags to sleep on every rank of a group, or on none. Every rank calls it, in one order.
 
-    First all ranks say that they are here and find nothing in the way. Then each puts to sleep what
-    is backed up; only when that went well everywhere is anything discarded. Where a rank fails or
-    does not answer, the others wake again what they have put to sleep. Contents that were discarded
-    by then do not come back; that takes a failure in the last step (a hook that raises, a driver
-    that fails, a rank that dies within it), and the error names the tags.
+    First all ranks report that they are here and that nothing prevents the sleep. Then each puts
+    its backed-up tags to sleep. If that succeeds everywhere, each discards the others. If a rank
+    fails or does not answer, the others wake again what they have put to sleep. Contents discarded
+    by then are lost. Only a failure in the last step does that (a hook that raises, a driver that
+    fails, a rank that dies within it), and the error names the tags.
 
     Args:
         group: A process group of any backend, a `StoreGroup`, or None for the default group.
-            Nothing is communicated but through its store.
+            Ranks communicate through its store only.
         tags: As for `CuMemAllocator.sleep`; ranks need not name the same tags.
         offload_tags: As for `CuMemAllocator.sleep`.
-        allocator: None: the one of ``CuMemAllocator.get_instance()``.
-        timeout: Seconds to wait for the other ranks, at each point where they meet, counted from
-            when this rank gets there. It does not cut short what a rank does locally: a collective
-            that never ends, submitted before, holds up the sleep.
+        allocator: The allocator; None means ``CuMemAllocator.get_instance()``.
+        timeout: Seconds that this rank waits for the others each time they meet. It does not limit
+            the local work of a rank: a collective that was submitted before and never ends holds
+            up the sleep.
 
     Returns:
         The reports of all ranks.
 
     Raises:
-        DistributedTransitionError: A rank failed, or did not answer; it says which ranks and why,
-            and what state each is in now. ``__cause__`` is what this rank failed with.
+        DistributedTransitionError: A rank failed or did not answer. It names the ranks, the reasons
+            and the state of each rank now. ``__cause__`` is this rank's own error.
         InvalidArgumentError: This process is not in the group, there is none, or a bad timeout.
     """
 
@@ -83,13 +83,13 @@ def wake_up(
     allocator: CuMemAllocator | None = None,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> GroupReport:
-    """Wakes tags on every rank of a group, or on none. Called by every rank, in the same order.
+    """Wakes tags on every rank of a group, or on none. Every rank calls it, in the same order.
 
-    Where a rank fails or does not answer, the others put to sleep again what they have woken: with
-    its contents, where it had a backup, which copies nothing if that backup was kept
-    (``retain_backups``); discarded memory is discarded again.
+    If a rank fails or does not answer, the others put to sleep again what they have woken. Memory
+    that had a backup is backed up again, without a copy if the backup was retained
+    (``retain_backups``). Discarded memory is discarded again.
 
-    Arguments, result and errors are those of `sleep`; without tags, all wake.
+    Arguments, result and errors are as for `sleep`; without tags, all wake.
     """
     return _transition("wake_up", group, allocator, lambda own: wake_steps(own, tags), timeout)
 
@@ -103,11 +103,11 @@ def discard(
 ) -> GroupReport:
     """Puts tags to sleep without keeping their contents, on every rank of a group or on none.
 
-    What is in the way is looked for on all ranks before the first of them discards anything. Where
-    a rank fails all the same, the others wake again what was awake, with undefined contents: the
-    error names the tags. Backups that were dropped do not come back.
+    All ranks check whether they can discard before the first of them discards anything. If a rank
+    still fails, the others wake again what was awake, with undefined contents; the error names the
+    tags. Dropped backups are lost.
 
-    Arguments, result and errors are those of `sleep`.
+    Arguments, result and errors are as for `sleep`.
     """
     return _transition("discard", group, allocator, lambda own: discard_steps(own, tags), timeout)
 
@@ -126,7 +126,7 @@ def _transition(
 
     def planned() -> list[Step]:
         chosen = CuMemAllocator.get_instance() if allocator is None else allocator
-        with chosen._state.transitions.turn(operation):  # a wake in the background ends before
+        with chosen._state.transitions.turn(operation):  # waits for a background wake
             pass
         return plan(chosen)
 
@@ -137,7 +137,7 @@ def _transition(
 
 
 def _members(group: ProcessGroup | None) -> StoreGroup:
-    """A process group as ranks that meet through its store."""
+    """Returns a process group as ranks that meet through its store."""
     import torch.distributed as dist
 
     from cumempool import _torch

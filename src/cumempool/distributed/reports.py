@@ -1,4 +1,4 @@
-"""`GroupReport`, and the reports of single ranks on their way between them."""
+"""Defines `GroupReport`, and converts the reports that ranks exchange."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GroupReport:
     Attributes:
         operation: ``"sleep"``, ``"wake_up"`` or ``"discard"``.
         seconds: Wall time of the call on this rank, waiting for the others included.
-        ranks: Rank of the group -> what was done there; read-only.
+        ranks: Rank of the group -> its report; read-only.
     """
 
     operation: str
@@ -25,26 +25,26 @@ class GroupReport:
     ranks: Mapping[int, TransitionReport]
 
     def __post_init__(self) -> None:
-        """Keeps the reports from being changed."""
+        """Makes the reports read-only."""
         object.__setattr__(self, "ranks", MappingProxyType(dict(self.ranks)))
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles a plain dict: a mapping proxy cannot be."""
+        """Pickles a plain dict, since a mapping proxy cannot be pickled."""
         return (type(self), (self.operation, self.seconds, dict(self.ranks)))
 
     @property
     def bytes_freed(self) -> int:
-        """Device memory given back to the driver, all ranks."""
+        """Bytes of device memory given back to the driver, all ranks."""
         return sum(report.bytes_freed for report in self.ranks.values())
 
     @property
     def bytes_mapped(self) -> int:
-        """Device memory taken from the driver, all ranks."""
+        """Bytes of device memory taken from the driver, all ranks."""
         return sum(report.bytes_mapped for report in self.ranks.values())
 
     @property
     def slowest_seconds(self) -> float:
-        """Time of the local transition on the rank that took longest."""
+        """Seconds of the local transition on the slowest rank."""
         return max(report.seconds for report in self.ranks.values())
 
     @property
@@ -57,7 +57,7 @@ class GroupReport:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """All of it, of types that ``json.dumps`` takes; ranks are texts there."""
+        """Returns all of it as types that ``json.dumps`` takes; ranks become strings."""
         return {
             "operation": self.operation,
             "seconds": self.seconds,
@@ -67,7 +67,7 @@ class GroupReport:
         }
 
     def __str__(self) -> str:
-        """One line for all, then the report of each rank."""
+        """Returns one line for all ranks, then the report of each."""
         amounts = [("freed", self.bytes_freed), ("mapped", self.bytes_mapped)]
         text = ", ".join(f"{verb} {format_bytes(count)}" for verb, count in amounts if count)
         lines = [
@@ -81,7 +81,7 @@ class GroupReport:
 
 
 def to_json(report: TransitionReport) -> dict[str, Any]:
-    """A report of types that ``json.dumps`` takes; `joined` takes it back."""
+    """Returns a report as types that ``json.dumps`` takes; `joined` converts it back."""
     return {
         "seconds": report.seconds,
         "tags": [asdict(tag) for tag in report.tags.values()],

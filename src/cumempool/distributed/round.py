@@ -1,4 +1,4 @@
-"""One transition of a group: every rank does its steps and votes, and one entry decides for all."""
+"""Runs one transition of a group: each rank does its steps and votes; one entry decides for all."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _logger = logging.getLogger("cumempool")
 
 
 class _AbortedError(Exception):
-    """The group does not make this transition."""
+    """The group has decided against this transition."""
 
 
 @dataclass
 class Round:
     """One transition of a group, as one rank sees it.
 
-    Rounds are numbered in the store. Whoever comes after a round was decided begins the next one,
-    so that ranks that came too late, or were restarted, meet the others again.
+    The store numbers the rounds. A rank that comes after a round was decided begins the next one,
+    so ranks that were late or restarted meet the others again.
     """
 
     channel: Channel
@@ -38,8 +38,8 @@ class Round:
     size: int
     operation: str
     timeout: float
-    number: int = -1  # not known yet
-    missed: bool = False  # a rank gave this round up before this one came
+    number: int = -1  # -1: not known yet
+    missed: bool = False  # another rank gave this round up before this rank came
     failures: dict[int, str] = field(default_factory=dict)
     unanswered: set[int] = field(default_factory=set)
     done: list[Step] = field(default_factory=list)
@@ -47,10 +47,10 @@ class Round:
     cause: BaseException | None = None
     secondary: list[str] = field(default_factory=list)
 
-    # ---- the way there
+    # ---- forwards
 
     def run(self, plan: Callable[[], list[Step]]) -> dict[int, TransitionReport]:
-        """Goes through all phases; returns the reports of all ranks."""
+        """Runs all phases; returns the reports of all ranks."""
         lost: StoreLostError | None = None
         try:
             try:
@@ -60,13 +60,13 @@ class Round:
             except StoreLostError as error:
                 lost = error
                 states = self._lose(error)
-        except BaseException:  # such as the user's Ctrl-C, in whatever phase
+        except BaseException:  # such as the user's Ctrl-C, in any phase
             self._give_up("was interrupted")
             raise
         raise self._error(states) from (self._take_cause() or lost)
 
     def _all_or_none(self, plan: Callable[[], list[Step]]) -> dict[int, TransitionReport]:
-        # First: a rank that gives up while it plans has to name the round.
+        # Comes first: a rank that gives up while it plans has to name the round.
         self._find_number()
         steps = self._planned(plan)
         arrived = self._gather("here", {"operation": self.operation, "steps": len(steps)})
@@ -98,7 +98,7 @@ class Round:
         except Exception as error:  # told to all ranks, and raised from; hooks raise anything
             _logger.debug("%s failed on this rank", self.operation, exc_info=True)
             self._failed(error)
-            if not step.undone():  # the allocator could not undo all of it either
+            if not step.undone():  # the allocator could not undo all of it
                 self.done.append(step)
         else:
             self.done.append(step)
@@ -113,7 +113,7 @@ class Round:
         return cause
 
     def _find_number(self) -> None:
-        """The round that is open, or that a rank gave up before this one came."""
+        """Finds the open round, or one that another rank gave up before this rank came."""
         while True:
             self.number = int(self.channel.first("round", 0))
             if not self.channel.has([self._decision]):
@@ -129,7 +129,7 @@ class Round:
         self.channel.exchange("round", self.number, self.number + 1)
 
     def _gather(self, phase: str, answer: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        """Tells the others, and waits until all have told."""
+        """Writes this rank's answer, waits for all others and returns all answers."""
         answer["failure"] = self.failures.get(self.rank)
         self.channel.put(self._key(phase, self.rank), answer)
         if self.missed:
@@ -147,7 +147,7 @@ class Round:
         return answers
 
     def _check_operations(self, arrived: Mapping[int, dict[str, Any]]) -> None:
-        """Refuses a round in which ranks want different things; all of them see the same."""
+        """Refuses a round in which ranks called different operations; all ranks see the same."""
         wanted = {rank: str(answer["operation"]) for rank, answer in arrived.items()}
         if len(set(wanted.values())) > 1:
             for rank, operation in wanted.items():
@@ -156,25 +156,25 @@ class Round:
             raise _AbortedError
 
     def _decide(self, decision: dict[str, Any]) -> dict[str, Any]:
-        """Decides the round, unless that was done; returns what was decided, once and for all."""
+        """Decides the round unless a rank has done so; returns the final decision."""
         made: dict[str, Any] = self.channel.first(self._decision, decision)
-        if "gave_up" not in made:  # else those who come later are told of it
-            with contextlib.suppress(StoreLostError):  # the next rank does it
+        if "gave_up" not in made:  # else the round stays open, to tell ranks that come later
+            with contextlib.suppress(StoreLostError):  # the next rank does it then
                 self._begin_next()
         return made
 
     def _agree(self) -> bool:
-        """Decides for the round, at the second try too: the others may have, and do not go back."""
+        """Decides for the round, with a second try: ranks that have decided for it do not undo."""
         try:
             return bool(self._decide({"commit": True})["commit"])
         except StoreLostError:
             self.channel.reopen()
             return bool(self._decide({"commit": True})["commit"])
 
-    # ---- the way back
+    # ---- back
 
     def _leave(self) -> dict[int, RankState]:
-        """Undoes what was done here, and hears how the others fared."""
+        """Undoes this rank's steps, and returns the state of all ranks."""
         state = self._undo()
         try:
             decision = self.channel.get(self._decision)
@@ -183,7 +183,7 @@ class Round:
             self.unanswered.update(decision.get("unanswered", ()))
             self._tell_end(state)
             came = set(range(self.size)) - self.unanswered
-            if gave_up:  # maybe before all had come
+            if gave_up:  # perhaps before all had come
                 came -= {*self._missing("here", came)} - gave_up.keys()
             others = sorted(came - {self.rank})
             if not self._wait("end", others, None):
@@ -201,7 +201,7 @@ class Round:
         return {self.rank: state, **{rank: end["state"] for rank, end in ends.items()}}
 
     def _give_up(self, why: str) -> None:
-        """Leaves on an exception that is none of ours: aborts, unless all have agreed before."""
+        """Aborts the round on a foreign exception, unless all ranks have agreed before."""
         self.failures[self.rank] = why
         if not self._refuse():
             state = self._undo()
@@ -209,11 +209,11 @@ class Round:
                 self._tell_end(state)
 
     def _lose(self, error: StoreLostError) -> dict[int, RankState]:
-        """Goes back without the store; tells the others, if it still takes that."""
+        """Undoes this rank's steps without the store; tells the others if the store takes that."""
         self.failures.setdefault(self.rank, f"{error}; what the others did is not known here")
         with contextlib.suppress(StoreLostError):
             self.channel.reopen()
-        if self._refuse():  # the others do not go back
+        if self._refuse():  # the others do not undo
             return {self.rank: "not_undone"}
         state = self._undo()
         with contextlib.suppress(StoreLostError):
@@ -221,7 +221,7 @@ class Round:
         return {self.rank: state}
 
     def _refuse(self) -> bool:
-        """Decides against the round if nobody has decided; whether it is made."""
+        """Decides against the round if it is open; returns whether the group makes it."""
         with contextlib.suppress(StoreLostError):
             if self.number < 0:
                 self._find_number()
@@ -238,11 +238,11 @@ class Round:
         return {"failure": failure, "state": state, "secondary": self.secondary}
 
     def _undo(self) -> RankState:
-        """Takes back what was done here, last first; says what state that leaves."""
+        """Undoes this rank's steps, last first; returns the state that is left."""
         for step in reversed(self.done):
             try:
                 step.undo()
-            except Exception as error:  # told to all ranks: the others go on with theirs
+            except Exception as error:  # told to all ranks; the other steps go on
                 _logger.debug("%s could not be undone", self.operation, exc_info=True)
                 self.secondary.append(f"rank {self.rank}: {type(error).__name__}: {error}")
         if not all(step.undone() for step in self.done):
@@ -300,7 +300,7 @@ class Round:
         return [*keys, f"{number}/decision"] if self.rank == 0 else keys
 
     def _wait(self, phase: str, ranks: Sequence[int], decision: str | None) -> bool:
-        """Whether all have told in time; ends early where a decision was made without."""
+        """Returns whether all have answered in time; ends early if the round was decided."""
         keys = [self._key(phase, rank) for rank in ranks]
         if not keys:
             return True

@@ -1,4 +1,4 @@
-"""The local transitions of a rank, each with its way back."""
+"""Makes the local transitions of a rank, each with its undo."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from cumempool.errors import InUseError
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One local transition and its way back."""
+    """One local transition and its undo."""
 
     run: Callable[[], TransitionReport]
     undo: Callable[[], object]
     undone: Callable[[], bool]
-    lost_tags: tuple[str, ...] = ()  # whose contents the way back does not bring
+    lost_tags: tuple[str, ...] = ()  # the undo does not restore their contents
 
 
 def _has_none(allocator: CuMemAllocator, tags: Iterable[str], state: str) -> bool:
-    """Whether no allocation of the tags is ``"awake"``, or is ``"asleep"``."""
+    """Returns whether no allocation of the tags is in a state, ``"awake"`` or ``"asleep"``."""
     known = allocator.stats().tags
     return not any(_count_by_state(known[tag])[state] for tag in tags if tag in known)
 
@@ -37,9 +37,9 @@ def _count_by_state(tag: Any) -> dict[str, int]:
 def _tags_wholly(
     operation: str, allocator: CuMemAllocator, tags: Iterable[str], state: str
 ) -> list[str]:
-    """Returns the tags that have memory in a state; all memory of them must be in it.
+    """Returns the tags that have memory in a state; all their memory must be in it.
 
-    A way back works on whole tags: from a tag of which only a part slept, it would wake too much.
+    An undo works on whole tags: it would wake too much of a tag that slept in part before.
     """
     known = allocator.stats().tags
     chosen = []
@@ -60,7 +60,7 @@ def _tags_wholly(
 
 
 def _refuse_pinned(operation: str, allocator: CuMemAllocator, tags: Iterable[str]) -> None:
-    """Looks for what would refuse a discard, before another rank has discarded anything."""
+    """Raises if the tags cannot be discarded, before another rank has discarded anything."""
     known = allocator.stats().tags
     refuse_open_scopes(allocator._state, operation, tags)
     for tag in tags:
@@ -98,11 +98,11 @@ def _sleep_step(allocator: CuMemAllocator, tags: list[str], kept: list[str]) -> 
 
 
 def wake_steps(allocator: CuMemAllocator, tags: Sequence[str] | str | None) -> list[Step]:
-    """One step, whose way back puts to sleep again what it has woken."""
+    """Returns one step, whose undo puts to sleep again what it has woken."""
     known = allocator.stats().tags
     named = list(known) if tags is None else [tags] if isinstance(tags, str) else list(tags)
     touched = _tags_wholly("wake_up", allocator, named, "asleep")
-    # What was preserved inside a discarded tag is backed up again whatever is done with the tag.
+    # Preserved memory inside a discarded tag is backed up again by either sleep of the tag.
     backed_up = {i.tag for i in allocator.snapshot() if i.state == "backed_up" and not i.preserved}
     kept = [tag for tag in touched if tag in backed_up]
     return [
@@ -115,7 +115,7 @@ def wake_steps(allocator: CuMemAllocator, tags: Sequence[str] | str | None) -> l
 
 
 def discard_steps(allocator: CuMemAllocator, tags: Sequence[str] | str) -> list[Step]:
-    """One step, whose way back wakes what was awake, without its contents."""
+    """Returns one step, whose undo wakes what was awake, without its contents."""
     named = [tags] if isinstance(tags, str) else list(tags)
     known = allocator.stats().tags
     touched = _tags_wholly("discard", allocator, named, "awake")

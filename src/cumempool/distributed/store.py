@@ -1,4 +1,4 @@
-"""A store through which ranks meet, and which may stop answering."""
+"""Calls the store through which ranks meet, with a limit on the time of each call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _METHODS: Final = ("set", "get", "check", "compare_set", "delete_key")
 
 
 class Store(Protocol):
-    """The methods of a ``torch.distributed.Store`` that are used, as ``TCPStore`` has them."""
+    """The methods of a ``torch.distributed.Store`` that cumempool calls, as in ``TCPStore``."""
 
     def set(self, key: str, value: str, /) -> None:
         """Writes a value."""
@@ -31,10 +31,10 @@ class Store(Protocol):
         """Reads a value."""
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all keys are there."""
+        """Returns whether all keys exist."""
 
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        """Writes a value in place of another; returns what is there then."""
+        """Writes a value in place of an expected one; returns the value that is there then."""
 
     def delete_key(self, key: str, /) -> bool:
         """Deletes a key."""
@@ -46,13 +46,13 @@ class StoreGroup:
 
     Attributes:
         store: A ``torch.distributed.Store`` that all of them reach, such as a ``TCPStore``.
-        rank: Of this process, from 0.
-        size: How many there are.
+        rank: The rank of this process, from 0.
+        size: The number of ranks.
         name: Tells groups apart that share a store.
 
     Raises:
         InvalidTypeError: The store lacks a method of `Store`, or a field is of another type.
-        InvalidArgumentError: `rank` is none of `size`.
+        InvalidArgumentError: `rank` is not one of 0 to `size` - 1.
     """
 
     store: Store
@@ -81,9 +81,9 @@ class StoreLostError(Exception):
 
 
 class Channel(contextlib.AbstractContextManager["Channel"]):
-    """A store, no call of which takes longer than `patience` seconds.
+    """A store with a limit of `patience` seconds on each call.
 
-    Calls are made in a thread of their own: a store whose host is cut off keeps them for ever.
+    A thread of its own makes the calls: they never return if the store's host is cut off.
     """
 
     def __init__(self, store: Store, prefix: str, patience: float) -> None:
@@ -104,7 +104,7 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
             future, work = call
             try:
                 future.set_result(work())
-            except BaseException as error:  # noqa: BLE001 -- whatever it is, for who waits
+            except BaseException as error:  # noqa: BLE001 -- the caller raises it
                 future.set_exception(error)
 
     def _call(self, what: str, work: Callable[[], _T]) -> _T:
@@ -121,12 +121,12 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
             elif isinstance(error, FutureTimeoutError):
                 self._silent = True
                 self._lost = f"the group's store did not answer a {what} in {self._patience:g} s"
-            else:  # the caller's own, such as Ctrl-C
+            else:  # an exception of the caller, such as Ctrl-C
                 raise
             raise StoreLostError(self._lost) from error
 
     def reopen(self) -> None:
-        """Tries again after an error, so that the others can be told."""
+        """Allows calls again after an error, so that this rank can tell the others."""
         if self._silent:
             raise StoreLostError(self._lost)
         self._lost = ""
@@ -137,20 +137,20 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         self._call("set", lambda: self._store.set(self._prefix + key, text))
 
     def has(self, keys: Sequence[str]) -> bool:
-        """Whether all the keys are there."""
+        """Returns whether all keys exist."""
         names = [self._prefix + key for key in keys]
         return bool(self._call("check", lambda: self._store.check(names)))
 
     def get(self, key: str) -> Any:
-        """The value of a key that is there."""
+        """Returns the value of a key that exists."""
         return self._call("get", lambda: json.loads(self._store.get(self._prefix + key)))
 
     def first(self, key: str, value: object) -> Any:
-        """Writes a value where there is none yet; returns what is there then."""
+        """Writes a value if there is none yet; returns the value that is there then."""
         return self.exchange(key, None, value)
 
     def exchange(self, key: str, expected: object, value: object) -> Any:
-        """Writes a value in place of the expected one (None: of none); returns what is there."""
+        """Writes a value in place of the expected one (None: no value); returns the value then."""
         before = "" if expected is None else json.dumps(expected)
         after = json.dumps(value)
         name = self._prefix + key

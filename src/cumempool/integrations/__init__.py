@@ -1,1 +1,1 @@
-"""Adapters to other systems: Prometheus, NIXL, KV transfer connectors."""
+"""Adapts cumempool to other systems: Prometheus, NIXL, KV transfer connectors."""

@@ -1,4 +1,4 @@
-"""Says whether torch's expandable segments are on: from the live allocator, or the environment."""
+"""Finds whether torch's expandable segments are on: from the live allocator or the environment."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-#: The variables that torch reads its allocator's settings from, in torch's order (seen with 2.13,
-#: whatever its documentation says of priorities). The first one that is set is the only one that
-#: counts, even where it is empty.
+#: The variables that torch reads its allocator's settings from, in torch's order (seen with 2.13;
+#: its documentation may give other priorities). Only the first that is set counts, even if empty.
 ALLOCATOR_VARIABLES: Final = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_HIP_ALLOC_CONF",
@@ -27,8 +26,8 @@ class ExpandableSegments:
     """Whether torch's allocator grows its segments by mapping pages.
 
     Attributes:
-        on: True or False; None where the setting has a value that is neither.
-        source: Where that was read, for people.
+        on: True or False; None if the setting has a value that is neither.
+        source: The setting that says so, as text for people.
     """
 
     on: bool | None
@@ -36,9 +35,9 @@ class ExpandableSegments:
 
 
 def _option_of(text: str) -> str | None:
-    """The last value of the option in a settings string, in lower case, or None."""
+    """Returns the last value of the option in a settings string, in lower case, or None."""
     found = None
-    # Options may list values of their own in brackets; none of those is of interest here.
+    # Options may list values in brackets; none of those matters here.
     for option in re.sub(r"\[[^\]]*\]?|\s", "", text).casefold().split(","):
         name, _, value = option.partition(":")
         if name == _OPTION:
@@ -61,17 +60,16 @@ def _first_set(variables: Mapping[str, object]) -> tuple[str, str] | None:
 def expandable_segments(
     environ: Mapping[str, str] | None = None, live: Mapping[str, Any] | None = None
 ) -> ExpandableSegments:
-    """Whether torch's expandable segments are on.
+    """Returns whether torch's expandable segments are on, and the setting that says so.
 
-    Spaces and case do not matter, ``true``, ``1``, ``yes`` and ``on`` are the same, an option that
-    is repeated counts with its last value, and of `ALLOCATOR_VARIABLES` the first that is set is
-    the one that counts.
+    Spaces and case do not matter. ``true``, ``1``, ``yes`` and ``on`` are the same. The last value
+    of a repeated option counts. The first of `ALLOCATOR_VARIABLES` that is set counts.
 
     Args:
-        environ: The variables; None is ``os.environ``.
+        environ: The variables; None means ``os.environ``.
         live: The settings that the allocator runs with, which overrule the variables:
-            ``torch.cuda.memory._snapshot()["allocator_settings"]``. None asks torch where this
-            process has started to use CUDA; an empty mapping asks nobody.
+            ``torch.cuda.memory._snapshot()["allocator_settings"]``. None asks torch if this
+            process uses CUDA; an empty mapping means none.
     """
     live = _live_settings() if live is None else live
     setting = live.get(_OPTION)

@@ -49,15 +49,15 @@ class Connector:
 
     Attributes:
         name: Its name in vLLM.
-        registers: It registers that memory with a transport, or exports it to another process; no
-            page of it may change while it is registered. False: it copies to and from buffers of
-            its own.
-        follows_remap: It can drop its registrations before a sleep and make them again after the
-            wake, or has none.
-        aliases: Other names that it is known by.
-        legacy_ipc: It exports the memory by ``cudaIpcGetMemHandle``, which takes memory from
-            ``cudaMalloc`` only.
-        over_ucx: It sends the memory over UCX.
+        registers: Whether it registers that memory with a transport, or exports it to another
+            process; no page of it may change while it is registered. If False, it copies to and
+            from its own buffers.
+        follows_remap: Whether it can drop its registrations before a sleep and make them again
+            after the wake, or has none.
+        aliases: Its other names.
+        legacy_ipc: Whether it exports the memory by ``cudaIpcGetMemHandle``, which takes memory
+            from ``cudaMalloc`` only.
+        over_ucx: Whether it sends the memory over UCX.
     """
 
     name: str
@@ -76,7 +76,7 @@ def _copies(name: str, *aliases: str) -> Connector:
     return Connector(name, False, True, aliases)
 
 
-#: The connectors that are known.
+#: The known connectors.
 CONNECTORS: Final[tuple[Connector, ...]] = (
     _registers("NixlConnector", "nixl", follows_remap=True, over_ucx=True),
     _registers("MooncakeConnector", "mooncake"),
@@ -104,11 +104,11 @@ _BY_FOLDED_NAME: Final = {
 
 
 def find_connector(name: str) -> Connector | None:
-    """The connector of that name or alias, upper and lower case being the same; or None."""
+    """Returns the connector of a name or alias, ignoring case; None if it is not known."""
     return _BY_FOLDED_NAME.get(name.strip().casefold())
 
 
-# ---- what users write --------------------------------------------------------------------------
+# ---- configuration -----------------------------------------------------------------------------
 
 
 def _freeze(value: object) -> object:
@@ -129,16 +129,16 @@ def _thaw(value: object) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class KVTransferConfig:
-    """Which connector a program moves its KV cache with. Immutable.
+    """The connector that a program moves its KV cache with, and its settings. Immutable.
 
     Attributes:
-        connector: The connector's name, as vLLM has it; None = KV caches stay where they are.
+        connector: The connector's name in vLLM; None = KV caches are not transferred.
         extra: The connector's own settings (vLLM: ``kv_connector_extra_config``).
-        buffer_device: ``"cuda"``, or ``"cpu"`` where the connector sends from host memory
+        buffer_device: ``"cuda"``, or ``"cpu"`` if the connector sends from host memory
             (vLLM: ``kv_buffer_device``).
         follows_remap: Whether registrations are dropped before a sleep and made again after the
-            wake, where the program knows better than `CONNECTORS`: because it does so itself, by
-            ``register_hooks`` or `cumempool.integrations.nixl`. None = what the table says.
+            wake. Set it if the program does so itself, by ``register_hooks`` or
+            `cumempool.integrations.nixl`. None = as in `CONNECTORS`.
 
     Raises:
         InvalidTypeError: A field of the wrong type.
@@ -172,16 +172,16 @@ class KVTransferConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> KVTransferConfig:
-        """The configuration of a mapping such as vLLM's ``--kv-transfer-config``.
+        """Returns the configuration of a mapping such as vLLM's ``--kv-transfer-config``.
 
         Args:
             settings: ``kv_connector`` (or ``connector``), ``kv_connector_extra_config`` (or
-                ``extra``), ``kv_buffer_device`` (or ``buffer_device``), ``follows_remap``; what
-                else is there (``kv_role``, ``kv_ip``, ...) has no bearing on memory. None is empty.
+                ``extra``), ``kv_buffer_device`` (or ``buffer_device``), ``follows_remap``. Other
+                keys (``kv_role``, ``kv_ip``, ...) do not concern memory. None means empty.
 
         Raises:
-            InvalidTypeError: It is no mapping, or a value is of the wrong type.
-            InvalidArgumentError: Both names of a setting are there; or as the constructor.
+            InvalidTypeError: `settings` is no mapping, or a value is of the wrong type.
+            InvalidArgumentError: It has both names of a setting; or as the constructor.
         """
         if settings is None:
             return cls()
@@ -201,11 +201,11 @@ class KVTransferConfig:
 
     @classmethod
     def from_json(cls, text: str) -> KVTransferConfig:
-        """The configuration of a JSON object; see `from_dict`.
+        """Returns the configuration of a JSON object; see `from_dict`.
 
         Raises:
-            InvalidTypeError: `text` is no text, or its JSON is no object.
-            InvalidArgumentError: It is no JSON; or as `from_dict`.
+            InvalidTypeError: `text` is no str, or its JSON is no object.
+            InvalidArgumentError: `text` is no JSON; or as `from_dict`.
         """
         if not isinstance(text, str):
             raise _wrong_type("the KV transfer configuration", text, "a str")
@@ -222,7 +222,7 @@ class KVTransferConfig:
         return (self.connector or "").strip().casefold() == _MULTI.casefold()
 
     def parts(self) -> tuple[KVTransferConfig, ...]:
-        """The configurations of single connectors: those of a MultiConnector, or this one."""
+        """Returns the parts of a MultiConnector; of any other connector, this configuration."""
         if self.connector is None:
             return ()
         if not self._is_multi:
@@ -275,25 +275,25 @@ def verify_kv_transfer_compat(
 ) -> list[str]:
     """Checks that a connector can work on the memory that a program will give it.
 
-    Connectors that copy go with everything. For those that register: torch's expandable segments
-    must be off or the pools on, and where the KV cache sleeps, the connector must follow a remap.
+    Connectors that copy work with any memory. If a connector registers memory, torch's expandable
+    segments must be off or the pools on; if the KV cache sleeps, it must also follow a remap.
 
     Args:
-        config: Whether pools and sleep mode are on.
-        kv: The connector. None, or one without a name: nothing to check but `kv_backing`.
+        config: The configuration, which says whether pools and sleep mode are on.
+        kv: The connector. For None, or one without a name, only `kv_backing` is checked.
         environ: As for `expandable_segments`.
         live: As for `expandable_segments`.
         kv_backing: The backing of the KV cache's tag.
-        kv_sleeps: Whether that tag is put to sleep; None = where sleep mode is on.
+        kv_sleeps: Whether that tag is put to sleep; None = if sleep mode is on.
         fabric: Whether its memory has FABRIC handles (``TagStats.handle_types``,
             ``DeviceProbe.handle_types``); None = not known.
 
     Returns:
-        Warnings, which were also logged; empty where there are none.
+        The warnings, which it also logs.
 
     Raises:
         InvalidArgumentError: (a ``ValueError``) A combination that would fail or corrupt
-            transfers; the message says why, and how to get out.
+            transfers; the message gives the reason and the ways out.
     """
     sleeps = config.enable_sleep_mode if kv_sleeps is None else kv_sleeps
     _refuse_contradictions(config, kv_backing, sleeps)
@@ -329,7 +329,7 @@ def _unknown(connector: Connector) -> str:
 
 
 def _resolve(kv: KVTransferConfig | None) -> Iterator[tuple[Connector, bool]]:
-    """Yields each connector as configured, and whether it is a known one."""
+    """Yields each connector as configured, and whether it is known."""
     for part in kv.parts() if kv is not None else ():
         name = str(part.connector).strip()
         found = find_connector(name)
@@ -383,7 +383,7 @@ def _without_following(fixed: list[Connector]) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"KV connector {_names(fixed)} cannot follow a remap: its registrations would name pages "
         "that a sleep has given away; switch sleep mode off, keep the KV cache out of what sleeps "
-        "(kv_sleeps=False, and name the other tags in sleep()), or, where the program drops and "
+        "(kv_sleeps=False, and name the other tags in sleep()), or, if the program drops and "
         "makes the registrations itself by register_hooks(), say so with "
         "KVTransferConfig(follows_remap=True)",
         operation="verify",

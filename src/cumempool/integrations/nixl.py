@@ -1,6 +1,6 @@
 """Keeps a tag's memory registered with a NIXL agent, through every sleep and wake of the tag.
 
-Nothing else in the package imports this module, and it imports NIXL only in `create_agent`.
+Only `create_agent` imports NIXL.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 OnMetadata = Callable[[bytes, int], None]
-"""Called with new metadata and its generation, after each registration."""
+"""A function that takes new metadata and its generation, called after each registration."""
 
-#: The thin package picks among the others by torch's CUDA version; each works without it.
+#: The first package picks one of the others by torch's CUDA version; each works without it.
 _PACKAGES: Final = ("nixl", "nixl_cu13", "nixl_cu12")
 
 
@@ -48,30 +48,30 @@ _Registration = tuple[int, Any]
 
 
 def is_installed() -> bool:
-    """Whether there is a package of NIXL. Imports nothing."""
+    """Returns whether a package of NIXL is installed. Imports nothing."""
     return any(importlib.util.find_spec(name) for name in _PACKAGES)
 
 
 def create_agent(name: str, *, backends: Sequence[str] = ("UCX",), **settings: Any) -> Any:
-    """A ``nixl_agent`` of the NIXL that is installed.
+    """Creates a ``nixl_agent`` of the installed NIXL.
 
     Create one per process and GPU, after ``torch.cuda.set_device`` and the first use of CUDA: UCX
-    looks at the context that is current.
+    uses the current context.
 
     Args:
-        name: The name that peers know it by; unique among them.
+        name: The agent's name, unique among its peers.
         backends: NIXL backends to start.
-        **settings: What ``nixl_agent_config`` takes beside that. ``sync_mode`` is strict where it
-            is not given: a sleep may run in another thread than the transfers.
+        **settings: Other arguments of ``nixl_agent_config``. ``sync_mode`` is strict unless given,
+            since a sleep may run in another thread than the transfers.
 
     Raises:
-        UnavailableError: NIXL is not installed, or a backend of it is not.
+        UnavailableError: NIXL or one of the backends is not installed.
     """
     package = _import_nixl()
     if hasattr(package, "nixl_thread_sync_t"):
         settings.setdefault("sync_mode", package.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT)
     agent = package.nixl_agent(name, package.nixl_agent_config(backends=list(backends), **settings))
-    # NIXL skips what it does not find, with no more than a line in its log.
+    # NIXL skips backends that it does not find, with only a line in its log.
     missing = [backend for backend in backends if backend not in agent.backends]
     if missing:
         raise UnavailableError(
@@ -97,18 +97,18 @@ def _import_nixl() -> Any:
 
 
 def replace_remote_agent(agent: Any, name: str, metadata: bytes) -> str:
-    """Makes an agent forget what it knows of a peer and take the peer's new metadata.
+    """Replaces an agent's metadata of a peer.
 
-    NIXL does not replace registrations that it has loaded: a peer that registered again has to be
-    removed first. Removing ends the connection in both directions, so both sides do this.
+    NIXL does not replace registrations that it has loaded, so a peer that registered again has to
+    be removed first. A removal ends the connection in both directions, so both sides call this.
 
     Args:
         agent: The local agent.
-        name: The peer; one that is not known yet is fine.
-        metadata: What the peer's `RegisteredTag.metadata` gave.
+        name: The peer's name; the agent need not know it yet.
+        metadata: The result of the peer's `RegisteredTag.metadata`.
 
     Returns:
-        The peer's name, as the metadata have it.
+        The peer's name in the metadata.
     """
     agent.remove_remote_agent(name)
     loaded = agent.add_remote_agent(metadata)
@@ -118,32 +118,31 @@ def replace_remote_agent(agent: Any, name: str, metadata: bytes) -> str:
 class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
     """A tag whose memory is registered with a NIXL agent whenever it is awake. Thread-safe.
 
-    While the memory is registered it is pinned. A sleep, discard or swap of the tag first drops
-    the registration and the pin; the wake after it registers again. What NIXL made from the old
-    registration is void then: release transfer handles and prepared lists before a sleep, and give
-    `metadata` to the peers again after the wake (`replace_remote_agent` on their side). No transfer
-    may be under way when a sleep starts, begun by peers included: they are the program's to stop.
-    Where sleeps and transfers run in different threads, the agent needs a ``sync_mode`` that allows
-    it; `create_agent` gives it one.
+    Registered memory is pinned. A sleep, discard or swap of the tag first drops the registration
+    and the pin; the wake after it registers again. That voids everything that NIXL made from the
+    old registration: release transfer handles and prepared lists before a sleep, and give
+    `metadata` to the peers again after the wake (`replace_remote_agent` on their side). The program
+    must stop all transfers before a sleep, those of peers included. If sleeps and transfers run in
+    different threads, the agent needs a ``sync_mode`` that allows it; `create_agent` gives it one.
 
-    Memory that is allocated under the tag later is registered by the next wake, or by `refresh`.
-    Do not free memory while it is registered.
+    The next wake or `refresh` registers memory that is allocated under the tag later. Do not free
+    registered memory.
 
     Args:
-        agent: A ``nixl_agent``, whose package need not be installed to check types.
+        agent: A ``nixl_agent``; type checks do not need its package.
         allocator: The allocator. Memory of its ``host`` driver is registered as ``"DRAM"``.
         tag: The tag; if it sleeps, it is registered when it wakes.
         backends: NIXL backends to register with; None = all that take such memory.
-        on_metadata: Called with the metadata and their generation after every registration, that
-            of the constructor included: from the thread that registered, in a wake therefore from
-            inside the transition. Where it raises in a wake, the memory stays registered and the
-            report of the wake says so.
+        on_metadata: Called with the metadata and their generation after every registration, also
+            the constructor's, in the thread that registered; in a wake, therefore, from inside the
+            transition. If it raises in a wake, the memory stays registered and the report of the
+            wake says so.
 
     Raises:
-        UnknownTagError: A tag that was never used.
+        UnknownTagError: The tag was never used.
         InvalidTypeError: An argument of the wrong type.
         ClosedError: The allocator is closed.
-        Exception: What the agent or `on_metadata` raises; then nothing is left registered.
+        Exception: An exception of the agent or `on_metadata`; nothing stays registered.
     """
 
     def __init__(
@@ -167,7 +166,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         self._memory: Final[Literal["DRAM", "VRAM"]] = (
             "DRAM" if allocator.config.driver == "host" else "VRAM"
         )
-        # Hooks take it inside transitions, so nothing that waits for one is called under it.
+        # Hooks take it inside transitions, so code that holds it never waits for a transition.
         self._lock = fork_safe_lock()
         self._ranges: tuple[RegistrableRange, ...] = ()
         self._registrations: list[_Registration] = []
@@ -189,39 +188,39 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
 
     @property
     def generation(self) -> int:
-        """Grows with every registration; 0 before the first. Older metadata are stale."""
+        """Number of registrations so far; metadata of an older generation are stale."""
         return self._generation
 
     @property
     def ranges(self) -> tuple[RegistrableRange, ...]:
-        """The ranges that are registered now."""
+        """The registered ranges."""
         return self._ranges
 
     def metadata(self) -> bytes:
-        """The agent's metadata, to be given to peers.
+        """Returns the agent's metadata, to give to peers.
 
         Raises:
             UnavailableError: Nothing is registered: the tag sleeps or has no memory yet.
             ClosedError: `close` was called.
-            Exception: What the agent raises.
+            Exception: An exception of the agent.
         """
         with self._lock:
             self._check_registered("metadata")
             return bytes(self._agent.get_agent_metadata())
 
     def refresh(self) -> int:
-        """Drops the registration and makes it again for all memory of the tag that is awake.
+        """Drops the registration and registers all awake memory of the tag again.
 
-        For memory that was allocated since, or where a registration failed after a wake.
+        Call it after an allocation, or if a registration failed after a wake.
 
         Returns:
-            The generation. It has not grown where nothing of the tag is awake.
+            The generation, unchanged if no memory of the tag is awake.
 
         Raises:
-            UnknownTagError: A tag that was never used.
+            UnknownTagError: The tag was never used.
             ClosedError: `close` was called.
-            Exception: What the agent or `on_metadata` raises. Where it was the agent's
-                registration, nothing is registered and nothing pinned.
+            Exception: An exception of the agent or `on_metadata`. If the agent's registration
+                fails, nothing is registered or pinned.
         """
         with self._lock:
             self._check_open("refresh")
@@ -229,12 +228,12 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         return self._generation
 
     def xfer_descs(self, what: _Piece | Iterable[_Piece]) -> Any:
-        """A NIXL transfer list over contiguous tensors or ranges of the tag.
+        """Returns a NIXL transfer list over contiguous tensors or ranges of the tag.
 
         Raises:
             InvalidArgumentError: A tensor is not contiguous, or there is nothing to transfer.
-            NotInPoolError: A piece does not lie in one registered range; a transfer of it would
-                fail with ``NIXL_ERR_NOT_FOUND``.
+            NotInPoolError: A piece does not lie in one registered range; its transfer would fail
+                with ``NIXL_ERR_NOT_FOUND``.
             UnavailableError: Nothing is registered: the tag sleeps or has no memory yet.
             ClosedError: `close` was called.
         """
@@ -249,13 +248,13 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
             return self._agent.get_xfer_descs(pieces, self._memory)
 
     def close(self) -> None:
-        """Drops the registration, the pin and the hooks. Closing twice is no error.
+        """Drops the registration, the pin and the hooks. A second close has no effect.
 
         Raises:
-            Exception: What the agent raises; the memory stays pinned, and closing can be tried
-                again.
+            Exception: An exception of the agent; the memory stays pinned, and `close` can be
+                called again.
         """
-        # Not under the lock, which a hook that runs right now may be waiting for.
+        # Not under the lock: a running hook may be waiting for it.
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.remove()
@@ -280,7 +279,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         self._register_again()
 
     def _register_again(self) -> None:
-        # Pinned first, so that no other thread can put the tag to sleep meanwhile.
+        # Pin first, so that no other thread can put the tag to sleep meanwhile.
         pin = self._allocator.pin(self.tag, f"NIXL registration of {self.tag!r}")
         with self._lock:
             try:
@@ -288,7 +287,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
             except BaseException:
                 pin.release()
                 raise
-            self._pin = pin  # which _deregister() gives back from here on
+            self._pin = pin  # _deregister() releases it from here on
             try:
                 metadata = None if self._closed else self._register()
                 if metadata is None:
@@ -303,7 +302,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
             self._on_metadata(metadata, generation)
 
     def _register(self) -> bytes | None:
-        """Registers what is awake, device by device; the metadata, or None where nothing is."""
+        """Registers awake memory by device; returns the metadata, or None if none is awake."""
         ranges = tuple(self._allocator.registrable_ranges(self.tag))
         by_device: dict[int, list[tuple[int, int, int, str]]] = {}
         for each in ranges:
@@ -318,7 +317,7 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
         return bytes(self._agent.get_agent_metadata()) if ranges else None
 
     def _deregister(self) -> None:
-        """Drops the registrations, last first, then the pin; what is refused stays, pinned."""
+        """Drops the registrations, last first, then the pin; both stay if the agent refuses."""
         while self._registrations:
             device, descs = self._registrations[-1]
             with self._current(device):
@@ -331,14 +330,14 @@ class RegisteredTag(contextlib.AbstractContextManager["RegisteredTag"]):
 
     @contextlib.contextmanager
     def _current(self, device: int) -> Iterator[None]:
-        """Makes a device's context current, as UCX needs it; a thread of a sleep may have none."""
+        """Makes a device's context current for UCX; a thread of a sleep may have none."""
         if self._memory == "DRAM":
             yield
             return
         import torch
 
         with torch.cuda.device(device):
-            # A call that needs the context: selecting a device that is selected makes none current.
+            # A call that needs the context: selecting the selected device makes none current.
             torch.cuda.mem_get_info(device)
             yield
 
@@ -390,7 +389,7 @@ def _listed(what: Any) -> list[Any]:
 
 
 def _span(each: Any, memory: str) -> tuple[int, int, int]:
-    """(address, bytes, device) of a range or tensor; all host memory is NIXL's device 0."""
+    """Returns (address, bytes, device) of a range or tensor; host memory is NIXL's device 0."""
     if hasattr(each, "address"):
         return each.address, each.bytes, each.device if memory == "VRAM" else 0
     if not hasattr(each, "data_ptr"):

@@ -1,4 +1,4 @@
-"""A Prometheus collector: reads the statistics of an allocator when it is scraped.
+"""Exports the statistics of an allocator to Prometheus, read at each scrape.
 
 Needs ``prometheus-client`` (``pip install cumempool[prometheus]``)::
 
@@ -32,7 +32,7 @@ _GAUGES: Final[Mapping[str, str]] = {
     "peak_physical_bytes": "The most device memory held from the driver at a time.",
     "mapped_bytes": "Device memory that is mapped.",
     "pending_free_bytes": "Freed by the program, not yet given back.",
-    "leaked_bytes": "Refused by the driver, which was to take it back.",
+    "leaked_bytes": "Device memory that the driver refused to take back.",
     "host_bytes": "Pinned host memory held for backups.",
     "host_used_bytes": "Pinned host memory that holds backups.",
     "pageable_bytes": "Pageable host memory held for backups.",
@@ -52,16 +52,16 @@ _COUNTERS: Final[Mapping[str, str]] = {
 
 
 class CuMemCollector(Collector):
-    """The statistics of one allocator as metrics. All bytes are bytes.
+    """Collects the statistics of one allocator as metrics. Sizes are in bytes.
 
     ``cumempool_tag_bytes`` and ``cumempool_tag_allocations`` (labels ``tag``, ``state``),
     ``cumempool_tag_backup_bytes`` (labels ``tag``, ``tier``, ``retained``), ``cumempool_tag_pins``,
-    a gauge for each total of `Stats`, a counter for each count, and of the last transition of each
-    operation ``cumempool_last_transition_seconds`` and ``..._copied_bytes``.
+    a gauge for each total of `Stats`, a counter for each count, and
+    ``cumempool_last_transition_seconds`` and ``..._copied_bytes`` of each operation.
 
     Args:
-        allocator: The allocator; it is not kept alive by more than this reference.
-        labels: Labels that all metrics get, such as ``{"model": "llama"}``.
+        allocator: The allocator, kept alive by this reference only.
+        labels: Labels of all metrics, such as ``{"model": "llama"}``.
     """
 
     def __init__(self, allocator: CuMemAllocator, labels: Mapping[str, str] | None = None) -> None:
@@ -70,11 +70,11 @@ class CuMemCollector(Collector):
         self._values = list((labels or {}).values())
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: what there is depends on the tags; registering must not read them."""
+        """Returns no metrics: they depend on the tags, which a registration must not read."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics now."""
+        """Yields the current metrics."""
         stats = self._allocator.stats()
         yield from self._tags(stats)
         for family, texts in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
