@@ -1,8 +1,8 @@
 """Takes the place of ``vllm.device_allocator.cumem`` of vLLM 0.33.0.
 
-`install` puts this module where vLLM looks for its own; `register` is the plugin that vLLM loads by
-itself. docs/migrating-from-vllm.md compares the two method by method. Importing this module opens
-no driver and does not import vLLM.
+`install` puts this module in the place of vLLM's own; `register` is the plugin that vLLM loads by
+itself. docs/migrating-from-vllm.md compares the two method by method. Importing this module neither
+opens a driver nor imports vLLM.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ __all__ = [
 logger = logging.getLogger("cumempool")
 
 DEFERRABLE_TAGS: tuple[str, ...] = ("weights", "kv_cache")
-"""Tags that a wake may leave asleep by not naming them; it wakes every other tag in any case."""
+"""Tags that a wake leaves asleep if it does not name them; it always wakes every other tag."""
 
 CUDAGRAPH_TAG: Final = "cudagraph"
-"""The tag of the memory that graphs captured inside ``cudagraph_pool`` use."""
+"""The tag of memory of graphs captured inside ``cudagraph_pool``."""
 
 lib_name: str | None = str(Path(__file__).parents[1] / "lib" / "libcumempool.so")
 """The library that torch allocates through."""
 
-#: vLLM keeps the calls of its extension module here, and None where it could not be loaded.
+#: vLLM keeps the calls of its extension module here, or None if that could not be loaded.
 init_module = python_create_and_map = python_unmap_and_release = None
 
 
-# ---- whether it can be used ----------------------------------------------------------------------
+# ---- availability --------------------------------------------------------------------------------
 
 
 def _find_out() -> bool:
-    """Whether the library and a driver can be loaded. Starts neither, so that a fork stays safe."""
+    """Returns whether library and driver can be loaded. Starts neither, so a fork stays safe."""
     try:
         CuMemConfig(enable_cumem_allocator=True)
     except (UnavailableError, InvalidArgumentError) as error:
@@ -81,21 +81,21 @@ def _find_out() -> bool:
 cumem_available: bool = _find_out()
 
 
-# ---- what low-level callers use ------------------------------------------------------------------
+# ---- low-level functions -------------------------------------------------------------------------
 
 
 libcudart: Any = memory.Memory()
 
 
 def create_and_map(allocation_handle: HandleType) -> None:
-    """Sees that an allocation is mapped, which it is when `CuMemAllocator.wake_up` calls this.
+    """Checks that an allocation is mapped.
 
-    It is called for each allocation that has come back without contents, if another function has
-    been put in its place: to fill such memory, say.
+    If a program replaces this function, `CuMemAllocator.wake_up` calls the replacement for each
+    allocation that comes back without contents, for example to fill it.
 
     Raises:
-        NotInPoolError: The handle is not of an allocation that lives.
-        UnsupportedError: The allocation sleeps. Memory is woken by tags, all or nothing.
+        NotInPoolError: The handle is of no live allocation.
+        UnsupportedError: The allocation sleeps. Memory wakes by tags, all or nothing.
     """
     if memory.find("create_and_map", allocation_handle).state != "awake":
         raise UnsupportedError(
@@ -105,11 +105,11 @@ def create_and_map(allocation_handle: HandleType) -> None:
 
 
 def unmap_and_release(allocation_handle: HandleType) -> None:
-    """Sees that an allocation is not mapped.
+    """Checks that an allocation is not mapped.
 
     Raises:
-        NotInPoolError: The handle is not of an allocation that lives.
-        UnsupportedError: The allocation is awake. Memory is put to sleep by tags.
+        NotInPoolError: The handle is of no live allocation.
+        UnsupportedError: The allocation is awake. Memory sleeps by tags.
     """
     if memory.find("unmap_and_release", allocation_handle).state == "awake":
         raise UnsupportedError(
@@ -124,7 +124,7 @@ _own_create_and_map: Final = create_and_map
 def get_pluggable_allocator(
     python_malloc_fn: Callable[[HandleType], None], python_free_func: Callable[[int], HandleType]
 ) -> NoReturn:
-    """There is nothing to be called back by.
+    """Raises: cumempool has no callbacks.
 
     Raises:
         UnsupportedError: Always. malloc and free of cumempool never enter Python.
@@ -139,7 +139,7 @@ def get_pluggable_allocator(
 def use_memory_pool_with_allocator(
     python_malloc_fn: Callable[[HandleType], None], python_free_func: Callable[[int], HandleType]
 ) -> NoReturn:
-    """As `get_pluggable_allocator`.
+    """Raises, as `get_pluggable_allocator` does.
 
     Raises:
         UnsupportedError: Always.
@@ -156,12 +156,9 @@ _instance_lock = fork_safe_lock()
 class CuMemAllocator:
     """vLLM's interface to the allocator that the parts of a program share.
 
-    There is no state of its own behind it: every instance works on
-    ``cumempool.CuMemAllocator.get_instance()``, which is made at the first use from the
-    ``CUMEMPOOL_*`` variables where the program has not made it before. Its other methods, such as
-    ``stats()``, can be used beside this one.
-
-    All methods may be called from any thread.
+    It has no state: every instance works on ``cumempool.CuMemAllocator.get_instance()``. Unless the
+    program has made that, the first use makes it from the ``CUMEMPOOL_*`` variables. The program
+    can also call its other methods, such as ``stats()``. Thread-safe.
     """
 
     instance: CuMemAllocator | None = None
@@ -174,7 +171,7 @@ class CuMemAllocator:
 
     @staticmethod
     def get_instance() -> CuMemAllocator:
-        """The instance that all share.
+        """Returns the shared instance.
 
         Raises:
             UnavailableError: The driver cannot be opened here, with the reason.
@@ -203,7 +200,7 @@ class CuMemAllocator:
 
     @contextlib.contextmanager
     def cudagraph_pool(self) -> Iterator[tuple[int, int]]:
-        """The id to give to ``torch.cuda.graph(pool=...)``; the same each time on a device.
+        """Yields the id for ``torch.cuda.graph(pool=...)``; the same each time on a device.
 
         Memory of graphs captured with it has the tag ``"cudagraph"``, and sleeps and wakes.
 
@@ -215,13 +212,13 @@ class CuMemAllocator:
 
     @contextlib.contextmanager
     def use_cudagraph_pool(self, pool: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
-        """As `cudagraph_pool`, under the name that vLLM after 0.33 has for it.
+        """Yields the id of `cudagraph_pool`, under the name that vLLM after 0.33 has for it.
 
-        Inside, ``current_tag`` is ``cudagraph_tag``: vLLM asks for that to know that what is
-        captured lies in memory that legacy IPC cannot register.
+        Inside, ``current_tag`` is ``cudagraph_tag``, which tells vLLM that the captured graph uses
+        memory that legacy IPC cannot register.
 
         Args:
-            pool: The pool that vLLM would capture into otherwise; it is not used.
+            pool: The pool that vLLM would capture into otherwise; ignored.
 
         Raises:
             UnsupportedError: As `cudagraph_pool`.
@@ -236,7 +233,7 @@ class CuMemAllocator:
             self._capturing.now = before
 
     def release_cudagraph_pool(self) -> None:
-        """Gives up the pool of `use_cudagraph_pool`, once its graphs are gone."""
+        """Releases the pool of `use_cudagraph_pool`, once its graphs are gone."""
         gc.collect()  # graphs, which keep their pools
         memory.shared().release_graph_pool(CUDAGRAPH_TAG)
 
@@ -245,11 +242,11 @@ class CuMemAllocator:
     def sleep(self, offload_tags: tuple[str, ...] | str | None = None) -> None:
         """Gives the memory of every tag back; see `cumempool.CuMemAllocator.sleep`.
 
-        What sleeps already is left as it is, with its backup or without.
+        Memory that sleeps already stays as it is, with its backup or without.
 
         Args:
-            offload_tags: The tags whose contents are kept. Those of all others are discarded. None
-                keeps ``default_tag``. Tags that nothing was allocated under are ignored.
+            offload_tags: The tags whose contents are kept; contents of all others are discarded.
+                None keeps ``default_tag``. Tags without allocations are ignored.
 
         Raises:
             InvalidTypeError: It is neither a tag nor a sequence of tags.
@@ -277,8 +274,7 @@ class CuMemAllocator:
     def discard(self, tags: tuple[str, ...] | str) -> None:
         """Gives the memory of some tags back without keeping its contents.
 
-        What sleeps already keeps the backup that it has. Tags that nothing was allocated under are
-        ignored.
+        Memory that sleeps already keeps its backup. Tags without allocations are ignored.
 
         Raises:
             InvalidTypeError: It is neither a tag nor a sequence of tags.
@@ -294,14 +290,14 @@ class CuMemAllocator:
                 logger.info("%s", allocator.sleep(offload_tags=(), tags=chosen))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Maps memory at its old addresses and restores what was kept.
+        """Maps memory at its old addresses and restores its backups.
+
+        If a hook of vLLM (``register_tag_hooks``) raises, this raises once the memory is awake; the
+        next wake calls the hook again.
 
         Args:
-            tags: The tags of `DEFERRABLE_TAGS` to wake; every other tag wakes in any case. None
-                wakes all.
-
-        What a hook of vLLM raises (``register_tag_hooks``) is raised when the memory is awake; the
-        next wake calls it again.
+            tags: The tags of `DEFERRABLE_TAGS` to wake; every other tag always wakes. None wakes
+                all.
 
         Raises:
             InvalidTypeError: It is neither a tag nor a sequence of tags.
@@ -327,10 +323,9 @@ class CuMemAllocator:
 
     @contextlib.contextmanager
     def _unmapping(self, tags: Collection[str] | None) -> Iterator[None]:
-        """Runs the hooks that vLLM has for memory of the tags, around the body that unmaps it.
+        """Runs vLLM's hooks for memory of the tags, around the body that unmaps it.
 
-        Where the body fails, everything is mapped as before, and so what the hooks have taken down
-        is put up again.
+        If the body fails, all memory is mapped as before, so it runs the hooks that follow a map.
         """
         before = installing.their_hooks("run_before_unmap_hooks")
         if before is None:
@@ -355,23 +350,23 @@ class CuMemAllocator:
             if info.state == "discarded" and info.tag in tags
         ]
 
-    # ---- what there is
+    # ---- looking
 
     def get_current_usage(self) -> int:
-        """Bytes of all allocations, awake or asleep."""
+        """Returns the bytes of all allocations, awake or asleep."""
         stats = memory.shared().stats()
         return stats.awake_bytes + stats.asleep_bytes
 
     @property
     def pointer_to_data(self) -> Mapping[int, AllocationData]:
-        """Every allocation as it is now, by its address, in order of allocation; read-only."""
+        """Every allocation as it is now, by address, in order of allocation; read-only."""
         return MappingProxyType(
             {info.address: memory.data_of(info) for info in memory.shared().snapshot()}
         )
 
     @property
     def current_tag(self) -> str:
-        """The tag of this thread's innermost open scope, else ``default_tag``."""
+        """The tag of this thread's innermost open scope, or ``default_tag``."""
         if getattr(self._capturing, "now", False):
             return self.cudagraph_tag
         scope = current_scope(memory.shared()._state)
@@ -379,19 +374,19 @@ class CuMemAllocator:
 
     @property
     def allocator_and_pools(self) -> dict[str, list[tuple[None, None]]]:
-        """For each tag, one ``(None, None)`` per time that it was entered, up to `release_pools`.
+        """One ``(None, None)`` per tag and scope opened for it since the last `release_pools`.
 
-        Pools are not kept: their memory is given back when the tensors in it are gone.
+        The pools themselves are not kept: their memory is given back with their tensors.
         """
         return {tag: [_NO_POOL] * count for tag, count in self._entered.items()}
 
     # ---- the end
 
     def release_pools(self) -> None:
-        """Gives back memory that nothing uses any more, host memory of old backups included.
+        """Gives back unused memory, host memory of old backups included.
 
-        Tensors that live stay valid, and the allocator can be used again. May be called at any time
-        and more than once.
+        Live tensors stay valid, and the allocator can be used again. May be called at any time and
+        more than once.
         """
         self._entered.clear()
         allocator = Pools._instance
@@ -403,7 +398,7 @@ class CuMemAllocator:
         allocator.release_host_memory()
 
     def close(self) -> None:
-        """As `release_pools`."""
+        """Does what `release_pools` does."""
         self.release_pools()
 
 
@@ -411,43 +406,43 @@ class CuMemAllocator:
 
 
 def installed() -> bool:
-    """Whether vLLM would find this module in the place of its own."""
+    """Returns whether vLLM finds this module in the place of its own."""
     return installing.is_in_place(sys.modules[__name__])
 
 
 def install() -> None:
     """Puts this module in the place of ``vllm.device_allocator.cumem``, in this process.
 
-    Call it before vLLM allocates; calling it again changes nothing. Who has imported vLLM's
-    ``CuMemAllocator`` already gets the instance of this one from its ``get_instance()``. Processes
-    that vLLM starts are not reached: there, the plugin does it (`register`).
+    Call it before vLLM allocates; a second call has no effect. If code has imported vLLM's
+    ``CuMemAllocator`` already, its ``get_instance()`` returns the instance of this module. In
+    processes that vLLM starts, the plugin does this (`register`).
 
     Raises:
-        UnavailableError: vLLM cannot be imported, has no such module, or one that can do what this
-            one cannot: a newer vLLM than this version of cumempool knows.
+        UnavailableError: vLLM cannot be imported, lacks the module, or has functions in it that
+            this one lacks: vLLM is newer than this version of cumempool supports.
         InUseError: vLLM's own allocator holds memory already.
     """
     installing.put_in_place(sys.modules[__name__])
 
 
 def uninstall() -> None:
-    """Takes `install` back; without one it does nothing.
+    """Undoes `install`; without one it does nothing.
 
-    Memory that was allocated meanwhile stays with ``cumempool.CuMemAllocator.get_instance()``.
+    Memory allocated meanwhile stays with ``cumempool.CuMemAllocator.get_instance()``.
     """
     installing.take_back()
 
 
 def register() -> None:
-    """The ``vllm.general_plugins`` entry point, which vLLM calls in each of its processes.
+    """Registers the sleep-mode backend ``cumempool``; vLLM calls it in each of its processes.
 
-    Registers the sleep-mode backend ``cumempool``, and has workers that were started with
-    ``--sleep-mode-backend cumempool`` call `install` before they allocate. Where ``VLLM_PLUGINS``
-    names ``cumempool``, it is installed whatever the backend. Otherwise vLLM is left as it is. May
-    be called more than once.
+    It is the ``vllm.general_plugins`` entry point. Workers that were started with
+    ``--sleep-mode-backend cumempool`` then call `install` before they allocate. If ``VLLM_PLUGINS``
+    names ``cumempool``, it installs with any backend. Otherwise it leaves vLLM as it is. May be
+    called more than once.
 
     Raises:
         InUseError: ``VLLM_PLUGINS`` names it, and vLLM's own allocator holds memory already.
-        InvalidArgumentError: Somebody else has registered a backend under this name.
+        InvalidArgumentError: Another backend is registered under this name.
     """
     installing.add_plugin(sys.modules[__name__])

@@ -1,7 +1,6 @@
-"""The sleep-mode backend ``cumempool`` for vLLM's ``SleepModeBackendFactory``.
+"""Defines the sleep-mode backend ``cumempool`` for vLLM's ``SleepModeBackendFactory``.
 
-This is the one module that imports vLLM when it is imported itself; vLLM does that when the backend
-is selected.
+Only this module imports vLLM at its own import; vLLM imports it when the backend is selected.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from cumempool.errors import InvalidArgumentError
 
 __all__ = ["CumempoolBackend"]
 
-#: What every level keeps: state of the running engine, and memory of captured graphs.
+#: Tags that every level keeps: state of the running engine, and memory of captured graphs.
 _KEPT: Final = ("runtime", vllm.CUDAGRAPH_TAG)
 
 
 class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
-    """Puts what vLLM has allocated through `cumempool.compat.vllm` to sleep.
+    """Puts memory that vLLM has allocated through `cumempool.compat.vllm` to sleep.
 
-    A call that fails changes neither the memory nor the state, and can be repeated.
+    A failed call changes neither the memory nor the state, and can be repeated.
 
     Args:
-        suspend_tags: The tags that every `suspend` keeps, whatever its level. None: those of the
-            level. (Memory of the running engine and of graphs is kept in any case.)
-        **options: There are no others; see ``sleep_mode_backend_options`` of vLLM.
+        suspend_tags: The tags that every `suspend` keeps, at any level. None means the level's
+            tags. (Memory of the running engine and of graphs is always kept.)
+        **options: None exist; see ``sleep_mode_backend_options`` of vLLM.
 
     Raises:
         InvalidArgumentError: (a ``ValueError``) An option that does not exist.
-        InvalidTypeError: `suspend_tags` are no tags.
+        InvalidTypeError: `suspend_tags` is no tag or sequence of tags.
     """
 
     def __init__(self, suspend_tags: Sequence[str] | str | None = None, **options: Any) -> None:
@@ -55,12 +54,12 @@ class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
         """Gives the device memory back.
 
         Args:
-            level: 1 keeps the weights; 2 discards them, and they are loaded again after `resume`.
-            tags: The tags to keep, in place of those of the level and of ``suspend_tags``.
+            level: 1 keeps the weights; 2 discards them, and vLLM loads them again after `resume`.
+            tags: The tags to keep, instead of the level's tags and ``suspend_tags``.
 
         Raises:
             InvalidArgumentError: Another level.
-            InvalidTypeError: `tags` are no tags.
+            InvalidTypeError: `tags` is no tag or sequence of tags.
             InUseError: vLLM's own allocator holds the memory, since this one was not installed.
             CumempoolError: As `cumempool.compat.vllm.CuMemAllocator.sleep`.
         """
@@ -75,10 +74,10 @@ class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
         self._state = "SUSPENDED"
 
     def resume(self, tags: list[str] | None = None) -> None:
-        """Maps the memory again and restores what was kept.
+        """Maps the memory again and restores its backups.
 
         Args:
-            tags: Of ``"weights"`` and ``"kv_cache"``, those to wake; all else wakes in any case.
+            tags: The tags to wake among ``"weights"`` and ``"kv_cache"``; all others always wake.
                 None wakes all.
 
         Raises:
@@ -105,22 +104,22 @@ class CumempoolBackend(SleepModeBackend):  # type: ignore[misc]
 
     @classmethod
     def is_supported(cls) -> bool:
-        """Whether the library and a driver can be loaded here."""
+        """Returns whether the library and a driver can be loaded here."""
         return vllm.cumem_available
 
     @classmethod
     def preserves_communicators(cls) -> bool:
-        """True: what was not allocated in a pool is not touched."""
+        """Returns True: memory outside the pools is not touched."""
         return True
 
     @classmethod
     def preserves_nccl(cls) -> bool:
-        """As `preserves_communicators`, under the name that other versions of vLLM have for it."""
+        """Returns `preserves_communicators`, under the name in other versions of vLLM."""
         return True
 
     @classmethod
     def supports_selective_offload(cls) -> bool:
-        """True: `suspend` and `resume` take tags."""
+        """Returns True: `suspend` and `resume` take tags."""
         return True
 
 

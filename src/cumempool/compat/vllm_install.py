@@ -27,20 +27,20 @@ _PACKAGE: Final = "vllm.device_allocator"
 MODULE: Final = f"{_PACKAGE}.cumem"
 _WORKERS: Final = "vllm.v1.worker.worker_base"
 
-#: Functions of vLLM's package that its allocator has to call.
+#: Functions of vLLM's package that its allocator must call.
 _HONOURED: Final = frozenset({"run_before_unmap_hooks", "run_after_map_hooks"})
 
 _install_lock = fork_safe_lock()
-_undo = contextlib.ExitStack()  # what `uninstall` puts back
+_undo = contextlib.ExitStack()  # closed by `uninstall`
 
 
 def is_in_place(this: ModuleType) -> bool:
-    """Whether vLLM would find a module in the place of its own."""
+    """Returns whether vLLM finds a module in the place of its own."""
     return sys.modules.get(MODULE) is this
 
 
 def put_in_place(this: ModuleType) -> None:
-    """See `cumempool.compat.vllm.install`, for the module that it is called of."""
+    """Installs a module; see `cumempool.compat.vllm.install`."""
     if is_in_place(this):
         return
     try:
@@ -87,13 +87,13 @@ def _replace(owner: Any, name: str, value: object) -> None:
 
 
 def their_hooks(name: str) -> Callable[..., None] | None:
-    """A function of vLLM's package that its allocator has to call, where there is one."""
+    """Returns a function of vLLM's package that its allocator must call, if there is one."""
     found: Callable[..., None] | None = getattr(sys.modules.get(_PACKAGE), name, None)
     return found
 
 
 def _refuse_unknown_surface(package: ModuleType, this: ModuleType) -> None:
-    """Raises where vLLM's own module has what vLLM would call, or have called, in vain here."""
+    """Raises if vLLM's own module has public functions or methods that `this` does not know."""
     unknown = [
         f"{_PACKAGE}.{name}"
         for name in vars(package)
@@ -132,7 +132,7 @@ def _public_functions(node: ast.Module | ast.ClassDef) -> list[str]:
 
 
 def refuse_own_memory(operation: str, module: ModuleType | None, this: ModuleType) -> None:
-    """Raises where vLLM's own allocator, which is another one, holds memory."""
+    """Raises if vLLM's own allocator, another than `this`, holds memory."""
     allocator = getattr(getattr(module, "CuMemAllocator", None), "instance", None)
     if module is this or allocator is None:
         return
@@ -153,11 +153,11 @@ def refuse_own_memory(operation: str, module: ModuleType | None, this: ModuleTyp
 
 # ---- the plugin ----------------------------------------------------------------------------------
 
-_followed: list[type] = []  # worker classes that install where the backend is selected
+_followed: list[type] = []  # worker classes that install if the backend is selected
 
 
 def add_plugin(this: ModuleType) -> None:
-    """See `cumempool.compat.vllm.register`, for the module that it is called of."""
+    """Registers a module's plugin; see `cumempool.compat.vllm.register`."""
     try:
         backends = importlib.import_module(f"{_PACKAGE}.sleep_mode_backend")
     except ImportError as error:
@@ -182,10 +182,10 @@ def _register_backend(factory: Any, this: ModuleType) -> None:
 
 
 def _follow_selection(install: Callable[[], None]) -> None:
-    """Has a worker install before it allocates, where its configuration selects the backend.
+    """Makes a worker install before it allocates, if its configuration selects the backend.
 
-    Only the worker knows its configuration. Where that selects another backend, its class is as it
-    was from then on.
+    Only the worker knows its configuration. If that selects another backend, the worker restores
+    its class.
     """
     try:
         wrapper = importlib.import_module(_WORKERS).WorkerWrapperBase

@@ -1,4 +1,4 @@
-"""The allocator behind vLLM's interface, and single allocations as that interface has them."""
+"""Reaches the allocator behind vLLM's interface, and describes allocations in vLLM's terms."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from cumempool._pool.stats import AllocationInfo
 
 HandleType = tuple[int, int, int, int]
-"""Device ordinal, bytes, address, and 0: the driver's handle is not given out."""
+"""Device ordinal, bytes, address, and 0 in place of the driver's handle."""
 
 
 @dataclass(frozen=True, slots=True)
 class AllocationData:
-    """One allocation as it was when it was asked for.
+    """A snapshot of one allocation.
 
     Attributes:
         handle: See `HandleType`.
         tag: Its tag.
-        cpu_backup_tensor: None where it has no backup; else a tensor on the ``meta`` device, of the
-            size of the backup. Contents are for `cumempool.CuMemAllocator.read_backup`.
+        cpu_backup_tensor: None if it has no backup; else a tensor on the ``meta`` device, of the
+            size of the backup. `cumempool.CuMemAllocator.read_backup` reads the contents.
         is_asleep: Whether it sleeps.
     """
 
@@ -40,13 +40,13 @@ class AllocationData:
 
 
 def shared() -> Pools:
-    """The allocator that all share, made with the settings of the environment if nobody has."""
+    """Returns the shared allocator; makes it from the environment if there is none."""
     made = Pools._instance
     return Pools.get_instance(CuMemConfig.from_env()) if made is None else made
 
 
 def check_tags(tags: object, what: str) -> tuple[str, ...]:
-    """The distinct tags of an argument, which messages call `what`."""
+    """Returns the distinct tags of an argument; error texts call the argument `what`."""
     named = (tags,) if isinstance(tags, str) else tags
     if not isinstance(named, Iterable):
         raise InvalidTypeError(f"{what} is a tag or a sequence of tags, not {tags!r}")
@@ -57,7 +57,7 @@ def check_tags(tags: object, what: str) -> tuple[str, ...]:
 
 
 def data_of(info: AllocationInfo) -> AllocationData:
-    """An allocation in vLLM's terms."""
+    """Returns an allocation in vLLM's terms."""
     backup = None
     if info.state == "backed_up":
         import torch
@@ -68,7 +68,7 @@ def data_of(info: AllocationInfo) -> AllocationData:
 
 
 def find(operation: str, handle: HandleType) -> AllocationInfo:
-    """The allocation of a handle, for an operation on it."""
+    """Returns the allocation of a handle; errors name the operation."""
     address = handle[2]
     for info in shared().snapshot():
         if info.address == address:
@@ -77,7 +77,7 @@ def find(operation: str, handle: HandleType) -> AllocationInfo:
 
 
 def return_what_nobody_uses(allocator: Pools) -> None:
-    """Gives back what only garbage and torch's cache hold: it would be copied, or in the way."""
+    """Gives back memory that only garbage and torch's cache hold, so that no sleep copies it."""
     gc.collect()
     if allocator.config.driver == "cuda":
         from cumempool import _torch
@@ -86,9 +86,9 @@ def return_what_nobody_uses(allocator: Pools) -> None:
 
 
 class Memory:
-    """The two calls of the CUDA runtime that programs reach for beside the allocator.
+    """Two calls of the CUDA runtime that programs use beside the allocator.
 
-    Both return when the bytes are there. They work on memory of either driver.
+    Both are synchronous. They work on memory of either driver.
     """
 
     def cudaMemset(self, devPtr: int, value: int, count: int) -> None:  # noqa: N802, N803

@@ -1,4 +1,4 @@
-"""Found as ``torch_memory_saver`` where this folder comes first on the path of a process."""
+"""Imports as ``torch_memory_saver`` if this folder comes first on the path of a process."""
 
 from cumempool.compat.torch_memory_saver import install
 

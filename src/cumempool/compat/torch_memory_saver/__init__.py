@@ -1,4 +1,4 @@
-"""The surface of torch_memory_saver 0.0.10 over `CuMemAllocator`; `install` lends its name.
+"""Offers the surface of torch_memory_saver 0.0.10 over `CuMemAllocator`; `install` takes its name.
 
 See docs/migrating-from-torch-memory-saver.md.
 """
@@ -23,4 +23,4 @@ __all__ = [
 ]
 
 torch_memory_saver = TorchMemorySaver()
-"""The instance that programs use; makes its allocator at the first use."""
+"""The instance that programs use; it makes its allocator at the first use."""

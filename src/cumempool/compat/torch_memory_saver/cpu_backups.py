@@ -1,4 +1,4 @@
-"""The backups that a program has asked to see, and what it sees of them after a resume."""
+"""Keeps the views of backups that a program has asked for, also after a resume."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ViewKey = tuple[str, int, int, str, tuple[int, ...], tuple[int, ...]]
 
 
 class CpuBackups:
-    """Views of backups. Where backups are retained, a tensor's view stays at its address.
+    """Views of backups. If backups are retained, a tensor's view stays at its address.
 
-    A view that somebody holds makes the next sleep write to other memory. To a program that
-    retains backups, and looks again, the older view is given with the newer contents.
+    The next sleep writes to other memory while a program holds a view. If the program retains
+    backups and asks again, it gets the older view with the newer contents.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class CpuBackups:
     def view(
         self, allocator: CuMemAllocator, tensor: torch.Tensor, retain: bool
     ) -> torch.Tensor | None:
-        """A view that cannot be written to; None where there is no backup that could be seen."""
+        """Returns a read-only view; None if there is no backup to view."""
         try:
             info = allocator.allocation_of(tensor)
         except NotInPoolError:
@@ -52,7 +52,7 @@ class CpuBackups:
             view = allocator.read_backup(tensor)
             if not retain:
                 return view
-            if info.backup_tier != "file":  # which maps its views for reading
+            if info.backup_tier != "file":  # views of a file are mapped read-only
                 view = self._at_its_address(key, view)
             self._kept[key] = view
             return view
@@ -68,14 +68,14 @@ class CpuBackups:
         return older
 
     def forget(self, tags: Collection[str]) -> None:
-        """Lets go of the views of some tags, so that backups can be written to where they are."""
+        """Drops the views of some tags, so that a sleep can write to their backups in place."""
         with self._lock:
             self._kept = {key: view for key, view in self._kept.items() if key[0] not in tags}
             self._given = {key: ref for key, ref in self._given.items() if ref() is not None}
 
 
 def _bytes_of(view: torch.Tensor) -> torch.Tensor:
-    """The memory of a view, as an ordinary tensor."""
+    """Returns the memory of a view as an ordinary tensor."""
     import torch
 
     return torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage())

@@ -1,4 +1,4 @@
-"""`TorchMemorySaver`: regions whose memory is paused and resumed, as tags of a `CuMemAllocator`."""
+"""Defines `TorchMemorySaver`, which pauses and resumes regions as tags of a `CuMemAllocator`."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _logger = logging.getLogger("cumempool")
 
 
 class TorchMemorySaver:
-    """Pauses memory that was allocated in its regions, and resumes it at the same addresses.
+    """Pauses memory allocated in its regions, and resumes it at the same addresses. Thread-safe.
 
-    A tag here may have memory with and without a backup. Each kind is a tag of its own in the
-    allocator, such as ``"weights:pinned"`` and ``"weights:discarded"``; a pause or a resume takes
-    all kinds of a tag in one transaction. All methods may be called from any thread.
+    A tag may have memory with and without a backup. Each kind is a separate tag in the allocator,
+    such as ``"weights:pinned"`` and ``"weights:discarded"``; a pause or a resume takes all kinds of
+    a tag in one transaction.
 
     Args:
-        allocator: What to allocate with. None: one of its own, made at the first use with the
-            configuration of the ``CUMEMPOOL_*`` variables.
+        allocator: The allocator. None: its own, made at the first use with the configuration of the
+            ``CUMEMPOOL_*`` variables.
     """
 
     def __init__(self, *, allocator: CuMemAllocator | None = None) -> None:
@@ -91,18 +91,18 @@ class TorchMemorySaver:
         *,
         all_threads: bool = False,
     ) -> Iterator[None]:
-        """Allocates memory that can be paused: all that the calling thread allocates in the body.
+        """Makes all allocations of the calling thread in the body pausable.
 
         Regions nest; the innermost one counts.
 
         Args:
-            tag: What `pause` and `resume` name it by.
-            enable_cpu_backup: Keep the contents in host memory during a pause; else a resume brings
-                memory with undefined contents.
+            tag: The tag for `pause` and `resume`.
+            enable_cpu_backup: Keep the contents in host memory during a pause; else they are
+                undefined after a resume.
             enable_disk_backup: Keep them in a file instead; see `set_disk_backup_dir`.
-            cpu_backup_backend: ``"pinned"``, or ``"mmap"`` for pageable host memory. None: what
-                ``TMS_INIT_CPU_BACKUP_BACKEND`` says, else ``"pinned"``.
-            all_threads: Take what other threads allocate as well, gradients among them.
+            cpu_backup_backend: ``"pinned"``, or ``"mmap"`` for pageable host memory. None: the
+                value of ``TMS_INIT_CPU_BACKUP_BACKEND``, else ``"pinned"``.
+            all_threads: Include allocations of other threads, gradients among them.
 
         Raises:
             InvalidArgumentError: Both kinds of backup, a backend that does not exist or without
@@ -129,18 +129,18 @@ class TorchMemorySaver:
         enable_cpu_backup: bool = False,
         cpu_backup_backend: CpuBackupBackend | None = None,
     ) -> Iterator[None]:
-        """Captures the body into a graph, as ``torch.cuda.graph``, into memory that can be paused.
+        """Captures the body into a graph, as ``torch.cuda.graph`` does, with pausable memory.
 
         Args:
-            cuda_graph: What to capture into.
-            pool: What graphs that share memory have in common: ``other.pool()``, or what
-                ``torch.cuda.graph_pool_handle()`` gives, which only serves as a name here, since
-                memory comes from a pool of the tag. None: a pool for this graph alone.
-            stream: What to capture; None: torch's own.
-            capture_error_mode: As of ``torch.cuda.graph``.
-            tag: What `pause` and `resume` name the memory by.
-            enable_cpu_backup: As for `region`; replays do not need it, unless the graph reads what
-                was left in its memory by the capture or by an earlier replay.
+            cuda_graph: The graph to capture into.
+            pool: A name that graphs which share memory have in common: ``other.pool()``, or the
+                result of ``torch.cuda.graph_pool_handle()``. Memory always comes from a pool of the
+                tag. None: a pool for this graph alone.
+            stream: The stream to capture; None: torch's own.
+            capture_error_mode: As for ``torch.cuda.graph``.
+            tag: The tag for `pause` and `resume`.
+            enable_cpu_backup: As for `region`; replays need it only if the graph reads contents
+                that the capture or an earlier replay has left in its memory.
             cpu_backup_backend: As for `region`.
 
         Raises:
@@ -178,13 +178,13 @@ class TorchMemorySaver:
 
     @contextlib.contextmanager
     def disable(self) -> Iterator[None]:
-        """Allocates ordinary memory of torch in the body, which is not paused.
+        """Allocates ordinary torch memory in the body, which no pause touches.
 
-        It leaves the thread's regions and enters them again. On leaving, what torch has reserved
-        meanwhile and no tensor uses goes back to the device.
+        It leaves the thread's regions and enters them again. At the end, unused memory that torch
+        has reserved meanwhile goes back to the device.
 
         Raises:
-            UnsupportedError: In the body of `cuda_graph`, whose memory has to be in one pool.
+            UnsupportedError: In the body of `cuda_graph`, whose memory must be in one pool.
         """
         if self._graphs.capturing():
             raise UnsupportedError(
@@ -205,7 +205,7 @@ class TorchMemorySaver:
     def pause(self, tag: str | None = None) -> None:
         """Gives the memory of a tag back to the device; addresses stay.
 
-        All or nothing. Work in flight is finished first. What is paused stays so; a tag without
+        All or nothing. Work in flight finishes first. Paused memory stays paused; a tag without
         memory is no error. The calling thread's own regions may be open.
 
         Args:
@@ -231,11 +231,11 @@ class TorchMemorySaver:
             self.allocator.sleep(tags=names)
 
     def resume(self, tag: str | None = None) -> None:
-        """Brings the memory of a tag back at the same addresses, with the contents that were kept.
+        """Brings the memory of a tag back at the same addresses, with its backed-up contents.
 
-        All or nothing: where it fails all is still paused, and it can be called again. What is not
-        paused stays as it is. Unless `retain_cpu_backup`, host memory that holds nothing of what
-        is paused goes back to the system.
+        All or nothing: if it fails, all is still paused, and it can be called again. Memory that is
+        not paused stays as it is. Unless `retain_cpu_backup` is set, host memory without backups of
+        paused memory goes back to the system.
 
         Args:
             tag: None: all tags.
@@ -258,18 +258,18 @@ class TorchMemorySaver:
             self.allocator.release_host_memory()
 
     def get_cpu_backup(self, x: torch.Tensor, zero_copy: bool = False) -> torch.Tensor | None:
-        """The backup of a paused tensor, on the CPU.
+        """Returns the backup of a paused tensor, on the CPU.
 
         Args:
             x: A tensor or view of memory that was allocated in a region.
-            zero_copy: Give a view of the backup, which cannot be written to, and which keeps its
-                host memory while it lives.
+            zero_copy: Return a read-only view of the backup, which keeps its host memory while it
+                lives.
 
         Returns:
-            A tensor of the same shape, dtype and strides (a copy is as ``clone`` makes it); None
-            where there is no backup of it in this process's memory: it is not of a region, its
-            region keeps none, or it is not paused. Where `retain_cpu_backup` is on, one that was
-            asked for during the last pause is still given after the resume.
+            A tensor of the same shape, dtype and strides (a copy is as ``clone`` makes it). None if
+            this process's memory has no backup of it: it is not of a region, its region keeps none,
+            or it is not paused. If `retain_cpu_backup` is on, a backup that was asked for during
+            the last pause is still returned after the resume.
 
         Raises:
             InvalidTypeError: It is no tensor, or a quantized one.
@@ -282,15 +282,15 @@ class TorchMemorySaver:
 
     @property
     def enabled(self) -> bool:
-        """True: regions take effect. Where there is no driver, they raise `UnavailableError`."""
+        """True: regions take effect. Without a driver they raise `UnavailableError`."""
         return True
 
     @property
     def hook_mode(self) -> HookMode:
         """``"torch"`` or ``"preload"``; both route torch's allocations, without ``LD_PRELOAD``.
 
-        With ``"preload"``, torch_memory_saver also takes what libraries allocate by ``cudaMalloc``
-        beside torch. That is not covered here; a warning says so.
+        With ``"preload"``, torch_memory_saver also takes memory that libraries allocate by
+        ``cudaMalloc`` beside torch. cumempool does not; a warning says so.
         """
         return self._hook_mode
 
@@ -309,8 +309,8 @@ class TorchMemorySaver:
     def memory_margin_bytes(self) -> int:
         """Bytes of each device that regions leave free; 0 at the start.
 
-        An allocation that would leave less raises torch's own out-of-memory error. A resume is not
-        concerned.
+        An allocation that would leave less raises torch's own out-of-memory error. A resume ignores
+        it.
         """
         return self._margin_bytes
 
@@ -325,10 +325,10 @@ class TorchMemorySaver:
 
     @property
     def retain_cpu_backup(self) -> bool:
-        """Whether backups are kept after a resume, so that the next pause copies only what changed.
+        """Whether a resume keeps backups, so that the next pause copies only changed contents.
 
-        It counts at each resume. ``TMS_RETAIN_CPU_BACKUP=1`` switches it on from the start. (It
-        keeps nothing where the allocator was made with ``retain_backups=False``.)
+        It counts at each resume. ``TMS_RETAIN_CPU_BACKUP=1`` switches it on from the start. (It has
+        no effect if the allocator was made with ``retain_backups=False``.)
         """
         return self._retain
 
@@ -338,12 +338,12 @@ class TorchMemorySaver:
         self._retain = value
 
     def set_disk_backup_dir(self, path: str) -> None:
-        """Says where regions with ``enable_disk_backup`` keep contents, from the next pause on.
+        """Sets the directory of ``enable_disk_backup`` regions, from the next pause on.
 
-        ``TMS_DISK_BACKUP_DIR`` says it from the start.
+        ``TMS_DISK_BACKUP_DIR`` sets it from the start.
 
         Args:
-            path: A directory; made where it does not exist.
+            path: A directory; made if it does not exist.
 
         Raises:
             OSError: It cannot be made.
@@ -359,7 +359,7 @@ class TorchMemorySaver:
     # ---- inside --------------------------------------------------------------------------------
 
     def _names_of(self, tag: str | None) -> list[str]:
-        """The allocator's tags behind one of ours, or behind all."""
+        """Returns the allocator's tags behind one of ours, or behind all."""
         if tag is not None and not isinstance(tag, str):
             raise InvalidTypeError(f"a tag is a str or None, not {tag!r}")
         with self._lock:
@@ -368,7 +368,7 @@ class TorchMemorySaver:
             return sorted(name for names in self._names.values() for name in names)
 
     def _declare(self, tag: str, name: str, backup: Backup | None) -> None:
-        """Makes one of the allocator's tags known, with its policy."""
+        """Declares one of the allocator's tags, with its policy."""
         if not isinstance(tag, str):
             raise InvalidTypeError(f"a tag is a str, not {tag!r}")
         allocator = self.allocator
@@ -403,7 +403,7 @@ class TorchMemorySaver:
 
 
 def _reserved_bytes() -> int:
-    """Returns what torch has reserved on all devices, pools included."""
+    """Returns the bytes that torch has reserved on all devices, pools included."""
     import torch
 
     if not torch.cuda.is_initialized():
@@ -417,7 +417,7 @@ def _empty_cache() -> None:
     try:
         torch.cuda.empty_cache()
     except RuntimeError:
-        # torch before 2.9 refuses while somebody captures a graph. What is unused stays cached.
+        # torch before 2.9 refuses during any graph capture. Unused memory stays cached.
         _logger.debug("torch refused to empty its cache")
 
 

@@ -1,4 +1,4 @@
-"""Which pool a graph is captured into, and for how long it is needed."""
+"""Chooses the pool that a graph is captured into, and releases it after its last graph."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _PoolKey = tuple[str, int]
 
 
 class GraphCaptures:
-    """Graphs that name the same pool share one of the allocator's, until the last of them is gone.
+    """Maps the pools that programs name to pools of the allocator, until their last graph is gone.
 
-    torch lets programs name a pool that does not exist yet; the allocator makes its own. So a
-    handle that a program passes is looked up here by tag and device.
+    torch lets programs name a pool that does not exist yet, and the allocator makes its own pools.
+    So this looks up a program's handle by tag and device.
     """
 
     def __init__(self) -> None:
         self._lock = fork_safe_lock()
         self._graphs: Counter[_PoolKey] = Counter()
         self._issued: dict[PoolHandle, _PoolKey] = {}
-        # Only appended to by finalizers, which may run anywhere, locks being held.
+        # Finalizers only append to it: they may run anywhere, even while a lock is held.
         self._gone: deque[_PoolKey] = deque()
         self._local = threading.local()
 
@@ -52,7 +52,7 @@ class GraphCaptures:
         shared: PoolHandle | None,
         graph: torch.cuda.CUDAGraph,
     ) -> Iterator[PoolHandle]:
-        """The pool to capture a graph into; it stays for as long as the graph object lives."""
+        """Returns the pool to capture a graph into; it lives as long as the graph object."""
         self.reap(allocator)
         with self._lock:
             if shared is None:

@@ -1,4 +1,4 @@
-"""The regions that each thread has open, which can be left for a while and entered again."""
+"""Keeps the open regions of each thread, and can leave and enter them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class _Region(contextlib.ExitStack):
-    """One region. Each entry is a scope of its own, which sees the error that it is left with."""
+    """One region. Each entry is a separate scope, which sees the error that it is left with."""
 
     def __init__(self, name: str, make_scope: Callable[[], MemoryPoolScope]) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class _Region(contextlib.ExitStack):
         self._ended = False
 
     def enter(self) -> None:
-        """Routes, unless the region has ended meanwhile."""
+        """Routes allocations, unless the region has ended meanwhile."""
         if not self._ended:
             self.enter_context(self._make_scope())
 
@@ -32,13 +32,13 @@ class _Region(contextlib.ExitStack):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leaves it for good."""
+        """Leaves the region for good."""
         self._ended = True
         self.__exit__(kind, error, traceback)
 
 
 class OpenRegions:
-    """Knows for the calling thread what `opened` has opened and not yet closed."""
+    """The regions that each thread has opened by `opened` and not yet closed."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -48,12 +48,12 @@ class OpenRegions:
         return found
 
     def names(self) -> set[str]:
-        """The names of the calling thread's open regions."""
+        """Returns the names of the calling thread's open regions."""
         return {region.name for region in self._mine()}
 
     @contextlib.contextmanager
     def opened(self, name: str, make_scope: Callable[[], MemoryPoolScope]) -> Iterator[None]:
-        """Allocations of the body go to a scope."""
+        """Routes allocations of the body to a scope."""
         region = _Region(name, make_scope)
         with contextlib.ExitStack() as stack:
             region.enter()

@@ -16,7 +16,7 @@ from cumempool.errors import InUseError
 
 _NAME: Final = "torch_memory_saver"
 _OURS: Final = "cumempool.compat.torch_memory_saver"
-#: What can be imported from the package under its lent name.
+#: Names that can be imported from the package as ``torch_memory_saver``.
 _MODULES: Final = (
     "",
     ".entrypoint",
@@ -30,21 +30,21 @@ _lock = fork_safe_lock()
 
 
 def folder_for_path() -> str:
-    """The folder that, on ``PYTHONPATH``, makes a process import cumempool's module instead.
+    """Returns the folder that, on ``PYTHONPATH``, makes a process import this module instead.
 
-    It holds one file and nothing else. For programs whose code cannot be changed.
+    It holds one file only. Use it for programs whose code cannot be changed.
     """
     return str(Path(__file__).resolve().parents[1] / "on_path")
 
 
 def install() -> None:
-    """Makes ``import torch_memory_saver`` give this module, from now on, in the whole process.
+    """Makes ``import torch_memory_saver`` return this module, from now on, in the whole process.
 
     Processes that `multiprocessing` starts by ``spawn`` or ``forkserver`` get it too, since they
-    take over ``sys.path``; for others see `configure_subprocess`. Installing twice is no error.
+    copy ``sys.path``; for others see `configure_subprocess`. A second call has no effect.
 
     Raises:
-        InUseError: The real torch_memory_saver has been imported; nothing was changed.
+        InUseError: The real torch_memory_saver was imported already; nothing has changed.
     """
     ours = importlib.import_module(_OURS)
     modules = {_NAME + name: importlib.import_module(_OURS + name) for name in _MODULES}
@@ -65,9 +65,9 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Takes the name back. Who has imported this module under it goes on using it.
+    """Undoes `install`; without one it does nothing.
 
-    Without `install` before, it does nothing.
+    Code that has imported this module as ``torch_memory_saver`` goes on using it.
     """
     ours = importlib.import_module(_OURS)
     with _lock:
@@ -80,17 +80,17 @@ def uninstall() -> None:
 
 
 def _is_on_its_way(loaded: object) -> bool:
-    """Whether it is the file in `folder_for_path`, which is calling `install` now."""
+    """Returns whether a module is the file in `folder_for_path`, which is calling `install` now."""
     file = getattr(loaded, "__file__", None)
     return file is not None and str(Path(file).resolve().parent) == folder_for_path()
 
 
 @contextlib.contextmanager
 def configure_subprocess() -> Iterator[None]:
-    """Processes started in the body import this module as ``torch_memory_saver``.
+    """Makes processes started in the body import this module as ``torch_memory_saver``.
 
-    However they are started: it puts `folder_for_path` in front of ``PYTHONPATH``. Nothing is
-    preloaded.
+    It puts `folder_for_path` in front of ``PYTHONPATH``, so any way to start them works. It
+    preloads nothing.
     """
     before = os.environ.get("PYTHONPATH")
     with change_env("PYTHONPATH", os.pathsep.join([folder_for_path(), *filter(None, [before])])):

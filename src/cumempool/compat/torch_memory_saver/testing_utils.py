@@ -1,4 +1,4 @@
-"""Measures memory for the examples of torch_memory_saver, which gives the module's name."""
+"""Measures memory for the examples of torch_memory_saver, under its module name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["empty_cache", "get_and_print_gpu_memory", "get_device", "is_xpu"]
 
 
 def get_device() -> str:
-    """``"cuda"``: what tensors that can be paused are on."""
+    """Returns ``"cuda"``, the device of pausable tensors."""
     return "cuda"
 
 
 def empty_cache() -> None:
-    """Gives back what torch has cached and no tensor uses."""
+    """Gives back memory that torch has cached and no tensor uses."""
     import torch
 
     torch.cuda.empty_cache()
@@ -25,11 +25,11 @@ def empty_cache() -> None:
 def get_and_print_gpu_memory(message: str, gpu_id: int = 0) -> int:
     """Writes a line about the memory of a GPU to standard output.
 
-    The figure is that of the driver (``cudaMemGetInfo``), over all processes on the GPU. Asking for
-    it creates a context on the GPU where there is none.
+    The figure is the driver's (``cudaMemGetInfo``), over all processes on the GPU. The call creates
+    a context on the GPU if there is none.
 
     Args:
-        message: What the line says beside the figure.
+        message: A text to print beside the figure.
         gpu_id: The ordinal of the GPU.
 
     Returns:

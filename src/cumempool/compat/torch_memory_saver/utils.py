@@ -1,4 +1,4 @@
-"""The part of ``torch_memory_saver.utils`` that programs import."""
+"""Offers the part of ``torch_memory_saver.utils`` that programs import."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["change_env", "get_binary_path_from_package", "is_xpu"]
 
 
 def is_xpu() -> bool:
-    """False: cumempool is for NVIDIA GPUs."""
+    """Returns False: cumempool is for NVIDIA GPUs."""
     return False
 
 
 def get_binary_path_from_package(stem: str) -> NoReturn:
-    """There is no library to preload.
+    """Raises: cumempool has no library to preload.
 
     Args:
         stem: The name of the library.
 
     Raises:
-        UnsupportedError: Always; the message says what to do instead.
+        UnsupportedError: Always; the message gives the alternative.
     """
     raise UnsupportedError(
         f"there is no library {stem!r} to preload: cumempool routes torch's allocations in the "
@@ -37,11 +37,11 @@ def get_binary_path_from_package(stem: str) -> NoReturn:
 
 @contextlib.contextmanager
 def change_env(key: str, value: str) -> Iterator[None]:
-    """Sets an environment variable of this process in the body, and puts back what was there.
+    """Sets an environment variable of this process in the body, and restores it after.
 
     Args:
         key: The variable.
-        value: What it is in the body.
+        value: Its value in the body.
     """
     before = os.environ.get(key)
     os.environ[key] = value
