@@ -1,1 +1,1 @@
-"""The command line: doctor, self-test, benchmark, demo, and pages about running processes."""
+"""Implements the command line: doctor, self-test, benchmark, demo, and pages about processes."""

@@ -1,4 +1,4 @@
-"""A short benchmark of this machine: sleep and wake beside plain copies of the same bytes."""
+"""Measures sleep and wake on this machine, beside plain copies of the same bytes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from cumempool.config import CuMemConfig
 from cumempool.errors import InternalError
 
 _PIECE: Final = 256 * 1024**2
-_SETTLE: Final = 0.3  # seconds; a device clears what it was given back, and a wake would wait
+_SETTLE: Final = 0.3  # seconds; a device clears memory given back, and a wake would wait for that
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One operation on all bytes.
+    """The result of one operation on all bytes.
 
     Attributes:
-        name: What was done.
+        name: The operation.
         seconds: The median of the rounds.
-        gb_per_s: All bytes over that time, in 1e9 bytes per second, copied or not.
-        link: That over the plain copy in the same direction; None for the copies themselves.
+        gb_per_s: All bytes, copied or not, over that time, in 1e9 bytes per second.
+        link: Ratio of that rate to the plain copy in the same direction; None for plain copies.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Measurement:
     link: float | None
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, of types that ``json.dumps`` takes."""
+        """Returns all fields as types that ``json.dumps`` takes."""
         return asdict(self)
 
 
@@ -104,7 +104,7 @@ def _finish(allocator: CuMemAllocator) -> None:
 
 
 def _plain(allocator: CuMemAllocator, size: int, rounds: int) -> tuple[float, float]:
-    """GB/s of copies between ordinary device memory and pinned host memory, both directions."""
+    """Returns GB/s of copies between ordinary device and pinned host memory, both directions."""
     on_cuda = allocator.config.driver == "cuda"
     device = torch.zeros(size, dtype=torch.uint8, device="cuda" if on_cuda else "cpu")
     host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_cuda)

@@ -1,4 +1,4 @@
-"""The ``cumempool`` command."""
+"""Defines the ``cumempool`` command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _json_option = click.option(
 
 
 def _driver_option(text: str, *choices: str) -> Callable[[_Command], _Command]:
-    """Returns the option for the driver; the first choice, else cuda, is the default."""
+    """Returns the option for the driver; its default is the first choice, or cuda without any."""
     choices = choices or ("cuda", "host")
     return click.option(
         "--driver",
@@ -43,7 +43,7 @@ def _driver_option(text: str, *choices: str) -> Callable[[_Command], _Command]:
 
 @contextmanager
 def _errors_for_people() -> Iterator[None]:
-    """An error of the library ends the command with its message and without a traceback."""
+    """Ends the command on an error of the library, with its message and without a traceback."""
     try:
         yield
     except CumempoolError as error:
@@ -58,7 +58,7 @@ def main() -> None:
 
 @main.command()
 @_driver_option(
-    "auto: cuda where a GPU can be used, else host with CPU tensors, and says so.",
+    "auto: cuda if a GPU can be used, else host with CPU tensors, and says so.",
     *("auto", "cuda", "host"),
 )
 @click.option(
@@ -84,7 +84,7 @@ def demo(driver: str, mib: int) -> None:
 def doctor(driver: DriverName, as_json: bool) -> None:
     """Checks this machine. Each check is PASS, WARN or FAIL, with a reason and a fix.
 
-    Exits with 1 where a check failed.
+    Exits with 1 if a check failed.
     """
     from cumempool.tools import doctor as doctors
 
@@ -106,7 +106,7 @@ def doctor(driver: DriverName, as_json: bool) -> None:
 def selftest(driver: DriverName, matching: str, as_json: bool) -> None:
     """Tries each promise of the pools on this machine's driver.
 
-    Exits with 1 where one does not hold, and where no check was run.
+    Exits with 1 if one does not hold, or if no check was run.
     """
     from cumempool.config import CuMemConfig
     from cumempool.tools.selftest import run_selftest
@@ -139,11 +139,11 @@ def _line(outcome: Outcome) -> Text:
 
 @main.command()
 @click.option("--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True)
-@click.option("--once", is_flag=True, help="Print it once; also where output is no terminal.")
+@click.option("--once", is_flag=True, help="Print it once; the default if output is no terminal.")
 def top(interval: float, once: bool) -> None:
     """Shows the pools of this user's processes that publish their statistics.
 
-    They do with CuMemConfig(publish=True) or CUMEMPOOL_PUBLISH=1.
+    A process publishes with CuMemConfig(publish=True) or CUMEMPOOL_PUBLISH=1.
     """
     from cumempool.tools.top import run_top
 
@@ -153,7 +153,7 @@ def top(interval: float, once: bool) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(dir_okay=False, writable=True))
-@click.option("--process", type=int, help="Whose; needed where several processes publish.")
+@click.option("--process", type=int, help="Its number; needed if several processes publish.")
 def snapshot(file: str, process: int | None) -> None:
     """Writes the allocations and latest events of a running process to FILE, as JSON.
 
@@ -188,7 +188,7 @@ def snapshot(file: str, process: int | None) -> None:
     "--link",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB/S",
-    help="What the link can do; else rates are compared with the fastest one.",
+    help="GB/s of the link; else rates are compared with the fastest one.",
 )
 def report(file: str, output: str | None, pickled: str | None, link: float | None) -> None:
     """Renders a snapshot or trace to one HTML page, which needs no network.

@@ -1,4 +1,4 @@
-"""The demonstration: weights backed up, a KV cache discarded, all back at its old address."""
+"""Demonstrates sleep and wake: backs weights up, discards a KV cache, wakes both in place."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _choose_driver(wanted: str, console: Console) -> CuMemConfig:
 
 @dataclass
 class _Model:
-    """A small network, its weights adopted, and a KV buffer that its output goes into."""
+    """A small network with adopted weights, and a KV buffer for its output."""
 
     network: torch.nn.Module
     kv_cache: torch.Tensor
@@ -69,7 +69,7 @@ def _make_model(allocator: CuMemAllocator, size: int) -> _Model:
     ).to(device)
     allocator.adopt(network, tag="weights")
     with allocator.use_memory_pool("kv_cache", on_sleep="discard", on_wake="zero"):
-        # On a GPU an ordinary torch call is routed to the pool; CPU tensors have to be asked for.
+        # On a GPU an ordinary torch call is routed to the pool; CPU tensors need empty().
         count = max(size // 4, _WIDTH * 8)
         if device.type == "cuda":
             kv_cache = torch.zeros(count, device=device)
@@ -79,7 +79,7 @@ def _make_model(allocator: CuMemAllocator, size: int) -> _Model:
 
 
 def _memory_used(allocator: CuMemAllocator) -> int:
-    """Bytes in use on the device: on a GPU as its driver counts them, for the whole device."""
+    """Returns bytes in use on the device; on a GPU its driver counts the whole device."""
     if allocator.config.driver == "cuda":
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
@@ -105,7 +105,7 @@ def _print_table(console: Console, *reports: TransitionReport) -> None:
 
 
 def run_demo(driver: str, size: int, console: Console | None = None) -> bool:
-    """Runs the demonstration and prints what it found.
+    """Runs the demonstration and prints its results.
 
     Returns:
         Whether results and addresses were the same after the wake.

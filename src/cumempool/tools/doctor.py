@@ -1,4 +1,4 @@
-"""Checks of this machine: what works, what does not, why, and what to do about it."""
+"""Checks this machine, and gives the reason and the fix for each problem."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Status = Literal["PASS", "WARN", "FAIL"]
 
 _TRIAL_BYTES: Final = 64 * 1024**2
 _LEAST_FILES: Final = 1024
-_LEAST_MAPPINGS: Final = 65530  # what kernels come with
+_LEAST_MAPPINGS: Final = 65530  # the default of the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class Check:
     """The result of one check.
 
     Attributes:
-        name: What it is.
+        name: The subject of the check.
         status: ``"PASS"``; ``"WARN"``: works, but slower or with less; ``"FAIL"``: does not work.
-        value: What was found.
-        reason: What is wrong with it, or ``""``.
-        fix: What to do about it, or ``""``.
+        value: The finding.
+        reason: The problem, or ``""``.
+        fix: The way to solve it, or ``""``.
     """
 
     name: str
@@ -47,26 +47,26 @@ class Check:
     fix: str = ""
 
     def to_dict(self) -> dict[str, str]:
-        """All fields, of types that ``json.dumps`` takes."""
+        """Returns all fields as types that ``json.dumps`` takes."""
         return asdict(self)
 
 
 def passed(checks: list[Check]) -> bool:
-    """Whether nothing failed."""
+    """Returns whether no check failed."""
     return all(check.status != "FAIL" for check in checks)
 
 
 def examine(driver: DriverName = "cuda", environ: Mapping[str, str] | None = None) -> list[Check]:
-    """Looks at the installation, the driver, every device, torch and the host.
+    """Checks the installation, the driver, every device, torch and the host.
 
-    Starts CUDA in torch, since its routing can be tried no other way: for a process of its own.
+    Starts CUDA in torch, since nothing else can try its routing: call it in a separate process.
     """
     environ = os.environ if environ is None else environ
     _start_cuda(driver)
     found = probe(driver=driver)
     checks = [_package(found), _torch_build(found), _driver(found)]
     checks += [check for device in found.devices for check in _device(device, found.driver)]
-    if found.ok or found.torch.routes is False:  # which is a reason not to be ok
+    if found.ok or found.torch.routes is False:  # the probe is not ok without routing
         checks.append(_routing(found))
     if found.ok:
         checks.append(_round_trip(found))
@@ -76,7 +76,7 @@ def examine(driver: DriverName = "cuda", environ: Mapping[str, str] | None = Non
 
 
 def _start_cuda(driver: DriverName) -> None:
-    """Has torch start CUDA where it can; what keeps it from that is found by the probe."""
+    """Makes torch start CUDA if it can; the probe finds the reason if it cannot."""
     if driver != "cuda" or find_spec("torch") is None:
         return
     import torch
@@ -187,7 +187,7 @@ def _handles(device: DeviceProbe, name: str) -> Check:
                 "there are IMEX channels, but memory with fabric handles was refused",
                 "check nvidia-imex and the rights on /dev/nvidia-caps-imex-channels",
             )
-        # Most machines claim it; without a channel it is for none of them.
+        # Most devices claim it; without a channel none can use it.
         value += " (no fabric handles: no IMEX channel)"
     return Check(f"{name}: sharing", "PASS", value)
 
@@ -225,7 +225,7 @@ def _routing(found: Availability) -> Check:
 
 
 def _round_trip(found: Availability) -> Check:
-    """A sleep and a wake of memory with contents, twice, so that comparing is tried as well."""
+    """Checks two sleeps and wakes of memory with contents; the second tries dirty tracking too."""
     from cumempool.allocator import CuMemAllocator
 
     name = "sleep and wake"
@@ -301,7 +301,7 @@ def _expandable(environ: Mapping[str, str]) -> Check:
 
 def _host_memory(found: Availability) -> Check:
     available, limit, source = machine.host_room()
-    # Seldom is more than half of a device worth a backup: KV caches are discarded.
+    # Backups seldom need more than half of a device: KV caches are discarded.
     needed = max((device.total_bytes // 2 for device in found.devices), default=0)
     value = f"{format_bytes(available)} of {format_bytes(limit)} available ({source or 'unknown'})"
     if found.driver == "host" or available >= needed:

@@ -1,4 +1,4 @@
-"""Renders a snapshot or a trace to one HTML page that needs nothing else, and to other formats."""
+"""Renders a snapshot or a trace to one self-contained HTML page, or for torch's visualizer."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Record:
     """The contents of a file.
 
     Attributes:
-        title: What it is of.
+        title: Its kind, process and time.
         allocations: Allocations of a snapshot; empty for a trace.
         events: Events, oldest first.
         stats: Statistics of a snapshot, or None.
-        error: What memory ran out with, or ``""``.
+        error: The out-of-memory error that caused the snapshot, or ``""``.
     """
 
     title: str
@@ -44,7 +44,7 @@ def load(path: Path) -> Record:
 
     Raises:
         InvalidArgumentError: The file holds neither.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines() or [""]
@@ -128,11 +128,11 @@ def _size(count: int) -> str:
 
 
 def to_html(record: Record, *, link_gb_per_s: float | None = None) -> str:
-    """One page with tables and pictures inside; it loads nothing.
+    """Returns one page with tables and pictures inside; it loads nothing.
 
     Args:
-        record: What `load` gave.
-        link_gb_per_s: What the link between device and backup can do, in 1e9 bytes per second. None
+        record: The result of `load`.
+        link_gb_per_s: The rate of the link between device and backup, in 1e9 bytes per second. None
             compares with the fastest transition of the record.
     """
     from cumempool.tools import plots
@@ -147,7 +147,7 @@ def to_html(record: Record, *, link_gb_per_s: float | None = None) -> str:
         tags=_tag_rows(record.allocations),
         events=_event_rows(record.events, link),
         link_name="the link" if link_gb_per_s else "the fastest",
-        # Made by matplotlib, which escapes what tags are called.
+        # matplotlib escapes the names of tags.
         address_map=Markup(plots.svg(plots.address_map(record.allocations))),
         memory_over_time=Markup(plots.svg(plots.memory_over_time(record.events))),
     )
@@ -157,10 +157,10 @@ def to_html(record: Record, *, link_gb_per_s: float | None = None) -> str:
 
 
 def to_torch(record: Record) -> bytes:
-    """A pickle for torch's memory visualizer, as ``torch.cuda.memory._dump_snapshot`` writes it.
+    """Returns a pickle for torch's memory visualizer, as ``torch.cuda.memory._dump_snapshot`` does.
 
-    Each allocation is a segment with one block. What sleeps is there as inactive; its tag is the
-    innermost frame.
+    Each allocation is a segment with one block, inactive if it sleeps; its tag is the innermost
+    frame.
     """
     segments = [_segment(one) for one in sorted(record.allocations, key=lambda o: o["address"])]
     devices = 1 + max((one["device"] for one in record.allocations), default=0)

@@ -1,4 +1,4 @@
-"""Pictures of a snapshot or trace, by matplotlib: the address map, and memory over time."""
+"""Draws a snapshot or trace with matplotlib: the address map, and memory over time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.patches import Patch, Rectangle
 
 _UNITS: Final = (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024))
 _ROWS: Final = 16
-#: Colours that people who see few of them tell apart (Okabe and Ito), one per tag.
+#: Colours for colour-blind readers too (Okabe and Ito), one per tag.
 _COLOURS: Final = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 _HATCHES: Final = {"awake": "", "backed_up": "///", "discarded": "..."}
 _STATES: Final = {"awake": "awake", "backed_up": "asleep, backed up", "discarded": "discarded"}
@@ -28,7 +28,7 @@ def _unit(most: int) -> tuple[str, int]:
 
 
 def address_map(allocations: Sequence[Mapping[str, Any]]) -> Figure:
-    """Allocations in the order of their addresses, gaps left out; a row is a share of all bytes."""
+    """Draws allocations by address without gaps; each row is an equal share of all bytes."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.add_subplot()
     ordered = sorted(allocations, key=lambda one: (one["device"], one["address"]))
@@ -67,7 +67,7 @@ def address_map(allocations: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def memory_over_time(events: Sequence[Mapping[str, Any]]) -> Figure:
-    """Device and host memory after each event, with the events marked."""
+    """Draws device and host memory after each event, and marks the events."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.add_subplot()
     most = max((max(event["physical_bytes"], event["asleep_bytes"]) for event in events), default=0)
@@ -102,9 +102,9 @@ def memory_over_time(events: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """The picture as an SVG element, without a prologue."""
+    """Returns the picture as an SVG element, without a prologue."""
     out = io.StringIO()
-    # A fixed salt and no date: the same snapshot gives the same page.
+    # A fixed salt and no date, so that the same snapshot gives the same page.
     figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]

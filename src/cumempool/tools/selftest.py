@@ -1,4 +1,4 @@
-"""The contract of the pools, tried on this machine's driver: a check per promise, with its rule."""
+"""Tries the contract of the pools on this machine's driver: a check per promise, with its rule."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Outcome:
     """The result of one check.
 
     Attributes:
-        rule: The rule that it is about, as in docs/guarantees.md.
-        name: What was tried.
-        status: ``"PASS"``, ``"FAIL"``, or ``"SKIP"`` where this machine lacks what it needs.
-        reason: What went wrong or is missing, or ``""``.
-        seconds: How long it took.
+        rule: The rule that it tries, as in docs/guarantees.md.
+        name: The promise.
+        status: ``"PASS"``, ``"FAIL"``, or ``"SKIP"`` if this machine cannot run the check.
+        reason: The failure, or the reason for the skip, or ``""``.
+        seconds: The duration.
     """
 
     rule: str
@@ -46,7 +46,7 @@ class Outcome:
     seconds: float
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, of types that ``json.dumps`` takes."""
+        """Returns all fields as types that ``json.dumps`` takes."""
         return asdict(self)
 
 
@@ -55,7 +55,7 @@ class _BrokenError(AssertionError):
 
 
 class _LackingError(Exception):
-    """The machine lacks what a check needs."""
+    """This machine cannot run a check."""
 
 
 _Check = Callable[[CuMemAllocator], None]
@@ -63,7 +63,7 @@ _checks: list[tuple[str, str, _Check]] = []
 
 
 def _promise(rule: str) -> Callable[[_Check], _Check]:
-    """Enters a check under a rule; its docstring is its name."""
+    """Registers a check under a rule; its docstring is its name."""
 
     def enter(check: _Check) -> _Check:
         _checks.append((rule, (check.__doc__ or "").rstrip("."), check))
@@ -74,7 +74,7 @@ def _promise(rule: str) -> Callable[[_Check], _Check]:
 
 def run_selftest(config: CuMemConfig, *, matching: str = "") -> Iterator[Outcome]:
     """Runs the checks, each with an allocator of its own, and yields the result of each."""
-    CuMemAllocator(config).close()  # a driver that is not there is no failure of a check
+    CuMemAllocator(config).close()  # a missing driver raises here, and fails no check
     for rule, name, check in _checks:
         if matching.lower() in f"{rule} {name}".lower():
             yield _run(config, rule, name, check)

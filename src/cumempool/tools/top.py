@@ -1,4 +1,4 @@
-"""The live view of processes that publish their statistics."""
+"""Shows a live view of processes that publish their statistics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _view(processes: Sequence[Published]) -> Group | Text:
 
 
 def run_top(console: Console, *, interval: float, once: bool) -> None:
-    """Shows them until it is interrupted."""
+    """Shows the processes until it is interrupted."""
     if once or not console.is_terminal:
         console.print(_view(published()))
         return
