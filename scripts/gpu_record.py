@@ -1,4 +1,4 @@
-"""Turns what gpu_check.sh ran into a JSON record and its closing line."""
+"""Turns the results of gpu_check.sh into a JSON record and its closing line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import cumempool
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_MALLOC_RATIO = 1.2
-# Conformance tests that say nothing on a machine with one GPU.
+# Conformance tests that prove nothing on a machine with one GPU.
 NEED_TWO_DEVICES = (
     "C3_ContextEntriesFailInsideAnotherDevicesContext",
     "C9_DevicesWithAccessCopyAndWaitAcross",
@@ -32,7 +32,7 @@ def read_steps(path: Path) -> list[dict[str, object]]:
 
 
 def read_not_run(path: Path) -> dict[str, str]:
-    """What was left out, a file of tests, an example or a step, and the reason."""
+    """Returns the files of tests, examples and steps that were left out, with the reasons."""
     rows = (line.split("\t") for line in path.read_text().splitlines())
     return dict(rows)
 
@@ -40,8 +40,8 @@ def read_not_run(path: Path) -> dict[str, str]:
 def read_pytest(folder: Path, not_run: dict[str, str]) -> dict[str, object]:
     """Counts the tests of every file; a file whose process wrote nothing is one failure.
 
-    What tests have noted as figures is kept under their names. Tests that are expected to fail
-    here, such as those for two GPUs on a machine with one, go to `not_run` with their reason.
+    Keeps the figures of tests under their names. Tests that are expected to fail here, such as
+    tests for two GPUs on a machine with one, go to `not_run` with their reason.
     """
     passed, failures = 0, []
     figures: dict[str, dict[str, object]] = {}
@@ -114,7 +114,7 @@ def read_malloc_path(path: Path, not_run: dict[str, str]) -> dict[str, object]:
 
 
 def driver_release() -> str:
-    """The release of the kernel driver, such as ``580.159.04``; ``""`` where it does not say."""
+    """Returns the release of the kernel driver, such as ``580.159.04``; ``""`` if unknown."""
     path = Path("/proc/driver/nvidia/version")
     found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text()) if path.exists() else None
     return found[0] if found else ""
@@ -149,7 +149,7 @@ def main() -> None:
         "malloc_path": malloc_path,
     }
     arguments.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    # Steps whose single results are counted one by one are not counted again.
+    # Steps with single results are not counted again as steps.
     single = [step for step in steps if step["name"] not in ("pytest", "conformance")]
     problems = malloc_path["failures"]
     assert isinstance(problems, list)

@@ -1,4 +1,4 @@
-"""Turns what instruction_counts.sh profiled into a JSON record, or compares it with the record."""
+"""Turns the profiles of instruction_counts.sh into a JSON record, or compares them with it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import re
 import sys
 from pathlib import Path
 
-#: How much more, or less, than the record a path may need.
+#: The most that a path may differ from the record.
 TOLERANCE = 0.10
 #: "1,737,303 (61.84%)  file:function [object]", as callgrind_annotate writes it.
 LINE = re.compile(r"^\s*([\d,]+) \([\d. ]+%\)\s+(.*)$")
-#: Where the host driver is entered; its time is that of a simulation, not of the library.
+#: The entries of the host driver, whose instructions simulate a device.
 HOST_DRIVER = re.compile(r"cumempool::driver::\(anonymous namespace\)::(on_devices|in_memory)<")
 
 
 def read_profile(path: Path, allocations: int) -> dict[str, float]:
-    """Instructions per allocation: of the library alone, and with the simulated device."""
+    """Returns instructions per allocation: the library alone, and with the simulated device."""
     total = simulated = 0
     for line in path.read_text().splitlines():
         if (match := LINE.match(line)) is None:
@@ -36,7 +36,7 @@ def read_profile(path: Path, allocations: int) -> dict[str, float]:
 
 
 def compare(measured: dict[str, dict[str, float]], recorded: dict[str, dict[str, float]]) -> bool:
-    """Prints both; whether no path needs too much more."""
+    """Prints both; returns whether no path needs too many more."""
     good = set(measured) == set(recorded)
     for path, counts in measured.items():
         if path not in recorded:

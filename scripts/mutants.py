@@ -3,14 +3,14 @@
 
     scripts/mutants.py                       # all of them
     scripts/mutants.py --only NAME           # one of them; may be repeated
-    scripts/mutants.py --list                # what there is
-    scripts/mutants.py --check               # only whether each can be put in, as CI does
+    scripts/mutants.py --list                # list them
+    scripts/mutants.py --check               # only check that each applies, as CI does
 
-The faults are in tests/mutants/faults.toml. A fault is one replacement in one file. It is put into
-a copy of the checkout in a temporary folder, built there, tested and taken out again; the checkout
-itself is only read. A fault that names Python tests has to be caught by one of them, any other by
-the C++ tests: first by those that are likely to, then by all. Fails where one survives or does not
-apply. Needs Python 3.11, what the C++ tests need to be built, and for faults with Python tests the
+The faults are in tests/mutants/faults.toml. A fault is one replacement in one file. The script puts
+it into a copy of the checkout in a temporary folder, builds and tests that, and takes it out again;
+it only reads the checkout. If a fault names Python tests, one of them must catch it; else the C++
+tests must: it runs the likely ones first, then all. Fails if a fault survives or does not apply.
+Needs Python 3.11, the build requirements of the C++ tests, and for faults with Python tests the
 test requirements.
 """
 
@@ -37,7 +37,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "mutants" / "faults.toml"
-#: What a build and the tests need of the checkout.
+#: The files of the checkout that a build and the tests need.
 COPIED = (
     "CMakeLists.txt",
     "benchmarks",
@@ -51,14 +51,14 @@ COPIED = (
     "src",
     "tests",
 )
-#: Tests that take long: after all others, since most faults are caught without them.
+#: Slow tests, which run after all others, since most faults are caught without them.
 SLOW = "Operations/*:Threads/*"
 #: As CI builds the tests, but fast to compile.
 FLAGS = "-O0 -DNDEBUG"
 
 
 class MutantError(Exception):
-    """Something that keeps faults from being tried at all."""
+    """A problem that keeps the script from trying faults."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Fault:
     """One record of faults.toml.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         breaks: The rule or promise that it breaks.
-        file: The file that it is put into.
-        find: The text that it replaces, which is there once.
-        replace: What it puts there.
+        file: The file that it changes.
+        find: The text that it replaces, which the file has once.
+        replace: The new text.
         likely: A GoogleTest filter of C++ tests that are likely to catch it.
-        tests: Python tests of which one catches it; empty where a C++ test does.
+        tests: Python tests, one of which catches it; empty if a C++ test does.
     """
 
     name: str
@@ -84,10 +84,10 @@ class Fault:
     tests: tuple[str, ...] = ()
 
     def applied_to(self, text: str) -> str:
-        """The text with the fault.
+        """Returns the text with the fault.
 
         Raises:
-            MutantError: It does not apply.
+            MutantError: The fault does not apply.
         """
         count = text.count(self.find)
         if count != 1:
@@ -100,7 +100,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a fault; `by` is the first test that failed, or how the build did."""
+    """The result of a fault; `by` is the first test that failed, or the build's failure."""
 
     name: str
     caught: bool
@@ -121,7 +121,7 @@ def read_faults() -> list[Fault]:
 
 
 def check(faults: list[Fault]) -> bool:
-    """Whether all of them can be put into the checkout as it is; says which cannot."""
+    """Returns whether all faults apply to the checkout; prints those that do not."""
     good = True
     for fault in faults:
         try:
@@ -139,7 +139,7 @@ def check(faults: list[Fault]) -> bool:
 
 
 def first_failure(log: str) -> str:
-    """The first test that failed, or that was running at the end, of GoogleTest or of pytest."""
+    """Returns the first test of GoogleTest or pytest that failed, or the last one that began."""
     for pattern in (r"^\[  FAILED  \] ([^\s,]+)", r"^(?:FAILED|ERROR) (\S+)"):
         if failed := re.search(pattern, log, re.MULTILINE):
             return failed[1]
@@ -148,7 +148,7 @@ def first_failure(log: str) -> str:
 
 
 class Run:
-    """A process that runs tests, in a session of its own."""
+    """A process that runs tests, in its own session."""
 
     def __init__(self, command: list[str], folder: Path, log: str, variables: dict[str, str]):
         self._log = folder / log
@@ -164,7 +164,7 @@ class Run:
             )
 
     def outcome(self, patience: float) -> str | None:
-        """What failed, "" where it has succeeded, None while it runs."""
+        """Returns the failed test, "" if it has succeeded, None while it runs."""
         status = self._process.poll()
         if status is None:
             if time.time() - self._log.stat().st_mtime < patience:
@@ -179,14 +179,14 @@ class Run:
         return first_failure(self._log.read_text(errors="replace"))
 
     def kill(self) -> None:
-        """Ends it and whatever it has started."""
+        """Ends it and all processes that it has started."""
         with suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def watch(runs: list[Run], patience: float) -> str:
-    """Waits for all of them; the first failure ends the others. Returns what failed, or ""."""
+    """Waits for all runs; the first failure ends the others. Returns the failed test, or ""."""
     running = list(runs)
     try:
         while running:
@@ -237,7 +237,7 @@ class Copy:
             self.make_package()
 
     def make_package(self) -> None:
-        """A folder to import the package from: the copy's sources beside what was built."""
+        """Makes a folder to import the package from: the copy's sources beside the built files."""
         package = self.folder / "package" / "cumempool"
         (package / "lib").mkdir(parents=True)
         for source in (self.folder / "src" / "cumempool").iterdir():
@@ -267,7 +267,7 @@ class Copy:
             file.write_text(right)
 
     def test_cpp(self, tests: str) -> str:
-        """The first C++ test of a filter that fails, or "" where none does."""
+        """Returns the first C++ test of a filter that fails, or "" if none does."""
         command = [str(self.build / "cumempool_tests"), "--gtest_fail_fast"]
         runs = []
         for index in range(self.jobs):
@@ -277,15 +277,15 @@ class Copy:
         return watch(runs, self.patience)
 
     def test_all_cpp(self) -> str:
-        """The first C++ test that fails, or "" where none does; those that take long come last."""
+        """Returns the first C++ test that fails, or "" if none does; slow tests come last."""
         return self.test_cpp(f"-{SLOW}") or self.test_cpp(SLOW)
 
     @functools.cached_property
     def is_sound(self) -> bool:
-        """Whether all C++ tests pass without a fault. Else one would seem to be caught by them.
+        """Checks that all C++ tests pass without a fault; else every fault would seem caught.
 
         Raises:
-            MutantError: They do not.
+            MutantError: A test fails.
         """
         self.compile()
         if failed := self.test_all_cpp():
@@ -293,7 +293,7 @@ class Copy:
         return True
 
     def test_python(self, tests: Sequence[str]) -> str:
-        """The first of these Python tests that fails, or "" where none does."""
+        """Returns the first of these Python tests that fails, or "" if none does."""
         command = [
             sys.executable,
             "-u",
@@ -314,11 +314,11 @@ def try_fault(copy: Copy, fault: Fault) -> Verdict:
     """Puts the fault in, builds, tests, takes it out.
 
     Raises:
-        MutantError: It does not apply, or does not compile: then it says nothing about the tests.
+        MutantError: It does not apply, or does not compile, so it proves nothing about the tests.
     """
     began = time.monotonic()
     with copy.with_fault(fault):
-        copy.compile()  # also what an earlier fault has left
+        copy.compile()  # also rebuilds the files of an earlier fault
         failed = copy.test_python(fault.tests) if fault.tests else copy.test_cpp(fault.likely)
     if not failed and not fault.tests and copy.is_sound:
         with copy.with_fault(fault):

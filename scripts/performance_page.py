@@ -13,7 +13,7 @@ from readme_figures import BEGIN, END, RESULTS, ROOT, figures, table
 
 
 def instruction_tables() -> list[str]:
-    """What one more allocation costs in instructions, in the library and with the host driver."""
+    """Returns the instructions per allocation, in the library and with the host driver."""
     record = json.loads((RESULTS / "instructions.json").read_text(encoding="utf-8"))
     rows = [
         [name.replace("_", " "), *(f"{counts[of]:,.0f}" for of in ("library", "with_host_driver"))]
@@ -22,22 +22,22 @@ def instruction_tables() -> list[str]:
     return [
         "## Instructions",
         "",
-        f"Of one operation on {record['allocations']} allocations, per allocation: "
-        f"`{record['command']}`. Continuous integration counts them again.",
+        f"Instructions per allocation of one operation on {record['allocations']} allocations, "
+        f"counted by `{record['command']}`. Continuous integration counts them again.",
         "",
         *table(["operation", "the library", "with the host driver"], rows),
     ]
 
 
 def text() -> str:
-    """What is between the marks."""
+    """Returns the text between the marks."""
     beside = figures().replace("](benchmarks/", "](../benchmarks/")
     return "\n".join(["## Sleep and wake", "", beside, "", *instruction_tables()]).rstrip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where the page differs")
+    parser.add_argument("--check", action="store_true", help="fail if the page differs")
     arguments = parser.parse_args()
     page = ROOT / "docs" / "performance.md"
     found = page.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-#: Workloads that sleep and wake, and what they are.
+#: Workloads that sleep and wake, with their descriptions.
 WORKLOADS = {
     "llama8b": "weights of an 8B model, 14.96 GiB in 194 tensors",
     "small": "2000 tensors of 3 MiB",
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 def name_of(contender: str, versions: dict[str, str]) -> str:
-    """A contender as people call it, with the version that was measured."""
+    """Returns a contender's name for people, with the version that was measured."""
     saver = f"torch_memory_saver {versions.get('torch_memory_saver', '')}".strip()
     names = {
         "cumempool-prepared": "cumempool after `prepare()`",
@@ -58,7 +58,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def gpu_of(record: Record, part: str) -> str:
-    """What a part ran on, such as "H200"; parts of a record may differ in that."""
+    """Returns the GPU that a part ran on, such as "H200"; parts of a record may differ."""
     name: str = record["parts"][part]["gpus"][0]
     return name.removeprefix("NVIDIA ").split(" ")[0]
 
@@ -67,7 +67,7 @@ def gpu_of(record: Record, part: str) -> str:
 
 
 def cycle_cell(result: Record, phase: str, direction: str) -> str:
-    """Time, and in brackets the multiple of the link's time; "" where it was not measured."""
+    """Returns the time, and in brackets the multiple of the link's; "" if not measured."""
     if phase not in result or "over_floor" not in result[phase]:
         return ""
     seconds = result[phase][f"{direction}_s"]["median"]
@@ -78,9 +78,9 @@ def sleep_wake_tables(record: Record) -> list[str]:
     versions = record["versions"]
     lines = [
         f"Driver {record['machine']['kernel_driver']}, torch {versions['torch']}. "
-        "Medians; each contender in a process of its own. In brackets: multiples of what the link "
-        "needs for the bytes, its rate measured in the same process. Later sleeps follow a change "
-        "of all contents, of 10% of them, or of nothing.",
+        "Figures are medians; each contender runs in its own process. Brackets give the multiple "
+        "of the time that the link needs for the bytes, at its rate in the same process. Later "
+        "sleeps follow a change of all contents, of 10% of them, or of nothing.",
         "",
     ]
     for part, title in WORKLOADS.items():
@@ -101,7 +101,7 @@ def sleep_wake_tables(record: Record) -> list[str]:
 
 
 def first_result(record: Record, part: str, contender: str = "cumempool") -> Record:
-    """What a contender of a part found; {} where the part was not run."""
+    """Returns a contender's results of a part; {} if the part was not run."""
     results = record["parts"].get(part, {}).get("results", {})
     found: Record = results.get(contender, {})
     return found
@@ -202,11 +202,11 @@ def other_table(record: Record) -> list[str]:
 
 
 def malloc_tables(record: Record, check: Record) -> list[str]:
-    """A segment malloc beside the same driver calls made bare, and through torch beside peers."""
+    """Compares a segment malloc with the bare driver calls, and through torch with peers."""
     sizes = first_result(record, "malloc", "bare").get("sizes") or check["malloc_path"]["sizes"]
     lines = [
-        "One segment malloc through a slot beside the same four driver calls made bare, "
-        f"{gpu_of(record, 'malloc')}; medians.",
+        "Medians of one segment malloc through a slot, and of the same four driver calls made "
+        f"directly, on one {gpu_of(record, 'malloc')}.",
         "",
     ]
     rows = [
@@ -226,7 +226,7 @@ def malloc_tables(record: Record, check: Record) -> list[str]:
     }
     if through_torch:
         count = min(len(r["malloc_512_mib_us"]["samples"]) for r in through_torch.values())
-        lines += [f"And through torch, in {count} processes of each:", ""]
+        lines += [f"The same through torch, medians over {count} processes of each:", ""]
         rows = [
             [
                 name_of(name, record["versions"]),
@@ -239,7 +239,7 @@ def malloc_tables(record: Record, check: Record) -> list[str]:
 
 
 def figures() -> str:
-    """The text between the markers."""
+    """Returns the text between the marks."""
     record = json.loads((RESULTS / "sleep_wake.json").read_text())
     if record.get("format") != 2:
         sys.exit("benchmarks/results/sleep_wake.json is of an old form: record it again")
@@ -250,7 +250,7 @@ def figures() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where the README differs")
+    parser.add_argument("--check", action="store_true", help="fail if the README differs")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()

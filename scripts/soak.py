@@ -4,14 +4,14 @@
     scripts/soak.py --output benchmarks/results/soak.json   # 2000 cycles: a GPU used by no other
     scripts/soak.py --driver host --cycles 40 --small       # a dry run without one
 
-On one H200, 2000 cycles are meant to be through in four minutes; --time-limit ends a slower run, as
-a failure.
+On one H200, 2000 cycles should take at most four minutes; --time-limit ends a slower run as a
+failure.
 
 Each cycle changes contents on several streams, replays a CUDA graph, takes tags of several tiers
 through some kind of transition while threads allocate and free, and compares a digest of every
-tensor with what it has to be. Every few cycles, with all awake and all caches empty, it reads used
-device memory, the memory of the process and its open files. Fails where contents differ, where one
-of those grows, or where something is left after the end.
+tensor with the expected one. Every few cycles, with all awake and all caches empty, it reads used
+device memory, the memory of the process and its open files. Fails if contents differ, if one of
+these figures grows, or if anything is left after the end.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ SIZES = (3 * MIB, 20 * MIB, 48 * MIB, 65 * MIB + 4096)  # the last is larger tha
 SMALL_SIZES = (64 * 1024, 2 * MIB + 4096, 3 * MIB)
 HOST_DEVICE_BYTES = 4 << 30
 FIRST_SAMPLES_LEFT_OUT = 0.1  # of all: caches of kernels, of threads, of malloc fill up
-LEAST_SAMPLES = 5  # that say something about growth
+LEAST_SAMPLES = 5  # fewer say nothing about growth
 SIGNIFICANT = 3.0  # standard errors
-#: Growth over the whole run that is nothing: less than one granule, and what an interpreter moves.
+#: Growth over the whole run that counts as noise: less than one granule, and an interpreter's own.
 NOISE = {"used_bytes": MIB, "rss_bytes": 4 * MIB, "open_files": 0.5}
 
 
 class SoakError(Exception):
-    """What the soak was looking for."""
+    """A failure that the soak has found."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says."""
+    """The settings of the command line."""
 
     driver: str
     cycles: int
@@ -74,13 +74,13 @@ class Settings:
 
 
 def wrapped(value: int) -> int:
-    """A Python number as the 64 bits of a device have it."""
+    """Returns a Python number wrapped to 64 bits, as a device computes it."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 @dataclass
 class Patterns:
-    """What contents are made of, outside of the pool. Digest: the sum of (2 i + 1) word[i]."""
+    """Patterns for contents, outside the pool. Digest: the sum of (2 i + 1) word[i]."""
 
     base: torch.Tensor
     weights: torch.Tensor
@@ -101,7 +101,7 @@ class Patterns:
 
 @dataclass
 class Item:
-    """One tensor of the pool, its address, and the digest that it has to have."""
+    """One tensor of the pool, its address, and its expected digest."""
 
     tag: str
     data: torch.Tensor
@@ -168,7 +168,7 @@ class Pool:
         return torch.cuda.stream(self.choose.choice(self.streams)) if self.on_cuda else _nothing()
 
     def change(self, item: Item) -> None:
-        """Changes all of it, or a part, on some stream that is not waited for."""
+        """Changes all of it, or a part, on some stream, and does not wait for that."""
         count = item.data.numel()
         with self.on_some_stream():
             if self.choose.random() < 0.5:
@@ -179,7 +179,7 @@ class Pool:
                 item.add(first, min(count, first + count // 8 + 1), self.choose.randrange(1 << 31))
 
     def check(self, tags: Sequence[str], cycle: int) -> int:
-        """Compares the tensors of tags on several streams at a time; returns how many."""
+        """Compares the tensors of tags on several streams at once; returns their number."""
         items = [item for tag in tags for item in self.items[tag]]
         digests = []
         for item in items:
@@ -202,7 +202,7 @@ class Graph:
     def __init__(self, pool: Pool, counter: Item, read: Item) -> None:
         self._counter, self._read, self._pool = counter, read, pool
         self._seen = torch.zeros((), dtype=torch.int64, device="cuda")
-        pool.patterns.digest(read.data)  # what is loaded at first use is not loaded in a capture
+        pool.patterns.digest(read.data)  # loads kernels, which a capture cannot do
         pool.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
@@ -210,7 +210,7 @@ class Graph:
             self._seen.copy_(pool.patterns.digest(read.data))
 
     def replay(self) -> None:
-        """In flight when it returns."""
+        """Starts a replay, which is still in flight when it returns."""
         self._graph.replay()
         self._counter.added(0, self._counter.data.numel(), 1)
 
@@ -250,7 +250,7 @@ def sleep_and_wake(pool: Pool, tags: list[str]) -> None:
 
 
 def wake_asynchronously(pool: Pool, tags: list[str], cycle: int) -> None:
-    """Uses one tensor behind `wait`, before the wake has ended."""
+    """Wakes tags in the background, and uses one tensor after `wait`, before the wake has ended."""
     early = pool.choose.choice(pool.items[pool.choose.choice(tags)])
     pool.allocator.sleep(tags=tags)
     _forget_discarded(pool, tags)
@@ -260,7 +260,7 @@ def wake_asynchronously(pool: Pool, tags: list[str], cycle: int) -> None:
 
 
 def swap_twice(pool: Pool) -> None:
-    """Each set leaves while the other arrives."""
+    """Swaps two sets of tags, and back."""
     pool.allocator.sleep(tags=["other"])
     pool.allocator.swap(sleep=["pinned", "pageable"], wake=["other"])
     pool.allocator.swap(sleep=["other"], wake=["pinned", "pageable"])
@@ -297,7 +297,7 @@ KINDS = ("all", "some", "asynchronous", "swap", "discard", "all", "asynchronous"
 
 
 def change_some(pool: Pool) -> None:
-    """Nothing, a few tensors, or all: sleeps that are clean, partly clean and dirty."""
+    """Changes no tensor, a few or all, for sleeps that are clean, partly clean or dirty."""
     share = pool.choose.choice((0.0, 0.25, 1.0))
     for tag, items in pool.items.items():
         for item in items:
@@ -358,13 +358,13 @@ class Churn:
             yield
 
     def check(self) -> None:
-        """Raises what a thread has failed with."""
+        """Raises the error of a thread that has failed."""
         for future in self._futures:
             if future.done():
                 future.result()
 
     def end(self) -> int:
-        """Rounds of all threads."""
+        """Ends the threads; returns the number of their rounds."""
         self._stop.set()
         self._executor.shutdown()
         return sum(future.result() for future in self._futures)
@@ -375,7 +375,7 @@ class Churn:
 
 @dataclass(frozen=True)
 class Sample:
-    """What is held while all is awake, without backups and without caches."""
+    """Memory and files in use while all is awake, without backups and caches."""
 
     cycle: int
     used_bytes: int
@@ -431,7 +431,7 @@ def slope_of(samples: Sequence[Sample], name: str) -> Slope:
 
 
 def left_behind(pool: Pool) -> list[str]:
-    """Closes the allocator; what it still counts then."""
+    """Closes the allocator; returns what it still counts then."""
     pool.synchronize()
     pool.items.clear()
     gc.collect()
@@ -453,7 +453,7 @@ def left_behind(pool: Pool) -> list[str]:
 
 @dataclass
 class Soak:
-    """One run: what it has done so far, and what it has found."""
+    """One run, with its counts and failures so far."""
 
     settings: Settings
     samples: list[Sample] = field(default_factory=list)
@@ -497,7 +497,7 @@ class Soak:
 
     def slopes(self) -> list[Slope]:
         if len(self.samples) < LEAST_SAMPLES:
-            return []  # it has failed before
+            return []  # the run has failed
         return [slope_of(self.samples, name) for name in NOISE]
 
     def to_dict(self) -> dict[str, Any]:
@@ -532,7 +532,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--cycles", type=int, default=2000)
     parser.add_argument("--small", action="store_true", help="small tensors")
     parser.add_argument("--sample-every", type=int, help="cycles; default: 100 samples, at most 20")
-    parser.add_argument("--threads", type=int, default=2, help="that allocate and free")
+    parser.add_argument("--threads", type=int, default=2, help="threads that allocate and free")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", help="also back up a tag in a file there")
     parser.add_argument("--time-limit", type=float, help="seconds")

@@ -1,9 +1,9 @@
-"""Writes what programs can call of an unpacked torch_memory_saver wheel, by name and signature.
+"""Writes the public names and signatures of an unpacked torch_memory_saver wheel.
 
     python scripts/torch_memory_saver_surface.py FOLDER
 
-FOLDER is where the wheel was unpacked. Nothing of it is imported or run: the names are read from
-the syntax trees of its files. The result is tests/data/torch_memory_saver_surface.json.
+FOLDER holds the unpacked wheel. It reads the syntax trees of the files, and neither imports nor
+runs them. The result is tests/data/torch_memory_saver_surface.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Surface = dict[str, object]
 
 
 def parameters(arguments: ast.arguments) -> list[list[str | None]]:
-    """Name, kind and default of each parameter; a default is its source text, or None."""
+    """Returns name, kind and default of each parameter; a default is source text or None."""
     plain = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
     rows: list[list[str | None]] = [
@@ -46,7 +46,7 @@ def is_public(name: str) -> bool:
 
 
 def members(body: list[ast.stmt]) -> Surface:
-    """The public functions, classes and choices that a body defines."""
+    """Returns the public functions, classes and choices that a body defines."""
     found: Surface = {}
     for node in body:
         if isinstance(node, ast.FunctionDef) and is_public(node.name):
@@ -83,7 +83,7 @@ def constants(tree: ast.Module) -> dict[str, str]:
 
 
 def reexports(tree: ast.Module) -> list[str]:
-    """What a package takes from its own modules, and thereby offers."""
+    """Returns the names that a package imports from its own modules, and so offers."""
     return sorted(
         alias.asname or alias.name
         for node in tree.body
@@ -94,7 +94,7 @@ def reexports(tree: ast.Module) -> list[str]:
 
 
 def with_values(rows: object, values: dict[str, str]) -> None:
-    """Puts the values of a module's constants where signatures name them."""
+    """Replaces the names of a module's constants in signatures by their values."""
     if isinstance(rows, dict):
         for row in rows.get("parameters", []):
             row[2] = values.get(row[2], row[2])
@@ -103,7 +103,7 @@ def with_values(rows: object, values: dict[str, str]) -> None:
 
 
 def surface(folder: Path) -> Surface:
-    """The surface of the package in a folder, module by module."""
+    """Returns the surface of the package in a folder, module by module."""
     package = folder / PACKAGE
     modules: Surface = {}
     for path in sorted(package.rglob("*.py")):

@@ -1,7 +1,7 @@
-"""Writes down the names and signatures of vLLM's allocator modules: vllm_surface.py FILES VERSION.
+"""Prints the names and signatures of vLLM's allocator modules: vllm_surface.py FILES VERSION.
 
-FILES is a folder that holds ``vllm/device_allocator``. The files are parsed, not imported. The
-tests compare what it prints, kept in tests/data/vllm_surface.json, with cumempool.compat.vllm.
+FILES is a folder that holds ``vllm/device_allocator``. It parses the files and does not import
+them. The tests compare its output, tests/data/vllm_surface.json, with cumempool.compat.vllm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Functions = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def surface(files: Path, version: str) -> dict[str, Any]:
-    """What the modules under a folder define, as plain data."""
+    """Returns the definitions of the modules under a folder, as plain data."""
     modules = {
         name: module_surface(ast.parse((files / path).read_text(encoding="utf-8")))
         for name, path in MODULES.items()
@@ -32,7 +32,7 @@ def surface(files: Path, version: str) -> dict[str, Any]:
 
 
 def module_surface(tree: ast.Module) -> dict[str, Any]:
-    """Public functions, classes and values that a module defines itself."""
+    """Returns the public functions, classes and values that a module defines itself."""
     return {
         "functions": {
             node.name: parameters(node) for node in tree.body if is_public_function(node)
@@ -47,7 +47,7 @@ def module_surface(tree: ast.Module) -> dict[str, Any]:
 
 
 def class_surface(node: ast.ClassDef) -> dict[str, Any]:
-    """Public methods, attributes of the class, and attributes that ``__init__`` sets."""
+    """Returns public methods, class attributes, and attributes that ``__init__`` sets."""
     methods = [member for member in node.body if isinstance(member, Functions)]
     return {
         "methods": {
@@ -72,13 +72,13 @@ def is_public_function(node: ast.stmt) -> bool:
 
 
 def kind(method: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """``staticmethod``, ``classmethod``, ``property`` or ``method``."""
+    """Returns ``staticmethod``, ``classmethod``, ``property`` or ``method``."""
     names = {ast.unparse(decorator) for decorator in method.decorator_list}
     return next((k for k in ("staticmethod", "classmethod", "property") if k in names), "method")
 
 
 def parameters(function: Any) -> list[list[str | None]]:
-    """Name, kind as `inspect` calls it, and the text of the default, without self or cls."""
+    """Returns name, kind (as in `inspect`) and default text of parameters but self and cls."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     missing = len(positional) - len(arguments.defaults)
@@ -101,7 +101,7 @@ def parameters(function: Any) -> list[list[str | None]]:
 
 
 def assigned(body: list[ast.stmt]) -> dict[str, str | None]:
-    """Public names that statements assign, in ``try`` and ``if`` too; literal values as text."""
+    """Returns public names that statements assign, also in ``try`` and ``if``; literals as text."""
     found: dict[str, str | None] = {}
     for node in body:
         if isinstance(node, ast.Assign):
@@ -118,7 +118,7 @@ def assigned(body: list[ast.stmt]) -> dict[str, str | None]:
 
 
 def literal(value: ast.expr | None) -> str | None:
-    """The text of a value that is a literal, else None."""
+    """Returns the text of a literal value, or None."""
     try:
         return None if value is None else repr(ast.literal_eval(value))
     except ValueError:

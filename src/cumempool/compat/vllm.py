@@ -131,7 +131,7 @@ def get_pluggable_allocator(
     """
     raise UnsupportedError(
         "malloc and free of cumempool never enter Python, so there are no callbacks to set: use "
-        "CuMemAllocator.get_instance().use_memory_pool(tag); pointer_to_data says what there is",
+        "CuMemAllocator.get_instance().use_memory_pool(tag); pointer_to_data lists allocations",
         operation="get_pluggable_allocator",
     )
 

@@ -115,7 +115,7 @@ def _refuse_unknown_surface(package: ModuleType, this: ModuleType) -> None:
     if unknown:
         advice = "install a newer cumempool, or use vLLM's own backend"
         raise UnavailableError(
-            f"install: this vLLM has what this version of cumempool does not know: "
+            f"install: this vLLM has names that this version of cumempool does not know: "
             f"{', '.join(sorted(unknown))}; {advice}",
             operation="install",
             advice=advice,

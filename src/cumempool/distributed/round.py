@@ -151,7 +151,7 @@ class Round:
         wanted = {rank: str(answer["operation"]) for rank, answer in arrived.items()}
         if len(set(wanted.values())) > 1:
             for rank, operation in wanted.items():
-                self.failures[rank] = f"called {operation}(), which is not what all others called"
+                self.failures[rank] = f"called {operation}(), and not all ranks called that"
             self._decide({"commit": False})
             raise _AbortedError
 
@@ -210,7 +210,7 @@ class Round:
 
     def _lose(self, error: StoreLostError) -> dict[int, RankState]:
         """Undoes this rank's steps without the store; tells the others if the store takes that."""
-        self.failures.setdefault(self.rank, f"{error}; what the others did is not known here")
+        self.failures.setdefault(self.rank, f"{error}; this rank does not know what the others did")
         with contextlib.suppress(StoreLostError):
             self.channel.reopen()
         if self._refuse():  # the others do not undo
@@ -255,14 +255,14 @@ class Round:
     def _error(self, states: Mapping[int, RankState]) -> DistributedTransitionError:
         failures = dict(sorted(self.failures.items()))
         unanswered = tuple(sorted(self.unanswered))
-        advice = "see to the ranks that are named, then repeat the call on all"
+        advice = "repair the named ranks, then repeat the call on all ranks"
         lines = [f"{self.operation} was made on none of {self.size} ranks"]
         lines += [f"rank {rank}: {reason}" for rank, reason in failures.items()]
         if unanswered:
             names = ", ".join(map(str, unanswered))
             lines.append(f"no answer within {self.timeout:g} s from rank {names}")
         if not failures and not unanswered:
-            lines.append("the others had given up when this rank came")
+            lines.append("the others gave up before this rank came")
         stuck = [rank for rank, state in sorted(states.items()) if state == "not_undone"]
         if stuck:
             lines.append(
@@ -271,7 +271,7 @@ class Round:
             )
         lost = self._lost_tags()
         if lost:
-            lines.append(f"contents are lost here of {', '.join(map(repr, lost))}")
+            lines.append(f"this rank has lost the contents of {', '.join(map(repr, lost))}")
         return DistributedTransitionError(
             "; ".join([*lines, *self.secondary, advice]),
             operation=self.operation,

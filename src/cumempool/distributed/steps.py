@@ -50,7 +50,7 @@ def _tags_wholly(
         if min(counts.values()):
             raise InUseError(
                 f"{operation}: tag {tag!r} is partly awake ({counts['awake']} allocations) and "
-                f"partly asleep ({counts['asleep']}), and what changes could not be undone; call "
+                f"partly asleep ({counts['asleep']}), and the change could not be undone; call "
                 "sleep() or wake_up() of the allocator first",
                 operation=operation,
                 tag=tag,

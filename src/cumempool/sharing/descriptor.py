@@ -110,8 +110,8 @@ def layout_of(tensor: torch.Tensor, start: int) -> SharedLayout:
     """Returns the layout of a tensor in the allocation that starts at an address."""
     if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         raise InvalidTypeError(
-            "a quantized tensor, and one that is conjugated or negated lazily, is more than its "
-            "bytes; share its resolve_conj().resolve_neg(), or its parts"
+            "a quantized, lazily conjugated or lazily negated tensor is more than its bytes; share "
+            "its resolve_conj().resolve_neg(), or its parts"
         )
     return SharedLayout(
         offset=tensor.data_ptr() - start,

@@ -110,7 +110,7 @@ class Exports:
                 f"received yet: {sum(one.bytes for one in waiting)} bytes",
                 operation="close",
                 tag=tags[0],
-                advice="have them received; revoke() withdraws them, and close(force=True)",
+                advice="receive them; revoke() and close(force=True) withdraw them",
             )
         if self._endpoint is not None:
             self._endpoint.leases.forget_all()

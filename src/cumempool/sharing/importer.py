@@ -288,7 +288,7 @@ def _refuse_unreachable(ordinal: int, uuid: str) -> None:
             f"device {ordinal} cannot reach the memory, which is on device {owner}",
             operation="open_shared",
             device=ordinal,
-            advice="open it on another; nvidia-smi topo -p2p rw says which reach each other",
+            advice="open it on another; nvidia-smi topo -p2p rw lists peer access",
         )
 
 
@@ -297,7 +297,7 @@ def _by_uuid(uuid: str) -> int:
     if ordinal is None:
         raise InvalidArgumentError(
             f"the GPU of the memory, {uuid}, is not visible in this process; name another by "
-            "`device`, or let CUDA_VISIBLE_DEVICES have it"
+            "`device`, or add it to CUDA_VISIBLE_DEVICES"
         )
     return ordinal
 

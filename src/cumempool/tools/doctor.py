@@ -256,7 +256,7 @@ def _try_cycles(allocator: CuMemAllocator) -> Check:
             "FAIL",
             "contents differ",
             "memory did not come back as it was",
-            "do not use this machine; run cumempool selftest, and report what it prints",
+            "do not use this machine; run cumempool selftest, and report its output",
         )
     if slept.problems or slept.bytes_clean != _TRIAL_BYTES:
         return Check(
@@ -292,7 +292,7 @@ def _expandable(environ: Mapping[str, str]) -> Check:
         f"on, by {setting.source}",
         "memory outside of pools is remapped while it is registered, and RDMA on it fails "
         "(IBV_WC_REM_ACCESS_ERR); pools are kept out of it",
-        "allocate what is registered inside a pool, or switch them off",
+        "allocate registered memory inside a pool, or switch them off",
     )
 
 
@@ -311,7 +311,7 @@ def _host_memory(found: Availability) -> Check:
         "WARN",
         value,
         f"half of a device is {format_bytes(needed)}: a backup of that has no room",
-        "discard what can be had from elsewhere, or set host_backup_overflow to a file",
+        "discard contents that can be loaded again, or set host_backup_overflow to a file",
     )
 
 

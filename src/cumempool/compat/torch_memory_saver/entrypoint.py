@@ -300,8 +300,8 @@ class TorchMemorySaver:
             raise InvalidArgumentError(f"hook_mode={hook_mode!r} is not 'torch' or 'preload'")
         if hook_mode == "preload" and self._hook_mode != "preload":
             _logger.warning(
-                "hook_mode='preload': nothing is preloaded. Regions take what torch allocates, "
-                "CUDA graphs included; what libraries allocate beside torch is not paused."
+                "hook_mode='preload': nothing is preloaded. Regions take torch's allocations, "
+                "CUDA graphs included; allocations of libraries beside torch are not paused."
             )
         self._hook_mode = hook_mode
 
@@ -436,6 +436,6 @@ def _warn_of_preload_variables() -> None:
     if found:
         _logger.warning(
             "%s has no effect, since nothing is preloaded: allocate inside region(), with "
-            "all_threads=True where other threads allocate too",
+            "all_threads=True if other threads allocate too",
             ", ".join(found),
         )

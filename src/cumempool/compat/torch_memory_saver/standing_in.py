@@ -53,8 +53,8 @@ def install() -> None:
         if loaded is not None and loaded is not ours and not _is_on_its_way(loaded):
             raise InUseError(
                 "torch_memory_saver has been imported from "
-                f"{getattr(loaded, '__file__', 'somewhere')} already, and whoever did goes on "
-                "using it",
+                f"{getattr(loaded, '__file__', 'somewhere')} already; code that has imported "
+                "it goes on using it",
                 operation="install",
                 advice="call install() before anything imports torch_memory_saver",
             )

@@ -28,7 +28,7 @@ def get_binary_path_from_package(stem: str) -> NoReturn:
     """
     raise UnsupportedError(
         f"there is no library {stem!r} to preload: cumempool routes torch's allocations in the "
-        "process, without LD_PRELOAD; allocate inside region(), with all_threads=True where other "
+        "process, without LD_PRELOAD; allocate inside region(), with all_threads=True if other "
         "threads allocate too",
         operation="get_binary_path_from_package",
         advice="allocate inside region() instead",
