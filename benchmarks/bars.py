@@ -1,4 +1,4 @@
-"""The bars that the benchmark's figures have to reach, read out of a record."""
+"""Compares the figures of a record with the bars that they have to reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Record = dict[str, Any]
 
 
 def figure(record: Record, *path: str) -> float | None:
-    """A number in the results, or None where something on the way is missing."""
+    """Returns a number in the results, or None if a part of its path is missing."""
     at: Any = record["parts"]
     part, *rest = path
     for key in (part, "results", *rest):
@@ -47,7 +47,7 @@ def _at(*path: str) -> Callable[[Record], float | None]:
 
 
 def _better_peer(part: str, *path: str) -> Callable[[Record], float | None]:
-    """How many times longer the better peer takes."""
+    """Returns a reader of how many times longer the better peer takes."""
 
     def read(record: Record) -> float | None:
         ours = figure(record, part, "cumempool", *path)
@@ -59,7 +59,7 @@ def _better_peer(part: str, *path: str) -> Callable[[Record], float | None]:
 
 
 def _segment(index: int) -> Callable[[Record], float | None]:
-    """The ratio that malloc_path found for its size of that number."""
+    """Returns a reader of malloc_path's ratio for its size of that index."""
 
     def read(record: Record) -> float | None:
         bare = record["parts"].get("malloc", {}).get("results", {}).get("bare", {})
@@ -154,5 +154,5 @@ BARS = (
 
 
 def results(record: Record) -> list[dict[str, Any]]:
-    """Every bar, with the figure of the record; None where it was not measured."""
+    """Returns every bar with the figure of the record; None if it was not measured."""
     return [bar.result(record) for bar in BARS]

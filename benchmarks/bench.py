@@ -1,4 +1,4 @@
-"""What every part of the benchmark is given: sizes, the device, a clock, and pauses."""
+"""Gives every part of the benchmark its sizes, device, clock, and pauses."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 
-#: Drivers scrub memory that was just released (some 25 ms per 15 GiB), and a call that needs
-#: memory meanwhile waits for it. Every contender pauses this long after every sleep and wake.
+#: Drivers scrub released memory (about 25 ms per 15 GiB), and a call that needs memory meanwhile
+#: waits for that. Every contender pauses this long after every sleep and wake.
 PAUSE_S = 0.3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says.
+    """The settings of the command line.
 
     Attributes:
         driver: ``"cuda"``, or ``"host"`` for a dry run without a GPU.
         small: Tiny sizes and few cycles: shows that everything works, and measures nothing.
-        directory: Where the file tier and the direct I/O beside it write.
+        directory: The directory of the file tier and of the direct I/O beside it.
         programs: The build folder with the C++ benchmarks, or None.
         peers: The folder to import peers from, or None.
-        vllm_version: For the record, where the folder has its files without their metadata.
+        vllm_version: For the record, if the folder has vLLM's files without their metadata.
     """
 
     driver: str = "cuda"
@@ -44,15 +44,15 @@ class Settings:
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """A figure as it is recorded: the median, and what it is the median of."""
+    """Returns a figure for the record: the median and its samples."""
     return {"median": statistics.median(samples), "samples": list(samples)}
 
 
 def merged(results: Sequence[Any]) -> Any:
-    """What several processes found as one finding: every number is the median of theirs.
+    """Merges the results of several processes: every number is the median of theirs.
 
     The samples of a figure are then the medians of the processes. A number that is the same in all
-    stays what it is, so that bytes stay whole.
+    is kept, so that bytes stay whole.
     """
     first = results[0]
     if len(results) == 1:
@@ -69,7 +69,7 @@ def merged(results: Sequence[Any]) -> Any:
 
 
 def median(result: dict[str, Any], name: str) -> float | None:
-    """A figure of a result, or None where the part did not come to it."""
+    """Returns a figure of a result, or None if the part ended before it."""
     figure = result.get(name)
     return None if figure is None else float(figure["median"])
 
@@ -101,7 +101,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def timed(self, call: Callable[[], object]) -> float:
-        """Seconds of a call, with the device idle before and after."""
+        """Returns the seconds of a call, with the device idle before and after."""
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -109,6 +109,6 @@ class Bench:
         return time.perf_counter() - start
 
     def settle(self) -> None:
-        """Lets the driver finish with memory that was released."""
+        """Lets the driver finish with released memory."""
         self.synchronize()
         time.sleep(0.001 if self.small else PAUSE_S)

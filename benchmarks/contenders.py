@@ -1,4 +1,4 @@
-"""cumempool and its peers behind one interface: what the parts of the benchmark ask of each."""
+"""Puts cumempool and its peers behind one interface for the parts of the benchmark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Contender(ABC):
     """Tagged memory that sleeps and wakes.
 
     Attributes:
-        later_cycles: How many cycles are worth their time; some peers need seconds for each.
+        later_cycles: The number of later cycles; some peers need seconds for each.
     """
 
     later_cycles = 5
@@ -25,11 +25,11 @@ class Contender(ABC):
 
     @abstractmethod
     def scope(self, tag: str, keep: bool = True) -> AbstractContextManager[object]:
-        """What is allocated inside is of the tag; `keep` says whether a sleep saves contents."""
+        """Allocates under the tag in the body; `keep` says whether a sleep saves contents."""
 
     @abstractmethod
     def sleep(self, tag: str) -> Any:
-        """Returns a report, or None."""
+        """Puts the tag to sleep; returns a report, or None."""
 
     @abstractmethod
     def wake(self, tag: str) -> Any: ...
@@ -38,11 +38,11 @@ class Contender(ABC):
     def discard(self, tag: str) -> Any: ...
 
     def empty(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """As a user would allocate, inside a scope."""
+        """Allocates a tensor inside a scope, as a user does."""
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     def device_bytes(self) -> int:
-        """Device memory in use, of everybody."""
+        """Returns the device memory in use by all processes."""
         free, total = torch.cuda.mem_get_info()
         return int(total - free)
 
@@ -76,7 +76,7 @@ class Cumempool(Contender):
         return self.allocator.empty(shape, dtype=dtype)  # torch cannot be routed there
 
     def exact(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor with an allocation of its own."""
+        """Returns a tensor with its own allocation."""
         return self.allocator.empty(shape, dtype=dtype)
 
     def sleep(self, tag: str) -> Any:
@@ -95,7 +95,7 @@ class Cumempool(Contender):
 
 
 class Vllm(Contender):
-    """vLLM's allocator. A sleep of it concerns all tags; it keeps those that are named."""
+    """vLLM's allocator. Its sleep takes all tags, and keeps the contents of the named ones."""
 
     later_cycles = 3
 
@@ -150,11 +150,11 @@ PEERS = ("vllm", "tms", "tms-retain")
 
 
 def make(name: str, bench: Bench) -> Contender:
-    """By the name that records use.
+    """Makes a contender by its name in the records.
 
-    ``cumempool-copy`` keeps no backups between sleeps; memory of ``cumempool-no-rdma`` is not made
-    for RDMA, as that of all others is. ``cumempool-prepared`` and ``cumempool-first`` are
-    ``cumempool``, used otherwise.
+    ``cumempool-copy`` keeps no backups between sleeps. Only ``cumempool-no-rdma`` has memory that
+    is not made for RDMA. ``cumempool-prepared`` and ``cumempool-first`` are ``cumempool``, used
+    differently.
     """
     if name == "vllm":
         return Vllm(bench)

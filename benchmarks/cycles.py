@@ -1,4 +1,4 @@
-"""Sleeps and wakes of one tag, timed and checked, and the device memory they take at most."""
+"""Times and checks sleeps and wakes of one tag, and measures their peak device memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Change = Callable[[Sequence[torch.Tensor]], None]
 
 
 class Cycles:
-    """One contender and one tag of it. Between every two transitions there is a pause."""
+    """Cycles of one tag of a contender, with a pause between every two transitions."""
 
     def __init__(
         self, bench: Bench, contender: Contender, tag: str, tensors: list[torch.Tensor]
@@ -29,7 +29,7 @@ class Cycles:
         self.bytes = sum(tensor.nbytes for tensor in tensors)
 
     def first(self) -> dict[str, Any]:
-        """A sleep and a wake, and the host memory that is gone from the system in between."""
+        """Runs a sleep and a wake, and measures the host memory that the system lacks between."""
         before = host_memory.available_bytes()
         asleep: list[int | None] = []
         result = self.run(1, lambda _: None, lambda: asleep.append(host_memory.available_bytes()))
@@ -43,7 +43,7 @@ class Cycles:
         change: Change,
         while_asleep: Callable[[], object] = lambda: None,
     ) -> dict[str, Any]:
-        """So many cycles, with a change before each; contents are compared around the last one."""
+        """Runs cycles with a change before each, and compares contents around the last one."""
         sleeps, wakes, expected, report = [], [], 0, None
 
         def sleep() -> None:
@@ -72,7 +72,7 @@ class Cycles:
 
 
 class PeakDeviceBytes:
-    """The most device memory in use while it is open, asked for by a thread every millisecond."""
+    """The most device memory in use while it is open; a thread samples it every millisecond."""
 
     def __init__(self, contender: Contender) -> None:
         self._contender = contender

@@ -1,4 +1,4 @@
-"""The machine's memory: touched once before anything is timed, and how much of it is left."""
+"""Touches the machine's memory before anything is timed, and measures how much is left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def available_bytes() -> int | None:
-    """What programs can still get without swapping; None where the system does not say."""
+    """Returns the bytes that programs can still get without swapping; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -22,9 +22,9 @@ def available_bytes() -> int | None:
 
 
 def touch(size: int) -> None:
-    """Has a virtual machine that grows on first use get its memory, and gives it all back.
+    """Makes a virtual machine that grows on first use get its memory, and gives it all back.
 
-    Huge pages, touched by all threads of torch.
+    All threads of torch touch it, in huge pages.
     """
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them: small pages take longer

@@ -1,4 +1,4 @@
-"""The rate of the link between host and device, which sleeps and wakes are held against."""
+"""Measures the rate of the link between host and device, to compare sleeps and wakes with."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Link:
             self._samples[name] += rates
 
     def rates(self) -> dict[str, Any]:
-        """GB/s of each direction, over all that was measured."""
+        """Returns GB/s of each direction, over all measurements."""
         return {name: summary(samples) for name, samples in self._samples.items()}
 
     def floor(self, direction: str, size: int) -> float:
-        """Seconds that the link needs for so many bytes."""
+        """Returns the seconds that the link needs for `size` bytes."""
         return size / statistics.median(self._samples[direction]) / 1e9

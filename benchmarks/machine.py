@@ -1,4 +1,4 @@
-"""What a record says about the machine and the software that made it."""
+"""Describes the machine and the software for a record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench import Settings
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Asked in a process of its own: it uses the GPUs, and so makes contexts on them."""
+    """Returns the description. Call it in a separate process: it makes contexts on the GPUs."""
     machine: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -31,7 +31,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured: what CUMEMPOOL_COMMIT says, else that of the checkout."""
+    """Returns the measured commit: CUMEMPOOL_COMMIT, or else the checkout's."""
     if "CUMEMPOOL_COMMIT" in os.environ:
         return os.environ["CUMEMPOOL_COMMIT"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Draws a record of sleep_wake.py: what contenders take of the link's time, and how cost grows.
+"""Draws a record of sleep_wake.py: multiples of the link's time, and how cost grows.
 
 python benchmarks/plot.py results/sleep_wake.json    # writes results/sleep_wake.png
 """
@@ -46,7 +46,7 @@ MEASURES = {
 
 
 def draw_floors(axes: Axes, record: Record) -> None:
-    """Sleeps and wakes in multiples of what the link needs."""
+    """Draws sleeps and wakes in multiples of the link's time."""
     results = record["parts"].get("llama8b", {}).get("results", {})
     present = [name for name in NAMES if name in results]
     width = 0.8 / max(1, len(present))
@@ -75,7 +75,7 @@ def draw_floors(axes: Axes, record: Record) -> None:
 
 
 def draw_scaling(axes: Axes, record: Record, name: str, of: str) -> None:
-    """Milliseconds over bytes or over allocations."""
+    """Draws milliseconds over bytes or over allocations."""
     results = record["parts"].get("scaling", {}).get("results", {})
     points = results.get(name, {}).get("points", [])
     for measure, label in MEASURES.items():

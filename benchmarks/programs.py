@@ -1,4 +1,4 @@
-"""The C++ programs of the benchmark, found in the build folder, and talked to line by line."""
+"""Finds the benchmark's C++ programs in the build folder, and talks to them line by line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ProgramEndedError(Exception):
 
 
 def find(settings: Settings, name: str) -> Path:
-    """The program's path.
+    """Returns the program's path.
 
     Raises:
-        MissingProgramError: It is not built, or it needs a GPU that is not used.
+        MissingProgramError: It is not built, or it needs a GPU and the run uses none.
     """
     if settings.driver != "cuda" and name != "direct_io":
         raise MissingProgramError(f"{name} runs on the cuda driver only")
@@ -69,7 +69,7 @@ class Program:
         traceback: TracebackType | None,
     ) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()  # the end of its input is the end of the program
+        self._process.stdin.close()  # the program ends with its input
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:

@@ -1,14 +1,14 @@
-"""Sleep and wake beside the link's own rate, the bare driver calls, and peers.
+"""Measures sleep and wake beside the link's rate, the bare driver calls, and peers.
 
     python benchmarks/sleep_wake.py --output RESULT.json
     python benchmarks/sleep_wake.py --peers PEERS --programs BUILD --output RESULT.json
     python benchmarks/sleep_wake.py --small     # a dry run without a GPU
 
-Each contender of a part runs in a process of its own, one after another, where the part says so
-several times in turns; where it copies, the link's rate is measured before and after. Host memory
-is touched before anything is timed, by a process of its own and again in each, since some virtual
-machines grow it on first use; after every transition there is a pause, since some drivers scrub
-what was released. The record is written after every process.
+Each contender of a part runs in its own process, one after another, or several times in turns if
+the part says so. If the part copies, the link's rate is measured before and after. A separate
+process touches host memory before anything is timed, and each process does so again, since some
+virtual machines grow it on first use. A pause follows every transition, since some drivers scrub
+released memory. The record is written after every process.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ NOTES = [
     "Peak device bytes are sampled every millisecond during a cycle that is not timed.",
 ]
 
-#: As much as the parts take between them; processes get memory that others have given back.
+#: Host memory that all parts take together; processes reuse memory that earlier ones gave back.
 WARM_UP_BYTES = 72 * GIB
 
-#: Options that take a path, and what stands for it in records.
+#: Options that take a path, and the names that replace it in records.
 PATHS = {
     "--peers": "PEERS",
     "--programs": "BUILD",
@@ -60,7 +60,7 @@ PATHS = {
 
 
 def add_floors(result: dict[str, Any], link: Link) -> None:
-    """Sets sleeps and wakes against the time that the link needs for their bytes."""
+    """Adds the ratio of sleeps and wakes to the time that the link needs for their bytes."""
     result["link_gb_per_s"] = link.rates()
     size = result.get("bytes") or result.get("workload", {}).get("bytes")
     for phase in result.values():
@@ -72,14 +72,14 @@ def add_floors(result: dict[str, Any], link: Link) -> None:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """All at once, so that a process that is ended leaves the last whole state."""
+    """Replaces the file at once, so that a killed process leaves the last whole state."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
 
 
 def measure(part: Part, contender: str, bench: Bench, result_path: Path) -> None:
-    """Between two measurements of the link, where the part copies."""
+    """Measures a part, between two measurements of the link if the part copies."""
     host_memory.touch(8 * 1024**2 if bench.small else part.host_gib * GIB)
     link = Link(bench) if part.on_the_link else None
     result: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def measure(part: Part, contender: str, bench: Bench, result_path: Path) -> None
 
 
 def run_one(part: str, contender: str, settings: Settings, result_path: Path) -> None:
-    """Measures, and writes what it has found so far again and again."""
+    """Measures, and writes the results so far after each step."""
     if part == "machine":
         write(result_path, machine.describe(settings))
         return
@@ -112,7 +112,7 @@ def run_one(part: str, contender: str, settings: Settings, result_path: Path) ->
     bench = Bench(settings)
     measure(PARTS[part], contender, bench, result_path)
     sys.stdout.flush()
-    os._exit(0)  # some peers end the process with an error of their own
+    os._exit(0)  # some peers fail at the end of the process
 
 
 # ---- all processes -------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def run_one(part: str, contender: str, settings: Settings, result_path: Path) ->
 
 @dataclass
 class Runner:
-    """Runs parts in processes of their own until the time is over."""
+    """Runs parts in separate processes until the time is over."""
 
     settings: Settings
     time_limit_s: float
@@ -164,7 +164,7 @@ class Runner:
 
 
 def reason_against(part: Part, settings: Settings, found: dict[str, Any]) -> str | None:
-    """Why a part cannot run on the machine, or None where it can."""
+    """Returns the reason why a part cannot run on the machine, or None if it can."""
     if settings.driver != "cuda":
         return None if settings.small else "full sizes need the cuda driver"
     devices = found["machine"]["devices"]
@@ -189,7 +189,7 @@ def chosen_contenders(part: Part, settings: Settings, asked: list[str] | None) -
 
 
 def command_line() -> str:
-    """The command as others would give it: with names where paths of this machine were."""
+    """Returns the command with names in place of this machine's paths."""
     words, placeholder = ["python", "benchmarks/sleep_wake.py"], None
     for word in sys.argv[1:]:
         flag, _, value = word.partition("=")
@@ -215,7 +215,7 @@ def new_record(settings: Settings, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_parts(output: Path | None) -> dict[str, Any]:
-    """The parts of an earlier record, which say which command made them."""
+    """Returns the parts of an earlier record, each with the command that made it."""
     if output is None or not output.exists():
         return {}
     earlier = json.loads(output.read_text())
@@ -223,7 +223,7 @@ def kept_parts(output: Path | None) -> dict[str, Any]:
 
 
 def add_first(result: dict[str, Any], again: dict[str, Any]) -> None:
-    """Adds the first sleep of another process to the samples; the floors are of each process."""
+    """Adds another process's first sleep to the samples; each process has its own floor."""
     if "first" not in result or "first" not in again:
         result.setdefault("error", again.get("error", "a first sleep was not measured"))
         return
@@ -237,7 +237,7 @@ def add_first(result: dict[str, Any], again: dict[str, Any]) -> None:
 
 
 def run_contender(runner: Runner, name: str, contender: str) -> dict[str, Any]:
-    """One process, and those that add first sleeps."""
+    """Runs one process, and then the processes that add first sleeps."""
     part = PARTS[name]
     result = runner.run(name, contender, part.limit_s)
     if contender == "cumempool" and not runner.settings.small:
@@ -285,7 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny sizes; no figures to rely on")
     parser.add_argument("--driver", choices=("cuda", "host"), help="host with --small, else cuda")
     parser.add_argument("--peers", help="a directory to import peers from")
-    parser.add_argument("--vllm-version", help="of the vLLM there, where its metadata is missing")
+    parser.add_argument("--vllm-version", help="of that vLLM, if its metadata is missing")
     parser.add_argument("--programs", help="the build folder with the C++ benchmarks")
     parser.add_argument("--directory", default=tempfile.gettempdir(), help="for the file tier")
     parser.add_argument("--output", type=Path, help="the record; the plot goes beside it")
@@ -299,7 +299,7 @@ def parse() -> argparse.Namespace:
 
 
 def draw(record_path: Path) -> None:
-    """The plot beside the record, where matplotlib is there."""
+    """Draws the plot beside the record, if matplotlib is installed."""
     try:
         import plot
     except ImportError as error:

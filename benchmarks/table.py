@@ -1,4 +1,4 @@
-"""A record as tables of plain text."""
+"""Renders a record as tables of plain text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def milliseconds(seconds: float | None, over: float | None = None) -> str:
 
 
 def transitions(record: dict[str, Any], part: str) -> str:
-    """Milliseconds, and multiples of what the link needs."""
+    """Returns milliseconds, and multiples of the link's time."""
     rows = [[part, *PHASES.values(), "wake"]]
     for name in record["parts"][part]["results"]:
         cells = []
@@ -62,7 +62,7 @@ def scaling(results: dict[str, Any]) -> str:
 
 
 def failures(record: dict[str, Any]) -> list[str]:
-    """A line for each contender that failed, was not run, or lost contents."""
+    """Returns a line for each contender that failed, was not run, or lost contents."""
     lines = []
     for part, content in record["parts"].items():
         for name, result in content["results"].items():
@@ -74,7 +74,7 @@ def failures(record: dict[str, Any]) -> list[str]:
 
 
 def lost_contents(result: Any) -> bool:
-    """Whether any comparison of contents in a result failed."""
+    """Returns whether any comparison of contents in a result failed."""
     if isinstance(result, list):
         return any(map(lost_contents, result))
     if not isinstance(result, dict):
@@ -92,7 +92,7 @@ def bars(record: dict[str, Any]) -> str:
 
 
 def text(record: dict[str, Any]) -> str:
-    """All of it."""
+    """Returns all tables."""
     parts = record["parts"]
     blocks = [transitions(record, p) for p in ("llama8b", "small", "huge") if p in parts]
     if "scaling" in parts:

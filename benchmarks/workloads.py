@@ -1,4 +1,4 @@
-"""The sets of tensors that sleep and wake, and the ways in which their contents change."""
+"""Defines the sets of tensors that sleep and wake, and the ways to change their contents."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Workload:
     """A set of tensors, in order of allocation.
 
     Attributes:
-        name: As it is called in the records.
-        shapes: Of bf16 tensors.
-        tenth: Indices of whole tensors that make up a tenth of the bytes; () where none do.
+        name: Its name in the records.
+        shapes: The shapes of its bf16 tensors.
+        tenth: Indices of whole tensors that make up a tenth of the bytes; () if none do.
         layers: Indices of the matrices of each layer, in order of use.
     """
 
@@ -43,9 +43,9 @@ class Workload:
 
 
 def llama8b(small: bool, *, layers_first: bool = False) -> Workload:
-    """bf16 embedding, head and 32 layers of an 8B model: 14.96 GiB.
+    """Returns bf16 embedding, head and 32 layers of an 8B model: 14.96 GiB.
 
-    Users load embedding and head first; with `layers_first` they come last.
+    Embedding and head come first, as users load them; with `layers_first` they come last.
     """
     hidden, inner, vocabulary, count = (64, 224, 2004, 4) if small else (4096, 14336, 128256, 32)
     matrices = ((hidden * 3 // 2, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner))
@@ -64,7 +64,7 @@ def llama8b(small: bool, *, layers_first: bool = False) -> Workload:
 
 
 def uniform(name: str, count: int, size: int) -> Workload:
-    """Equal tensors of `size` bytes; where there are ten or more, each tenth is in `tenth`."""
+    """Returns equal tensors of `size` bytes; of ten or more, each tenth one is in `tenth`."""
     tenth = tuple(range(0, count, 10)) if count >= 10 else ()
     return Workload(name, ((size // 2,),) * count, tenth=tenth)
 
@@ -81,7 +81,7 @@ def few_huge(small: bool) -> Workload:
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as whole numbers, so that sums are exact."""
+    """Returns the same bytes as integers, so that sums are exact."""
     return tensor.view(torch.int16).view(-1)
 
 
@@ -91,8 +91,8 @@ def fill(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def total(tensors: Sequence[torch.Tensor]) -> int:
-    """The sum of all contents as int16, exactly."""
-    # In pieces: torch makes int64 of all that it sums, which is four times as large.
+    """Returns the exact sum of all contents as int16."""
+    # In pieces: torch converts its input to int64, which is four times as large.
     pieces = (piece for tensor in tensors for piece in as_integers(tensor).split(SUMMED_AT_ONCE))
     return sum(int(piece.sum(dtype=torch.int64)) for piece in pieces)
 
@@ -103,11 +103,11 @@ def change_all(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def change_nothing(tensors: Sequence[torch.Tensor]) -> None:
-    """For a sleep that finds all as it was."""
+    """Changes nothing, for a sleep of unchanged contents."""
 
 
 def change_every_tenth_mib(tensors: Sequence[torch.Tensor]) -> None:
-    """One element of every tenth MiB, counted through all tensors."""
+    """Changes one element of every tenth MiB, counted through all tensors."""
     stride, passed = 10 * MIB // 2, 0
     for tensor in tensors:
         integers = as_integers(tensor)
