@@ -1,9 +1,8 @@
-"""A language model that sleeps in the middle of a sentence and finishes it after waking.
+"""Puts a language model to sleep in the middle of a sentence, and lets it finish after the wake.
 
 Builds a Llama of at least 4 GiB from a configuration (random weights, fixed seed, no network),
 keeps its weights and its static KV cache in pools, captures the decode step in a CUDA graph, and
-shows that the same graph goes on with identical tokens after the memory was given back and taken
-again.
+shows that the same graph continues with identical tokens after a sleep and a wake.
 
     python examples/llm_sleep_wake.py
 """
@@ -24,7 +23,7 @@ PROMPT_TOKENS = 32
 
 
 class Decoder:
-    """Greedy decoding, one token a step, the step captured in a CUDA graph."""
+    """Decodes greedily, one token per step, with the step captured in a CUDA graph."""
 
     def __init__(
         self, model: LlamaForCausalLM, cache: StaticCache, device: torch.device, length: int
@@ -79,7 +78,7 @@ class Decoder:
         return [int(self.token)]
 
     def go_on(self, count: int) -> list[int]:
-        """The next `count` tokens."""
+        """Returns the next `count` tokens."""
         tokens = []
         for _ in range(count):
             if self.graph is None:
@@ -93,7 +92,7 @@ class Decoder:
 def build(
     allocator: cumempool.CuMemAllocator, config: LlamaConfig, device: torch.device, length: int
 ) -> Decoder:
-    """A model in the pool ``weights`` and a KV cache in the pool ``kv_cache``."""
+    """Returns a model in the pool ``weights`` and a KV cache in the pool ``kv_cache``."""
     torch.manual_seed(SEED)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -115,7 +114,7 @@ def build(
 
 
 def used_bytes() -> int:
-    """Device memory in use, as the driver counts it."""
+    """Returns the device memory in use, as the driver counts it."""
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return total - free
@@ -123,7 +122,7 @@ def used_bytes() -> int:
 
 @torch.no_grad()
 def run(layers: int, tokens: int) -> bool:
-    """Runs the example; whether every continuation was identical."""
+    """Runs the example; returns whether every continuation was identical."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
@@ -132,7 +131,7 @@ def run(layers: int, tokens: int) -> bool:
         num_attention_heads=32,
         num_key_value_heads=32,
         max_position_embeddings=4096,
-        attn_implementation="eager",  # fused attention need not give the same bits twice
+        attn_implementation="eager",  # fused attention may give other bits each time
     )
     device = torch.device("cuda")
     allocator = cumempool.CuMemAllocator(cumempool.CuMemConfig(enable_sleep_mode=True))

@@ -1,11 +1,11 @@
-"""Several language models on one GPU, one of them awake at a time, behind one HTTP endpoint.
+"""Serves several language models on one GPU, one awake at a time, behind one HTTP endpoint.
 
 Builds Llama, Qwen 2 and GPT-2 models from configurations (random weights, fixed seeds, no network),
-each in a pool of its own. Requests name a model; where that sleeps, one ``swap`` puts the one that
-is awake to sleep and wakes it. Every answer must be the one that the model gave before it ever
-slept. Prints how long switches took. The endpoint is a Starlette application on uvicorn:
+each in its own pool. Requests name a model; if that sleeps, one ``swap`` puts the awake one to
+sleep and wakes it. Every answer must equal the model's answer before its first sleep. Prints how
+long switches took. The endpoint is a Starlette application on uvicorn:
 ``pip install starlette uvicorn``, or ``pip install 'cumempool[examples]'``. Without network, five
-wheels of pure Python do: starlette, uvicorn, anyio, h11 and idna. Where they are missing, it says
+wheels of pure Python suffice: starlette, uvicorn, anyio, h11 and idna. If they are missing, it says
 so and exits with 77.
 
     python examples/model_switch.py
@@ -63,9 +63,9 @@ else:
 SEED = 47
 PROMPTS = 3  # different ones for each model
 PROMPT_TOKENS = 16
-CLIENTS = 4  # that ask at the same time
-PATIENCE = 120  # seconds until a request is taken to be lost
-NOT_RUN = 77  # exit code where the machine lacks what the example needs
+CLIENTS = 4  # at the same time
+PATIENCE = 120  # seconds until a request counts as lost
+NOT_RUN = 77  # exit code if the machine cannot run the example
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Size:
 
 
 def kinds(size: Size) -> dict[str, tuple[type[PreTrainedModel], PretrainedConfig]]:
-    """The models by name: class and configuration. The last two have tied embeddings."""
+    """Returns class and configuration of each model. The last two have tied embeddings."""
     common: dict[str, Any] = {
         "vocab_size": size.vocabulary,
         "hidden_size": size.hidden,
@@ -88,7 +88,7 @@ def kinds(size: Size) -> dict[str, tuple[type[PreTrainedModel], PretrainedConfig
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.heads // 2,
-        "attn_implementation": "eager",  # fused attention need not give the same bits twice
+        "attn_implementation": "eager",  # fused attention may give other bits each time
         "bos_token_id": None,
         "eos_token_id": None,
     }
@@ -125,7 +125,7 @@ class Fleet:
         self.most_bytes = 0
 
     def load(self, name: str) -> None:
-        """Builds a model; the one that is awake goes to sleep first."""
+        """Builds a model, after it has put the awake one to sleep."""
         if self.awake:
             self.allocator.sleep(offload_tags=self.awake, tags=self.awake)
         kind, config = kinds(self.size)[name]
@@ -150,7 +150,7 @@ class Fleet:
             torch.set_default_dtype(before)
 
     def switch(self, name: str) -> float:
-        """Has a model awake; how long that took, in seconds."""
+        """Wakes a model unless it is awake; returns the seconds that took."""
         if name == self.awake:
             return 0.0
         begun = time.perf_counter()
@@ -166,20 +166,20 @@ class Fleet:
 
     @torch.no_grad()
     def generate(self, name: str, prompt: list[int], count: int) -> list[int]:
-        """Greedy tokens; the model must be awake."""
+        """Returns greedy tokens; the model must be awake."""
         model = self.models[name]
         cache = DynamicCache(config=model.config)
         tokens, found = torch.tensor([prompt], device=self.device), []
         for _ in range(count):
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
             logits = output.logits[0, -1].float()
-            # Of equal ones the first, which argmax on a GPU does not promise.
+            # Takes the first of equal logits, which argmax on a GPU does not promise.
             found.append(int(torch.nonzero(logits == logits.max())[0]))
             tokens = torch.tensor([found[-1:]], device=self.device)
         return found
 
     def tied(self) -> list[str]:
-        """Names of models whose input and output embeddings are one memory."""
+        """Returns the names of models whose input and output embeddings share memory."""
         return [
             name
             for name, model in self.models.items()
@@ -202,7 +202,7 @@ class Fleet:
 
 
 def application(fleet: Fleet) -> Any:
-    """``POST /generate`` with model, prompt and tokens; ``GET /models``."""
+    """Returns the app: ``POST /generate`` with model, prompt and tokens; ``GET /models``."""
     turn = asyncio.Lock()
 
     def answer(name: str, prompt: list[int], count: int) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def application(fleet: Fleet) -> Any:
 
 @contextlib.contextmanager
 def served(fleet: Fleet) -> Iterator[int]:
-    """The endpoint, in a thread of its own; gives its port."""
+    """Runs the endpoint in its own thread, and yields its port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         config = uvicorn.Config(application(fleet), log_level="warning", lifespan="off")
@@ -260,7 +260,7 @@ def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, An
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The smallest value that `share` of all are not above."""
+    """Returns the smallest value that at least `share` of all values do not exceed."""
     ordered = sorted(values)
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
 
@@ -270,7 +270,7 @@ def prompt_of(number: int, vocabulary: int) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> tuple[bool, dict[str, Any]]:
-    """Runs the example; whether all was as it should be, and the figures."""
+    """Runs the example; returns whether it succeeded, and the figures."""
     size = Size(arguments.layers, arguments.hidden, arguments.vocabulary)
     fleet = Fleet(size, arguments.driver)
     prompts = [prompt_of(number, size.vocabulary) for number in range(PROMPTS)]

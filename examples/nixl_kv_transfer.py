@@ -1,8 +1,8 @@
-"""Two processes move a KV cache between two GPUs by NIXL, and either side sleeps in between.
+"""Moves a KV cache between two processes and GPUs by NIXL, with sleeps of either side in between.
 
-The prefill side writes its KV cache into the decode side's, and the decode side reads it; every
-byte is compared. Then one side sleeps and wakes at the same addresses, registers again, exchanges
-metadata again, and the same is done once more, for as many cycles as asked for. Needs NIXL
+The prefill side writes its KV cache into the decode side's, and the decode side reads it; both
+compare every byte. Then one side sleeps and wakes at the same addresses, registers again, exchanges
+metadata again, and both repeat the transfers, for as many cycles as asked for. Needs NIXL
 (``pip install nixl``); with one GPU both sides share it.
 
     python examples/nixl_kv_transfer.py
@@ -36,10 +36,10 @@ from cumempool.integrations.nixl import (
 
 TAG = "kv"
 LAYER_BYTES = 64 * 1024**2
-#: What UCX may use. One host needs no InfiniBand, whose devices a container often shows and does
-#: not let it use. sm and tcp are for messages, and for memory that CUDA IPC does not take.
+#: The transports of UCX. One host needs no InfiniBand, whose devices a container often shows but
+#: does not grant. sm and tcp are for messages, and for memory that CUDA IPC does not take.
 UCX_TLS = "cuda,sm,tcp,self"
-PATIENCE = 120.0  # seconds until a peer is taken to be lost
+PATIENCE = 120.0  # seconds until a peer counts as lost
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Options:
 
 @dataclass
 class Memory:
-    """Tensors that are registered with an agent, and how to make a transfer list of them."""
+    """Tensors registered with an agent, and the function that makes a transfer list of them."""
 
     tensors: Sequence[torch.Tensor]
     transfer_list: Callable[[], Any]
@@ -62,13 +62,13 @@ class Memory:
 
     @property
     def gb_per_s(self) -> float:
-        """The median rate of this side's transfers."""
+        """Returns the median rate of this side's transfers."""
         moved = sum(tensor.nbytes for tensor in self.tensors)
         return moved / statistics.median(self.seconds) / 1e9
 
 
 class Side:
-    """One of the two processes; both run the same steps, and meet at each message."""
+    """One of the two processes. Both run the same steps, and meet at each message."""
 
     def __init__(self, role: str, device: int, pipe: Connection) -> None:
         self.role = role
@@ -85,13 +85,13 @@ class Side:
         return self.pipe.recv()
 
     def meet(self) -> None:
-        """Waits for the other side to come here as well."""
+        """Waits until the other side comes here too."""
         self.pipe.send("here")
         self.receive()
 
     def exchange(self, memory: Memory) -> None:
-        """Gives the peer our metadata and takes its own; needed after each registration."""
-        # Both forget each other first: forgetting ends the connection in both directions.
+        """Exchanges metadata with the peer; needed after each registration."""
+        # Both remove each other first: a removal ends the connection in both directions.
         self.agent.remove_remote_agent(self.peer)
         pieces = [(t.data_ptr(), t.nbytes, self.device) for t in memory.tensors]
         self.pipe.send((memory.metadata(), pieces))
@@ -153,7 +153,7 @@ class Side:
 
 
 def expected(seed: int, layer: int) -> torch.Tensor:
-    """What a layer holds: the same bytes on every GPU of one kind."""
+    """Returns the contents of a layer: the same bytes on every GPU of one kind."""
     generator = torch.Generator("cuda").manual_seed(seed * 1000 + layer)
     return torch.randint(
         0, 256, (LAYER_BYTES,), dtype=torch.uint8, device="cuda", generator=generator
@@ -173,7 +173,7 @@ def check(tensors: Sequence[torch.Tensor], seed: int, when: str) -> None:
 
 
 def raw_registration_keeps_it_awake(side: Side, allocator: cumempool.CuMemAllocator) -> str:
-    """Registers by hand, pins by hand, and returns what sleep says to that."""
+    """Registers and pins by hand, and returns the error of a sleep."""
     pieces = [(r.address, r.bytes, r.device, "") for r in allocator.registrable_ranges(TAG)]
     registered = side.agent.register_memory(side.agent.get_reg_descs(pieces, "VRAM"))
     try:
@@ -187,7 +187,7 @@ def raw_registration_keeps_it_awake(side: Side, allocator: cumempool.CuMemAlloca
 
 
 def sleep_and_wake(allocator: cumempool.CuMemAllocator, registered: RegisteredTag) -> None:
-    """One sleep and wake of the KV cache; its registration goes and comes by itself."""
+    """Puts the KV cache to sleep and wakes it; the registration follows by itself."""
     before = registered.generation
     allocator.sleep(offload_tags=TAG, tags=TAG)
     if registered.registered:
@@ -200,7 +200,7 @@ def sleep_and_wake(allocator: cumempool.CuMemAllocator, registered: RegisteredTa
 def cycle(
     side: Side, allocator: cumempool.CuMemAllocator, registered: RegisteredTag, memory: Memory
 ) -> None:
-    """This side or the other sleeps, then everything is transferred once more."""
+    """Puts this side or the other to sleep and wakes it, then transfers everything again."""
     if side.rounds % 2 == (side.role == "decode"):
         sleep_and_wake(allocator, registered)
         # Both sides ended the last round with the same bytes.
@@ -210,7 +210,7 @@ def cycle(
 
 
 def plain_memory(side: Side, options: Options) -> float:
-    """The rate of this side's transfers of ordinary torch memory."""
+    """Returns the rate of this side's transfers of ordinary torch memory."""
     tensors = [
         torch.empty(LAYER_BYTES, dtype=torch.uint8, device="cuda") for _ in range(options.layers)
     ]
@@ -229,7 +229,7 @@ def plain_memory(side: Side, options: Options) -> float:
 def run_side(
     role: str, device: int, pipe: Connection, results: Connection, options: Options
 ) -> None:
-    """What each of the two processes does; sends what it found to the parent."""
+    """Runs one of the two processes, and sends its figures to the parent."""
     torch.cuda.set_device(device)
     allocator = cumempool.CuMemAllocator()
     with allocator.use_memory_pool(TAG, backing=options.backing):
@@ -261,7 +261,7 @@ def run_side(
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Starts both processes and puts together what they found."""
+    """Starts both processes and merges their figures."""
     spawn = multiprocessing.get_context("spawn")
     ends = spawn.Pipe()
     children: dict[Connection, Any] = {}
@@ -286,7 +286,7 @@ def run(options: Options) -> dict[str, Any]:
                 found[children[results].name] = results.recv()
             except EOFError:
                 sys.stderr.write(f"the {children[results].name} side failed\n")
-                for child in children.values():  # the other one waits for it in vain
+                for child in children.values():  # the other would wait for it in vain
                     child.terminate()
     for child in children.values():
         child.join()
@@ -294,7 +294,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def summary(options: Options, found: dict[str, Any]) -> dict[str, Any]:
-    """The figures of both sides: decode knows the rate of READs, prefill that of WRITEs."""
+    """Returns the figures of both sides: READ rates of decode, WRITE rates of prefill."""
     write, read = found["prefill"], found["decode"]
     return {
         "backing": options.backing,
@@ -313,7 +313,7 @@ def summary(options: Options, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """Returns the figures as text."""
     devices = " to ".join(f"cuda:{device}" for device in figures["devices"])
     lines = [
         f"KV cache of {figures['bytes'] / 1024**3:.2f} GiB, {devices}, "
@@ -350,7 +350,7 @@ def main() -> None:
         sys.exit("this example needs an NVIDIA GPU")
     if not is_installed():
         sys.exit("this example needs NIXL: pip install nixl")
-    os.environ.setdefault("UCX_TLS", UCX_TLS)  # for the processes that are started
+    os.environ.setdefault("UCX_TLS", UCX_TLS)  # for the child processes
     options = Options(
         layers=max(1, round(arguments.gib * 1024**3 / LAYER_BYTES)),
         # Memory of cudaMalloc cannot sleep.

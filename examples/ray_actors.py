@@ -1,10 +1,10 @@
-"""Ray actors that sleep and wake together, or not at all.
+"""Puts Ray actors to sleep and wakes them together, or not at all.
 
-Each actor holds a model in a pool, on a GPU of its own. The actors meet through a store that the
-first of them opens, so that ``cumempool.distributed`` works without a process group. Shows that all
-of them sleep and wake with equal outputs, that one which cannot sleep keeps all awake, and that
-the others go back where an actor dies. Needs Ray (``pip install ray``); without it, or without
-enough GPUs, says so and exits with 77.
+Each actor holds a model in a pool, on its own GPU. The actors meet through a store that the first
+of them opens, so ``cumempool.distributed`` works without a process group. Shows that all actors
+sleep and wake with equal outputs, that all stay awake if one cannot sleep, and that the others wake
+again if one dies. Needs Ray (``pip install ray``); without it, or without enough GPUs, says so and
+exits with 77.
 
     python examples/ray_actors.py
     python examples/ray_actors.py --driver host --hidden 64    # no GPU needed
@@ -35,9 +35,9 @@ try:
 except ImportError:
     ray = None
 
-PATIENCE = 120  # seconds until an actor is taken to be lost
-SHORT = 5.0  # seconds that the others wait for an actor that was killed
-NOT_RUN = 77  # exit code where the machine lacks what the example needs
+PATIENCE = 120  # seconds until an actor counts as lost
+SHORT = 5.0  # seconds that the others wait for a killed actor
+NOT_RUN = 77  # exit code if the machine cannot run the example
 
 Outcome = distributed.GroupReport | cumempool.DistributedTransitionError
 
@@ -51,7 +51,7 @@ class Options:
 
 
 class Worker:
-    """What runs in one actor."""
+    """The process of one actor."""
 
     def __init__(self, rank: int, options: Options) -> None:
         self.rank, self.options = rank, options
@@ -71,7 +71,7 @@ class Worker:
         return nn.Sequential(*(nn.Linear(*size, device=self.device) for size in sizes))
 
     def open_store(self) -> tuple[str, int]:
-        """Opens the store that all meet through; where it is."""
+        """Opens the store that all meet through; returns its host and port."""
         host = ray.util.get_node_ip_address()
         patience = timedelta(seconds=PATIENCE)
         self.store = dist.TCPStore(host, 0, None, True, patience, wait_for_workers=False)
@@ -107,18 +107,18 @@ class Worker:
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Of what the model gives."""
+        """Returns a fingerprint of the model's output."""
         steps = torch.arange(4 * self.options.hidden, device=self.device, dtype=torch.float32)
         output = self.model((steps / steps.numel()).view(4, -1))
         return hashlib.sha256(output.cpu().numpy().tobytes()).hexdigest()
 
     def used_bytes(self) -> int:
-        """Memory of the pool that the device holds for this actor."""
+        """Returns the bytes of the pool that the device holds for this actor."""
         return self.allocator.stats().physical_bytes
 
 
 class Actors:
-    """All actors, each asked at the same time."""
+    """All actors, called at the same time."""
 
     def __init__(self, options: Options) -> None:
         gpus = 0 if options.driver == "host" else 1
@@ -136,7 +136,7 @@ class Actors:
 
 
 def sleeps_and_wakes(actors: Actors, expected: list[str]) -> tuple[bool, dict[str, Any]]:
-    """Whether all sleep and wake with the outputs that they had."""
+    """Returns whether all sleep and wake with the same outputs, and the figures."""
     awake = sum(actors.all("used_bytes"))
     slept = actors.all("sleep", float(PATIENCE))
     asleep = sum(actors.all("used_bytes"))
@@ -159,7 +159,7 @@ def sleeps_and_wakes(actors: Actors, expected: list[str]) -> tuple[bool, dict[st
 
 
 def one_refuses(actors: Actors, expected: list[str]) -> bool:
-    """Whether all stay awake where one cannot sleep, and are told why."""
+    """Returns whether all stay awake and are told the reason if one cannot sleep."""
     last = len(actors.handles) - 1
     actors.of(actors.handles[last:], "pin")
     outcomes = actors.all("sleep", float(PATIENCE))
@@ -171,7 +171,7 @@ def one_refuses(actors: Actors, expected: list[str]) -> bool:
 
 
 def one_dies(actors: Actors, expected: list[str]) -> bool:
-    """Whether the others go back in time where one is gone."""
+    """Returns whether the others wake again in time if one is gone."""
     last = len(actors.handles) - 1
     ray.kill(actors.handles[last])
     others = actors.handles[:last]
@@ -185,7 +185,7 @@ def one_dies(actors: Actors, expected: list[str]) -> bool:
 
 
 def run(options: Options) -> tuple[bool, dict[str, Any]]:
-    """Runs the example; whether all was as it should be, and the figures."""
+    """Runs the example; returns whether it succeeded, and the figures."""
     gpus = 0 if options.driver == "host" else options.actors
     ray.init(
         num_cpus=options.actors,

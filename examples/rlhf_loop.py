@@ -1,11 +1,11 @@
-"""A trainer and an inference engine that share one GPU in turns, as in reinforcement learning.
+"""Shares one GPU between a trainer and an inference engine, as in reinforcement learning.
 
-While the engine rolls out, the trainer sleeps: weights, gradients (which are accumulated over two
-rollouts) and the state of the optimizer. The engine's weights and KV cache are discarded when the
-trainer's turn comes. Before a rollout the engine copies the weights, layer by layer, from the
-backup that the sleeping trainer has in host memory: there is never a second copy. The same loop is
-run without the pool and without sleeping; losses, weights and optimizer state must be equal, bit
-for bit. Random weights and prompts, fixed seeds, no network.
+While the engine rolls out, the trainer sleeps: weights, gradients (accumulated over two rollouts)
+and optimizer state. At the trainer's turn, the engine's weights and KV cache are discarded. Before
+a rollout, the engine copies the weights, layer by layer, from the sleeping trainer's backup in host
+memory: there is never a second copy. The same loop also runs without the pool and without sleeping;
+losses, weights and optimizer state must be equal, bit for bit. Random weights and prompts, fixed
+seeds, no network.
 
     python examples/rlhf_loop.py
     python examples/rlhf_loop.py --driver host --layers 2 --hidden 64    # no GPU needed
@@ -39,7 +39,7 @@ SEED = 53
 TRAINER = ("weights", "gradients", "optimizer")
 ENGINE = ("engine", "kv_cache")
 ACCUMULATE = 2  # rollouts per step of the optimizer
-NOT_RUN = 77  # exit code where the machine lacks what the example needs
+NOT_RUN = 77  # exit code if the machine cannot run the example
 
 _T = TypeVar("_T")
 
@@ -107,7 +107,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Random weights from a fixed seed."""
+        """Sets random weights from a fixed seed."""
         generator = torch.Generator(self.tokens.device).manual_seed(SEED)
         for parameter in self.parameters():
             parameter.normal_(0.0, 0.5 / math.sqrt(parameter.shape[1]), generator=generator)
@@ -127,7 +127,7 @@ class Policy(nn.Module):
 
 @dataclass
 class Memory:
-    """Where tensors are made, and how much of the device is in use."""
+    """Makes tensors in a pool or in torch's memory, and measures the device memory in use."""
 
     device: torch.device
     allocator: cumempool.CuMemAllocator | None = None
@@ -138,7 +138,7 @@ class Memory:
         return self.allocator.use_memory_pool(tag, **settings)
 
     def take(self, what: nn.Module | torch.optim.Optimizer, tag: str, **named: Any) -> None:
-        """Moves in what torch has allocated: on the host driver all, since it routes nothing."""
+        """Moves torch's allocations into the pool: all, on the host driver, which routes none."""
         if self.allocator is not None:
             self.allocator.adopt(what, tag, **named)
 
@@ -148,7 +148,7 @@ class Memory:
         return self.allocator.empty(shape, device=self.device, tag=tag).zero_()
 
     def baseline(self) -> int:
-        """What is in use before anything was made."""
+        """Returns the memory in use at the start."""
         if self.device.type == "cpu":
             return 0
         gc.collect()
@@ -158,7 +158,7 @@ class Memory:
         return total - free
 
     def used(self, tensors: Callable[[], Iterator[torch.Tensor]]) -> int:
-        """Device memory in use; without a device to ask, that of the tensors."""
+        """Returns the device memory in use; without a device, the bytes of the tensors."""
         if self.device.type != "cpu":
             return self.baseline()
         if self.allocator is not None:
@@ -171,7 +171,7 @@ class Memory:
 
 
 class Engine:
-    """Rolls out; has weights of its own, which are gone whenever it sleeps."""
+    """Rolls out; its own weights are lost whenever it sleeps."""
 
     def __init__(self, sizes: Sizes, memory: Memory) -> None:
         self.sizes, self.memory = sizes, memory
@@ -186,14 +186,14 @@ class Engine:
 
     @torch.no_grad()
     def take_weights(self, source: Policy) -> None:
-        """Copies the trainer's weights, one tensor at a time; from its backup where it sleeps."""
+        """Copies the trainer's weights, one tensor at a time; from its backup if it sleeps."""
         allocator = self.memory.allocator
         for ours, theirs in zip(self.policy.parameters(), source.parameters(), strict=True):
             ours.copy_(theirs if allocator is None else allocator.read_backup(theirs))
 
     @torch.no_grad()
     def roll_out(self, prompts: torch.Tensor) -> torch.Tensor:
-        """The prompts, each with tokens that were sampled after it."""
+        """Returns the prompts, each followed by sampled tokens."""
         tokens, begin, latest = [prompts], 0, prompts
         for _ in range(self.sizes.rollout):
             logits = self.policy(latest, self.caches, begin)[:, -1]
@@ -219,7 +219,7 @@ class Trainer:
         self.rollouts = 0
 
     def learn(self, tokens: torch.Tensor) -> tuple[float, float]:
-        """Loss and reward of one rollout; every second time the optimizer makes a step."""
+        """Returns loss and reward of one rollout; every second call makes an optimizer step."""
         actions = tokens[:, self.sizes.prompt :]
         rewards = (actions < self.sizes.vocabulary // 2).float().mean(1)
         logits = self.policy(tokens[:, :-1])[:, self.sizes.prompt - 1 :]
@@ -240,7 +240,7 @@ class Trainer:
         return float(loss.detach()), float(rewards.mean())
 
     def _check_gradients(self) -> None:
-        """Gradients must lie in their pool, though autograd's threads have made them."""
+        """Checks that gradients lie in their pool, though autograd's threads have made them."""
         allocator = self.memory.allocator
         gradients = [parameter.grad for parameter in self.policy.parameters()]
         for gradient in gradients if allocator is not None else []:
@@ -248,7 +248,7 @@ class Trainer:
                 sys.exit("not proven: a gradient is not in its pool")
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All of its state, in a fixed order."""
+        """Yields all of its state, in a fixed order."""
         for parameter in self.policy.parameters():
             yield parameter
             if parameter.grad is not None:
@@ -261,7 +261,7 @@ class Trainer:
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """A number that tells contents apart: integers add up the same in any order."""
+    """Returns a number that tells contents apart: integer sums do not depend on order."""
     bits = tensor.reshape(-1).view(torch.int32)
     total = 0
     for begin in range(0, bits.numel(), 1 << 24):
@@ -276,7 +276,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
 
 @dataclass
 class Record:
-    """What one run of the loop has shown."""
+    """The results of one run of the loop."""
 
     losses: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -297,7 +297,7 @@ class Record:
 
 
 class Loop:
-    """Rollouts and training in turns, with the pool or without."""
+    """Runs rollouts and training in turns, with the pool or without."""
 
     def __init__(self, sizes: Sizes, memory: Memory) -> None:
         self.sizes, self.memory, self.record = sizes, memory, Record()
@@ -316,7 +316,7 @@ class Loop:
             yield self.engine.caches
 
     def _turn_to_engine(self) -> Engine:
-        """The engine's turn: the trainer sleeps, the engine wakes with room and no contents."""
+        """Puts the trainer to sleep and wakes the engine, without contents."""
         allocator = self.memory.allocator
         if self.memory.device.type == "cuda":
             torch.cuda.empty_cache()  # activations
@@ -365,12 +365,12 @@ class Loop:
 
 
 def run_awake(sizes: Sizes, device: torch.device) -> Record:
-    """The loop with torch's own memory, all of it resident."""
+    """Runs the loop with torch's own memory, all of it resident."""
     return Loop(sizes, Memory(device)).run()
 
 
 def run_in_turns(sizes: Sizes, device: torch.device, driver: str) -> Record:
-    """The loop with both in pools, one of them asleep at any time."""
+    """Runs the loop with both in pools, one of them asleep at any time."""
     config = cumempool.CuMemConfig(enable_sleep_mode=True, driver=driver)
     allocator = cumempool.CuMemAllocator(config)
     for tag in TRAINER:
@@ -408,7 +408,7 @@ def show(awake: Record, turns: Record) -> None:
 
 
 def run(sizes: Sizes, driver: str) -> tuple[bool, dict[str, Any]]:
-    """Runs the example; whether all was as it should be, and the figures."""
+    """Runs the example; returns whether it succeeded, and the figures."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch.device("cpu" if driver == "host" else "cuda")

@@ -1,9 +1,9 @@
-"""A tensor-parallel Llama that sleeps and wakes on all of its GPUs, or on none.
+"""Puts a tensor-parallel Llama to sleep and wakes it on all of its GPUs, or on none.
 
 Starts one process per GPU. Each holds its part of a model of the shape of Llama 3 8B (random
 weights, fixed seeds, no network) in a pool; the parts meet by collectives (NCCL). The ranks sleep
-and wake together by ``cumempool.distributed``; one is made to fail on purpose, which leaves all of
-them awake. Logits and tokens must be the same, bit for bit, each time and on every rank.
+and wake together by ``cumempool.distributed``; one fails on purpose, which leaves all of them
+awake. Logits and tokens must be the same, bit for bit, each time and on every rank.
 
     python examples/tensor_parallel.py
     python examples/tensor_parallel.py --ranks 4
@@ -35,13 +35,13 @@ from cumempool import distributed, format_bytes
 
 SEED = 31
 PROMPT_TOKENS = 48
-PATIENCE = 240  # seconds until a rank is taken to be lost
-NOT_RUN = 77  # exit code where the machine lacks what the example needs
+PATIENCE = 240  # seconds until a rank counts as lost
+NOT_RUN = 77  # exit code if the machine cannot run the example
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the defaults are those of Llama 3 8B."""
+    """Sizes of the model, by default of Llama 3 8B."""
 
     layers: int = 32
     hidden: int = 4096
@@ -58,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is, and what it computes with."""
+    """A rank's place in the group, its device and its dtype."""
 
     rank: int
     ranks: int
@@ -76,19 +76,19 @@ def matrix(place: Place, rows: int, columns: int, generator: torch.Generator) ->
 
 
 def total(partial: torch.Tensor) -> torch.Tensor:
-    """The sum of what all ranks have."""
+    """Returns the sum over all ranks."""
     dist.all_reduce(partial)
     return partial
 
 
 def normalized(states: torch.Tensor) -> torch.Tensor:
-    """RMS norm with a weight of one."""
+    """Returns the RMS norm with a weight of one."""
     scale = states.float().pow(2).mean(-1, keepdim=True).add(1e-5).rsqrt()
     return (states.float() * scale).to(states.dtype)
 
 
 def rotated(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of (heads, tokens, size)."""
+    """Returns the rotary position embedding of (heads, tokens, size)."""
     half = heads.shape[-1] // 2
     steps = torch.arange(half, device=heads.device, dtype=torch.float32)
     angles = positions[:, None].float() * 500000.0 ** (-steps / half)
@@ -99,7 +99,7 @@ def rotated(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 class Layer(nn.Module):
-    """One decoder layer; this rank has some of its heads and some of its feed-forward columns."""
+    """One decoder layer; this rank has some of its heads and of its feed-forward columns."""
 
     def __init__(self, shape: Shape, place: Place, generator: torch.Generator) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Layer(nn.Module):
         query = rotated(split[:heads], positions)
         cache[0, :, begin : begin + tokens] = rotated(split[heads : heads + kv_heads], positions)
         cache[1, :, begin : begin + tokens] = split[heads + kv_heads :]
-        # Plain attention: a fused one need not give the same bits twice.
+        # Plain attention: a fused one may give other bits each time.
         keys, values = cache[:, :, : begin + tokens].repeat_interleave(heads // kv_heads, 1)
         scores = (query @ keys.transpose(1, 2)).float() / math.sqrt(self.shape.head)
         columns = torch.arange(begin + tokens, device=states.device)
@@ -155,7 +155,7 @@ class Model(nn.Module):
     def forward(
         self, tokens: torch.Tensor, caches: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Logits of the last token, over the whole vocabulary."""
+        """Returns the logits of the last token, over the whole vocabulary."""
         local = tokens - self.first
         ours = (local >= 0) & (local < self.words)
         states = self.embedding[local.clamp(0, self.words - 1)] * ours[:, None]
@@ -191,7 +191,7 @@ class Rank:
             self.caches = self.allocator.empty(sizes, dtype=place.dtype, tag="kv_cache").zero_()
 
     def generate(self, count: int) -> tuple[str, list[int]]:
-        """A fingerprint of the logits of every step, and the tokens chosen greedily."""
+        """Returns a fingerprint of the logits of every step, and the greedy tokens."""
         device = self.place.device
         prompt = torch.arange(PROMPT_TOKENS, device=device) * 7919 % self.shape.vocabulary
         positions = torch.arange(PROMPT_TOKENS, device=device)
@@ -206,7 +206,7 @@ class Rank:
         return digest.hexdigest(), chosen
 
     def used_bytes(self) -> int:
-        """Device memory in use, as the driver counts it."""
+        """Returns the device memory in use, as the driver counts it."""
         if self.place.device.type == "cpu":
             return self.allocator.stats().physical_bytes
         torch.cuda.synchronize()
@@ -214,7 +214,7 @@ class Rank:
         return whole - free
 
     def refuse_on_purpose(self) -> str:
-        """The last rank has its weights pinned; what the sleep of the group says on this one."""
+        """Pins the last rank's weights; returns the error of the group's sleep on this rank."""
         last = self.place.rank == self.place.ranks - 1
         pin = self.allocator.pin("weights", "a registration left on purpose") if last else None
         try:
@@ -237,7 +237,7 @@ class Rank:
 
 @torch.no_grad()
 def work(rank: Rank, cycles: int, tokens: int) -> dict[str, Any]:
-    """What one rank has found."""
+    """Runs one rank and returns its results."""
     stats = rank.allocator.stats
     found: dict[str, Any] = {
         "weight_bytes": stats().tags["weights"].awake_bytes,
@@ -270,7 +270,7 @@ def work(rank: Rank, cycles: int, tokens: int) -> dict[str, Any]:
 
 
 def rank_main(rank: int, ranks: int, port: int, arguments: Any, results: Any) -> None:
-    """A process: joins the group, works, and reports."""
+    """Runs the process of a rank: joins the group, works, and reports."""
     host = arguments.driver == "host"
     if not host:
         torch.cuda.set_device(rank)
@@ -301,7 +301,7 @@ def rank_main(rank: int, ranks: int, port: int, arguments: Any, results: Any) ->
 
 
 def start(arguments: Any) -> list[dict[str, Any]]:
-    """What all ranks have found; none is left behind, however they end."""
+    """Runs all ranks and returns their results; ends every process in any case."""
     context = torch.multiprocessing.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     results: Any = context.Queue()
@@ -356,7 +356,7 @@ def show(found: list[dict[str, Any]]) -> None:
 
 
 def run(arguments: Any) -> tuple[bool, dict[str, Any]]:
-    """Runs the example; whether all was as it should be, and the figures."""
+    """Runs the example; returns whether it succeeded, and the figures."""
     shape = shape_of(arguments)
     found = start(arguments)
     weights = sum(one["weight_bytes"] for one in found)
@@ -376,7 +376,7 @@ def run(arguments: Any) -> tuple[bool, dict[str, Any]]:
     print(f"\nlogits {'identical' if same else 'DIFFERENT'}, bit for bit, {times}")
     tokens = found[0]["tokens"]
     print(f"first tokens: {tokens[:12]}, {len(set(tokens))} distinct of {len(tokens)}")
-    # What a rank has given back, but for what other programs take meanwhile.
+    # The memory that a rank has given back, less the memory that other programs take meanwhile.
     freed = all(
         row["awake_bytes"] - row["asleep_bytes"] >= 0.95 * (one["weight_bytes"] + one["kv_bytes"])
         for one in found
