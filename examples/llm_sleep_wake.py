@@ -35,7 +35,7 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        # An explicit mask: else the model looks at data on the host, which a capture forbids.
+        # Without an explicit mask the model reads data on the host, which a capture forbids.
         mask = (self.columns[None, None, None, :] <= positions[:, None, :, None]).contiguous()
         output = self.model(
             input_ids=tokens,
@@ -43,7 +43,7 @@ class Decoder:
             attention_mask=mask,
             past_key_values=self.cache,
         )
-        # bf16 logits tie often, and argmax on a GPU does not say which of two equal ones it takes.
+        # bf16 logits tie often, and argmax on a GPU may take any of two equal ones.
         logits = output.logits[:, -1].float()
         best = logits == logits.max(-1, keepdim=True).values
         indices = torch.arange(logits.shape[-1], device=self.device)

@@ -322,9 +322,8 @@ def verify_kv_transfer_compat(
 
 def _unknown(connector: Connector) -> str:
     return (
-        f"KV connector {connector.name} is unknown: cumempool assumes that it registers the memory "
-        "of the KV cache, and does not follow a remap unless KVTransferConfig(follows_remap=True) "
-        "says so"
+        f"KV connector {connector.name} is unknown: it is taken to register the memory of the KV "
+        "cache, and not to follow a remap unless KVTransferConfig(follows_remap=True) says so"
     )
 
 
