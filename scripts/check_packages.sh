@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the sdist, builds the wheel from the sdist, and tries both as their users would: each in a
-# fresh environment, the wheel in one that can reach no compiler.
+# Builds the sdist, builds the wheel from the sdist, and tries both as a user does: each in a fresh
+# environment, the wheel in one without a compiler.
 #
 #   scripts/check_packages.sh [FOLDER]     # keeps them in FOLDER, in place of older ones
 #
-# PYTHON names the interpreter. It needs build, twine, and what cumempool depends on: the fresh
-# environments borrow that, so that torch is not downloaded once more.
+# PYTHON names the interpreter. It needs build, twine, and the dependencies of cumempool: the fresh
+# environments borrow these, so that torch is not downloaded again.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -18,7 +18,7 @@ packages=$(cd "$packages" && pwd)
 rm -f "$packages"/cumempool-*
 unset PYTHONPATH PYTHONHOME
 
-# quietly COMMAND...: shows what it printed only where it fails.
+# quietly COMMAND...: shows its output only if it fails.
 quietly() {
   "$@" >"$work/output" 2>&1 || { cat "$work/output"; return 1; }
 }
@@ -27,7 +27,7 @@ make_environment() {
   "$python" -m venv "$work/$1"
 }
 
-# borrow NAME: lets an environment import what is installed beside torch; its own packages come first.
+# borrow NAME: lets an environment import the packages beside torch; its own packages come first.
 borrow() {
   "$python" - "$("$work/$1/bin/python" -c 'import site; print(site.getsitepackages()[0])')" <<'PYTHON'
 import importlib.util, pathlib, sys
@@ -42,13 +42,13 @@ PYTHON
 build_packages() {
   quietly "$python" -m build --sdist --outdir "$packages" "$root"
   make_environment compiling
-  # What `pip install cumempool-*.tar.gz` does, in two steps.
+  # Does `pip install cumempool-*.tar.gz` in two steps.
   quietly "$work/compiling/bin/pip" wheel --no-deps --wheel-dir "$packages" "$packages"/*.tar.gz
   quietly "$work/compiling/bin/pip" install --no-deps "$packages"/*.whl
   borrow compiling
 }
 
-# The example of the sdist, against the package that was installed from it.
+# Runs the example of the sdist against the package installed from it.
 example_runs() {
   mkdir "$work/sdist"
   tar -x -z -f "$(echo "$packages"/*.tar.gz)" -C "$work/sdist" --strip-components=1
@@ -59,7 +59,7 @@ example_runs() {
   "$work/example/sleep_wake" host
 }
 
-# Runs where the wheel's files are, its dependencies, and nothing else of the machine's programs.
+# Runs with the wheel's files and its dependencies, and no other programs of the machine.
 wheel_runs() {
   cd "$work"
   PATH=$work/plain/bin

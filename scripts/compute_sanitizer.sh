@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs the conformance suite on the cuda driver, the sampled failure sweep and GPU tests under
-# compute-sanitizer's memcheck: kernels touch only what is theirs. Needs a GPU and the tool.
+# compute-sanitizer's memcheck: kernels touch only their own memory. Needs a GPU and the tool.
 #
 #   scripts/compute_sanitizer.sh [BUILD_FOLDER]
 #
 # BUILD_FOLDER holds cumempool_tests; without one it is built. Prints the tool's ERROR SUMMARY of
-# each run. TIME_LIMIT is the most seconds of all runs (default 540), FILE_LIMIT of one (default 120); a
-# run that takes longer says where each thread of it stood.
+# each run. TIME_LIMIT is the most seconds of all runs (default 540), FILE_LIMIT of one (default
+# 120); a run that takes longer says where each thread of it stood.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -27,12 +27,12 @@ if [[ -z $sanitizer ]]; then
   exit 1
 fi
 
-# --report-api-errors no: properties of memory are found by trying (ADR 5), so that calls that fail,
-#   such as cuMemCreate with FABRIC handles where there is no IMEX channel, are part of a good run.
-#   What a call fails with is looked at by the tests.
+# --report-api-errors no: the library finds properties of memory by trying (ADR 5), so a good run
+#   has calls that fail, such as cuMemCreate with FABRIC handles without an IMEX channel. The tests
+#   check the errors of calls.
 # --target-processes application-only: children of a test that forks have no context to look at.
-# --leak-check is off: it counts what torch caches and never gives back. That nothing of ours is
-#   left is what the tests compare by the driver's own numbers.
+# --leak-check is off: it counts memory that torch caches and never gives back. The tests compare
+#   the driver's own numbers to see that nothing of ours is left.
 memcheck() {
   local name=$1 code=0 left=$((deadline - SECONDS)) started=$SECONDS
   shift
@@ -62,12 +62,12 @@ memcheck conformance "$build/cumempool_tests" --gtest_filter='Gpu/*Conformance*'
 memcheck failure_sweep "$build/cumempool_tests" \
   --gtest_filter='SampledSweep.R4_R13_OnTheCudaDriver' || failed=1
 
-# Files whose tests run in this process. Of those, what times calls, compares used device memory, of
-# which the tool takes its share, or starts a process, at which it does not look.
+# Files whose tests run in this process; without tests that time calls, compare used device memory
+# (the tool uses some), or start a process (the tool does not check it).
 left_out='not digests_take_no and not swap and not shrinks and not one_after_another'
 left_out+=' and not expandable and not probe and not fills'
-# test_threads is left out: under the tool its eight threads do not come to an end, in minutes where
-# it takes three seconds without.
+# test_threads is left out: under the tool its eight threads do not end within minutes; without the
+# tool it takes three seconds.
 # pytest's own faulthandler takes signals that the tool needs.
 run_pytest='import faulthandler, sys, pytest
 faulthandler.dump_traceback_later(float(sys.argv.pop(1)))

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Counts which branches the tests take, of cpp/ and of src/cumempool, and fails where it is too few.
+# Counts the branches of cpp/ and src/cumempool that the tests take, and fails if they are too few.
 #
 #   scripts/coverage.sh                       # builds, runs all C++ and all Python tests, reports
-#   scripts/coverage.sh --python-data FOLDER  # takes the Python figure from what a run of all Python
-#                                             # tests has left there (the settings are in
-#                                             # pyproject.toml), and runs only what cpp/python needs
+#   scripts/coverage.sh --python-data FOLDER  # takes the Python figure from the data that a run of
+#                                             # all Python tests has left there (the settings are in
+#                                             # pyproject.toml), and runs only tests of cpp/python
 #
-# C++: clang's source-based counters, so that a branch is a condition that somebody wrote, taken both
-# ways; what a call may throw is no branch. The C++ tests and the Python module are built with them.
-# Python: coverage.py, in all processes that the tests start; only branches count here as well.
-# BUILD names the build folder, PYTHON the interpreter, LLVM what follows the names of LLVM's tools.
+# C++: clang's source-based counters. A branch is a condition in the source, taken both ways; an
+# exception of a call is no branch. The C++ tests and the Python module are built with them. Python:
+# coverage.py, in all processes that the tests start; only branches count here as well. BUILD names
+# the build folder, PYTHON the interpreter, LLVM the suffix of the names of LLVM's tools.
 set -euo pipefail
 
 least_cpp=90
-# What torch does on a GPU is made up here by tests/python/simulated_cuda.py; tests/gpu looks at the same
-# branches where there is one.
+# tests/python/simulated_cuda.py simulates torch on a GPU here; tests/gpu takes the same branches on
+# a real one.
 least_python=95
 
-# The only files of cpp/ that are left out: they talk to libcuda, and do something only with a GPU.
-# The conformance suite runs them there; here a library that calls itself libcuda tests how it is
-# opened (tests/cpp/cuda_open_test.cpp). digest_kernel.cu is code for a GPU, and no host compiler's.
+# The only files of cpp/ that are left out: they talk to libcuda, and work only with a GPU. The
+# conformance suite runs them there; here a library named libcuda tests how it is opened
+# (tests/cpp/cuda_open_test.cpp). digest_kernel.cu is code for a GPU, and not for a host compiler.
 left_out=(cpp/driver/cuda_devices.cpp cpp/driver/cuda_driver.cpp cpp/driver/cuda_driver.hpp
   cpp/driver/cuda_fence.cpp cpp/driver/cuda_fence.hpp
   cpp/driver/cuda_kernel.cpp cpp/driver/cuda_kernel.hpp cpp/driver/cuda_library.cpp cpp/driver/cuda_library.hpp
@@ -51,7 +51,7 @@ make_package() {
     -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DCUMEMPOOL_COVERAGE=ON -DCUMEMPOOL_BUILD_TESTS=ON \
     -DCUMEMPOOL_BUILD_PYTHON=ON -DPython_EXECUTABLE="$(command -v "$python")" >/dev/null
   cmake --build "$build" --parallel "$jobs" >/dev/null
-  # A folder to import the package from: its sources beside what was built.
+  # A folder to import the package from: its sources beside the built files.
   local package=$build/package/cumempool
   mkdir -p "$package/lib"
   ln -sfn "$root"/src/cumempool/* "$build"/_core*.so "$package"
@@ -92,7 +92,7 @@ python_report() {
   "$python" -m coverage json --quiet -o "$build/counts/python.json"
 }
 
-# Prints both figures; fails where one is too low.
+# Prints both figures; fails if one is too low.
 figures() {
   "$python" - "$build/counts" "$least_cpp" "$least_python" <<'PYTHON'
 import json, pathlib, sys

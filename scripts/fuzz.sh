@@ -4,13 +4,13 @@
 #
 #   scripts/fuzz.sh [SECONDS]       runs that long, 600 unless told, starting from the kept corpus
 #   scripts/fuzz.sh --corpus-only   runs each kept input once
-#   scripts/fuzz.sh --minimise      rewrites tests/fuzz/corpus: the fewest inputs, of it and of what
-#                                   earlier runs have found, that reach the same; inputs that are
-#                                   called caught-*, which show faults of the past, stay
+#   scripts/fuzz.sh --minimise      rewrites tests/fuzz/corpus: keeps the fewest inputs of it and of
+#                                   earlier runs, that reach the same edges; keeps all inputs named
+#                                   caught-*, which show past faults
 #
-# BUILD names the build folder, build/fuzz unless told; new inputs go to BUILD/found, and inputs with
-# a finding to BUILD/findings, where they stay. With --corpus-only, BUILD may be a folder where the
-# C++ tests were built: then only what replays the corpus is built there.
+# BUILD names the build folder, by default build/fuzz; new inputs go to BUILD/found, and inputs with
+# a finding stay in BUILD/findings. With --corpus-only, BUILD may be the build folder of the C++
+# tests: then it builds only the program that replays the corpus.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -22,7 +22,7 @@ longest=244 # bytes: settings and 60 operations
 export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1:quarantine_size_mb=64}
 export UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
 
-# Sanitizers that want fixed places in memory fail where the kernel randomises too much of them.
+# Sanitizers that need fixed addresses fail if the kernel randomises too many address bits.
 without_randomisation() {
   if setarch "$(uname -m)" -R true 2>/dev/null; then
     setarch "$(uname -m)" -R "$@"
@@ -42,7 +42,7 @@ build_target() {
     { cat "$build/fuzz-build.log"; return 1; }
 }
 
-# fuzzer ARGUMENT...: what goes for every use of libFuzzer here.
+# fuzzer ARGUMENT...: runs libFuzzer with the common options.
 fuzzer() {
   without_randomisation "$build/operations_fuzz" -max_len="$longest" -timeout=60 \
     -rss_limit_mb=4096 -artifact_prefix="$findings/" "$@"
@@ -66,7 +66,7 @@ minimise() {
     "$(cat "$corpus"/* | wc -c)"
 }
 
-# The last value that the log has for a word: "cov: 123", "stat::...: 123".
+# Prints the last value of a word in the log: "cov: 123", "stat::...: 123".
 last() {
   grep -oE "$1:? +[0-9]+" "$build/fuzz.log" | tail -n 1 | grep -oE '[0-9]+$' || echo 0
 }

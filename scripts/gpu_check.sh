@@ -5,10 +5,10 @@
 #
 #   scripts/gpu_check.sh [--release] [--only NAME,NAME] [OUTPUT_DIRECTORY]
 #
-# With --release also compute-sanitizer over the GPU tests, and the soak of 2000 cycles. With --only
-# nothing but what is named: files of tests (test_memory), examples, and steps (soak); the record says
-# what was left out. Writes logs and gpu_check.json to the directory and ends with one line: N passed,
-# N failed.
+# --release adds compute-sanitizer over the GPU tests, and the soak of 2000 cycles. --only runs the
+# named files of tests (test_memory), examples, and steps (soak) alone; the record lists the others
+# as not run. Writes logs and gpu_check.json to the directory and ends with one line: N passed, N
+# failed.
 set -uo pipefail
 
 release=0
@@ -33,7 +33,7 @@ steps="$work/steps.tsv"
 : >"$work/not_run.tsv"
 mkdir "$work/pytest"
 
-# step NAME COMMAND...: runs it with its output in a log of its own and notes how it ended.
+# step NAME COMMAND...: runs it with its output in its own log and notes how it ended.
 step() {
   local name=$1 start=$SECONDS code=0
   shift
@@ -57,7 +57,7 @@ build_cpp() {
     cmake --build "$work/build"
 }
 
-# One process per file of tests, so that a crash in one leaves the others to speak.
+# Runs one process per file of tests, so that the others still report if one crashes.
 pytest_file() {
   local start=$SECONDS
   (cd "$root" && "$python" -m pytest "tests/gpu/$1.py" -p no:cacheprovider -s -q \
@@ -65,7 +65,7 @@ pytest_file() {
   echo "-- $1, $((SECONDS - start)) s: $(tail -n 1 "$work/$1.log")"
 }
 
-# What all files have said; fails where one did.
+# Collects the results of all files; fails if one failed.
 pytest_gpu() {
   local log name code=0
   for log in "$work"/test_*.log; do
@@ -108,7 +108,7 @@ job() {
   esac
 }
 
-# wanted NAME...: those that this machine has what they need for.
+# wanted NAME...: prints the names that this machine can run.
 wanted() {
   local name
   for name in "$@"; do
@@ -129,8 +129,9 @@ each_by() {
   done
 }
 
-# What neither reads used memory nor times anything: three at a time on each GPU, for most of it is
-# the start of processes; more would wait for each other. What wants all GPUs goes beside them.
+# Jobs that neither read used memory nor time anything: three at a time on each GPU, since most of
+# their time is the start of processes; more would wait for each other. Jobs for all GPUs run
+# beside.
 together() {
   local name
   each_by 3 "${on_one[@]}"
@@ -138,20 +139,20 @@ together() {
   wait
 }
 
-# What wants a GPU for itself.
+# Jobs that need a GPU for themselves.
 one_to_a_gpu() {
   each_by 1 "${alone[@]}"
   wait
 }
 
-# What wants all GPUs for itself.
+# Jobs that need all GPUs for themselves.
 one_after_another() {
   local name
   for name in $(wanted "${alone_on_all[@]}"); do job "$name"; done
 }
 
 step install "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$root"
-# What needs a package or GPUs that are not there is not run, and named with the reason.
+# Does not run jobs whose package or GPUs are missing, and names them with the reason.
 not_run=()
 leave_out() {
   echo "-- not run, since $1: ${*:2}"
@@ -159,7 +160,7 @@ leave_out() {
   local name
   for name in "${@:2}"; do printf '%s\t%s\n' "$name" "$1" >>"$work/not_run.tsv"; done
 }
-# Whether Python finds all the packages.
+# Succeeds if Python finds all the packages.
 has() {
   "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
     "$@" 2>/dev/null
@@ -179,9 +180,9 @@ elif ! has ray; then
   leave_out "Ray is not installed" ray_actors
 fi
 
-# Longest first. The examples tensor_parallel and nixl_kv_transfer are run, and held to more, by
-# test_distributed and test_nixl. NIXL copies through host memory in small pieces, each of which
-# would wait for a time slice of a GPU that others use: 0.03 GB/s instead of 0.46 were seen.
+# Longest first. test_distributed and test_nixl run the examples tensor_parallel and
+# nixl_kv_transfer, and check more. NIXL copies through host memory in small pieces; on a GPU that
+# others use, each would wait for a time slice: it reached 0.03 GB/s instead of 0.46.
 alone=(test_compat_torch_memory_saver test_compat_vllm rlhf_loop llm_sleep_wake test_training
   test_graph_pool test_memory test_frees test_scopes test_all_threads selftest test_cost bench demo malloc_path)
 alone_on_all=(conformance test_several_devices test_backups test_sharing test_nccl

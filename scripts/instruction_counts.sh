@@ -4,8 +4,8 @@
 #
 #   scripts/instruction_counts.sh [--check]
 #
-# Writes benchmarks/results/instructions.json; with --check it writes nothing and fails where a path
-# needs over 10% more than that file says. BUILD names the build folder.
+# Writes benchmarks/results/instructions.json; with --check it writes nothing and fails if a path
+# needs over 10% more than in that file. BUILD names the build folder.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,8 +19,8 @@ cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DCUMEMPOOL_BUILD_BENCHM
 cmake --build "$build" --target instructions --parallel "$(nproc)" >/dev/null
 
 for path in "${paths[@]}"; do
-  # Symbols are bound before main, where nothing is counted. Without its fast bins the heap costs the
-  # same each time; with them, it tidies up in one path or another.
+  # Symbols are bound before main, where nothing is counted. Without its fast bins the heap costs
+  # the same each time; with them, any path may pay for its clean-up.
   LD_BIND_NOW=1 GLIBC_TUNABLES=glibc.malloc.mxfast=0 valgrind --quiet --tool=callgrind --collect-atstart=no \
     --toggle-collect="measure_$path" --callgrind-out-file="$work/$path.out" \
     "$build/instructions" "$allocations"

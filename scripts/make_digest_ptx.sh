@@ -2,7 +2,7 @@
 # Compiles cpp/driver/digest_kernel.cu to the PTX that the library carries, with clang 14 and
 # without any part of CUDA. The result is committed, so that a build needs no compiler for GPUs.
 #   make_digest_ptx.sh          writes cpp/driver/digest_kernel.ptx.inc
-#   make_digest_ptx.sh --check  fails where that file is not what the source compiles to
+#   make_digest_ptx.sh --check  fails if the source compiles to something else than that file
 # CLANG names the compiler; another version writes other, equally good PTX.
 set -eu
 
@@ -12,7 +12,7 @@ made=$(mktemp)
 ptx=$(mktemp)
 trap 'rm -f "$made" "$ptx"' EXIT
 
-# Volta is the oldest GPU whose driver has all that the library needs; PTX 6.3 is what CUDA 10 took.
+# Volta is the oldest GPU whose driver has all that the library needs; CUDA 10 takes PTX 6.3.
 "${CLANG:-clang-14}" -x cuda --cuda-device-only -nocudainc -nocudalib -Wno-unknown-cuda-version \
   --cuda-gpu-arch=sm_70 -Xclang -target-feature -Xclang +ptx63 -std=c++17 -O3 -Wall -Wextra \
   -Werror -I "$driver/../../include" -S "$driver/digest_kernel.cu" -o "$ptx"

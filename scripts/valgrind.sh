@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs C++ tests under valgrind's memcheck: no invalid access, no use of what was never written, no
+# Runs C++ tests under valgrind's memcheck: no invalid access, no use of uninitialised memory, no
 # leak, and no file descriptor left open.
 #
 #   scripts/valgrind.sh
 #
-# Takes about three minutes of processor time, and a build. BUILD names the build folder, TIME_LIMIT the most seconds.
-# Suppressions, each with its reason, are in scripts/valgrind.supp.
+# Takes about three minutes of processor time, and a build. BUILD names the build folder, TIME_LIMIT
+# the most seconds. Suppressions, each with its reason, are in scripts/valgrind.supp.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -17,19 +17,19 @@ trap 'rm -rf "$logs" "$log"' EXIT
 
 # Not run under memcheck, and why. All of them run plain and under the other sanitizers.
 left_out=(
-  # A hundred times as long: thousands of worlds, of which the sampled sweep below is a part.
+  # A hundred times as long: thousands of worlds; the sampled sweep below runs some of them.
   'Operations/FailureSweep.*'
   # Millions of digests, to look at their statistics: arithmetic without memory of its own.
   'Digest.DigestsOfAMillionSmallContentsLookRandom'
   'Digest.EveryBitOfTheContentsChangesHalfOfEachHalf'
-  # Seconds of threads that race: memcheck runs one at a time; the thread sanitizer is for them.
+  # Threads that race for seconds: memcheck runs one at a time; the thread sanitizer checks them.
   'Threads.*' 'RetainingThreads.*'
   # Fork and die, and memcheck would report the child as well.
   '*DeathTest.*' 'Fork.*' '*Processes.*'
   # Ask for more address space than memcheck leaves to a program.
   'Abi.SizesThatCannotBeAreInvalidAndTooLargeOnesOutOfMemory'
   'HostDriverTest.C12_ADeviceLargerThanTheSystemHasIsOutOfMemoryWhenItIsUsed'
-  # Wants a GPU. Memcheck knows nothing of what libcuda maps; scripts/compute_sanitizer.sh does.
+  # Needs a GPU. Memcheck does not know memory that libcuda maps; scripts/compute_sanitizer.sh does.
   'Gpu/*' 'SampledSweep.R4_R13_OnTheCudaDriver'
   # The same as on three devices.
   'SampledSweep.R4_R13_OnAHostDriverOf*'
@@ -43,7 +43,7 @@ filter=$(IFS=:; echo "-${left_out[*]}")
 export TEST_SWEEP_POINTS=2
 
 # shard NUMBER: a part of the tests; as many run side by side as there are processors.
-# --fair-sched: threads that wait for each other by asking again and again take turns.
+# --fair-sched: threads that wait for each other by polling take turns.
 shard() {
   GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$1 timeout "$limit" valgrind --tool=memcheck \
     --error-exitcode=9 --leak-check=full --show-leak-kinds=definite,indirect,possible \
@@ -61,9 +61,9 @@ done
 code=0
 for process in "${running[@]}"; do wait "$process" || code=$?; done
 
-# What is large on purpose: reserved addresses.
+# Large on purpose: reserved addresses.
 cat "$logs"/* | grep -v 'Warning: set address range perms: large range' | sed 's/^==[0-9]*== //' >"$log"
-# Standard input, output and error are open at the end; whatever the caller left open is said to be
+# Standard input, output and error are open at the end; valgrind marks descriptors of the caller as
 # inherited.
 open=$(grep -c '^Open file descriptor' "$log" || true)
 inherited=$(grep -c '<inherited from parent>' "$log" || true)
