@@ -256,7 +256,7 @@ def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, An
         connection.close()
 
 
-# ---- what is shown
+# ---- results
 
 
 def percentile(values: list[float], share: float) -> float:

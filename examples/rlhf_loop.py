@@ -385,7 +385,7 @@ def run_in_turns(sizes: Sizes, device: torch.device, driver: str) -> Record:
     return record
 
 
-# ---- what is shown
+# ---- results
 
 
 def show(awake: Record, turns: Record) -> None:

@@ -1,7 +1,7 @@
-"""Compares what is inside a wheel and an sdist with what belongs there, file by file.
+"""Compares the files of a wheel and an sdist with the expected ones.
 
-python scripts/package_contents.py WHEEL SDIST prints each file that is missing or too much, and
-exits with 1 where there is one.
+python scripts/package_contents.py WHEEL SDIST prints each missing or extra file, and exits with 1
+if there is one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WHEEL_FILES = {
 
 
 def files_of(folder: Path) -> set[str]:
-    """The files below a folder of the source tree, without caches, named from there on."""
+    """Returns the files below a folder of the source tree, without caches, as relative names."""
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -66,7 +66,7 @@ def expected_sdist(root: Path) -> set[str]:
 
 
 def plain(name: str) -> str:
-    """A name in a wheel without what depends on the version and the interpreter."""
+    """Returns a name in a wheel without the parts for the version and the interpreter."""
     name = re.sub(r"^cumempool-[^/]+\.dist-info/", "dist-info/", name)
     return re.sub(r"^(cumempool/_core)\.[^/]+\.so$", r"\1.so", name)
 

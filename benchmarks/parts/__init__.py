@@ -1,4 +1,4 @@
-"""The parts of the benchmark: what each is called, whom it compares, and what it needs."""
+"""Lists the parts of the benchmark, with the contenders and the needs of each."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Part:
     """One part.
 
     Attributes:
-        title: What it measures, for people.
-        contenders: Each runs in a process of its own, in this order.
-        run: Yields what it found, piece by piece.
+        title: A description for people.
+        contenders: Its contenders, each in a separate process, in this order.
+        run: A generator of its results, piece by piece.
         host_gib: Host memory that it fills.
         device_gib: Device memory that it fills.
-        devices: How many GPUs it needs.
-        limit_s: When a process of it is ended.
-        first_again: How many processes more measure the first sleep of "cumempool", of which a
+        devices: The number of GPUs that it needs.
+        limit_s: Seconds after which a process of it is killed.
+        first_again: The number of extra processes that measure the first sleep of "cumempool"; a
             process has only one.
         on_the_link: Whether it copies, so that the link's rate is measured with it.
-        rounds: How often each contender runs, taking turns, where processes differ among
-            themselves; its figures are medians of what its processes found.
+        rounds: How often each contender runs, taking turns, if results differ between processes;
+            its figures are medians over its processes.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Part:
     on_the_link: bool = True
 
 
-#: In the order in which they run.
+#: The parts in the order of their runs.
 PARTS = {
     "llama8b": Part(
         "sleep and wake of an 8B model's weights",

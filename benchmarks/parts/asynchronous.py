@@ -1,4 +1,4 @@
-"""A wake that does not block: when the first layer can be used, and when all is awake."""
+"""Measures when a wake in the background has the first layer ready, and when all is awake."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def _sleep(bench: Bench, contender: Cumempool) -> None:
 def _wake(
     bench: Bench, contender: Cumempool, layer: list[torch.Tensor], first: list[torch.Tensor]
 ) -> tuple[float, float, list[int]]:
-    """Seconds until a kernel has read every matrix of the layer, and until all is awake.
+    """Returns seconds until a kernel has read every matrix of the layer and until all is awake.
 
-    And the sums of the matrices, made while the others are still on their way.
+    Also returns the sums of the matrices, made while the other layers still wake.
     """
     read = torch.empty(len(layer), 8, dtype=torch.bfloat16, device=bench.torch_device)
     bench.synchronize()

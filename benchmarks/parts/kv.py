@@ -1,7 +1,7 @@
-"""Discard and remap of a KV cache and of a model's weights, beside the bare driver calls.
+"""Measures discard and remap of a KV cache and of weights, beside the bare driver calls.
 
-The bare calls are made by a program of their own, which takes memory of the same sizes and gives
-it back while the contender has none.
+A separate program makes the bare calls: it takes memory of the same sizes and gives it back while
+the contender has none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDS = 5
 
 
 def run(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
-    """One contender."""
+    """Measures one contender."""
     contender = contenders.make(name, bench)
     size = 2 * MIB if bench.small else GIB * 5 // 4
     with contender.scope("kv_cache", keep=False):
@@ -54,7 +54,7 @@ def _measure(
 
 
 def _sizes(contender: Cumempool, tag: str) -> str:
-    """The sizes of a tag's allocations as bare_driver takes them."""
+    """Returns the sizes of a tag's allocations in the format of bare_driver."""
     sizes = Counter(
         allocation.bytes for allocation in contender.allocator.snapshot() if allocation.tag == tag
     )
@@ -85,7 +85,7 @@ def _rounds(bench: Bench, contender: Contender, tag: str, bare: Program | None) 
 
 
 def _ask(bench: Bench, bare: Program) -> tuple[float, float]:
-    """Seconds of a discard and of a remap by the program, which has nothing mapped."""
+    """Returns seconds of a discard and of a remap by the program, which has nothing mapped."""
     bench.settle()
     remap = float(bare.ask("remap")["seconds"])
     bench.settle()

@@ -1,4 +1,4 @@
-"""What a fresh segment costs beside the driver calls made bare, and through torch beside peers."""
+"""Measures a fresh segment beside the bare driver calls, and through torch beside peers."""
 
 from __future__ import annotations
 

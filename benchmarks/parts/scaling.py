@@ -1,4 +1,4 @@
-"""How the cost grows with bytes and with allocations, which are exact-size ones here."""
+"""Measures how the cost grows with bytes and with allocations of exact size."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _point(bench: Bench, count: int, size: int) -> dict[str, Any]:
 
 
 def _straightness(points: list[dict[str, Any]], unit: int) -> dict[str, float]:
-    """Per measure, the largest time per unit over the smallest; 1 is a straight line."""
+    """Returns, per measure, the largest time per unit over the smallest; a line gives 1."""
     if len(points) < 2:
         return {}
 

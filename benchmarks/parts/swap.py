@@ -1,4 +1,4 @@
-"""One set of weights leaves while another arrives, beside a sleep and then a wake."""
+"""Measures a swap of one set of weights for another, beside a sleep and then a wake."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROUNDS = 4  # each of them there and back
 
 
 def run(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
-    """Two sets under the tags a and b, all contents of the one that leaves changed before."""
+    """Swaps two sets under the tags a and b, after a change of all contents of the leaving one."""
     contender = Cumempool(bench)
     allocator = contender.allocator
     workload = workloads.llama8b(bench.small)

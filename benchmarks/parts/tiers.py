@@ -1,4 +1,4 @@
-"""The slower and faster places for backups, each beside what the hardware gives without a pool."""
+"""Measures slower and faster tiers for backups, each beside the hardware without a pool."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _tensors(
 
 
 def _rates(cycle: dict[str, Any], size: int) -> dict[str, float]:
-    """GB/s of a sleep and of a wake, by their wall time."""
+    """Returns GB/s of a sleep and of a wake, by their wall time."""
     return {name: size / cycle[f"{name}_s"]["median"] / 1e9 for name in ("sleep", "wake")}
 
 
@@ -38,7 +38,7 @@ def _rates(cycle: dict[str, Any], size: int) -> dict[str, float]:
 
 
 def run_file(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
-    """8 GiB to a file and back; a program that does nothing but direct I/O takes turns with it."""
+    """Moves 8 GiB to a file and back, in turns with a program that does direct I/O only."""
     contender = Cumempool(bench)
     directory = bench.settings.directory
     tensors = _tensors(bench, contender, f"file:{directory}", 8 * GIB)
@@ -91,7 +91,7 @@ def _file_rounds(bench: Bench, cycles: Cycles, plain: Program | None) -> Iterato
 
 
 def run_pageable(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
-    """8 GiB to pageable host memory and back, beside torch's own copies of a GiB to such memory."""
+    """Moves 8 GiB to pageable host memory and back, beside torch's copies of a GiB to the same."""
     contender = Cumempool(bench)
     tensors = _tensors(bench, contender, "pageable", 8 * GIB)
     cycles = Cycles(bench, contender, TAG, tensors)
@@ -120,7 +120,7 @@ def _copy_rate(bench: Bench, source: torch.Tensor, target: torch.Tensor) -> floa
 
 
 def run_peer(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
-    """15 GiB to another device and back, beside a plain copy between two ordinary tensors.
+    """Moves 15 GiB to another device and back, beside a plain copy between ordinary tensors.
 
     In pieces of 1.25 GiB, as the KV cache of the other parts has, and in pieces of 256 MiB: what
     the driver calls of an allocation take shows behind a link this fast.

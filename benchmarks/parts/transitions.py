@@ -1,4 +1,4 @@
-"""Sleep and wake of one set of tensors: first, later, clean, a tenth dirty; memory they take."""
+"""Measures sleep and wake of one set of tensors: first, later, clean, a tenth dirty; and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAG = "weights"
 def run(
     bench: Bench, name: str, make_workload: Callable[[bool], Workload], most_cycles: int = 5
 ) -> Iterator[dict[str, Any]]:
-    """One contender; yields what it found as it goes on."""
+    """Measures one contender; yields results as they come."""
     workload = make_workload(bench.small)
     contender = contenders.make(name, bench)
     yield {"workload": workload.describe()}
@@ -50,7 +50,7 @@ def run(
 
 
 def _load_kernels(bench: Bench) -> None:
-    """Has the driver load the kernels that change and add up contents, which takes memory."""
+    """Makes the driver load the kernels that change and sum contents, which takes memory."""
     few = [torch.ones(1024, dtype=torch.bfloat16, device=bench.torch_device)]
     workloads.fill(few)
     workloads.change_all(few)
@@ -61,7 +61,7 @@ def _load_kernels(bench: Bench) -> None:
 def _retained(
     bench: Bench, contender: Contender, cycles: Cycles, workload: Workload, later: int
 ) -> Iterator[dict[str, Any]]:
-    """Sleeps that find part of the backup still right, and first sleeps once more."""
+    """Measures sleeps with a partly valid backup, and first sleeps again."""
     yield {"clean": cycles.run(later, workloads.change_nothing)}
     few = min(later, 3)
     if workload.tenth:
@@ -75,7 +75,7 @@ def _change_tenth(workload: Workload, tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _first_again(contender: Contender, cycles: Cycles, count: int) -> dict[str, Any]:
-    """First sleeps once more: all host memory is given back before each."""
+    """Measures first sleeps again, after all host memory is given back."""
     assert isinstance(contender, Cumempool)
     allocator = contender.allocator
 
@@ -92,7 +92,7 @@ def _peak(
     tensors: list[torch.Tensor],
     before: int,
 ) -> int:
-    """Of one more cycle, over what was there before and what the tensors need."""
+    """Returns the peak device bytes of a further cycle, less `before` and the tensors' bytes."""
     workloads.change_all(tensors)
     with PeakDeviceBytes(contender) as device:
         contender.sleep(TAG)
