@@ -301,7 +301,7 @@ class TorchMemorySaver:
         if hook_mode == "preload" and self._hook_mode != "preload":
             _logger.warning(
                 "hook_mode='preload': nothing is preloaded. Regions take torch's allocations, "
-                "CUDA graphs included; allocations of libraries beside torch are not paused."
+                "CUDA graphs included; memory that libraries allocate beside torch is not paused."
             )
         self._hook_mode = hook_mode
 
