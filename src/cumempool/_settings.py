@@ -1,4 +1,4 @@
-"""Settings: their kinds of values, how text is read, flags and environment variables."""
+"""Defines the kinds of settings, and reads them from text, flags and environment variables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cumempool._pool.backup import Backup, check_backup
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 DriverName = Literal["cuda", "host"]
-#: The drivers that a configuration can name.
+#: The drivers that a configuration may name.
 DRIVERS: Final[tuple[DriverName, ...]] = ("cuda", "host")
 
 ENV_PREFIX: Final = "CUMEMPOOL_"
@@ -36,14 +36,13 @@ _MOST_HOST_DEVICES: Final = 64
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes from text such as ``"16GiB"``, ``"512 MiB"``, ``"10GB"`` or ``"4096"``.
+    """Parses a number of bytes such as ``"16GiB"``, ``"512 MiB"``, ``"10GB"`` or ``"4096"``.
 
-    KiB, MiB, GiB and TiB count in powers of 1024, and so do K, M, G and T; KB, MB, GB and TB in
-    powers of 1000; no unit is bytes. Upper and lower case are the same; a fraction is fine where it
-    comes to whole bytes.
+    KiB, MiB, GiB, TiB and K, M, G, T are powers of 1024; KB, MB, GB, TB are powers of 1000; no unit
+    means bytes. Case does not matter. A fraction is valid if it comes to whole bytes.
 
     Raises:
-        InvalidArgumentError: The text is no such number, or it is not positive.
+        InvalidArgumentError: The text is no such number, or is not positive.
     """
     match = _BYTES_PATTERN.fullmatch(text)
     factor = _UNIT_BY_FOLDED_NAME.get(match[2].casefold()) if match else None
@@ -145,8 +144,8 @@ class Setting:
 
     Attributes:
         name: The field of `CuMemConfig`.
-        kind: What it takes.
-        default: What holds where it is not given, for people.
+        kind: The kind of its values.
+        default: The default, as text for people.
         doc: What it does, in a sentence.
         optional: Whether None is a value.
     """
@@ -164,25 +163,25 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The command-line flag; a yes or no also has its ``--no-`` form."""
+        """The command-line flag; a boolean also has a ``--no-`` form."""
         return self.flag_with("")
 
     def flag_with(self, prefix: str) -> str:
-        """The flag in a parser whose flags of this library begin with `prefix`."""
+        """Returns the flag in a parser whose flags of this library begin with `prefix`."""
         if not prefix and not self.name.startswith("enable_"):
             prefix = "cumem-"
         return f"--{prefix}{self.name.replace('_', '-')}"
 
     def dest_with(self, prefix: str) -> str:
-        """The attribute of the ``argparse`` namespace."""
+        """Returns the attribute of the ``argparse`` namespace."""
         return self.flag_with(prefix).removeprefix("--").replace("-", "_")
 
     def parse(self, text: str) -> Any:
-        """The value of a text."""
+        """Returns the value of a text, checked."""
         return self.kind.check(self.kind.read(text), repr(text))
 
     def checked(self, value: object) -> Any:
-        """The value of a keyword."""
+        """Returns the value of a keyword, checked."""
         if value is None and self.optional:
             return None
         # bool is an int to isinstance, but True is no number of bytes.
@@ -196,7 +195,7 @@ class Setting:
         return self.kind.check(value, f"{self.name}={shown!r}")
 
     def from_environment(self, environ: Mapping[str, str]) -> Any:
-        """The value of its variable; None where that is not set, or empty as containers pass it."""
+        """Returns the value of its variable; None if unset or empty, as containers may pass it."""
         text = environ.get(self.env, "")
         try:
             return self.parse(text) if text.strip() else None

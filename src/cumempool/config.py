@@ -1,4 +1,4 @@
-"""The settings of an allocator: the same immutable object from keywords, flags or environment."""
+"""Defines the settings of an allocator: one immutable object from keywords, flags or variables."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("cumempool")
-# What was logged already, once per process.
+# Messages logged already: each is logged once per process.
 _logged: set[str] = set()
 
 
@@ -54,15 +54,15 @@ class ReportsAvailability(Protocol):
 
     @property
     def reason(self) -> str:
-        """Why not, or ``""``."""
+        """The cause if not `ok`, or ``""``."""
 
     @property
     def hint(self) -> str:
-        """What to do about it, or ``""``."""
+        """The remedy if not `ok`, or ``""``."""
 
 
 class DescribesConnector(Protocol):
-    """The part of a `KVTransferConfig` that is read here."""
+    """The part of a `KVTransferConfig` that `verify_kv_transfer_compat` reads."""
 
     @property
     def connector(self) -> str | None:
@@ -71,13 +71,13 @@ class DescribesConnector(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Above:
-    """Functions of higher modules that methods of `CuMemConfig` call.
+    """Functions of higher modules that `CuMemConfig` calls.
 
     Attributes:
         probe: `cumempool.probe`.
-        use_memory_pool: A scope of the process's allocator, by configuration, tag and policy.
-        verify_kv_transfer: `verify_kv_transfer_compat`, by configuration, connector and facts.
-        of_package: Those of the package, which sets them when it is imported.
+        use_memory_pool: Makes a scope of the process's allocator from configuration, tag, policy.
+        verify_kv_transfer: `verify_kv_transfer_compat` of configuration, connector and facts.
+        of_package: The package's functions; the package sets them when it is imported.
     """
 
     probe: Callable[[CuMemConfig], ReportsAvailability]
@@ -87,7 +87,7 @@ class Above:
 
 
 def _of(kind: Kind, default: str, doc: str) -> dict[str, Any]:
-    """The metadata of a field: all of a `Setting` that the field itself does not say."""
+    """Returns the metadata of a field: the parts of a `Setting` that the field does not give."""
     return {"kind": kind, "default": default, "doc": doc}
 
 
@@ -96,13 +96,13 @@ def _default_driver() -> Any:
 
 
 def _missing(driver: DriverName) -> str:
-    """Why the library or libcuda cannot be loaded, or ``""``. Loads them, and starts neither."""
+    """Returns why the library or libcuda does not load, or ``""``. Loads them; starts neither."""
     try:
-        from cumempool import _core  # noqa: F401 - that it can be loaded is the question
+        from cumempool import _core  # noqa: F401 - imported only to see whether it loads
     except ImportError as error:
         return f"the extension module of cumempool cannot be loaded: {error}"
     if driver == "cuda":
-        import ctypes  # which opens the program itself when it is imported
+        import ctypes  # here, because importing it opens the running program
 
         try:
             ctypes.CDLL("libcuda.so.1")
@@ -115,44 +115,40 @@ def _missing(driver: DriverName) -> str:
 class CuMemConfig:
     """The settings of an allocator. Immutable; construction starts no driver.
 
-    Where the allocator is switched on, by itself or by sleep mode, construction looks whether the
-    library and libcuda can be loaded; `verify` tries whether they work.
+    If the allocator is on, construction checks that the library and libcuda load; `verify` checks
+    that they work.
 
     Attributes:
-        enable_sleep_mode: Allow memory to be put to sleep and woken. Switches the allocator on;
-            that is logged once per process.
+        enable_sleep_mode: Allow memory to sleep and wake. Switches the allocator on, and logs that
+            once per process.
         enable_cumem_allocator: Allocate in pools of virtual memory. None follows
-            ``enable_sleep_mode``. An allocator that is made with False has null scopes, gives
-            ordinary memory, and does not sleep.
-        driver: ``"cuda"`` or ``"host"``. Where it is not given, ``CUMEMPOOL_DRIVER`` decides, else
-            it is ``"cuda"``.
-        host_backup_limit: The most pinned host memory held for backups, in bytes; None = no limit.
-        host_backup_overflow: What takes the backups that this limit, or the system, leaves no
-            host memory for: pageable memory or a file; their texts are taken as well. None = such
-            a sleep is refused.
+            ``enable_sleep_mode``. If False, the allocator has null scopes, gives ordinary memory,
+            and does not sleep.
+        driver: ``"cuda"`` or ``"host"``. Defaults to ``CUMEMPOOL_DRIVER``, else ``"cuda"``.
+        host_backup_limit: Limit on pinned host memory for backups, in bytes; None = no limit.
+        host_backup_overflow: Tier for backups that exceed that limit or the system's host memory:
+            pageable memory or a file, as a `Backup` or its text. None = refuse such a sleep.
         retain_backups: Keep backups while their memory is awake, and copy only what has changed
             since the last sleep.
         nvtx: Mark transitions as NVTX ranges, for profilers.
-        out_of_memory_directory: Where statistics, allocations and the latest events are written,
-            as a file for ``cumempool report``, when memory runs out; None = nowhere.
+        out_of_memory_directory: Directory for a file of statistics, allocations and the latest
+            events, for ``cumempool report``, if memory runs out; None = nowhere.
         publish: Write the statistics once a second to a file that only this user can read, for
             ``cumempool top`` and ``cumempool snapshot``.
-        host_driver_devices: How many devices the host driver simulates, 1 to 64.
+        host_driver_devices: Number of devices that the host driver simulates, 1 to 64.
         host_driver_bytes: Memory of each simulated device, in bytes.
 
     Raises:
-        InvalidArgumentError: (a ``ValueError``) A value out of range, or sleep mode together with
+        InvalidArgumentError: (a ``ValueError``) A value is out of range, or sleep mode comes with
             an explicit ``enable_cumem_allocator=False``.
-        InvalidTypeError: (a ``ValueError`` and ``TypeError``) A value of the wrong type.
-        UnavailableError: (a ``ValueError``) The allocator is switched on, and the library or
-            libcuda cannot be loaded here.
+        InvalidTypeError: (a ``ValueError`` and ``TypeError``) A value has the wrong type.
+        UnavailableError: (a ``ValueError``) The allocator is on, and the library or libcuda does
+            not load here.
     """
 
     enable_sleep_mode: bool = field(
         default=False,
-        metadata=_of(
-            BOOL, "off", "Allow memory to be put to sleep and woken; switches the allocator on."
-        ),
+        metadata=_of(BOOL, "off", "Allow memory to sleep and wake; switches the allocator on."),
     )
     enable_cumem_allocator: bool | None = field(
         default=None,
@@ -172,14 +168,14 @@ class CuMemConfig:
     )
     host_backup_limit: int | None = field(
         default=None,
-        metadata=_of(BYTES, "no limit", "The most pinned host memory held for backups."),
+        metadata=_of(BYTES, "no limit", "Limit on pinned host memory for backups."),
     )
     host_backup_overflow: Backup | None = field(
         default=None,
         metadata=_of(
             OVERFLOW,
             "such a sleep is refused",
-            "What takes the backups that the limit on pinned host memory leaves no room for.",
+            "Tier for backups that exceed the limit on pinned host memory.",
         ),
     )
     retain_backups: bool = field(
@@ -199,7 +195,7 @@ class CuMemConfig:
         metadata=_of(
             DIRECTORY,
             "nothing is written",
-            "Where statistics, allocations and the latest events are written when memory runs out.",
+            "Directory for statistics, allocations and the latest events if memory runs out.",
         ),
     )
     publish: bool = field(
@@ -212,7 +208,7 @@ class CuMemConfig:
         ),
     )
     host_driver_devices: int = field(
-        default=1, metadata=_of(DEVICES, "1", "How many devices the host driver simulates.")
+        default=1, metadata=_of(DEVICES, "1", "Number of devices that the host driver simulates.")
     )
     host_driver_bytes: int = field(
         default=8 * 1024**3,
@@ -220,7 +216,7 @@ class CuMemConfig:
     )
 
     def __post_init__(self) -> None:
-        """Checks every value, and lets sleep mode switch the allocator on."""
+        """Checks every value, and switches the allocator on for sleep mode."""
         for setting in SETTINGS:
             value = setting.checked(getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
@@ -242,18 +238,18 @@ class CuMemConfig:
 
     @property
     def cumem_allocator_enabled(self) -> bool:
-        """Whether pools are in use: ``enable_cumem_allocator``, or what sleep mode made of it."""
+        """Whether pools are in use: ``enable_cumem_allocator``, or on because of sleep mode."""
         return bool(self.enable_cumem_allocator)
 
     def verify(self, availability: ReportsAvailability | None = None) -> None:
-        """Checks that what is asked for can be had here; does nothing where the allocator is off.
+        """Checks that the configured driver works here; does nothing if the allocator is off.
 
         Args:
             availability: A result of ``cumempool.probe()``. None probes the configured driver now.
 
         Raises:
-            UnavailableError: (a ``ValueError``) It cannot; the message has the reason of the probe
-                and what to do.
+            UnavailableError: (a ``ValueError``) It does not work; the message has the probe's
+                reason and the remedy.
         """
         if not self.cumem_allocator_enabled:
             return
@@ -263,7 +259,7 @@ class CuMemConfig:
             raise self._unavailable(availability.reason or "no reason given", availability.hint)
 
     def _unavailable(self, reason: str, advice: str) -> UnavailableError:
-        """Returns the error for an allocator that is switched on and not available."""
+        """Returns the error for an allocator that is on but not available."""
         asked = "enable_sleep_mode" if self.enable_sleep_mode else "enable_cumem_allocator"
         text = f"{asked}=True is not supported here with driver={self.driver!r}: {reason}"
         return UnavailableError(
@@ -271,31 +267,31 @@ class CuMemConfig:
         )
 
     def verify_kv_transfer_compat(self, kv: DescribesConnector | None, **facts: Any) -> list[str]:
-        """Checks that a KV-transfer connector can work on the memory that it will be given.
+        """Checks that a KV-transfer connector can work on the memory that it will get.
 
         Args:
-            kv: A `KVTransferConfig`; None: there is no connector.
-            **facts: What `verify_kv_transfer_compat` takes beside that:
+            kv: A `KVTransferConfig`; None means no connector.
+            **facts: Further arguments of `verify_kv_transfer_compat`:
                 ``kv_backing``, ``kv_sleeps``, ``fabric``, ``environ``, ``live``.
 
         Returns:
-            Warnings, which were also logged; empty where there are none.
+            Warnings, also logged; empty if there are none.
 
         Raises:
-            InvalidArgumentError: (a ``ValueError``) A combination that would fail or corrupt
-                transfers; the message says why, and how to get out.
+            InvalidArgumentError: (a ``ValueError``) The combination would fail or corrupt
+                transfers; the message gives the reason and the remedy.
         """
         return Above.of_package.verify_kv_transfer(self, kv, facts)
 
     def maybe_use_memory_pool(self, tag: str, **policy: Any) -> AbstractContextManager[object]:
-        """The pool scope of the process's allocator, or a null context where the allocator is off.
+        """Returns a scope of the process's allocator, or a null context if the allocator is off.
 
         Args:
             tag: The tag of the pool.
-            **policy: What ``CuMemAllocator.use_memory_pool`` takes beside the tag.
+            **policy: Further arguments of ``CuMemAllocator.use_memory_pool``.
 
         Raises:
-            CumempoolError: As ``CuMemAllocator.get_instance`` and ``use_memory_pool`` do.
+            CumempoolError: As ``CuMemAllocator.get_instance`` and ``use_memory_pool``.
         """
         if not self.cumem_allocator_enabled:
             return nullcontext()
@@ -309,12 +305,12 @@ class CuMemConfig:
 
         Args:
             parser: The parser.
-            prefix: What the flags begin with, for parsers that have one of their names already, as
-                vLLM's has ``--enable-sleep-mode``: with ``"cumem-"``, that of the first setting is
+            prefix: Prefix of the flags, for parsers that have one of their names already, such as
+                vLLM's ``--enable-sleep-mode``: ``"cumem-"`` makes the first flag
                 ``--cumem-enable-sleep-mode``.
 
         Raises:
-            InvalidArgumentError: The parser has one of the flags already. None was added.
+            InvalidArgumentError: The parser has one of the flags already. None is added.
         """
         tried = argparse.ArgumentParser(
             parents=[parser], add_help=False, conflict_handler=parser.conflict_handler
@@ -337,17 +333,17 @@ class CuMemConfig:
         prefix: str = "",
         environ: Mapping[str, str] | None = None,
     ) -> CuMemConfig:
-        """The configuration of a parsed command line.
+        """Returns the configuration of a parsed command line.
 
-        A flag counts before its environment variable, and that before the default.
+        A flag comes before its environment variable, and the variable before the default.
 
         Args:
-            namespace: What the parser has returned.
+            namespace: The result of the parser.
             prefix: As for `add_cli_args`.
             environ: The variables; None is ``os.environ``.
 
         Raises:
-            InvalidArgumentError: As the constructor and `from_env`; or the parser lacks the flags
+            InvalidArgumentError: As the constructor and `from_env`, or the parser lacks the flags
                 of `add_cli_args`.
         """
         values = _of_environment(os.environ if environ is None else environ)
@@ -365,15 +361,15 @@ class CuMemConfig:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> CuMemConfig:
-        """The configuration of the ``CUMEMPOOL_*`` variables; defaults hold for those not set.
+        """Returns the configuration of the ``CUMEMPOOL_*`` variables; unset ones have defaults.
 
-        An empty variable is not set. Of one that does not exist a warning is logged, once.
+        An empty variable counts as unset. An unknown variable logs a warning, once.
 
         Args:
             environ: The variables; None is ``os.environ``.
 
         Raises:
-            InvalidArgumentError: As the constructor; or a value that its variable does not take.
+            InvalidArgumentError: As the constructor, or a variable has an invalid value.
         """
         return cls(**_of_environment(os.environ if environ is None else environ))
 
@@ -387,7 +383,7 @@ _by_name: Final = {setting.name: setting for setting in SETTINGS}
 
 
 def settings_table() -> str:
-    """`SETTINGS` as a Markdown table, for documentation."""
+    """Returns `SETTINGS` as a Markdown table, for documentation."""
     lines = [
         "| `CuMemConfig` | command line | environment | values | default | what it does |",
         "|---|---|---|---|---|---|",
@@ -402,7 +398,7 @@ def settings_table() -> str:
 
 
 def _of_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The settings that variables say, and the driver in any case."""
+    """Returns the settings that variables give, and always the driver."""
     known = {setting.env for setting in SETTINGS}
     unknown = {name for name in environ if name.startswith(ENV_PREFIX)} - known - _logged
     if unknown:
@@ -413,7 +409,7 @@ def _of_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             ", ".join(sorted(known)),
         )
     read = {setting.name: setting.from_environment(environ) for setting in SETTINGS}
-    # The driver is given always: os.environ has no say where other variables were passed.
+    # The driver is always given: os.environ must not decide if other variables were passed.
     return {"driver": "cuda"} | {name: value for name, value in read.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""The exceptions of the library, one per status of ``cumempool/status.h``."""
+"""Defines the exceptions of the library, one per status of ``cumempool/status.h``."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class CumempoolError(Exception):
     A call that raises has changed nothing: memory, backups and states are as they were before.
 
     Args:
-        message: What happened, where, and what to do, as one text; the advice is added where it is
-            not in it.
+        message: What happened, where, and what to do, as one text; the advice is appended if
+            missing.
         operation: The operation that failed: ``"sleep"``, ``"wake"``, ``"malloc"``, ...; or ``""``.
         tag: The tag concerned, or None.
         device: The device ordinal, or None.
-        bytes: Bytes that the failing step asked for; 0 where no size is involved.
+        bytes: Bytes that the failing step requested; 0 if no size is involved.
         driver_call: The driver call that failed (``"cuMemCreate"``), or ``""``.
-        result: What that call returned, numbered as ``CUresult``; 0 where no driver call failed.
+        result: The result of that call, numbered as ``CUresult``; 0 if no driver call failed.
         result_name: The name of ``result`` (``"CUDA_ERROR_OUT_OF_MEMORY"``), or ``""``.
-        free_bytes: Free memory of the device at that moment, or None where unknown.
-        total_bytes: Total memory of the device, or None where unknown.
+        free_bytes: Free memory of the device at that moment; None if unknown.
+        total_bytes: Total memory of the device; None if unknown.
         advice: What to do about it; the message ends with the same words.
         secondary: Failures met while the operation was undone, as texts.
     """
@@ -67,8 +67,8 @@ class CumempoolError(Exception):
     advice: str
     secondary: tuple[str, ...]
 
-    # The message is the only positional argument and the fields live in __dict__: that is what
-    # BaseException needs to pickle and copy an exception with nothing lost.
+    # The message is the only positional argument, and the fields live in __dict__, because
+    # BaseException pickles and copies exactly these.
     def __init__(
         self,
         message: str = "",
@@ -76,7 +76,7 @@ class CumempoolError(Exception):
         operation: str = "",
         tag: str | None = None,
         device: int | None = None,
-        bytes: int = 0,  # noqa: A002 - the name that the C record has
+        bytes: int = 0,  # noqa: A002 - the name in the C record
         driver_call: str = "",
         result: int = 0,
         result_name: str = "",
@@ -106,59 +106,60 @@ class CumempoolError(Exception):
 
 
 class InvalidArgumentError(CumempoolError, ValueError):
-    """A value that the function does not take.
+    """The function does not accept a value.
 
-    A negative or zero budget, an unknown policy, settings that contradict each other, or a feature
-    that the platform does not have.
-    The message names the argument and what is allowed. Correct the call and repeat it.
+    A negative or zero budget, an unknown policy, contradictory settings, or a feature that the
+    platform does not have. The message names the argument and what is allowed. Correct the call and
+    repeat it.
     """
 
 
 class InvalidTypeError(InvalidArgumentError, TypeError):
-    """An argument of the wrong type, such as a text or a bool where a number of bytes is expected.
+    """An argument has the wrong type, such as a string or a bool for a number of bytes.
 
-    Both a ``ValueError`` and a ``TypeError``. The message names the argument, the type that was
-    given and the type that is expected.
+    Both a ``ValueError`` and a ``TypeError``. The message names the argument, its type and the
+    expected type.
     """
 
 
 class UnavailableError(CumempoolError, RuntimeError, ValueError):
-    """No driver library, no device, or no virtual memory management on the device.
+    """There is no driver library, no device, or no virtual memory management on the device.
 
-    Also a ``ValueError``, since a `CuMemConfig` that asks for it is one that cannot be had here.
-    ``cumempool.probe()`` says which of them is missing and what to do.
+    Also a ``ValueError``, because a `CuMemConfig` that requires it is invalid here.
+    ``cumempool.probe()`` says what is missing and what to do.
     """
 
 
 class OutOfMemoryError(CumempoolError, RuntimeError):
-    """The device has no room for what a wake or an exact-size allocation asked for.
+    """The device has no room for a wake or an exact-size allocation.
 
-    A failed wake leaves every allocation asleep with its backup. ``bytes``, ``free_bytes`` and
-    ``total_bytes`` say how much was asked for and how much there is. Free memory on ``device``
-    (other tags can sleep, ``torch.cuda.empty_cache()`` returns cached blocks), then repeat the
-    call. Inside a pool scope torch reports a full device by its own ``torch.OutOfMemoryError``.
+    A failed wake leaves every allocation asleep with its backup. ``bytes`` is the requested size;
+    ``free_bytes`` and ``total_bytes`` describe the device. Free memory on ``device`` (other tags
+    can sleep, ``torch.cuda.empty_cache()`` returns cached blocks), then repeat the call. Inside a
+    pool scope torch reports a full device by its own ``torch.OutOfMemoryError``.
     """
 
 
 class OutOfHostMemoryError(CumempoolError, MemoryError):
-    """No host memory for a backup: over ``CuMemConfig.host_backup_limit``, or one of the system.
+    """A backup exceeds ``CuMemConfig.host_backup_limit`` or the host memory of the system.
 
-    Nothing went to sleep; the message names the limit. Raise it, or discard tags that can be
+    Nothing went to sleep. The message names the limit. Raise it, or discard tags that can be
     computed again.
     """
 
 
 class UnknownTagError(CumempoolError, KeyError):
-    """Nothing was ever allocated or declared under that tag; ``tag`` holds it.
+    """Nothing was ever allocated or declared under a tag; ``tag`` holds its name.
 
-    The usual cause is a spelling mistake; ``allocator.stats()`` lists the tags there are.
+    The usual cause is a spelling mistake; ``allocator.stats()`` lists the known tags.
     """
 
 
 class NotInPoolError(CumempoolError, ValueError):
-    """The tensor or address lies in no allocation of this allocator.
+    """The tensor or address belongs to no allocation of this allocator.
 
-    Memory made outside a pool scope, or by another allocator, is not counted, slept or woken here.
+    The allocator does not count, sleep or wake memory made outside a pool scope or by another
+    allocator.
     """
 
 
@@ -177,9 +178,9 @@ class StreamCaptureError(CumempoolError, RuntimeError):
 
 
 class InUseError(CumempoolError, RuntimeError):
-    """Open pool scopes or live allocations forbid it, as they do ``close()``.
+    """Open pool scopes or live allocations prevent the call, such as ``close()``.
 
-    Leave the scopes and delete the tensors first, or close by force, which loses their contents.
+    Leave the scopes and delete the tensors first, or close with force, which loses their contents.
     """
 
 
@@ -188,14 +189,14 @@ class ClosedError(CumempoolError, RuntimeError):
 
 
 class ForkedError(CumempoolError, RuntimeError):
-    """Called in a process forked after the library was used; driver memory does not survive a fork.
+    """The process was forked after the library was used; driver memory does not survive a fork.
 
     Start child processes with the ``spawn`` method.
     """
 
 
 class OutOfSlotsError(CumempoolError, RuntimeError):
-    """Every pair of exported torch malloc and free functions is bound to a pool in use.
+    """Every slot (an exported pair of torch malloc and free functions) is bound to a pool in use.
 
     Leave scopes, or use fewer tags and allocators at a time; a slot is free again when its pool is
     gone.
@@ -203,67 +204,66 @@ class OutOfSlotsError(CumempoolError, RuntimeError):
 
 
 class DriverError(CumempoolError, RuntimeError):
-    """A driver call failed for another reason than a lack of memory.
+    """A driver call failed for a reason other than lack of memory.
 
-    ``driver_call``, ``result`` and ``result_name`` say which and how. An error left by an earlier
-    kernel (an illegal address, say) is reported here too, and no later call succeeds then.
+    ``driver_call``, ``result`` and ``result_name`` identify the call and the failure. An error from
+    an earlier kernel, such as an illegal address, also appears here; every later call then fails.
     """
 
 
 class BackupError(CumempoolError, RuntimeError):
     """A backup file could not be made, written or read.
 
-    A missing directory, a full disk, a file system that fails. Nothing is lost: after a failed
-    sleep everything is awake as before, after a failed wake asleep with its backup. See to the
-    directory, or choose another `Backup`, and repeat the call.
+    A missing directory, a full disk, a failing file system. Nothing is lost: after a failed sleep
+    everything is awake as before, after a failed wake asleep with its backup. Fix the directory, or
+    choose another `Backup`, and repeat the call.
     """
 
 
 class BackupDamagedError(BackupError):
-    """A backup file does not hold what was written to it: the disk or file system has changed it.
+    """A backup file no longer holds what was written to it: the disk or file system changed it.
 
-    Nothing was woken, and what is asleep stays so. ``discard()`` the tag and compute its contents
-    again, or load them again.
+    Nothing was woken, and sleeping memory stays asleep. ``discard()`` the tag and compute or load
+    its contents again.
     """
 
 
 class UnsupportedError(CumempoolError, RuntimeError):
-    """The hardware or the system cannot do what was asked for.
+    """The hardware or the system cannot do what was requested.
 
-    A device that cannot reach the peer that was named for its backups, or the memory that another
-    process shares; a backup that lies on a peer and was to be read by the CPU. The message says
-    what is missing.
+    For example, a device cannot reach the peer named for its backups or memory that another process
+    shares, or the CPU cannot read a backup on a peer. The message says what is missing.
     """
 
 
 class SharingError(CumempoolError, RuntimeError):
-    """Memory of another process cannot be had.
+    """Memory shared by another process could not be opened.
 
     Its owner is gone, does not answer, or refuses: the memory was withdrawn, was freed, or has
-    slept since it was shared (its generation is stale). The message says which; have the owner
+    slept since it was shared (its generation is stale). The message says which. The owner must
     ``share()`` it again.
     """
 
 
 RankState = Literal["unchanged", "contents_lost", "not_undone"]
-"""What a rank is left with: all as before; as before but for contents that had been discarded; or
-in between, since the way back failed there."""
+"""State of a rank after a failed transition: as before; as before except for contents that were
+discarded; or in between, because undoing failed."""
 
 
 class DistributedTransitionError(CumempoolError, RuntimeError):
-    """A rank failed, or did not answer, so that no rank of the group sleeps or wakes.
+    """A rank failed or did not answer, so no rank of the group sleeps or wakes.
 
     Unlike other errors it may leave something changed; `states` says where. The message has the
-    reason of every rank that failed. See to those ranks, then repeat the call on all.
+    reason of every rank that failed. Fix those ranks, then repeat the call on all.
 
     Args:
         message: As for `CumempoolError`.
         rank: The rank in the group that raises it, or None.
-        failures: Rank -> what it failed with, for all that said so.
+        failures: Rank -> its error, for all ranks that reported one.
         unanswered: Ranks that did not answer within the timeout.
-        states: Rank -> what it is left with: ``"unchanged"``, ``"contents_lost"`` or
-            ``"not_undone"``; for those ranks that said so, this one among them.
-        lost_tags: Tags of this rank that were discarded, and whose contents are gone.
+        states: Rank -> its state: ``"unchanged"``, ``"contents_lost"`` or ``"not_undone"``, for
+            the ranks that reported it, including this one.
+        lost_tags: Tags of this rank that were discarded and lost their contents.
         fields: The fields of `CumempoolError`.
     """
 
@@ -293,18 +293,18 @@ class DistributedTransitionError(CumempoolError, RuntimeError):
 
 
 class UnroutedWarning(UserWarning):
-    """A scope on the ``host`` driver in which nothing was allocated from the pool.
+    """A scope on the ``host`` driver allocated nothing from the pool.
 
-    torch cannot be routed there: what it allocates is ordinary memory, which does not sleep. Use
+    torch cannot be routed there: it allocates ordinary memory, which does not sleep. Use
     ``allocator.empty`` or ``allocator.adopt``. Given once per process.
     """
 
 
 class InternalError(CumempoolError, RuntimeError):
-    """A defect of this library. Report the whole message, with the versions it came from."""
+    """A defect of this library. Report the whole message and the versions."""
 
 
-#: The class for each status number of ``cumempool/status.h``, ``CUMEMPOOL_OK`` left out.
+#: The class for each status number of ``cumempool/status.h`` except ``CUMEMPOOL_OK``.
 ERROR_BY_STATUS: dict[int, type[CumempoolError]] = {
     1: InvalidArgumentError,
     2: UnavailableError,
@@ -327,14 +327,14 @@ ERROR_BY_STATUS: dict[int, type[CumempoolError]] = {
 
 
 def error_from_fields(fields: Mapping[str, Any]) -> CumempoolError:
-    """Makes the exception for a failure record of the C interface (``cumempool_error``).
+    """Returns the exception for a failure record of the C interface (``cumempool_error``).
 
     Args:
-        fields: ``status``, ``message``, and the arguments of `CumempoolError`. All but ``status``
-            may be missing.
+        fields: ``status``, ``message``, and the arguments of `CumempoolError`. Only ``status`` is
+            required.
 
     Returns:
-        An instance of ``ERROR_BY_STATUS[status]``; of `InternalError` for an unknown status.
+        An instance of ``ERROR_BY_STATUS[status]``, or of `InternalError` for an unknown status.
     """
     arguments = dict(fields)
     status = arguments.pop("status")

@@ -1,4 +1,4 @@
-"""Guards memory that somebody has registered elsewhere: hooks around transitions, ranges, pins."""
+"""Guards memory that is registered elsewhere: hooks around transitions, ranges, pins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RegistrableRange:
         address: Its start.
         bytes: Its size.
         device: Device ordinal.
-        generation: Grows at each wake; a registration made under another generation is stale.
+        generation: Grows at each wake. A registration made at an older generation is stale.
     """
 
     address: int
@@ -38,7 +38,7 @@ class RegistrableRange:
 
 
 def ranges_by_tag(infos: Iterable[AllocationInfo]) -> dict[str, list[RegistrableRange]]:
-    """Allocations as ranges, by tag."""
+    """Groups allocations by tag, as ranges."""
     ranges: dict[str, list[RegistrableRange]] = {}
     for info in infos:
         ranges.setdefault(info.tag, []).append(
@@ -56,7 +56,7 @@ Ranges = Mapping[str, Sequence[RegistrableRange]]
 
 
 class HookRegistration(contextlib.AbstractContextManager["HookRegistration"]):
-    """Hooks that were registered; `remove` takes them out, and so does leaving the context."""
+    """A pair of registered hooks; `remove` or the end of the context removes them."""
 
     def __init__(
         self, hooks: Hooks, tag: str, before_unmap: Hook | None, after_map: Hook | None
@@ -65,7 +65,7 @@ class HookRegistration(contextlib.AbstractContextManager["HookRegistration"]):
         self._before_unmap, self._after_map = before_unmap, after_map
 
     def remove(self) -> None:
-        """Takes the hooks out. Doing it twice is no error."""
+        """Removes the hooks. Repeating it is no error."""
         self._hooks._remove(self)
 
     def __exit__(self, *_: object) -> None:
@@ -100,29 +100,29 @@ class Hooks:
             return [entry for entry in self._entries if tags.get(entry._tag)]
 
     def tags(self) -> set[str]:
-        """Tags that have hooks."""
+        """Returns the tags that have hooks."""
         if not self._entries:
             return set()
         with self._lock:
             return {entry._tag for entry in self._entries}
 
     def yielding(self) -> set[str]:
-        """Tags that have hooks which may take pins off before a sleep."""
+        """Returns the tags with a ``before_unmap`` hook, which may release pins before a sleep."""
         with self._lock:
             return {entry._tag for entry in self._entries if entry._before_unmap is not None}
 
     def owed(self, ranges: Ranges) -> list[Owed]:
-        """Returns the ``after_map`` calls to make for ranges that are mapped, for `tell`."""
+        """Returns the ``after_map`` calls to make for mapped ranges, for `tell`."""
         return _owed(self._of(ranges), ranges)
 
 
 class Departing(contextlib.AbstractContextManager[None]):
-    """Calls ``before_unmap`` hooks of memory that goes, and their ``after_map`` if the body fails.
+    """Calls ``before_unmap`` hooks of departing memory, and ``after_map`` if the body fails.
 
-    If a hook raises, or the body, those that ran get their ranges back by ``after_map``; the
-    exception goes on, with their own failures as notes. `ranges_now` says what is there then.
-    (No generator: one that an interrupt cuts off before its first ``yield`` has come back is ended
-    by whoever drops it, which is too late.)
+    If a hook or the body raises, the hooks that ran get their ranges back by ``after_map``. The
+    exception goes on, with failures of those calls as notes. `ranges_now` returns the ranges that
+    are mapped then. It is no generator: if an interrupt struck before the first ``yield``
+    returned, the generator would end only when it is dropped, which is too late.
     """
 
     def __init__(self, hooks: Hooks, ranges: Ranges, ranges_now: Callable[[], Ranges]) -> None:
@@ -153,7 +153,7 @@ class Departing(contextlib.AbstractContextManager[None]):
 
 
 Owed = tuple[str, Hook, Sequence[RegistrableRange]]
-"""A tag, its ``after_map`` hook, and the ranges that it is to be told of."""
+"""A tag, its ``after_map`` hook, and the ranges to call it with."""
 
 
 def _owed(entries: Sequence[HookRegistration], ranges: Ranges) -> list[Owed]:
@@ -165,11 +165,11 @@ def _owed(entries: Sequence[HookRegistration], ranges: Ranges) -> list[Owed]:
 
 
 def tell(owed: list[Owed], problems: list[str] | None = None) -> list[str]:
-    """Calls ``after_map`` hooks, taking each out of `owed` first; adds failures to `problems`.
+    """Calls ``after_map`` hooks, each removed from `owed` first; adds failures to `problems`.
 
-    What they raise is no failure: the memory is awake. What is no `Exception`, such as the end of
-    the program, goes on when all of them have been called. If an interrupt strikes between two
-    hooks, what is left of `owed` can be told later.
+    A hook that raises is no failure of the wake: the memory is awake. An exception that is no
+    `Exception`, such as the end of the program, goes on after all hooks were called. If an
+    interrupt strikes between two hooks, a later call can handle the rest of `owed`.
     """
     problems = [] if problems is None else problems
     last: BaseException | None = None
@@ -178,12 +178,12 @@ def tell(owed: list[Owed], problems: list[str] | None = None) -> list[str]:
         try:
             del owed[0]
             hook(tag, ranges)
-        except Exception as error:  # whatever a stranger's code raises: the memory is awake
+        except Exception as error:  # a user's hook may raise anything: the memory is awake
             _logger.exception("an after_map hook of tag %r failed", tag)
             problems.append(
                 f"an after_map hook of tag {tag!r} failed: {type(error).__name__}: {error}"
             )
-        except BaseException as error:  # noqa: BLE001 -- goes on once all others were told
+        except BaseException as error:  # noqa: BLE001 -- goes on after all hooks were called
             last = last or error
     if last is not None:
         raise last
@@ -191,13 +191,13 @@ def tell(owed: list[Owed], problems: list[str] | None = None) -> list[str]:
 
 
 class Pin(contextlib.AbstractContextManager["Pin"]):
-    """Forbids that memory of a tag goes to sleep, until `release` or the end of the context.
+    """Keeps memory of a tag awake until `release` or the end of the context.
 
-    Dropping it takes nothing off: a registration does not end by being forgotten.
+    Dropping the object does not release the pin, because it does not end the registration.
 
     Attributes:
         tag: The tag.
-        holder: Who has pinned it.
+        holder: The name of the pin's owner.
     """
 
     def __init__(self, tag: str, holder: str, release: Callable[[], None]) -> None:
@@ -208,11 +208,11 @@ class Pin(contextlib.AbstractContextManager["Pin"]):
 
     @property
     def released(self) -> bool:
-        """Whether it was taken off."""
+        """Whether it was released."""
         return self._release is None
 
     def release(self) -> None:
-        """Takes the pin off. Doing it twice is no error."""
+        """Releases the pin. Repeating it is no error."""
         with self._lock:
             release, self._release = self._release, None
         if release is not None:
@@ -223,13 +223,13 @@ class Pin(contextlib.AbstractContextManager["Pin"]):
 
 
 def pin_tag(core: _core.Allocator, tag: str, holder: str) -> Pin:
-    """Pins a tag under the name of a holder."""
+    """Pins a tag under the holder's name."""
     number = core.pin(tag, holder)
     return Pin(tag, holder, lambda: core.unpin(number))
 
 
 class Arrival:
-    """A wake under way, and the hooks that it owes when it has ended."""
+    """A wake under way, and the hooks to call when it has ended."""
 
     def __init__(self, wait: Callable[[], object], owed: Callable[[], list[Owed]]) -> None:
         self._wait = wait
@@ -239,25 +239,25 @@ class Arrival:
         self.settled = False
 
     def _settle(self) -> None:
-        """May be repeated where an interrupt has cut it off."""
+        """Waits, then calls the hooks. Can be repeated after an interrupt."""
         if self._owed is None:
             try:
                 self._wait()
                 self._owed = self._find()
-            except CumempoolError as error:  # nothing woke; whoever has the handle is told
+            except CumempoolError as error:  # nothing woke; the handle reports it
                 _logger.debug("a wake in the background has failed: %s", error)
                 self._owed = []
         tell(self._owed, self.problems)
-        self.settled = True  # not before the last hook has returned, which may ask
+        self.settled = True  # only after the last hook has returned: a hook may ask
 
 
 class Transitions:
     """Lets one transition with its hooks through at a time; hooks cannot start another.
 
-    Before each of them, the hooks of wakes that went on in the background are called.
+    Each turn first calls the hooks of wakes that ran in the background.
 
-    An interrupt may strike between any two calls. What has to be undone is therefore nothing but
-    the lock, which knows its owner, and which the end of a ``with`` block opens by no Python code.
+    An interrupt may strike between any two calls. The only state to undo is therefore the lock: it
+    knows its owner, and its C-implemented ``__exit__`` runs no Python code.
     """
 
     def __init__(self) -> None:
@@ -266,11 +266,11 @@ class Transitions:
         _live.add(self)
 
     def turn(self, operation: str) -> Turn:
-        """Waits for the transition of another thread, and for wakes in the background."""
+        """Returns a turn, which waits for other threads' transitions and background wakes."""
         return Turn(self, operation)
 
     def expect(self, arrival: Arrival) -> None:
-        """Adds a wake that goes on; called inside a turn."""
+        """Adds a wake that goes on in the background; called inside a turn."""
         self._arrivals.append(arrival)
 
     def arriving(
@@ -278,10 +278,10 @@ class Transitions:
     ) -> tuple[_T, list[str]]:
         """Wakes, then calls hooks; called inside a turn.
 
-        Where an interrupt strikes between the two, the hooks are left to the next turn.
+        If an interrupt strikes between the two, the next turn calls the hooks.
 
         Returns:
-            What `wake` has returned, and what failed of the hooks, as texts.
+            The result of `wake`, and the failures of hooks, as texts.
         """
         arrival = Arrival(lambda: None, owed)
         self.expect(arrival)
@@ -290,14 +290,14 @@ class Transitions:
         return woken, arrival.problems
 
     def settle(self, arrival: Arrival) -> list[str]:
-        """Sees to it that the hooks of a wake have been called; returns what failed, as texts."""
+        """Makes sure that the hooks of a wake were called; returns their failures, as texts."""
         if not arrival.settled:
             with self.turn("wake_up"):
                 pass
         return arrival.problems
 
     def settle_soon(self) -> None:
-        """As `settle` for all, but where another thread has its turn: the next turn does it."""
+        """As `settle` for all wakes; if another thread has its turn, leaves it to the next turn."""
         if self._is_mine():
             return
         try:
@@ -313,11 +313,11 @@ class Transitions:
 
     def _settle_all(self) -> None:
         while self._arrivals:
-            self._arrivals[0]._settle()  # where it is interrupted, it is repeated by the next turn
+            self._arrivals[0]._settle()  # if interrupted, the next turn repeats it
             del self._arrivals[0]
 
     def _forked(self) -> None:
-        self._lock = fork_safe_lock()  # not held, even where a hook has forked
+        self._lock = fork_safe_lock()  # not held, even if a hook forked
         self._arrivals = []
 
 
@@ -327,8 +327,8 @@ class Turn:
     def __init__(self, transitions: Transitions, operation: str) -> None:
         self._transitions = transitions
         self._operation = operation
-        # Of the lock itself, and looked up before it is entered: a function of Python could be
-        # interrupted before it has opened the lock.
+        # The lock's own method, looked up before entering: an interrupt could stop a Python
+        # function before it releases the lock.
         self._leave = transitions._lock.__exit__
 
     def __enter__(self) -> None:
@@ -350,7 +350,7 @@ class Turn:
 
     @property
     def __exit__(self) -> Callable[..., None]:
-        """The end of the lock."""
+        """The lock's ``__exit__``."""
         return self._leave
 
 

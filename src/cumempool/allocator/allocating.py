@@ -1,4 +1,4 @@
-"""Gives memory: scopes, tensors, graph pools, adopted modules."""
+"""Allocates memory: scopes, tensors, graph pools, adopted modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Allocates(Part):
-    """The methods of `CuMemAllocator` that give memory."""
+    """The methods of `CuMemAllocator` that allocate memory."""
 
     def use_memory_pool(
         self,
@@ -33,33 +33,33 @@ class Allocates(Part):
         rdma: bool | None = None,
         all_threads: bool = False,
     ) -> MemoryPoolScope:
-        """A context manager: what this thread allocates inside comes from a pool under `tag`.
+        """Returns a context manager that routes this thread's allocations to a pool under `tag`.
 
         Scopes nest, and the innermost one counts; a tag may be entered again. On leaving, unused
         segments go back at once, or with the last open scope; segments whose tensors die later go
-        back at ``torch.cuda.empty_cache()``. On the ``host`` driver torch cannot be routed: there,
-        the scope sets the tag that `empty` takes if it is given none.
+        back at ``torch.cuda.empty_cache()``. torch cannot be routed on the ``host`` driver; there
+        the scope sets the default tag of `empty`.
 
         Args:
             tag: 1 to 255 bytes of UTF-8.
-            on_sleep: The tag's own policy, which calls that do not name the tag follow.
-            on_wake: What discarded memory of the tag holds after a wake: anything, or zero bytes.
-            backup: Where contents of the tag are kept while it sleeps; see `set_backup`.
+            on_sleep: The tag's own policy, for calls that do not name the tag.
+            on_wake: Contents of the tag's discarded memory after a wake: undefined, or zero bytes.
+            backup: Tier for the tag's contents while it sleeps; see `set_backup`.
             devices: Ordinals to route on. None: the current device and every other one in use.
-            backing: What memory of the tag is made of: ``"vmm"``, the default, or
-                ``"cuda_malloc"``, which can neither sleep nor be shared.
+            backing: Kind of the tag's memory: ``"vmm"``, the default, or ``"cuda_malloc"``, which
+                can neither sleep nor be shared.
             peers: Devices that get access beside the memory's own: ordinals, ``()`` for none, or
                 ``"all"``; by default those that the process uses. Not with ``"cuda_malloc"``.
-            rdma: Whether the memory is made for GPUDirect RDMA if the device grants it, as is the
-                default. Of all three, None leaves what was said before.
-            all_threads: Take what every other thread allocates as well, such as gradients. A scope
-                that a thread enters meanwhile is its own.
+            rdma: Whether the memory supports GPUDirect RDMA if the device allows it; default True.
+                For `backing`, `peers` and `rdma`, None keeps the earlier choice.
+            all_threads: Also take the allocations of every other thread, such as gradients. A
+                scope that a thread enters meanwhile takes that thread's own allocations.
 
         Raises:
-            InvalidArgumentError: A tag, policy or device that does not exist.
+            InvalidArgumentError: A tag, policy or device does not exist.
             UnsupportedError: No device can reach the peer that `backup` names.
-            InUseError: Memory of the tag lives that was made otherwise than `backing`, `peers` and
-                `rdma` say. On entering with `all_threads`: another thread has a scope open.
+            InUseError: Memory of the tag lives that was made with other choices of `backing`,
+                `peers` and `rdma`. On entering with `all_threads`: another thread has a scope open.
             OutOfSlotsError: On entering: too many scopes are open at the same time.
             ClosedError: The allocator is closed.
         """
@@ -77,18 +77,18 @@ class Allocates(Part):
         return MemoryPoolScope(self._state, tag, devices, all_threads=all_threads)
 
     def set_backup(self, tag: str, backup: Backup | str) -> None:
-        """Says where the contents of a tag are kept from its next sleep on.
+        """Sets the tier for the contents of a tag from its next sleep on.
 
-        What sleeps already stays where it is.
+        Memory that is asleep keeps its backup where it is.
 
         Args:
             tag: A tag that was used before.
-            backup: ``"pinned"`` (what holds for tags that were never given one), ``"pageable"``,
-                ``"file:/directory"``, ``"peer:1"``, or a `Backup`.
+            backup: ``"pinned"`` (the default), ``"pageable"``, ``"file:/directory"``,
+                ``"peer:1"``, or a `Backup`.
 
         Raises:
-            UnknownTagError: A tag that was never used.
-            InvalidArgumentError: A backup or a device that does not exist.
+            UnknownTagError: The tag was never used.
+            InvalidArgumentError: The backup or a device does not exist.
             UnsupportedError: No device can reach the peer.
             ClosedError: The allocator is closed.
         """
@@ -101,10 +101,10 @@ class Allocates(Part):
         device: torch.device | str | int | None = None,
         tag: str | None = None,
     ) -> torch.Tensor:
-        """A contiguous tensor with undefined contents and an allocation of its own.
+        """Returns a contiguous tensor with undefined contents and an allocation of its own.
 
-        No caching allocator stands between: deleting the last reference gives the memory back, and
-        the whole allocation is one handle, as memory registration needs it.
+        It bypasses torch's caching allocator: deleting the last reference frees the memory, and the
+        whole allocation is one handle, as memory registration requires.
 
         Args:
             size: The shape, as one sequence or as integers.
@@ -115,8 +115,8 @@ class Allocates(Part):
                 ``"default"``.
 
         Raises:
-            InvalidArgumentError: A negative or huge size, or a device that does not exist.
-            OutOfMemoryError: The device has no room, even with torch's cache emptied.
+            InvalidArgumentError: The size is negative or huge, or the device does not exist.
+            OutOfMemoryError: The device has no room, even after emptying torch's cache.
             ClosedError: The allocator is closed.
         """
         return empty_tensor(self._state, size, dtype, device, tag)
@@ -152,7 +152,7 @@ class Allocates(Part):
         Args:
             size: The shape.
             fill_value: The number.
-            dtype: Element type; None takes the one that ``torch.full`` takes for the number.
+            dtype: Element type; None takes the one of ``torch.full`` for the number.
             device: As for `empty`.
             tag: As for `empty`.
         """
@@ -170,7 +170,7 @@ class Allocates(Part):
         device: torch.device | str | int | None = None,
         tag: str | None = None,
     ) -> torch.Tensor:
-        """As `empty`, of the shape of another tensor; contiguous, whatever that one's strides.
+        """As `empty`, with the shape of another tensor; contiguous whatever the other's strides.
 
         Args:
             tensor: The other tensor.
@@ -179,7 +179,7 @@ class Allocates(Part):
             tag: As for `empty`.
 
         Raises:
-            InvalidTypeError: It is no tensor.
+            InvalidTypeError: `tensor` is no tensor.
         """
         tensor = check_tensor(tensor)
         if device is None and tensor.device.type == self._state.devices.type:
@@ -193,15 +193,15 @@ class Allocates(Part):
         device: torch.device | str | int | None = None,
         tag: str | None = None,
     ) -> torch.Tensor:
-        """A copy of a tensor, contiguous and without a gradient, with an allocation of its own.
+        """Copies a tensor: contiguous, without a gradient, with an allocation of its own.
 
         Args:
-            tensor: What to copy, on any device.
+            tensor: The tensor to copy, on any device.
             device: As for `empty_like`.
             tag: As for `empty`.
 
         Raises:
-            InvalidTypeError: It is no tensor, or one without strides, such as a sparse one.
+            InvalidTypeError: `tensor` is no tensor, or has no strides, such as a sparse one.
         """
         import torch
 
@@ -213,23 +213,24 @@ class Allocates(Part):
     def graph_pool(
         self, tag: str, *, device: torch.device | str | int | None = None
     ) -> tuple[int, int]:
-        """The id of a pool that CUDA graphs are captured into: ``torch.cuda.graph(g, pool=...)``.
+        """Returns the id of a pool to capture CUDA graphs into: ``torch.cuda.graph(g, pool=...)``.
 
         The memory of the graphs sleeps and wakes with the tag, at the same addresses and with its
-        contents, so they replay as before. All of it is kept while a graph lives, which may read
-        what torch has as free. While it sleeps they must not be replayed. The id is the same for a
-        tag and device until `release_graph_pool` or `close`, and the pool holds a slot as long. Ask
-        for it before each capture: captures do not go with memory that sleeps.
+        contents, so they replay as before. They must not be replayed while it sleeps. All of it is
+        kept while a graph lives, because a graph may read blocks that torch counts as free. The id
+        is the same for a tag and device until `release_graph_pool` or `close`, and the pool holds
+        a slot until then. Ask for it before each capture: memory that sleeps cannot be captured
+        into.
 
         Args:
             tag: 1 to 255 bytes of UTF-8.
             device: None: the current CUDA device.
 
         Raises:
-            UnsupportedError: The ``host`` driver has no CUDA graphs; or torch before 2.11 has
+            UnsupportedError: The ``host`` driver has no CUDA graphs, or torch before 2.11 has
                 expandable segments on.
-            InUseError: Memory of the pool is asleep: torch would hand out parts of it.
-            InvalidArgumentError: A tag or a device that does not exist.
+            InUseError: Memory of the pool is asleep, and torch would hand out parts of it.
+            InvalidArgumentError: The tag or the device does not exist.
             OutOfSlotsError: Too many scopes and graph pools are open at the same time.
             ClosedError: The allocator is closed.
         """
@@ -251,29 +252,30 @@ class Allocates(Part):
     def release_graph_pool(
         self, tag: str, *, device: torch.device | str | int | None = None
     ) -> int:
-        """Gives up the graph pools of a tag; their ids must not be captured into any more.
+        """Releases the graph pools of a tag. Do not capture into their ids any more.
 
-        Memory of graphs that live stays, and sleeps and wakes as before, until they are deleted.
+        Memory of live graphs stays, and sleeps and wakes as before, until they are deleted.
 
         Args:
             tag: The tag.
-            device: None: those on every device.
+            device: None: every device.
 
         Returns:
-            How many pools there were.
+            The number of pools released.
 
         Raises:
-            InvalidArgumentError: A device that does not exist.
+            InvalidArgumentError: The device does not exist.
         """
         ordinal = None if device is None else self._state.devices.resolve(device)[0]
         return self._state.graph_pools.release(check_tag(tag), ordinal)
 
     def preserve_contents(self) -> MemoryPoolScope:
-        """A context manager inside a `use_memory_pool` scope: what it takes keeps its contents.
+        """Returns a context manager, inside a scope, whose allocations keep their contents.
 
-        For what cannot be made again in a tag that is discarded: rotary caches, quantization
-        scales. Such memory sleeps and wakes with its tag and is backed up at each sleep, also where
-        the call or the tag's policy discards the tag, and at `discard`. It is for this thread only.
+        Use it in a discarded tag for contents that cannot be recomputed: rotary caches,
+        quantization scales. Such memory sleeps and wakes with its tag. Each sleep backs it up,
+        even if the call or the tag's policy discards the tag, and so does `discard`. It covers
+        this thread only.
 
         Raises:
             InvalidArgumentError: No scope is open.
@@ -292,20 +294,21 @@ class Allocates(Part):
         return MemoryPoolScope(self._state, around.tag, around.devices, preserves=True)
 
     def preserve(self, what: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> int:
-        """Has contents kept from now on wherever their tag is discarded, as `preserve_contents`.
+        """Keeps the contents of tensors from now on if their tag is discarded.
 
-        Nothing is moved: it goes for the whole allocation that a tensor lies in, so that what torch
-        has put beside it is backed up as well. Waits for a transition of another thread.
+        As `preserve_contents`, but nothing is moved. It applies to the whole allocation of a
+        tensor, so other tensors that torch put there are backed up as well. Waits for a transition
+        of another thread.
 
         Args:
-            what: A tensor, some of them, or a module: its buffers.
+            what: A tensor, an iterable of tensors, or a module: its buffers.
 
         Returns:
-            Bytes of the allocations that they lie in.
+            Bytes of their allocations.
 
         Raises:
-            NotInPoolError: Memory that is not of this allocator. Nothing is preserved then.
-            InvalidTypeError: Something that is no tensor.
+            NotInPoolError: Some memory is not of this allocator. Nothing is preserved then.
+            InvalidTypeError: An item is no tensor.
             TransitionInProgressError: Called from inside a transition.
         """
         import torch
@@ -324,17 +327,16 @@ class Allocates(Part):
         return sum(sizes.values())
 
     def set_memory_margin(self, margin: int) -> None:
-        """Has allocations fail for lack of memory where less than that would stay free.
+        """Fails allocations that would leave less than this much device memory free.
 
-        Free for other libraries and processes on the device. It concerns what is allocated from now
-        on, in scopes too, where torch empties its cache and tries once more; wakes take all there
-        is.
+        The margin is for other libraries and processes on the device. It applies to allocations
+        from now on, also in scopes, where torch empties its cache and retries. Wakes ignore it.
 
         Args:
-            margin: Bytes; 0, as at the start, for none.
+            margin: Bytes; 0, the initial value, means no margin.
 
         Raises:
-            InvalidArgumentError: A negative or huge number.
+            InvalidArgumentError: The number is negative or huge.
         """
         check_int(margin, "a margin is a number of bytes")
         if not 0 <= margin <= LARGEST:
@@ -352,35 +354,35 @@ class Allocates(Part):
         """Moves a module's parameters and buffers, or an optimizer's state, into the pool, packed.
 
         Tensors keep their identity, class and attributes; tied weights, views of one storage and
-        strides stay as they are. Old storage is freed if nothing else refers to it. It does
-        not matter in which mode this is called (``no_grad``, ``inference_mode``): inference tensors
-        stay such, and ordinary ones can be trained as before.
+        strides stay as they are. Old storage is freed if nothing else refers to it. The caller may
+        be in any mode (``no_grad``, ``inference_mode``): inference tensors stay inference tensors,
+        and ordinary ones remain trainable.
 
         Buffers on the CPU stay there; parameters on another device, or on ``meta``, are refused.
 
-        State that an optimizer makes later, in its first step for example, or takes from
+        State that an optimizer makes later, for example in its first step, or loads by
         ``load_state_dict``, is moved after the step that made it, unless it is under the tag
-        already: take that step inside ``use_memory_pool(tag)``, and nothing has to be moved. State
-        on the CPU stays there. Gradients that are made later are caught by
-        ``use_memory_pool(tag, all_threads=True)`` around ``backward()``.
+        already. To avoid the move, take that step inside ``use_memory_pool(tag)``. State on the CPU
+        stays there. To place later gradients, put ``use_memory_pool(tag, all_threads=True)`` around
+        ``backward()``.
 
         Args:
             what: The module, on the device of this allocator; or the optimizer.
             tag: The tag to move it under.
-            gradients: Move the gradients that a module's parameters have now as well, under the
-                same tag, or under the one that is named.
-            preserve_buffers: Keep the contents of a module's buffers where the tag is discarded;
-                see `preserve_contents`.
+            gradients: Also move the gradients that a module's parameters have now, under the same
+                tag, or under the given one.
+            preserve_buffers: Keep the contents of a module's buffers if the tag is discarded; see
+                `preserve_contents`.
 
         Returns:
-            Bytes of device memory allocated for it; 0 where all of it was under the tag already.
+            Bytes of device memory allocated for it; 0 if all of it was under the tag already.
 
         Raises:
-            InvalidTypeError: It is neither, or a tensor of it is of a kind that cannot be moved,
-                such as a subclass that keeps its memory in other tensors; the message names it.
-                Nothing was moved.
-            InvalidArgumentError: A tensor of it is asleep under another tag. Nothing was moved.
-            OutOfMemoryError: The device has no room; what was moved so far stays moved.
+            InvalidTypeError: `what` is neither, or has a tensor that cannot be moved, such as a
+                subclass that keeps its memory in other tensors; the message names it. Nothing was
+                moved.
+            InvalidArgumentError: A tensor is asleep under another tag. Nothing was moved.
+            OutOfMemoryError: The device has no room; tensors moved so far stay moved.
         """
         from cumempool._pool.optimizer import adopt_object
 
