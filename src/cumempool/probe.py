@@ -1,4 +1,4 @@
-"""Whether and how cumempool can be used here, found by trying; every no has a reason."""
+"""Finds out by trying whether and how cumempool works here; every no has a reason."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Availability", "DeviceProbe", "TorchProbe", "is_available", "open_driver", "probe"]
 
-#: How the work of a device is waited for.
+#: Ways to wait for the work of a device.
 FenceWay = Literal["", "host registration", "allocation", "context synchronisation", "none"]
-#: By the number that the core has for each.
+#: By the core's number for each.
 FENCE_WAYS: Final[tuple[FenceWay, ...]] = (
     "",
     "host registration",
@@ -31,27 +31,26 @@ FENCE_WAYS: Final[tuple[FenceWay, ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class DeviceProbe:
-    """One device: its claims by attributes, and what could be created and exported.
+    """One device: the attributes that it reports, and what could be created and exported.
 
     Attributes:
         ordinal: Device ordinal.
-        name: As the driver reports it.
+        name: Its name, from the driver.
         compute_capability: ``"9.0"``.
-        usable: A granule was created, mapped, written, read back and returned.
-        reason: Why not, or ``""``.
-        virtual_memory: It says that it supports virtual memory management.
-        handle_types: What memory could be exported as: ``"posix_fd"``, ``"fabric"``.
-        handle_types_claimed: What it says memory can be exported as.
-        rdma: Memory for GPUDirect RDMA could be created.
-        rdma_claimed: It says that it can make such memory.
-        granularity: Bytes that every allocation is a multiple of.
+        usable: Whether a granule was created, mapped, written, read back and returned.
+        reason: The cause if not `usable`, or ``""``.
+        virtual_memory: Whether it reports support for virtual memory management.
+        handle_types: Handle types that memory could be exported as: ``"posix_fd"``, ``"fabric"``.
+        handle_types_claimed: Handle types that it reports.
+        rdma: Whether memory for GPUDirect RDMA could be created.
+        rdma_claimed: Whether it reports support for such memory.
+        granularity: Bytes; every allocation is a multiple of it.
         free_bytes: Free device memory, in bytes.
         total_bytes: Device memory, in bytes.
-        fence: How the work of the device is waited for: the first way that was seen to wait there.
-            ``"none"`` where none does: its memory cannot be put to sleep; ``""`` where none was
-            tried.
-        pins_host_memory: Host memory could be pinned. Where it cannot, as in confidential
-            computing, backups go to pageable memory or to files.
+        fence: The first way found to wait for the work of the device. ``"none"`` if none works: its
+            memory cannot be put to sleep; ``""`` if none was tried.
+        pins_host_memory: Whether host memory could be pinned. If not, as in confidential computing,
+            backups go to pageable memory or to files.
     """
 
     ordinal: int
@@ -82,11 +81,11 @@ class TorchProbe:
     """The installed torch.
 
     Attributes:
-        version: Its version, or ``""`` where there is none.
+        version: Its version, or ``""`` if there is none.
         build: ``"cuda"``, ``"rocm"``, ``"cpu"`` or ``"none"``.
-        routes: Whether its ``MemPool`` sends allocations to a slot, by trying; None = not tried,
-            because torch has not started to use CUDA in this process and trying would.
-        reason: Why it does not, or why it was not tried, or ``""``.
+        routes: Whether its ``MemPool`` routes allocations to a slot, by trying; None = not tried,
+            because torch has not started to use CUDA in this process and trying would start it.
+        reason: Why it does not route, or was not tried; or ``""``.
     """
 
     version: str
@@ -101,10 +100,10 @@ class Availability:
 
     Attributes:
         ok: Whether an allocator on this driver can be made and torch can use it.
-        reason: Why not, or ``""``.
-        hint: What to do about it, or ``""``.
+        reason: The cause if not `ok`, or ``""``.
+        hint: The remedy if not `ok`, or ``""``.
         driver: ``"cuda"`` or ``"host"``.
-        driver_version: ``"13.0"``; ``""`` where no driver was found.
+        driver_version: ``"13.0"``; ``""`` if no driver was found.
         devices: One entry per device.
         torch: The installed torch.
     """
@@ -130,24 +129,24 @@ class Availability:
         return "\n".join([first, *(f"  {device}" for device in self.devices)])
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, of types that ``json.dumps`` takes."""
+        """Returns all fields, as types that ``json.dumps`` accepts."""
         return asdict(self)
 
 
 def open_driver(config: CuMemConfig) -> _core.Driver:
-    """Opens the driver that a configuration names. Creates no context.
+    """Opens the driver of a configuration. Creates no context.
 
-    Where the allocator is switched off, that is none: an empty stand-in for it.
+    If the allocator is off, opens an empty stand-in.
 
     Raises:
         UnavailableError: The driver library or a device is missing.
-        InvalidArgumentError: The host driver does not take the configured sizes.
+        InvalidArgumentError: The host driver does not accept the configured sizes.
     """
     from cumempool import _core
 
     devices, granules = config.host_driver_devices, config.host_driver_bytes // HOST_GRANULARITY
     if config.enable_cumem_allocator is False:
-        devices, granules = 1, 1  # a device that nothing is ever allocated on
+        devices, granules = 1, 1  # a device without allocations
     elif config.driver == "cuda":
         return _core.open_cuda()
     if not granules:
@@ -172,15 +171,15 @@ def is_available(driver: DriverName | None = None) -> bool:
 def probe(config: CuMemConfig | None = None, *, driver: DriverName | None = None) -> Availability:
     """Tries the driver, every device and torch.
 
-    A context that was not there before is gone afterwards. Where torch has not started to use CUDA,
-    its routing is not tried, since a context that torch makes stays.
+    A context that it creates is gone afterwards. If torch has not started to use CUDA, its routing
+    is not tried, because a context made by torch stays.
 
     Args:
-        config: The configuration to try; its driver and sizes count. None takes the default one.
+        config: The configuration to try; its driver and sizes count. None means the default one.
         driver: Overrides the driver of the configuration.
 
     Returns:
-        What was found. Never raises.
+        The result. Never raises.
     """
     name = str(driver or "cuda")
     try:
@@ -249,8 +248,8 @@ def _probe_device(driver: _core.Driver, ordinal: int) -> DeviceProbe:
 
 
 def _probe_torch(driver: _core.Driver | None) -> TorchProbe:
-    """Looks at torch, and tries its routing where CUDA is in use already."""
-    import importlib.metadata  # which takes as long as this package to be imported
+    """Examines torch, and tries its routing if CUDA is already in use."""
+    import importlib.metadata  # here, because importing it takes as long as this package
 
     try:
         version = importlib.metadata.version("torch")
@@ -271,14 +270,14 @@ def _probe_torch(driver: _core.Driver | None) -> TorchProbe:
 def _try(route: Callable[[], bool], version: str, build: str) -> TorchProbe:
     try:
         routed = route()
-    except Exception as error:  # noqa: BLE001 -- what fails in a torch of any version is the answer
+    except Exception as error:  # noqa: BLE001 -- any failure of any torch version is the answer
         return TorchProbe(version, build, False, f"{type(error).__name__}: {error}")
     reason = "" if routed else "a tensor made inside the pool was allocated elsewhere"
     return TorchProbe(version, build, routed, reason)
 
 
 def _route_once(driver: _core.Driver) -> bool:
-    """Allocates one tensor through a slot and looks whether it came from there."""
+    """Allocates one tensor through a slot and checks that it came from there."""
     import torch
 
     from cumempool import _core, _torch

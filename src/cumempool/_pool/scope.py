@@ -1,4 +1,4 @@
-"""Scopes: route the allocations of this thread, or of every thread, to a slot."""
+"""Routes allocations of this thread, or of every thread, to a slot while a scope is open."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cumempool.errors import InUseError, InvalidArgumentError, UnroutedWarning
 if TYPE_CHECKING:
     from cumempool import _torch
 
-# Guards the list below, and is held while a scope starts to route, so that torch and the list agree
-# on which scope came later.
+# Guards the list below. A scope holds it while it starts to route, so that torch and the list have
+# the same order.
 _entering = fork_safe_lock()
 # The open scopes of the process, in order of entry.
 _open: list[MemoryPoolScope] = []
 
 
 def current_scope(state: PoolState) -> MemoryPoolScope | None:
-    """The innermost scope of this thread and allocator; else one that is for all threads."""
+    """Returns the innermost scope of this thread and allocator, else one for all threads."""
     mine = threading.get_ident()
-    # Without the lock: a forked child, in which nobody gives it back, has to get its named error.
+    # Without the lock: a forked child, where it is never released, must get its named error.
     scopes = [scope for scope in reversed(tuple(_open)) if scope._state is state]
     for scope in scopes:
         if scope._thread == mine:
@@ -44,7 +44,7 @@ def open_tags(state: PoolState, tags: Iterable[str]) -> list[str]:
 def refuse_open_scopes(state: PoolState, operation: str, tags: Iterable[str]) -> None:
     """Refuses to put tags with an open scope to sleep, before any hook is called.
 
-    A scope that is entered later is seen by the core, which refuses as well.
+    The core sees scopes that are entered later, and refuses as well.
     """
     entered = open_tags(state, tags)
     if entered:
@@ -62,7 +62,7 @@ _warned = False
 
 
 def _warn_unrouted(tag: str) -> None:
-    """Says once that torch allocates nothing from pools on the host driver."""
+    """Warns once that torch allocates nothing from pools on the host driver."""
     global _warned
     if not _warned:
         _warned = True
@@ -79,10 +79,10 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
     """One entry into a pool, made by `CuMemAllocator.use_memory_pool`; entered once.
 
     Attributes:
-        tag: The tag that it allocates under.
-        all_threads: Whether it is for every thread of the process.
-        preserves: Whether contents are kept where the tag is discarded.
-        devices: The ordinals that it is for. None until it is entered: those then in use.
+        tag: The tag of its allocations.
+        all_threads: Whether it covers every thread of the process.
+        preserves: Whether its allocations keep their contents if the tag is discarded.
+        devices: The ordinals that it covers. None until it is entered: then those in use.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         self._state = state
         self.devices = devices
         self._thread = 0
-        self._slots: list[int] = []  # none or one
+        self._slots: list[int] = []  # at most one
         self._route: _torch.PoolRoute | None = None
         self._used = False
-        self._mallocs = 0  # of the allocator, when the scope was entered
+        self._mallocs = 0  # the allocator's count on entry
 
     def __enter__(self) -> MemoryPoolScope:
         if self._used:
@@ -134,10 +134,10 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         return _torch.devices_in_use()
 
     def _refuse_overlap(self) -> None:
-        """Refuses to take what other threads allocate in scopes of their own.
+        """Refuses to take allocations of other threads that have scopes of their own.
 
-        torch gives an allocation to the scope that was entered last and takes its thread, so a
-        scope for all threads would take theirs. One that a thread enters later is not taken.
+        torch gives an allocation to the scope entered last among those that cover its thread, so a
+        scope for all threads would take theirs. It does not take those of scopes entered later.
         """
         if not self.all_threads:
             return
@@ -149,7 +149,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             if shared:
                 raise InUseError(
                     f"use_memory_pool({self.tag!r}, all_threads=True): another thread has a scope "
-                    f"of {other.tag!r} open, and what it allocates would go to {self.tag!r}",
+                    f"of {other.tag!r} open, and its allocations would go to {self.tag!r}",
                     operation="use_memory_pool",
                     tag=self.tag,
                     device=min(shared),
@@ -159,7 +159,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
     def _begin(self) -> None:
         from cumempool import _core
 
-        # By one call into C, in which no interrupt strikes: a slot that is bound is always known.
+        # One call into C, which no interrupt splits: a bound slot is always known.
         self._slots.extend(map(self._state.core.bind_slot, (self.tag,)))
         (slot,) = self._slots
         if self.preserves:
@@ -169,11 +169,11 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
 
             self._state.before_tensors()
             route = _torch.PoolRoute(slot, self.devices or (), all_threads=self.all_threads)
-            self._route = route  # before it begins: an interrupt may strike right after
+            self._route = route  # before the routing begins: an interrupt may strike right after
             route.begin()
 
     def _end(self) -> None:
-        """Ends whatever has begun."""
+        """Ends everything that has begun."""
         from cumempool import _core
 
         try:
@@ -189,7 +189,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
                 _core.unbind_slot(self._slots.pop())
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if not self._slots:  # not entered, or left already
+        if not self._slots:  # not entered, or already left
             return
         notes: list[str] = []
         try:
@@ -208,11 +208,11 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             _warn_unrouted(self.tag)
 
     def release_unused(self) -> bool:
-        """Gives segments in which nothing is in use back to the device, inside the scope.
+        """Gives unused segments back to the device, inside the scope.
 
-        torch frees segments of a pool only once it is not routed to, and uses none for a larger
-        request, so tensors that are replaced by larger ones add up. As modules register parameters
-        or buffers in place of others, this is done without a call.
+        torch frees segments of a pool only when it does not route to it, and does not join them for
+        a larger request, so tensors that are replaced by larger ones add up. If modules register
+        parameters or buffers in place of others, this happens without a call.
 
         Returns:
             Whether it was done. It is not on `host`, in a scope for all threads, while another
@@ -224,7 +224,7 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         return int(self._state.core.snapshot(False)["totals"]["malloc_calls"])
 
     def _notes(self) -> list[str]:
-        """Returns causes that torch's out-of-memory error does not know, with remedies."""
+        """Returns causes, with remedies, that torch's out-of-memory error does not know."""
         notes = []
         reason = self._state.stats().last_malloc_failure
         if reason:
@@ -238,21 +238,21 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
         if reason and cached > inside:
             notes.append(
                 f"torch has {format_bytes(cached - inside)} cached outside the pool, which it does "
-                "not free while a pool scope is open; torch.cuda.empty_cache() before it does"
+                "not free while a pool scope is open; call torch.cuda.empty_cache() before it"
             )
         if inside:
             notes.append(
                 f"{format_bytes(inside)} are free in segments of the scope's pool, which torch "
-                "neither gives back while the scope is open nor uses for what is larger; if "
+                "neither gives back while the scope is open nor uses for larger requests; if "
                 "tensors are replaced by larger ones, call release_unused() of the scope in "
-                "between, or make them outside of the scope and adopt() them afterwards"
+                "between, or make them outside the scope and adopt() them afterwards"
             )
         for device in self.devices or ():
             notes.extend(self._limit(device, _torch.memory_limit(device)))
         return notes
 
     def _limit(self, device: int, fraction: float) -> list[str]:
-        """Returns a note about torch's own limit on a device, if it may be the cause."""
+        """Returns a note about torch's own limit on a device, if that may be the cause."""
         asleep = sum(
             info.bytes
             for info in self._state.snapshot()
@@ -262,13 +262,13 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
             return []
         return [
             f"torch was told to use {fraction:.0%} of device {device} at most "
-            f"(set_per_process_memory_fraction), and counts pools that sleep as in use, "
-            f"{format_bytes(asleep)}; allow it as much more while they do"
+            f"(set_per_process_memory_fraction), and counts sleeping pools as in use, "
+            f"{format_bytes(asleep)}; raise the limit by as much while they sleep"
         ]
 
 
 class NullScope(MemoryPoolScope):
-    """The scope of an allocator that is switched off: torch allocates as if it were not there."""
+    """The scope of an allocator that is off: torch allocates as usual."""
 
     def __enter__(self) -> NullScope:
         return self

@@ -1,4 +1,4 @@
-"""Routes allocations of torch to a slot, through pools that are given up by count."""
+"""Routes torch's allocations to a slot, through pools whose use counts it releases by hand."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from cumempool.errors import UnavailableError
 
 _C: Final[Any] = torch._C
 
-#: The shared library whose slots torch loads.
+#: The shared library from which torch loads the slots.
 LIBRARY: Final = Path(__file__).parents[1] / "lib" / "libcumempool.so"
 
 
 def warm_capture_stream(device: int) -> None:
-    """Has cuBLAS make its workspace for torch's capture stream now, in ordinary memory.
+    """Makes cuBLAS create its workspace for torch's capture stream now, in ordinary memory.
 
-    torch keeps one per stream for good. Made during a capture, it would lie in the memory of that
-    graph, and graphs of other tags that are captured later would use it while that tag sleeps.
-    Does nothing where it would not end up in ordinary memory, or the stream is on another device.
+    torch keeps one workspace per stream for good. If it were made during a capture, it would lie in
+    the memory of that graph, and later graphs of other tags would use it while that tag sleeps.
+    Does nothing if it would not lie in ordinary memory, or if the stream is on another device.
     """
     if runtime.is_capturing() or unused.open_pools or not runtime.has_native_allocator():
         return
@@ -41,7 +41,7 @@ def warm_capture_stream(device: int) -> None:
             return
         with torch.cuda.stream(stream), torch.no_grad():
             square = torch.zeros(16, 16, dtype=torch.bfloat16, device=stream.device)
-            torch.addmm(square[0], torch.mm(square, square), square)  # through both its interfaces
+            torch.addmm(square[0], torch.mm(square, square), square)  # cuBLAS and cuBLASLt
 
 
 _pluggable_lock = fork_safe_lock()
@@ -59,7 +59,7 @@ def _pluggable_allocator(slot: int) -> Any:
 
 
 def _refuse_other_allocators() -> None:
-    """Raises where torch has no pools, by an error that says why."""
+    """Raises an error with the reason if torch has no pools."""
     if not runtime.has_native_allocator():
         backend = torch.cuda.get_allocator_backend()
         advice = (
@@ -67,35 +67,34 @@ def _refuse_other_allocators() -> None:
             "backend:cudaMallocAsync in PYTORCH_CUDA_ALLOC_CONF), or allocate by empty()"
         )
         raise UnavailableError(
-            f"torch allocates by its {backend!r} backend, which has no memory pools, so that "
-            f"nothing can be sent to a pool of cumempool; {advice}",
+            f"torch allocates by its {backend!r} backend, which has no memory pools, so nothing "
+            f"can be routed to a pool of cumempool; {advice}",
             operation="use_memory_pool",
             advice=advice,
         )
 
 
 class PrivatePool:
-    """A pool of torch's own on one device, whose segments come from a slot, until `release`.
+    """A private pool of torch on one device, whose segments come from a slot, until `release`.
 
-    torch's context manager is not used, and the destructor of its ``MemPool`` must not be the one
-    that gives up the last count of a pool: it empties the pool's cache then, which torch asserts
-    must not happen while any pool scope or graph capture is under way on the device, in any thread,
-    so that a nested scope would abort the process. Here the last count is given up by hand, which
-    is always allowed; torch frees the pool with the next emptying of its cache, and `return_unused`
-    asks for that when something is there to be freed.
+    torch's context manager is not used. The destructor of its ``MemPool`` must not drop the last
+    use count of a pool: it then empties the pool's cache, and torch asserts that no pool scope or
+    graph capture is under way on the device in any thread, so a nested scope would abort the
+    process. This class drops the last count by hand, which is always allowed. torch frees the pool
+    when it next empties its cache; `return_unused` requests that if there is something to free.
 
     Attributes:
         slot: The slot.
         device: The device ordinal.
-        id: What torch knows it by.
+        id: torch's id of the pool.
     """
 
     def __init__(self, slot: int, device: int) -> None:
         _refuse_other_allocators()
         with torch.cuda.device(device):
             pool = torch.cuda.MemPool(_pluggable_allocator(slot))
-        # Kept by a count that nobody gives up but `drop`: the destructor must not run by itself,
-        # not even when the interpreter ends.
+        # Keeps a reference that only `drop` releases: the destructor must not run by itself, not
+        # even when the interpreter ends.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
         self._pool: Any = pool
         self._released = False
@@ -108,35 +107,35 @@ class PrivatePool:
         try:
             return int(self._pool.use_count())
         except RuntimeError:
-            # torch forgets a pool that nobody counts when it frees its last segment, and asserts
-            # that it is asked of pools it knows.
+            # torch forgets a pool without a use count when it frees the pool's last segment, and
+            # asserts that it knows the pool.
             if not self._released:
                 raise
             return 0
 
     def segments(self) -> list[tuple[int, bool]]:
-        """The address of each of its segments, and whether something in it is in use."""
+        """Returns the address of each segment, and whether something in it is in use."""
         return [
             (segment["address"], is_in_use(segment)) for segment in snapshots.segments_of(self.id)
         ]
 
     def cached_bytes(self) -> int:
-        """Bytes in its segments that nothing uses."""
+        """Returns the unused bytes in its segments."""
         return sum(bytes_ for _, bytes_ in dead_ranges((), snapshots.segments_of(self.id)))
 
     def release(self) -> None:
-        """Gives up the count of this object. What is unused goes once no graph counts it either.
+        """Drops this object's use count. Unused memory goes once no graph counts the pool either.
 
-        torch's object stays for good, since its destructor would give up a count as well.
+        torch's object stays for good, because its destructor would drop a count as well.
         """
         self._released = True
         _C._cuda_releasePool(self.device, self.id)
 
     def drop(self) -> None:
-        """As `release`, for a pool that a route counts as well; destroys torch's object.
+        """As `release`, but destroys torch's object; for a pool that a route counts as well.
 
-        With a count left, its destructor finds nothing to empty and asserts nothing. torch before
-        2.11 asserts that it is the only one that counts.
+        While another count is left, the destructor finds nothing to empty and asserts nothing.
+        torch before 2.11 asserts that its count is the only one.
         """
         if (
             runtime.torch_version() < _DESTROYS_COUNTED_POOLS
@@ -149,22 +148,23 @@ class PrivatePool:
         ctypes.pythonapi.Py_DecRef(ctypes.py_object(pool))
 
     def forget(self) -> None:
-        """Has `return_unused` see to its segments, now that nobody counts it."""
+        """Leaves its segments to `return_unused`, once nothing counts the pool."""
         with unused.pools_lock:
             unused.fresh_pools[self.id] = self.device
 
 
-#: From this version on, a ``MemPool`` may be destroyed while others count its pool (read in 2.11).
+#: From this version on, a ``MemPool`` may be destroyed while its pool has other counts (read in
+#: 2.11).
 _DESTROYS_COUNTED_POOLS: Final = (2, 11)
-#: To the object of a pool: its attribute, the count that was taken for good, and the question.
+#: References to a pool object: its attribute, the one kept for good, and getrefcount's argument.
 _OUR_REFERENCES: Final = 3
 
 
 class PoolRoute:
     """Routes allocations on some devices to a slot, from `begin` to `end`.
 
-    They are those of the calling thread, or of every thread of the process. torch gives an
-    allocation to the route that began last and takes its thread.
+    It routes the calling thread, or every thread of the process. torch gives an allocation to the
+    route that began last among those that cover its thread.
     """
 
     def __init__(self, slot: int, devices: Sequence[int], *, all_threads: bool = False) -> None:
@@ -174,10 +174,10 @@ class PoolRoute:
         self._pools: list[PrivatePool] = []
         self._expandable = ExpandableSegmentsOff()
         self._thread = 0
-        self._unused: dict[int, int] = {}  # the least that a device had unused since a renewal
+        self._unused: dict[int, int] = {}  # lowest unused bytes per device since a renewal
 
     def begin(self) -> None:
-        """Takes a pool per device and starts the routing. On failure nothing is routed."""
+        """Takes a pool per device and starts to route. On failure nothing is routed."""
         try:
             self._expandable.begin()
             for device in self._devices:
@@ -190,24 +190,24 @@ class PoolRoute:
 
     def _begin_device(self, device: int) -> None:
         begin = _C._cuda_beginAllocateToPool
-        if not self._all_threads:  # which older torch does not tell apart
+        if not self._all_threads:  # older torch has one function for both
             begin = getattr(_C, "_cuda_beginAllocateCurrentThreadToPool", begin)
         with unused.pools_lock:
             pool = _idle_pools.pop((self._slot, device), None) or PrivatePool(self._slot, device)
-            # Before it begins: an interrupt may strike right after.
+            # Before the routing begins: an interrupt may strike right after.
             self._pools.append(pool)
             unused.open_pools.add(pool.id)
         begin(device, pool.id)
 
     def cached_bytes(self) -> int:
-        """Bytes in segments of its pools that nothing uses."""
+        """Returns the unused bytes in segments of its pools."""
         return sum(pool.cached_bytes() for pool in self._pools)
 
     def end(self, was_used: Callable[[], bool] = lambda: True) -> None:
-        """Ends the routing and gives up the pools; what is unused in them goes back to the slot.
+        """Ends the routing and releases the pools; their unused memory goes back to the slot.
 
-        Every device is seen to, whatever torch says of one of them. If the slot was not asked for
-        memory, its pools are empty, and are kept for its next route.
+        It handles every device, even if torch fails on one. If the slot got no request for memory,
+        its pools are empty, and its next route reuses them.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(unused.return_unused)
@@ -217,13 +217,13 @@ class PoolRoute:
                 stack.callback(_end_device, self._pools.pop(0), was_used)
 
     def renew(self) -> bool:
-        """Gives unused segments back to the slot, and routes on to fresh pools.
+        """Gives unused segments back to the slot, and continues with fresh pools.
 
-        torch frees no segment while any pool is routed to, so the routing ends for a moment.
+        torch frees no segment while it routes to any pool, so the routing ends for a moment.
 
         Returns:
-            Whether it was done. It is not while another scope is open, for a route of all threads
-            or of another thread, or during a capture: nothing changes then.
+            Whether it was done. It is refused, and nothing changes, while another scope is open,
+            for a route of all threads or of another thread, and during a capture.
         """
         if self._all_threads or self._thread != threading.get_ident() or runtime.is_capturing():
             return False
@@ -240,7 +240,7 @@ class PoolRoute:
         return True
 
     def renew_if_worthwhile(self, device: int) -> None:
-        """Renews the route if much has become unused on a device since the last renewal."""
+        """Renews the route if many bytes have become unused on a device since the last renewal."""
         reserved, now = unused.held_bytes(device)
         least = self._unused[device] = min(self._unused.get(device, now), now)
         grown = now - least
@@ -251,12 +251,12 @@ class PoolRoute:
             if grown < free // _RENEWED_ROOM:
                 return
         if not (self._is_innermost(device) and self.renew()):
-            self._unused[device] = now  # later, once as much again is unused
+            self._unused[device] = now  # tries again once as much more is unused
 
     def _is_innermost(self, device: int) -> bool:
-        """Whether torch sends an allocation of this thread here, and to no pool of others."""
+        """Whether torch routes this thread's allocations here, and to no other pool."""
         if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-            return False  # tensors may have no memory at all
+            return False  # tensors may have no memory
         try:
             with torch.inference_mode(False):
                 address = torch.empty(1, dtype=torch.uint8, device=f"cuda:{device}").data_ptr()
@@ -273,7 +273,7 @@ class PoolRoute:
 def _end_device(pool: PrivatePool, was_used: Callable[[], bool]) -> None:
     with unused.pools_lock:
         unused.open_pools.discard(pool.id)
-    if pool.users() < 2:  # it has not begun
+    if pool.users() < 2:  # its routing has not begun
         pool.release()
         return
     try:
@@ -284,21 +284,21 @@ def _end_device(pool: PrivatePool, was_used: Callable[[], bool]) -> None:
     if was_used():
         pool.forget()
         pool.drop()
-        _C._cuda_releasePool(pool.device, pool.id)  # the count that beginning took
+        _C._cuda_releasePool(pool.device, pool.id)  # the count from the begin of the routing
     else:
         _C._cuda_releasePool(pool.device, pool.id)
         with unused.pools_lock:
             _idle_pools[pool.slot, pool.device] = pool
 
 
-# Routes that have begun, in that order.
+# Routes that have begun, in order.
 _routes: list[PoolRoute] = []
-# Torch's hooks on registrations, while there are routes.
+# torch's registration hooks, while there are routes.
 _registration_hooks: list[Any] = []
 
-#: Bytes that have to become unused inside a scope before its route is renewed, and which part of
-#: what torch holds on the device, or of what is free there, they have to be: each renewal leaves
-#: segments behind that are in use in part.
+#: A route is renewed once this many bytes have become unused inside its scope, and they are this
+#: part of torch's memory on the device, or of the free memory there: each renewal leaves behind
+#: segments that are partly in use.
 _RENEWED_BYTES: Final = 64 << 20
 _RENEWED_PART: Final = 16
 _RENEWED_ROOM: Final = 4
@@ -326,9 +326,9 @@ def _unwatch_registrations(route: PoolRoute) -> None:
 
 
 def _on_registration(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
-    """Renews the only route, if worthwhile, as a module takes a parameter or buffer.
+    """Renews the only route, if worthwhile, when a module takes a parameter or buffer.
 
-    Loaders replace weights in this way, by tensors of another size, layer by layer.
+    Loaders that replace weights layer by layer, with tensors of another size, register them so.
     """
     if value is None or not value.is_cuda or len(_routes) != 1 or torch.compiler.is_compiling():
         return
@@ -338,5 +338,5 @@ def _on_registration(module: torch.nn.Module, name: str, value: torch.Tensor | N
         route.renew_if_worthwhile(device)
 
 
-# Pools that nothing was ever allocated in, one per slot and device at most.
+# Pools without any allocation, at most one per slot and device.
 _idle_pools: dict[tuple[int, int], PrivatePool] = {}

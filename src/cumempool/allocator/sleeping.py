@@ -1,4 +1,4 @@
-"""Puts the memory of an allocator to sleep and wakes it."""
+"""Puts an allocator's memory to sleep and wakes it."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class Sleeps(Part):
         *,
         offload_tags: Sequence[str] | str | None = None,
     ) -> TransitionReport:
-        """Gives the physical memory of tags back; addresses stay reserved.
+        """Releases the physical memory of tags; addresses stay reserved.
 
         All or nothing: on failure everything is awake as before. Work in flight is finished first.
-        Hooks of `register_hooks` are called before, and cancel it where they raise.
-        Only live bytes are backed up: blocks that torch has cached as free are not. Of those, only
-        what has changed since the last sleep is copied, where that backup was kept
-        (``retain_backups``); the report counts the others as clean.
+        Hooks of `register_hooks` are called before; a hook that raises cancels the sleep. Only live
+        bytes are backed up, not blocks that torch has cached as free. If the last backup was kept
+        (``retain_backups``), only bytes that have changed since are copied; the report counts the
+        others as clean.
 
-        Contents are kept, but for tags that were told ``on_sleep="discard"``.
+        Contents are kept, except for tags with ``on_sleep="discard"``.
 
         Args:
-            tags: Touch only these. None: all.
-            offload_tags: Tags whose contents are kept; those of all others are discarded, whatever
-                their own policy says (the report lists such overrides), as vLLM's allocator does.
-                None: each tag follows its own policy, and is kept where it has none.
+            tags: Limits the sleep to these tags. None: all.
+            offload_tags: Tags whose contents are kept. All others are discarded whatever their own
+                policy (the report lists such overrides), as in vLLM's allocator. None: each tag
+                follows its own policy, and keeps its contents if it has none.
 
         Raises:
-            UnknownTagError: A tag that was never used.
+            UnknownTagError: A tag was never used.
             InUseError: A scope of one of the tags is open, or a tag is pinned: by `pin`, or by
                 another process that has its memory open.
             StreamCaptureError: The calling thread's current stream is being captured.
@@ -56,7 +56,7 @@ class Sleeps(Part):
             OutOfHostMemoryError: No host memory for the backup, or over ``host_backup_limit``.
             OutOfMemoryError: The peer device has no room for the backup.
             BackupError: A backup file cannot be made or written: a missing directory, a full disk.
-            UnsupportedError: A device of the tag cannot reach its peer, or memory of the tag is of
+            UnsupportedError: A device of the tag cannot reach its peer, or memory of the tag has
                 ``backing="cuda_malloc"``.
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
@@ -91,26 +91,26 @@ class Sleeps(Part):
         offload_tags: Sequence[str] | str | None = None,
         background: bool = False,
     ) -> int | Future[int]:
-        """Pins the host memory that a `sleep` with the same arguments will need, ahead of it.
+        """Pins ahead of time the host memory that a `sleep` with the same arguments will need.
 
-        Pinning is what makes a first sleep slower than later ones. A transition that starts while
-        this runs waits for it.
+        Pinning makes a first sleep slower than later ones. A transition that starts while this runs
+        waits for it.
 
         Args:
             tags: As for `sleep`.
             offload_tags: As for `sleep`.
-            background: Run in a thread of its own and return at once.
+            background: Run in a thread and return at once.
 
         Returns:
-            Bytes pinned beyond what was there; with `background`, a future of that number, which
-            can be cancelled until the thread has begun.
+            The additional bytes pinned; with `background`, a future of that number, which can be
+            cancelled until the thread has begun.
 
         Raises:
-            UnknownTagError: A tag that was never used.
-            InUseError: A tag is pinned and has no hooks that could take the pin off, so that the
-                sleep would be refused.
-            UnsupportedError: Memory of a tag is of ``backing="cuda_malloc"``.
-            OutOfHostMemoryError: There is not so much host memory, or it is over
+            UnknownTagError: A tag was never used.
+            InUseError: A tag is pinned and has no hooks that could release the pin, so the sleep
+                would be refused.
+            UnsupportedError: Memory of a tag has ``backing="cuda_malloc"``.
+            OutOfHostMemoryError: There is not enough host memory, or it is over
                 ``host_backup_limit``.
             TransitionInProgressError: Called from inside a transition.
             ClosedError: The allocator is closed.
@@ -122,7 +122,7 @@ class Sleeps(Part):
     def discard(self, tags: Sequence[str] | str) -> TransitionReport:
         """Puts tags to sleep without keeping their contents.
 
-        Where memory of the tags sleeps already with a backup, the backup is dropped.
+        If memory of the tags is already asleep with a backup, the backup is dropped.
 
         Raises:
             As `sleep`.
@@ -152,27 +152,27 @@ class Sleeps(Part):
         blocking: bool = True,
         first: Iterable[torch.Tensor] = (),
     ) -> TransitionReport | WakeHandle:
-        """Maps physical memory at the old addresses and restores what was backed up.
+        """Maps physical memory at the old addresses and restores backups.
 
         All or nothing: on failure everything is still asleep with its backup, and the call can be
         repeated. When it returns, the contents are visible to every stream, and hooks of
-        `register_hooks` have been called; what they failed with is among the report's problems.
-        Where the device has no room, torch's cache is emptied and the wake tried once more.
+        `register_hooks` have been called; their failures are among the report's problems. If the
+        device has no room, torch's cache is emptied and the wake is retried once.
 
         Args:
-            tags: Wake only these. None: all.
-            blocking: False returns a handle as soon as it is known that there is room. Tensors are
-                ready in order of allocation; ``handle.wait(tensor)`` comes before a tensor is used.
-                Other transitions wait for the end.
+            tags: Limits the wake to these tags. None: all.
+            blocking: False returns a handle once there is known to be room. Tensors become ready in
+                order of allocation; call ``handle.wait(tensor)`` before using a tensor. Other
+                transitions wait for the end.
             first: With ``blocking=False``: tensors whose allocations come before all others.
 
         Raises:
-            UnknownTagError: A tag that was never used.
+            UnknownTagError: A tag was never used.
             OutOfMemoryError: The device has no room (also a ``RuntimeError``).
             StreamCaptureError: The calling thread's current stream is being captured.
             TransitionInProgressError: Called from inside a transition.
-            BackupError: A backup file could not be read; `BackupDamagedError` where it does not
-                hold what was written to it.
+            BackupError: A backup file could not be read; `BackupDamagedError` if it no longer holds
+                what was written to it.
             NotInPoolError: A tensor of `first` is not of this allocator.
             ClosedError: The allocator is closed.
             DriverError: A driver call failed.
@@ -181,7 +181,7 @@ class Sleeps(Part):
         chosen = None if tags is None else list(check_tags(tags, "tags"))
         addresses = addresses_of(first)
         if blocking and addresses:
-            raise InvalidArgumentError("`first` goes with blocking=False: else all come at once")
+            raise InvalidArgumentError("`first` needs blocking=False: else all wake at once")
         if not blocking:
             return transition.begin_wake(self._state, chosen, addresses)
         return transition.wake(self._state, chosen)
@@ -193,15 +193,15 @@ class Sleeps(Part):
         wake: Sequence[str] | str | None = None,
         offload_tags: Sequence[str] | str | None = None,
     ) -> TransitionReport:
-        """Puts tags to sleep while others wake: one transition, both directions of the link busy.
+        """Puts tags to sleep while others wake, in one transition; copies run in both directions.
 
-        All or nothing: on failure both are as they were. Needs no more device memory than what is
-        free and what the sleep gives back. Where that is not enough, torch's cache is emptied and
-        the swap tried once more.
+        All or nothing: on failure both are as before. It needs only the device memory that is free
+        plus what the sleep releases. If that is not enough, torch's cache is emptied and the swap
+        is retried once.
 
         Args:
             sleep: The tags to put to sleep.
-            wake: The tags to wake; none of them may be in `sleep`. None: all others that sleep.
+            wake: The tags to wake, none of them in `sleep`. None: all others that sleep.
             offload_tags: As for ``sleep(tags, offload_tags=...)``.
 
         Raises:
@@ -214,20 +214,20 @@ class Sleeps(Part):
         return transition.swap(self._state, actions, overrides, chosen)
 
     def is_asleep(self, tag: str) -> bool:
-        """Whether anything of a tag sleeps, so that it has to be woken before it is used.
+        """Whether any memory of a tag sleeps, so that it must be woken before use.
 
         Raises:
-            UnknownTagError: A tag that was never used.
+            UnknownTagError: The tag was never used.
         """
         self._state.tags.check_known(tag, "is_asleep")
         return self._state.stats().tags[tag].asleep_bytes > 0
 
     @contextlib.contextmanager
     def awake(self, tags: Sequence[str] | str | None = None) -> Iterator[None]:
-        """A context manager that wakes tags, and at its end puts those to sleep that it has woken.
+        """Returns a context manager that wakes tags, and at its end puts the woken ones to sleep.
 
-        Those go to sleep as wholes, and by their own policies. What was awake stays so, and nothing
-        happens where all of it was. Blocks may be nested.
+        They go to sleep as whole tags, by their own policies. Tags that were awake stay awake; if
+        all were, nothing happens. Blocks may be nested.
 
         Args:
             tags: The tags. None: all.
@@ -248,32 +248,32 @@ class Sleeps(Part):
             self.sleep(asleep)
 
     def read_backup(self, tensor: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
-        """The backup of a sleeping tensor as a tensor on the CPU, without a copy.
+        """Returns the backup of a sleeping tensor as a tensor on the CPU, without a copy.
 
-        It keeps the memory that it shows: while it lives, the allocator cannot be closed without
-        force. After the wake it shows what was restored. A backup that was put together of several
-        pieces of free host memory is joined first, which takes its size once more. Pinned memory
-        can be copied to a device as a whole; for that, the first call that meets the border of two
-        blocks of 64 MiB pins the blocks about it anew, at some 50 GB/s.
+        The tensor keeps the backup's memory: while it lives, the allocator cannot be closed without
+        force. After the wake it shows the contents that were restored. A backup in several pieces
+        of host memory is joined first, which needs its size once more. Pinned memory can be copied
+        to a device as a whole. For that, the first call that meets the border of two blocks of
+        64 MiB pins the blocks around it anew, at some 50 GB/s.
 
         Without `writable`, operations that would write to it or to its views raise
-        `InvalidArgumentError` (a ``ValueError``) and change nothing, NumPy arrays of it are
-        read-only, and DLPack is refused; what else is made of it is ordinary tensors. Not
-        protected from: its address and its storage, and the few operations that do not declare
-        what they write, such as running statistics of ``batch_norm``.
+        `InvalidArgumentError` (a ``ValueError``) and change nothing; its NumPy arrays are
+        read-only, and DLPack is refused. Other results are ordinary tensors. Its address, its
+        storage, and the few operations that do not declare their writes, such as running statistics
+        of ``batch_norm``, are not protected.
 
         Args:
-            tensor: A tensor or view of memory that sleeps with a backup; also a part of it.
-            writable: Give an ordinary tensor: what is written to it is what the next wake restores.
+            tensor: A tensor or view of memory, or a part of it, that sleeps with a backup.
+            writable: Return an ordinary tensor; the next wake restores what is written to it.
 
         Returns:
             A tensor of the same shape, dtype and strides, without a gradient.
 
         Raises:
-            InvalidTypeError: It is no tensor, or a quantized one.
+            InvalidTypeError: `tensor` is no tensor, or a quantized one.
             NotInPoolError: Its memory is not of this allocator.
-            InvalidArgumentError: It is awake, its contents were discarded, or the bytes from its
-                first to its last element are not all in the backup.
+            InvalidArgumentError: It is awake, its contents were discarded, or the backup lacks some
+                of the bytes from its first to its last element.
             UnsupportedError: The backup is on a peer device.
             OutOfHostMemoryError: The backup is in pieces, and there is no room to join them, or
                 the system does not let its blocks be pinned as one.
@@ -302,10 +302,10 @@ class Sleeps(Part):
             return view if writable else _torch.ReadOnlyTensor(view)
 
     def release_host_memory(self) -> int:
-        """Gives back host memory that holds no contents of what sleeps; returns its bytes.
+        """Releases host memory that no sleeping memory needs; returns its bytes.
 
-        That is free room, backups kept of what is awake (the next sleep copies all of it), and
-        buffers.
+        This includes free room, retained backups of awake memory (the next sleep copies all of it),
+        and buffers.
 
         Raises:
             TransitionInProgressError: Called from inside a transition.
