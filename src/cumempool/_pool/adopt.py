@@ -1,8 +1,8 @@
-"""Moves tensors that exist already into the pool.
+"""Moves existing tensors into the pool.
 
-Storages are copied into packed allocations, and every tensor over them is pointed at the copy. A
-tensor stays the object that it is: its class, its attributes, and whether it is an inference
-tensor, whatever mode the caller is in.
+It copies storages into packed allocations, and points every tensor over them at the copy. A tensor
+stays the same object: its class, its attributes, and whether it is an inference tensor, whatever
+the mode of the caller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cumempool._pool.tensors import empty_bytes
 from cumempool._pool.torch_state import empty_cache
 from cumempool.errors import InvalidArgumentError, InvalidTypeError, NotInPoolError
 
-# What torch's own allocator aligns to, so that kernels find adopted memory as aligned as any other.
+# torch's own alignment, so that kernels find adopted memory as aligned as any other.
 _ALIGNMENT: Final = 512
 # Storages are packed into allocations of about this size: few enough handles to map fast, small
 # enough that moving a model needs little more memory than the model.
@@ -30,13 +30,13 @@ _PACK_BYTES: Final = 256 * 1024**2
 
 @dataclass(frozen=True)
 class Found:
-    """A tensor to be moved.
+    """A tensor to move.
 
     Attributes:
-        name: What messages call it.
-        tensor: It.
+        name: Its name in messages.
+        tensor: The tensor.
         tag: The tag to move it under.
-        preserved: Whether its contents are kept where the tag is discarded.
+        preserved: Whether its contents are kept if the tag is discarded.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Found:
 
 @dataclass
 class _Storage:
-    """One storage and the tensors that view it; it goes where the first of them is to go."""
+    """One storage and the tensors that view it; it moves under the tag of the first."""
 
     name: str
     address: int
@@ -67,7 +67,7 @@ def device_type_of(state: PoolState) -> str:
 
 
 def _problem(tensor: torch.Tensor, device_type: str) -> str:
-    """Why a tensor cannot be moved by copying its storage, or ``""``."""
+    """Returns why a tensor cannot be moved by copying its storage, or ``""``."""
     kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
     if type(tensor).__name__ in ("DTensor", "FlatParameter"):
         return f"is a {kind}, which frees and makes storage itself: shard inside use_memory_pool()"
@@ -101,12 +101,12 @@ def refusal(name: str, problem: str) -> InvalidTypeError:
 def _address(name: str, storage: torch.UntypedStorage) -> int:
     try:
         return storage.data_ptr()
-    except RuntimeError as error:  # a storage that torch only pretends to have
+    except RuntimeError as error:  # torch only pretends that the storage exists
         raise refusal(name, f"has no memory: {error}") from None
 
 
 def _collect(found: Iterable[Found], device_type: str) -> list[_Storage]:
-    """The distinct storages, in order of first appearance, with the tensors on each."""
+    """Returns the distinct storages, in order of first appearance, with their tensors."""
     storages: dict[tuple[torch.device, int], _Storage] = {}
     seen: dict[int, Found] = {}
     for one in found:
@@ -123,7 +123,7 @@ def _collect(found: Iterable[Found], device_type: str) -> list[_Storage]:
             (storage.device, address),
             _Storage(one.name, address, one.tag, one.preserved, storage),
         )
-        if storage.nbytes() > known.size:  # two storages over one memory, from NumPy for example
+        if storage.nbytes() > known.size:  # two storages over one memory, for example from NumPy
             known.storage = storage
         known.preserved = known.preserved or one.preserved
         known.tensors.append(one.tensor)
@@ -139,7 +139,7 @@ def _take_attributes(
     seen: dict[int, Found],
     device_type: str,
 ) -> None:
-    """Adds tensors among a tensor's attributes that view its storage, or they would come apart."""
+    """Adds tensor attributes that view the tensor's storage, so that they stay together."""
     for name, value in vars(one.tensor).items():
         if not isinstance(value, torch.Tensor) or id(value) in seen:
             continue
@@ -156,14 +156,14 @@ def _take_attributes(
 
 
 def _refuse_overlaps(storages: list[_Storage]) -> None:
-    """Storages that share part of their memory would come apart."""
+    """Refuses storages that share part of their memory, because they would come apart."""
     for left, right in pairwise(sorted(storages, key=lambda storage: storage.address)):
         if left.address + left.size > right.address:
             raise refusal(right.name, f"shares part of the memory of {left.name!r}")
 
 
 def _packs(storages: list[_Storage]) -> Iterator[list[_Storage]]:
-    """Groups of storages that go to one place, each to be packed into one allocation."""
+    """Groups storages by their place, each group to be packed into one allocation."""
     by_place: dict[tuple[torch.device, str, bool], list[_Storage]] = {}
     for storage in storages:
         place = (storage.storage.device, storage.tag, storage.preserved)
@@ -185,7 +185,7 @@ def _aligned(size: int) -> int:
 
 
 def _move(state: PoolState, pack: list[_Storage]) -> int:
-    """Moves a pack into an allocation of its own, and returns the bytes of that."""
+    """Moves a pack into an allocation of its own, and returns its bytes."""
     first = pack[0]
     total = sum(_aligned(storage.size) for storage in pack)
     memory = empty_bytes(
@@ -202,10 +202,10 @@ def _move(state: PoolState, pack: list[_Storage]) -> int:
 
 
 def adopt_tensors(state: PoolState, found: Iterable[Found]) -> int:
-    """Moves tensors under their tags, all of them checked before the first is moved.
+    """Moves tensors under their tags, after checking all of them.
 
     Returns:
-        Bytes of device memory allocated for them; 0 where all lie under their tags already.
+        Bytes of device memory allocated for them; 0 if all lie under their tags already.
     """
     with _torch.ordinary_tensors():
         return _adopt(state, _collect(found, device_type_of(state)))
@@ -227,13 +227,13 @@ def _adopt(state: PoolState, collected: Iterable[_Storage]) -> int:
         for storage in pack:
             storage.tensors.clear()
             storage.storage = torch.UntypedStorage(0)
-        # The old copies go before the next pack asks for memory.
+        # Frees the old copies before the next pack requests memory.
         empty_cache(state.driver)
     return allocated
 
 
 def _ours(state: PoolState, storage: _Storage) -> AllocationInfo | None:
-    """Returns the allocation of a storage that is under the right tag already, else None."""
+    """Returns a storage's allocation if it is under the right tag already, else None."""
     try:
         found = state.allocation_at(storage.address)
     except NotInPoolError:

@@ -1,4 +1,4 @@
-"""Records the latest events of an allocator in a ring; logs and marks them as well."""
+"""Records an allocator's latest events in a ring, and also logs and marks them."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from cumempool.errors import CumempoolError, OutOfMemoryError
 _logger = logging.getLogger("cumempool")
 
 _CAPACITY: Final = 512
-#: Files that one process writes on out-of-memory: who goes on trying must not fill a disk.
+#: Cap on out-of-memory files per process, so that retry loops do not fill the disk.
 _MOST_FILES: Final = 16
 _file_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One transition, or one failure to allocate.
+    """One transition, or one failed allocation.
 
     Attributes:
-        time: When it ended, in seconds since 1970 (UTC).
+        time: Time of its end, in seconds since 1970 (UTC).
         operation: ``"sleep"``, ``"wake_up"``, ``"swap"``, ``"discard"`` or ``"malloc"``.
-        seconds: How long it took.
-        error: What it failed with, or ``""``.
-        report: What it did; None where it failed, or went on in the background.
+        seconds: Its duration.
+        error: Its error, or ``""``.
+        report: Its report; None if it failed or ran in the background.
         awake_bytes: Bytes awake after it, all tags.
         asleep_bytes: Bytes asleep after it, all tags.
         physical_bytes: Device memory held after it.
@@ -57,7 +57,7 @@ class Event:
     host_bytes: int
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, of types that ``json.dumps`` takes."""
+        """Returns all fields, as types that ``json.dumps`` accepts."""
         report = None if self.report is None else self.report.to_dict()
         return {each.name: getattr(self, each.name) for each in fields(self)} | {"report": report}
 
@@ -66,15 +66,15 @@ class EventLog:
     """The latest events of an allocator, oldest first. Thread-safe.
 
     Args:
-        capacity: How many it keeps.
+        capacity: The number of events that it keeps.
     """
 
-    # Without a lock, which a fork could leave taken: appending and copying are one step each.
+    # Without a lock, which a fork could leave held: appending and copying are atomic.
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._events: deque[Event] = deque(maxlen=capacity)
 
     def record(self, event: Event) -> None:
-        """Appends an event; the oldest goes where the ring is full."""
+        """Appends an event; a full ring drops the oldest."""
         self._events.append(event)
 
     def __iter__(self) -> Iterator[Event]:
@@ -85,7 +85,7 @@ class EventLog:
 
 
 class Watched:
-    """One transition under observation; `report` is set when it has worked."""
+    """One transition under observation; `report` is set once it succeeds."""
 
     def __init__(self) -> None:
         self.report: TransitionReport | None = None
@@ -94,7 +94,7 @@ class Watched:
 class Observer:
     """Records, logs and marks the transitions of one allocator.
 
-    What fails here is logged, and never fails a transition: sinks, loggers, progress, marks.
+    Failures of sinks, loggers, progress and marks are logged, and never fail a transition.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Observer:
 
     @contextlib.contextmanager
     def watch(self, operation: str) -> Iterator[Watched]:
-        """Records what the body does: its report, or the error that it raises."""
+        """Records the body's report, or the error that it raises."""
         watched = Watched()
         begin = time.perf_counter()
         with contextlib.ExitStack() as stack:
@@ -130,7 +130,7 @@ class Observer:
 
     @contextlib.contextmanager
     def failing(self, operation: str, begin: float) -> Iterator[None]:
-        """Records the error that the body raises; `begin` is of ``time.perf_counter()``."""
+        """Records an error of the body; `begin` is a value of ``time.perf_counter()``."""
         try:
             yield
         except BaseException as error:
@@ -138,7 +138,7 @@ class Observer:
             raise
 
     def note(self, operation: str, report: TransitionReport | None, seconds: float) -> None:
-        """Records what has worked; without a report where there is none."""
+        """Records a success; `report` is None if there is no report."""
         unfailing(f"{operation} was not recorded", lambda: self._note(operation, report, seconds))
 
     def _note(self, operation: str, report: TransitionReport | None, seconds: float) -> None:
@@ -148,7 +148,7 @@ class Observer:
         _logger.info("%s", text, extra={"cumempool": event.to_dict()})
 
     def note_failure(self, operation: str, error: BaseException, seconds: float = 0.0) -> None:
-        """Records a failure; where memory has run out, writes down what is there."""
+        """Records a failure; if memory has run out, writes a snapshot to a file."""
         unfailing(
             f"a failure of {operation} was not recorded",
             lambda: self._note_failure(operation, error, seconds),
@@ -158,7 +158,7 @@ class Observer:
         text = f"{type(error).__name__}: {error}"
         event = self._event(operation, seconds, text, None)
         self._record(event)
-        # Not louder than the exception, which the caller gets.
+        # At INFO, because the caller gets the exception.
         _logger.info("%s failed: %s", operation, text, extra={"cumempool": event.to_dict()})
         if isinstance(error, OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":
             self._write_down(error)
@@ -167,7 +167,7 @@ class Observer:
         self, operation: str, seconds: float, error: str, report: TransitionReport | None
     ) -> Event:
         awake = asleep = physical = host = 0
-        # In a forked child there are none; the error that is noted says so.
+        # A forked child has no statistics; the recorded error says so.
         with contextlib.suppress(CumempoolError):
             stats = self._stats()
             awake, asleep = stats.awake_bytes, stats.asleep_bytes
@@ -176,13 +176,13 @@ class Observer:
         return Event(time.time(), operation, seconds, error, report, *values)
 
     def summary(self) -> dict[str, object]:
-        """Statistics and the last event, of types that ``json.dumps`` takes."""
+        """Returns statistics and the last event, as types that ``json.dumps`` accepts."""
         events = list(self.log)
         last = events[-1].to_dict() if events else None
         return {**self._stats().to_dict(), "last_event": last}
 
     def snapshot(self) -> dict[str, object]:
-        """Statistics, allocations and events, of types that ``json.dumps`` takes."""
+        """Returns statistics, allocations and events, as types that ``json.dumps`` accepts."""
         return {
             "format": "cumempool snapshot 1",
             "time": time.time(),
@@ -193,7 +193,7 @@ class Observer:
         }
 
     def _allocation_rows(self) -> list[dict[str, object]]:
-        """Every allocation with what torch has cached of it as free, as ``cached_bytes``."""
+        """Returns every allocation; ``cached_bytes`` counts what torch has cached of it as free."""
         cached = sorted(self._cached())
         rows = []
         for info in self._allocations():
@@ -208,7 +208,7 @@ class Observer:
         for sink in tuple(self._sinks):
             try:
                 sink(event)
-            except Exception as error:  # noqa: BLE001 -- whatever it is: it is the last of it
+            except Exception as error:  # noqa: BLE001 -- a sink may raise anything; it is removed
                 self._remove(sink)
                 report_failure("events are recorded no longer", error)
 
@@ -220,9 +220,9 @@ class Observer:
     def recording(self, path: Path) -> Iterator[None]:
         """Writes a trace: each event of the body as one line of JSON.
 
-        A disk that is full ends the trace, and nothing else.
+        A full disk ends the trace only.
         """
-        lock = fork_safe_lock()  # a transition of another thread may end while the trace does
+        lock = fork_safe_lock()  # another thread's transition may end while the trace does
         waiting: deque[str] = deque()
         writing = False
         with path.open("w", encoding="utf-8", buffering=1) as file:
@@ -231,7 +231,7 @@ class Observer:
                 nonlocal writing
                 waiting.append(json.dumps(line) + "\n")
                 with lock:
-                    # A signal handler has interrupted this thread in here, which then goes on.
+                    # A signal handler may have interrupted this thread here; the thread goes on.
                     if writing or file.closed:
                         return
                     writing = True
@@ -239,7 +239,7 @@ class Observer:
                         while waiting:
                             file.write(waiting.popleft())
                     except (OSError, ValueError) as problem:
-                        # Now: at the end it would try once more to write what is left.
+                        # Now: a later close would try again to write the rest.
                         with contextlib.suppress(OSError):
                             file.close()
                         raise OSError(f"the trace {path} ends here: {problem}") from problem
@@ -268,8 +268,8 @@ class Observer:
         try:
             path.write_text(json.dumps({**self.snapshot(), "error": str(error)}))
         except (OSError, CumempoolError) as problem:
-            _logger.warning("what there was at out-of-memory was not written: %s", problem)
+            _logger.warning("the snapshot at out-of-memory was not written: %s", problem)
             return
-        _logger.warning("what there was at out-of-memory is in %s", path)
+        _logger.warning("the snapshot at out-of-memory is in %s", path)
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note(f"cumempool: see {path} (cumempool report {path})")

@@ -1,4 +1,4 @@
-"""Statistics that a process lets other processes of its user read: for ``cumempool top``."""
+"""Publishes a process's statistics to other processes of its user, for ``cumempool top``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WHOLE: Final = ".snapshot.json"
 
 
 def home() -> str:
-    """Identifies this boot and PID namespace; "" if they cannot be read."""
+    """Returns an identifier of this boot and PID namespace; "" if they cannot be read."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -35,14 +35,14 @@ def home() -> str:
 
 
 def directory() -> Path:
-    """Returns the folder that this user's processes publish in, in the runtime or temporary one."""
+    """Returns the folder where this user's processes publish, in the runtime or temporary one."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     base = Path(runtime) if runtime and Path(runtime).is_dir() else Path(tempfile.gettempdir())
     folder = base / f"cumempool-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-    except OSError as error:  # such as a link that leads nowhere
+    except OSError as error:  # such as a dangling link
         raise InvalidArgumentError(f"{folder} cannot be made: {error}") from None
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise InvalidArgumentError(
@@ -61,7 +61,7 @@ def _start_of(process: int) -> str:
 
 
 def _write(path: Path, record: Mapping[str, object]) -> None:
-    """Replaces a file, so that a reader sees the old text or the new one."""
+    """Replaces a file atomically: a reader sees the old text or the new one."""
     unfinished = path.with_suffix(".new")
     try:
         unfinished.write_text(json.dumps(record))
@@ -77,12 +77,11 @@ def publish(
 ) -> Publisher | None:
     """Starts a `Publisher` of this program. Returns None, and logs why, if that fails.
 
-    A folder of somebody else, a full disk and a process without room for a thread are no reason not
-    to have an allocator.
+    Another user's folder, a full disk, or no room for a thread must not prevent an allocator.
     """
     try:
         return Publisher(snapshot, stats, Path(sys.argv[0]).name or "python")
-    except Exception as error:  # noqa: BLE001 -- whatever it is: the allocator goes on without
+    except Exception as error:  # noqa: BLE001 -- whatever it is, the allocator works without
         report_failure("statistics are not published", error)
         return None
 
@@ -104,11 +103,11 @@ class Publisher:
         self._process = os.getpid()
         self._start = _start_of(self._process)
         self._home = home()
-        # Several allocators of a process each have a file.
+        # Each allocator of a process has its own file.
         self._stem = directory() / f"{self._process}-{id(self):x}"
         self._stop = threading.Event()
         self._publish()
-        # Files go with the publisher, and with the process where it ends in order.
+        # The files go with the publisher, and with the process if it exits normally.
         self._remove = weakref.finalize(self, _remove, self._file(_SUFFIX), self._process)
         self._thread = threading.Thread(
             target=_run, args=(weakref.ref(self), self._stop), daemon=True
@@ -128,7 +127,7 @@ class Publisher:
             wanted.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Stops, and takes the files away. Doing it twice is no error."""
+        """Stops, and removes the files. Repeating it is no error."""
         self._stop.set()
         if os.getpid() == self._process and self._thread is not threading.current_thread():
             self._thread.join()
@@ -142,7 +141,7 @@ def _run(reference: weakref.ref[Publisher], stop: threading.Event) -> None:
             return
         try:
             publisher._publish()
-        except Exception as error:  # noqa: BLE001 -- whatever it is: the allocator goes on
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the allocator goes on
             report_failure("statistics are published no longer", error)
             return
         del publisher
@@ -153,11 +152,11 @@ class Published:
     """The latest published statistics of one allocator of a live process.
 
     Attributes:
-        process: The process.
-        name: What it is called.
+        process: The process id.
+        name: The name of its program.
         time: When it was written, in seconds since 1970.
-        stats: As `Stats.to_dict` gives it; read-only.
-        file: Where it was read.
+        stats: The result of `Stats.to_dict`; read-only.
+        file: The file that it was read from.
     """
 
     process: int
@@ -170,7 +169,7 @@ class Published:
 def published() -> list[Published]:
     """Returns the records of this user's live processes; removes files of dead ones.
 
-    Processes of other PID namespaces may share the folder: nobody knows here whether they live.
+    Processes of other PID namespaces may share the folder; whether they live is unknown here.
     """
     found, here = [], home()
     for file in sorted(directory().glob(f"*{_SUFFIX}")):
@@ -204,12 +203,12 @@ def _remove(file: Path, process: int) -> None:
     if os.getpid() != process:
         return
     for path in _siblings(file):
-        with contextlib.suppress(OSError):  # the folder may be gone, or somebody else's by now
+        with contextlib.suppress(OSError):  # the folder may be gone, or another user's by now
             path.unlink(missing_ok=True)
 
 
 def request_snapshot(of: Published, timeout: float = 10.0) -> dict[str, Any]:
-    """Has a process write down everything, allocations and events included, and reads it."""
+    """Makes a process write everything, including allocations and events, and reads it."""
     _, wanted, whole = _siblings(of.file)
     whole.unlink(missing_ok=True)
     wanted.touch()
@@ -220,7 +219,7 @@ def request_snapshot(of: Published, timeout: float = 10.0) -> dict[str, Any]:
             raise CumempoolError(
                 f"process {of.process} did not answer within {timeout:g} s",
                 operation="snapshot",
-                advice="look whether it is stopped; py-spy dump shows where it is",
+                advice="check whether it is stopped; py-spy dump shows where it is",
             )
         time.sleep(0.02)
     snapshot: dict[str, Any] = json.loads(whole.read_text())

@@ -1,4 +1,4 @@
-"""Reports of transitions, per tag and in total: bytes, seconds and copy rates."""
+"""Reports transitions, per tag and in total: bytes, seconds and copy rates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
-# Field of a report -> how a line of text calls it.
+# Field of a report -> its name in a line of text.
 _BYTE_FIELDS = {
     "bytes_freed": "freed",
     "bytes_mapped": "mapped",
@@ -19,12 +19,12 @@ _BYTE_FIELDS = {
     "bytes_discarded": "discarded",
     "bytes_zeroed": "zeroed",
 }
-# Field of a report -> that of a row of the C interface: "bytes_freed" -> "freed_bytes".
+# Field of a report -> field of a row of the C interface: "bytes_freed" -> "freed_bytes".
 _ROW_FIELD = {field: f"{field.removeprefix('bytes_')}_bytes" for field in _BYTE_FIELDS}
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes for people, in binary units: ``"14.96 GiB"``, ``"512 bytes"``."""
+    """Formats a number of bytes for people, in binary units: ``"14.96 GiB"``, ``"512 bytes"``."""
     if abs(count) < 1024:
         return f"{count} bytes"
     value, (unit, *larger) = count / 1024, _UNITS
@@ -50,15 +50,15 @@ class TagReport:
         tag: The tag.
         devices: Ordinals of the devices concerned, ascending.
         allocations: Allocations that changed state.
-        bytes_freed: Device memory given back to the driver.
+        bytes_freed: Device memory released to the driver.
         bytes_mapped: Device memory taken from the driver.
         bytes_backed_up: Bytes that the backup holds now: copied, or clean.
-        bytes_clean: The part of them that was kept without a copy, since a retained backup had it.
+        bytes_clean: The part of them kept without a copy, because a retained backup had it.
         bytes_restored: Bytes copied from the backup to the device.
-        bytes_discarded: Bytes given up without a copy: discarded allocations, and dead ranges of
+        bytes_discarded: Bytes dropped without a copy: discarded allocations, and dead ranges of
             allocations that were backed up.
         bytes_zeroed: Bytes filled with zero.
-        seconds: Time that the copies took, added up over the devices, which copy at the same time.
+        seconds: Copy time, summed over the devices, which copy concurrently.
     """
 
     tag: str
@@ -85,14 +85,14 @@ class TagReport:
 
     @property
     def gb_per_s(self) -> float:
-        """Copied bytes over copy time, in 1e9 bytes per second; 0.0 where nothing was copied.
+        """Copied bytes over copy time, in 1e9 bytes per second; 0.0 if nothing was copied.
 
-        Several devices copy at the same time: this is the mean of their rates, weighted by time.
+        Devices copy concurrently, so this is the mean of their rates, weighted by time.
         """
         return _rate(self.bytes_copied, self.seconds)
 
     def to_dict(self) -> dict[str, object]:
-        """All fields and the rate, of types that ``json.dumps`` takes."""
+        """Returns all fields and the rate, as types that ``json.dumps`` accepts."""
         return {
             "tag": self.tag,
             "devices": list(self.devices),
@@ -103,7 +103,7 @@ class TagReport:
         }
 
     def __str__(self) -> str:
-        """One line."""
+        """Returns one line."""
         plural = "" if self.allocations == 1 else "s"
         parts = [f"{self.tag}: {self.allocations} allocation{plural}"]
         if self.devices:
@@ -122,11 +122,11 @@ class TransitionReport:
 
     Attributes:
         operation: ``"sleep"``, ``"wake_up"``, ``"swap"`` or ``"discard"``.
-        seconds: Wall time of the whole transition, the wait for work in flight included.
+        seconds: Wall time of the whole transition, including the wait for work in flight.
         tags: One `TagReport` per tag that the transition covered; read-only.
-        overrides: For each tag whose own policy the call overruled, in what way; read-only.
-        problems: Failures that did not stop the transition. Memory that they concern is in the
-            statistics.
+        overrides: Tag -> how the call overruled the tag's own policy; read-only.
+        problems: Failures that did not stop the transition. The statistics count the memory
+            concerned.
     """
 
     operation: str
@@ -142,7 +142,7 @@ class TransitionReport:
         object.__setattr__(self, "problems", tuple(self.problems))
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles plain dicts: a mapping proxy cannot be, and workers send reports."""
+        """Pickles plain dicts, because mapping proxies cannot be pickled; workers send reports."""
         fields = (
             self.operation,
             self.seconds,
@@ -161,7 +161,7 @@ class TransitionReport:
         problems: Sequence[str] = (),
         overrides: Mapping[str, str] = MappingProxyType({}),
     ) -> TransitionReport:
-        """A report from rows of the C interface (``cumempool_report_row``), one per tag and device.
+        """Makes a report from C rows (``cumempool_report_row``), one per tag and device.
 
         Args:
             operation: ``"sleep"``, ``"wake_up"``, ``"swap"`` or ``"discard"``.
@@ -169,9 +169,9 @@ class TransitionReport:
             rows: Mappings with ``tag``, ``device``, ``allocations``, ``freed_bytes``,
                 ``mapped_bytes``, ``backed_up_bytes``, ``clean_bytes``, ``restored_bytes``,
                 ``discarded_bytes``, ``zeroed_bytes`` and ``copy_seconds``. Rows of one tag are
-                added up.
+                summed.
             problems: Failures that did not stop the transition.
-            overrides: Tag -> in what way the call overruled the policy of the tag.
+            overrides: Tag -> how the call overruled the tag's own policy.
         """
         rows_of_tag: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
@@ -181,7 +181,7 @@ class TransitionReport:
 
     @property
     def bytes_freed(self) -> int:
-        """Device memory given back to the driver, all tags."""
+        """Device memory released to the driver, all tags."""
         return sum(tag.bytes_freed for tag in self.tags.values())
 
     @property
@@ -196,7 +196,7 @@ class TransitionReport:
 
     @property
     def bytes_clean(self) -> int:
-        """The part of them that was kept without a copy, all tags."""
+        """The part of them kept without a copy, all tags."""
         return sum(tag.bytes_clean for tag in self.tags.values())
 
     @property
@@ -226,11 +226,11 @@ class TransitionReport:
 
     @property
     def gb_per_s(self) -> float:
-        """Copied bytes over copy time of all tags, in 1e9 bytes per second; 0.0 for no copies."""
+        """Copied bytes over copy time, all tags, in 1e9 bytes per second; 0.0 without copies."""
         return _rate(self.bytes_copied, sum(tag.seconds for tag in self.tags.values()))
 
     def to_dict(self) -> dict[str, object]:
-        """Totals, tags, overrides and problems, of types that ``json.dumps`` takes."""
+        """Returns totals, tags, overrides, problems, as types that ``json.dumps`` accepts."""
         return {
             "operation": self.operation,
             "seconds": self.seconds,
@@ -242,7 +242,7 @@ class TransitionReport:
         }
 
     def __str__(self) -> str:
-        """The totals, then one line per tag, override and problem."""
+        """Returns the totals, then one line per tag, override and problem."""
         amounts = _amounts(self) or "nothing changed"
         lines = [f"{self.operation}: {amounts} in {self.seconds * 1e3:.1f} ms"]
         lines += [f"  {report}" for report in self.tags.values()]

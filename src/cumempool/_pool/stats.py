@@ -1,4 +1,4 @@
-"""Statistics of an allocator: bytes per tag and state, totals, and single allocations."""
+"""Defines the statistics of an allocator: bytes per tag and state, totals, allocations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HANDLE_TYPES: Mapping[int, str] = MappingProxyType({1: "posix_fd", 8: "fabric"})
 
 
 def handle_type_names(bits: int) -> tuple[str, ...]:
-    """The names of the handle types in a bit set, such as ``("posix_fd",)``."""
+    """Returns the names of the handle types in a bit set, such as ``("posix_fd",)``."""
     return tuple(name for bit, name in HANDLE_TYPES.items() if bits & bit)
 
 
@@ -28,18 +28,18 @@ class AllocationInfo:
     Attributes:
         address: Start of its address range; the same for life.
         bytes: Size, a multiple of the granularity.
-        requested_bytes: What was asked for.
+        requested_bytes: Requested size.
         tag: Its tag.
         device: Device ordinal.
         state: ``"awake"``, ``"backed_up"`` or ``"discarded"``; the last two are asleep.
         generation: Grows at each wake: physical pages changed, registrations are stale.
-        backup_bytes: Bytes of the backup that has its contents; while it is awake, of the one that
-            is kept from its last sleep.
-        backup_tier: Where that backup is: ``"pinned"``, ``"pageable"``, ``"file"``, ``"peer"``;
-            None where there is none.
-        backing: What it is made of: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
+        backup_bytes: Bytes of its backup; while it is awake, of the backup retained from its last
+            sleep.
+        backup_tier: Tier of that backup: ``"pinned"``, ``"pageable"``, ``"file"``, ``"peer"``; None
+            if there is none.
+        backing: Kind of its memory: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
         sequence: Order of allocation.
-        preserved: Its contents are kept where its tag is discarded.
+        preserved: Whether its contents are kept if its tag is discarded.
     """
 
     address: int
@@ -56,7 +56,7 @@ class AllocationInfo:
     preserved: bool
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, of types that ``json.dumps`` takes."""
+        """Returns all fields, as types that ``json.dumps`` accepts."""
         return asdict(self)
 
 
@@ -68,7 +68,7 @@ class TagStats:
         tag: The tag.
         on_sleep: Its own policy: ``"offload"``, ``"discard"`` or None.
         on_wake: Its own policy: ``"undefined"``, ``"zero"`` or None.
-        handle_types: What its memory can be exported as, frozen at the first allocation.
+        handle_types: Handle types for exporting its memory, frozen at the first allocation.
         rdma: Whether its memory was made for GPUDirect RDMA.
         awake_allocations: Allocations that are mapped.
         awake_bytes: Their bytes.
@@ -76,15 +76,15 @@ class TagStats:
         backed_up_bytes: Their bytes.
         discarded_allocations: Allocations asleep without one.
         discarded_bytes: Their bytes.
-        backup_bytes: Bytes of the backups of what is asleep.
-        retained_bytes: Bytes of the backups kept of what is awake.
-        backup_tier: Where backups go from the next sleep on: ``"pinned"``, ``"pageable"``,
+        backup_bytes: Bytes of the backups of sleeping memory.
+        retained_bytes: Bytes of the backups retained for awake memory.
+        backup_tier: Tier of backups from the next sleep on: ``"pinned"``, ``"pageable"``,
             ``"file"`` or ``"peer"``.
-        backing: What its memory is made of: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
-        pins: How many forbid that it goes to sleep; see `CuMemAllocator.pin`.
-        unreleased_bytes: Asleep, with contents still in device memory, which a failed sleep could
-            not map again.
-        preserved_bytes: Awake or asleep, with contents that are kept where the tag is discarded.
+        backing: Kind of its memory: ``"vmm"``, or ``"cuda_malloc"``, which cannot sleep.
+        pins: Number of pins that keep it awake; see `CuMemAllocator.pin`.
+        unreleased_bytes: Bytes asleep with contents still in device memory, because a failed sleep
+            could not map them again.
+        preserved_bytes: Bytes, awake or asleep, whose contents are kept if the tag is discarded.
     """
 
     tag: str
@@ -142,32 +142,32 @@ def _tag_stats(rows: Sequence[Mapping[str, Any]]) -> TagStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """An allocator at one moment. All ``_bytes`` are bytes.
+    """The state of an allocator at one moment. All ``_bytes`` are bytes.
 
     Attributes:
-        tags: Per tag; read-only.
+        tags: Statistics per tag; read-only.
         reserved_address_bytes: Address space held from the driver.
         physical_bytes: Device memory held from the driver: created minus released.
         mapped_bytes: The part of it that is mapped.
-        pending_free_bytes: Freed by the program, not given back yet: a device is busy, or a
+        pending_free_bytes: Freed by the program but not yet released, because a device is busy or a
             transition runs.
         host_bytes: Pinned host memory held for backups.
-        host_used_bytes: The part of it that holds backups, those kept of what is awake included.
+        host_used_bytes: The part of it that holds backups, including those retained.
         pageable_bytes: Pageable host memory held for backups.
         file_bytes: Size of the backup files.
         peer_bytes: Device memory held for backups of other devices.
         staging_bytes: Pinned host memory held for buffers and digests.
         malloc_calls: Allocations tried.
-        malloc_failures: Those that failed.
+        malloc_failures: Allocations that failed.
         free_calls: Frees.
         sleeps: Sleeps and discards that succeeded.
         wakes: Wakes that succeeded.
         swaps: Swaps that succeeded.
         failed_transitions: Transitions that failed and changed nothing.
-        peak_physical_bytes: The most ``physical_bytes`` so far, or since
+        peak_physical_bytes: Maximum of ``physical_bytes``, ever or since
             `CuMemAllocator.reset_peak_stats`.
         leaked_bytes: Memory that the driver refuses to take back. `close` tries once more.
-        last_malloc_failure: Why the last failed allocation failed, or ``""``.
+        last_malloc_failure: Cause of the last failed allocation, or ``""``.
     """
 
     tags: Mapping[str, TagStats]
@@ -194,7 +194,7 @@ class Stats:
 
     @classmethod
     def from_snapshot(cls, snapshot: Mapping[str, Any]) -> Stats:
-        """From what the extension module's ``snapshot()`` returns."""
+        """Makes statistics from the extension module's ``snapshot()``."""
         rows: dict[str, list[Mapping[str, Any]]] = {}
         for row in snapshot["tags"]:
             rows.setdefault(row["tag"], []).append(row)
@@ -231,7 +231,7 @@ class Stats:
         return "\n".join([*lines, failed] if self.last_malloc_failure else lines)
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, of types that ``json.dumps`` takes."""
+        """Returns all fields, as types that ``json.dumps`` accepts."""
         plain: dict[str, object] = {
             field.name: getattr(self, field.name) for field in fields(self) if field.name != "tags"
         }
@@ -240,10 +240,10 @@ class Stats:
 
 
 def stats_of(core: _core.Allocator) -> Stats:
-    """The statistics of an allocator."""
+    """Returns the statistics of an allocator."""
     return Stats.from_snapshot(core.snapshot(False))
 
 
 def allocations_of(core: _core.Allocator) -> list[AllocationInfo]:
-    """Every live allocation of an allocator, in order of allocation."""
+    """Returns every live allocation of an allocator, in order of allocation."""
     return [AllocationInfo(**info) for info in core.snapshot(True)["allocations"]]

@@ -1,7 +1,6 @@
-"""`CuMemAllocator`: tagged pools of device memory that sleep and wake.
+"""Defines `CuMemAllocator`: tagged pools of device memory that sleep and wake.
 
-What programs call, and what each call promises, one file per topic. The work is done in `_pool` and
-`sharing`.
+Each file has the public methods of one topic and their promises. `_pool` and `sharing` do the work.
 """
 
 from __future__ import annotations
@@ -46,20 +45,20 @@ _instance_lock = fork_safe_lock()
 class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
     """Allocates device memory under tags; puts tags to sleep and wakes them at the same addresses.
 
-    Several may live in one process. All methods may be called from any thread; transitions
-    (`sleep`, `wake_up`, `swap`, `discard`) of one allocator run one after another, and allocating,
-    freeing and reading statistics go on meanwhile.
+    Several may live in one process. Any thread may call any method; transitions (`sleep`,
+    `wake_up`, `swap`, `discard`) of one allocator run one after another, while allocating, freeing
+    and reading statistics go on.
 
-    It is a context manager that closes at its end. If tensors live then, it stays open with them,
-    and raises the `InUseError` of `close`; if the body has failed, it stays open and says nothing,
+    As a context manager it closes at its end. If tensors live then, it stays open with them and
+    raises the `InUseError` of `close`. If the body has failed, it stays open without an error,
     because the traceback may keep tensors.
 
     Args:
-        config: Which driver, and the limits. None takes ``CuMemConfig()``.
+        config: The driver and the limits. None means ``CuMemConfig()``.
 
     Raises:
-        UnavailableError: The driver cannot be opened here, with the reason. An allocator on
-            ``cuda`` never turns into one on ``host`` by itself.
+        UnavailableError: The driver cannot be opened here; the message has the reason. An allocator
+            on ``cuda`` never falls back to ``host``.
     """
 
     _instance: CuMemAllocator | None = None
@@ -103,13 +102,13 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
 
     @classmethod
     def get_instance(cls, config: CuMemConfig | None = None) -> CuMemAllocator:
-        """The allocator that the parts of a program share; made at the first call.
+        """Returns the allocator that the parts of a program share; the first call makes it.
 
-        Never one that is closed: after `close` the next call makes another. Where threads meet in
-        the first call, each may open a driver; all of them get the allocator of the fastest.
+        It is never closed: after `close` the next call makes another. If threads race in the first
+        call, each may open a driver; all of them get the same allocator.
 
         Args:
-            config: For the first call. Later on None, or the same configuration.
+            config: For the first call. Later None, or the same configuration.
 
         Raises:
             InvalidArgumentError: The shared allocator has another configuration.
@@ -131,7 +130,7 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
 
     @classmethod
     def _open_instance(cls) -> CuMemAllocator | None:
-        """The shared allocator, unless it is closed."""
+        """Returns the shared allocator, or None if there is none or it is closed."""
         shared = cls._instance
         return None if shared is None or shared._core.closed else shared
 
@@ -146,18 +145,18 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
                 self.close()
 
     def close(self, force: bool = False) -> None:
-        """Gives everything back. Closing twice is no error.
+        """Releases everything. Closing twice is no error.
 
         Args:
-            force: Close although memory is in use: physical memory and backups go, contents are
-                lost, and tensors that are still there must not be touched. Their addresses stay
-                reserved until they are deleted, so that a late access faults and reads nobody
-                else's memory. Memory of ``backing="cuda_malloc"`` stays until it is deleted.
+            force: Close even if memory is in use: physical memory, backups and contents are lost,
+                and remaining tensors must not be touched. Their addresses stay reserved until they
+                are deleted, so that a late access faults and reads no other memory. Memory of
+                ``backing="cuda_malloc"`` stays until it is deleted.
 
         Raises:
             InUseError: Without `force`: tensors or CUDA graphs live, scopes are open, backups are
-                being read, or messages that were sent were not received; nothing was changed.
-            DriverError: The driver did not take something back.
+                being read, or sent messages were not received. Nothing was changed.
+            DriverError: The driver refused to take something back.
         """
         check_bool(force=force)
         self._exports.settle_close(force)
@@ -171,11 +170,11 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
         try:
             self._core.close(force)
         finally:
-            if self._core.closed:  # also where the driver did not take something back
+            if self._core.closed:  # also if the driver refused to take something back
                 self._retire()
 
     def _retire(self) -> None:
-        """Ends what a closed allocator leaves behind: its shared place, its server, its file."""
+        """Ends what a closed allocator leaves: the shared instance, its server, its file."""
         with _instance_lock:
             if CuMemAllocator._instance is self:
                 CuMemAllocator._instance = None
@@ -184,7 +183,7 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
             self._publisher.close()
 
     def _only_graph_pools_are_left(self) -> bool:
-        """Whether closing is possible once graph pools are released, in which no graph lives."""
+        """Whether closing is possible once graph pools without live graphs are released."""
         self._state.graph_pools.refuse_close()
         unused = self._state.graph_pools.unused_segments()
         return not open_tags(self._state, self.stats().tags) and all(
@@ -193,9 +192,9 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
 
 
 def _observer_of(core: _core.Allocator, config: CuMemConfig, progress: ProgressWatch) -> Observer:
-    """Makes the observer of an allocator, which refers to the core alone.
+    """Makes the observer of an allocator, which refers to the core only.
 
-    In a cycle with its observer it would outlive its last reference.
+    In a reference cycle with its observer, the allocator would outlive its last reference.
     """
     directory = config.out_of_memory_directory
     return Observer(
