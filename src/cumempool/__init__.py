@@ -1,7 +1,7 @@
 """GPU memory in tagged pools that PyTorch can put to sleep and wake at the same address.
 
-Importing this package touches no driver, creates no context and does not import torch; that happens
-when an allocator is made or something is probed. Most names are loaded when they are used first.
+Importing this package touches no driver, creates no context and does not import torch. That happens
+when an allocator is made or a probe runs. Most names load at their first use.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ __all__ = [
     "show_progress",
 ]
 
-#: Public name -> the module that has it.
+#: Public name -> its module.
 _HOMES: Final[dict[str, str]] = {
     **dict.fromkeys(("CuMemAllocator",), "allocator"),
     **dict.fromkeys(("Backup",), "_pool.backup"),
@@ -128,7 +128,7 @@ _HOMES: Final[dict[str, str]] = {
         ("Export", "SharedLayout", "SharedMemory", "SharedRange", "open_shared"), "sharing"
     ),
 }
-#: Module as it is named in programs -> where it is.
+#: Module name in programs -> its place.
 _MODULES: Final[dict[str, str]] = {
     "allocator": "allocator",
     "backup": "_pool.backup",
@@ -148,7 +148,7 @@ _MODULES: Final[dict[str, str]] = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a name, or a module by the name that it had before it moved (see the changelog)."""
+    """Loads a name, or a module by its name before it moved (see the changelog)."""
     if name in _HOMES:
         found = getattr(importlib.import_module(f"cumempool.{_HOMES[name]}"), name)
         globals()[name] = found

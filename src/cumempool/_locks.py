@@ -1,4 +1,4 @@
-"""Locks that signal handlers, finalizers and forked children may meet at any moment."""
+"""Makes locks that signal handlers, finalizers and forked children can meet at any moment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    # What `threading.RLock` makes; it is a function, and no type, before Python 3.13.
+    # The type that `threading.RLock` makes; before Python 3.13 `RLock` itself is a function.
     from _thread import RLock
 
 _locks: Final[weakref.WeakSet[RLock]] = weakref.WeakSet()
@@ -17,13 +17,13 @@ _locks: Final[weakref.WeakSet[RLock]] = weakref.WeakSet()
 def fork_safe_lock() -> RLock:
     """Returns a reentrant lock that a forked child finds open, whichever thread held it.
 
-    Every lock of the package is one. Reentrant, because a signal handler or the garbage collector
-    may call the package while the same thread holds the lock. Open in a child, because the thread
-    that held it is not there to release it. A lock that the forking thread itself holds stays held:
-    its own ``with`` block releases it.
+    Every lock of the package is one. It is reentrant, because a signal handler or the garbage
+    collector may call the package while the same thread holds the lock. It is open in a child,
+    because the thread that held it is not there to release it. If the forking thread itself holds
+    it, it stays held: the thread's own ``with`` block releases it.
 
-    Hold it for changes of a few fields only. Code of others (making an allocator, an import, a
-    driver, a callback) runs outside it.
+    Hold it only to change a few fields. Foreign code (making an allocator, an import, a driver, a
+    callback) runs outside it.
     """
     lock = threading.RLock()
     _locks.add(lock)

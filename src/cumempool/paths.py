@@ -13,8 +13,8 @@ _ADVICE = "install cumempool with pip, which puts them beside its modules"
 
 
 def _installed(operation: str, file: str) -> Path:
-    """The path of an installed file, named from the package's folder on."""
-    # Two folders where the package was installed to be edited.
+    """Returns the path of an installed file, given relative to the package's folder."""
+    # An editable installation has two folders.
     for folder in sys.modules[__package__].__path__:
         path = Path(folder).resolve() / file
         if path.is_file():
@@ -27,7 +27,7 @@ def _installed(operation: str, file: str) -> Path:
 
 
 def get_include() -> str:
-    """The folder to give to a C or C++ compiler with ``-I``; it holds ``cumempool/cumempool.h``.
+    """Returns the ``-I`` folder for a C or C++ compiler; it holds ``cumempool/cumempool.h``.
 
     Returns:
         An absolute path.
@@ -39,10 +39,10 @@ def get_include() -> str:
 
 
 def get_library() -> str:
-    """The shared library ``libcumempool.so``, to link to or to open.
+    """Returns the shared library ``libcumempool.so``, to link to or to open.
 
     It needs neither Python nor torch nor a CUDA toolkit. A program that links to it finds it at run
-    time where the library's folder is in the program's run path; CMake sees to that in a build.
+    time if the program's run path has the library's folder; CMake sets that in a build.
 
     Returns:
         An absolute path.
@@ -54,7 +54,7 @@ def get_library() -> str:
 
 
 def get_cmake_dir() -> str:
-    """The folder of ``cumempoolConfig.cmake``, to give to CMake with ``-Dcumempool_DIR=``.
+    """Returns the folder of ``cumempoolConfig.cmake``, for CMake's ``-Dcumempool_DIR=``.
 
     ``find_package(cumempool)`` then finds this installation; its target is
     ``cumempool::cumempool``.

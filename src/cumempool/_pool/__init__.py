@@ -1,1 +1,1 @@
-"""One allocator: its tags, scopes, tensors, transitions, statistics and events."""
+"""Implements one allocator: its tags, scopes, tensors, transitions, statistics and events."""

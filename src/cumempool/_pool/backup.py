@@ -1,4 +1,4 @@
-"""`Backup`: where the contents of sleeping memory are kept."""
+"""Defines `Backup`: the tier for the contents of sleeping memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cumempool._pool.checks import check_int
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 Tier = Literal["pinned", "pageable", "file", "peer"]
-#: The kinds of places; the position, counted from 1, is the number in ``cumempool_backup_tier``.
+#: The tiers; the position, counted from 1, is the number in ``cumempool_backup_tier``.
 TIERS: Final[tuple[Tier, ...]] = get_args(Tier)
 
 _FORMS: Final = "'pinned', 'pageable', 'file:DIRECTORY' or 'peer:DEVICE'"
@@ -22,18 +22,18 @@ _MOST_DEVICE: Final = 2**31 - 1
 class Backup:
     """A place for the contents of sleeping memory. Immutable; construction touches nothing.
 
-    Whatever takes one also takes its text: ``"pinned"``, ``"pageable"``, ``"file:/directory"`` or
-    ``"peer:1"``; ``str()`` gives that text.
+    Functions that accept one also accept its text: ``"pinned"``, ``"pageable"``,
+    ``"file:/directory"`` or ``"peer:1"``; ``str()`` returns that text.
 
     Attributes:
         tier: ``"pinned"``, ``"pageable"``, ``"file"`` or ``"peer"``.
-        directory: Of a file: where it is made; else None.
-        device: Of a peer: the ordinal of the other device; else None.
+        directory: The directory of a file; else None.
+        device: The ordinal of a peer, the other device; else None.
 
     Raises:
-        InvalidArgumentError: A tier that does not exist, or a directory or device that it lacks or
-            does not take.
-        InvalidTypeError: A value of the wrong type.
+        InvalidArgumentError: The tier does not exist, or lacks or does not accept a directory or
+            device.
+        InvalidTypeError: A value has the wrong type.
     """
 
     tier: Tier
@@ -41,7 +41,7 @@ class Backup:
     device: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks that the tier has what belongs to it, and nothing else."""
+        """Checks that the tier has its own fields, and no others."""
         if not isinstance(self.tier, str):
             raise InvalidTypeError(f"tier={self.tier!r} is not a str; give one of {TIERS}")
         if self.tier not in TIERS:
@@ -57,21 +57,21 @@ class Backup:
 
     @classmethod
     def pinned(cls) -> Backup:
-        """Pinned host memory: copied at the speed of the link. What holds where nothing is set."""
+        """Pinned host memory: copied at the speed of the link. The default."""
         return cls("pinned")
 
     @classmethod
     def pageable(cls) -> Backup:
-        """Host memory that the system may swap out; takes none of what can be pinned."""
+        """Host memory that the system may swap out; does not use up pinnable memory."""
         return cls("pageable")
 
     @classmethod
     def file(cls, directory: str | os.PathLike[str]) -> Backup:
-        """A file that has no name and goes with the process; checked when it is read back.
+        """An unnamed file that is deleted with the process; its contents are checked when read.
 
         Args:
-            directory: Where it is made. A relative one counts from the working directory at the
-                moment when an allocator is given the backup.
+            directory: The directory of the file. A relative path is resolved against the working
+                directory when an allocator gets the backup.
         """
         if not isinstance(directory, (str, os.PathLike)):
             raise InvalidTypeError(f"a directory is a str or os.PathLike, not {directory!r}")
@@ -79,7 +79,7 @@ class Backup:
 
     @classmethod
     def peer(cls, device: int) -> Backup:
-        """Memory of another device, which must be able to reach it (NVLink, or PCIe peer to peer).
+        """Memory of another device, reachable over NVLink or PCIe peer to peer.
 
         Args:
             device: The ordinal of that device.
@@ -88,11 +88,11 @@ class Backup:
 
     @classmethod
     def parse(cls, text: str) -> Backup:
-        """The backup that a text names, such as ``"file:/directory"``.
+        """Returns the backup for a text such as ``"file:/directory"``.
 
         Raises:
-            InvalidArgumentError: The text names none; the message lists the forms there are.
-            InvalidTypeError: It is no text.
+            InvalidArgumentError: The text names no backup; the message lists the forms.
+            InvalidTypeError: `text` is no str.
         """
         if not isinstance(text, str):
             raise InvalidTypeError(f"a backup is {_FORMS}, not {text!r}")
@@ -108,19 +108,19 @@ class Backup:
         raise InvalidArgumentError(f"{text!r} is not a backup: give {_FORMS}")
 
     def __str__(self) -> str:
-        """The text that `parse` takes."""
+        """Returns the text that `parse` accepts."""
         if self.tier == "file":
             return f"file:{self.directory}"
         return f"peer:{self.device}" if self.tier == "peer" else self.tier
 
     def _to_core(self) -> tuple[int, bytes, int]:
-        """Number, directory and device, as the extension module takes them."""
+        """Returns number, directory and device, as the extension module takes them."""
         directory = os.fsencode(os.path.abspath(self.directory)) if self.directory else b""
         return TIERS.index(self.tier) + 1, directory, self.device or 0
 
 
 def check_backup(value: object, what: str) -> Backup:
-    """A backup from one, or from its text."""
+    """Returns a backup, given one or its text."""
     if isinstance(value, Backup):
         return value
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The devices of an allocator, as callers, the driver and torch name them."""
+"""Resolves the devices of an allocator, as callers, the driver and torch name them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from cumempool import _core
 
-#: Granularity of the devices that the host driver simulates: that of an H200.
+#: Granularity of the devices simulated by the host driver: that of an H200.
 HOST_GRANULARITY: Final = 2 * 1024**2
 
 
@@ -23,7 +23,7 @@ class Devices:
     def __init__(self, driver: _core.Driver, name: str) -> None:
         self._driver = driver
         self._name = name
-        self.type: Final = "cpu" if name == "host" else "cuda"  # as torch calls them
+        self.type: Final = "cpu" if name == "host" else "cuda"  # torch's device type
 
     @property
     def count(self) -> int:
@@ -39,7 +39,7 @@ class Devices:
         return ordinal
 
     def check_ordinals(self, devices: object, what: str) -> list[int]:
-        """Returns the distinct ordinals of a sequence, which messages call `what`."""
+        """Returns the distinct ordinals of a sequence; messages call it `what`."""
         if isinstance(devices, str) or not isinstance(devices, Iterable):
             raise InvalidTypeError(f"{what} are ordinals in a sequence, not {devices!r}")
         return list(dict.fromkeys(self.check(device) for device in devices))
@@ -52,7 +52,7 @@ class Devices:
         return checked
 
     def resolve(self, device: torch.device | str | int | None) -> tuple[int, torch.device]:
-        """Returns the driver's ordinal and torch's device for what a caller named."""
+        """Returns the driver's ordinal and torch's device for a caller's device."""
         import torch
 
         kind = self.type

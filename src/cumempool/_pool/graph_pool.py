@@ -1,4 +1,4 @@
-"""Pools that CUDA graphs are captured into: graph memory that sleeps and wakes with a tag."""
+"""Makes pools to capture CUDA graphs into: graph memory that sleeps and wakes with a tag."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from cumempool import _core, _torch
 
 _lock = fork_safe_lock()
-# Slots and pools of allocators that are gone or closed by force, in which graphs live.
+# Slots and pools with live graphs, of allocators that are gone or closed with force.
 _orphans: list[tuple[int, _torch.PrivatePool]] = []
 
 
 def _still_used(
     leaving: list[tuple[int, _torch.PrivatePool]],
 ) -> list[tuple[int, _torch.PrivatePool]]:
-    """Gives back the slots of released pools whose last graph is gone; the others."""
+    """Gives back the slots of released pools whose last graph is gone; returns the others."""
     from cumempool import _core
 
     used = []
@@ -34,15 +34,14 @@ def _still_used(
 class GraphPools:
     """The graph pools of one allocator, one per tag and device.
 
-    A pool holds its slot for as long as a graph may be captured into it: until it is released, and
-    the graphs that were captured into it are gone as well. A slot that served another tag
-    meanwhile would take their allocations.
+    A pool holds its slot while a graph may be captured into it: until it is released and its graphs
+    are gone. If the slot served another tag before that, the tag would get the graphs' allocations.
     """
 
     def __init__(self, core: _core.Allocator) -> None:
         self._core: Final = core
         self._pools: dict[tuple[str, int], tuple[int, _torch.PrivatePool]] = {}
-        self._leaving: list[tuple[int, _torch.PrivatePool]] = []  # graphs of theirs live
+        self._leaving: list[tuple[int, _torch.PrivatePool]] = []  # released, with live graphs
 
     def open(self, tag: str, device: int) -> tuple[int, int]:
         """Returns the id of the pool of a declared tag; see `CuMemAllocator.graph_pool`."""
@@ -80,7 +79,7 @@ class GraphPools:
             raise
 
     def _refuse_asleep(self, tag: str, pool: _torch.PrivatePool) -> None:
-        """Refuses to hand out a pool in whose sleeping segments torch has free blocks."""
+        """Refuses to return a pool if torch has free blocks in its sleeping segments."""
         asleep = {
             info["address"]
             for info in self._core.snapshot(True)["allocations"]
@@ -103,7 +102,7 @@ class GraphPools:
             return self._release(keys)
 
     def release_all(self) -> int:
-        """Releases every pool; graphs that live keep the memory of theirs."""
+        """Releases every pool; live graphs keep their memory."""
         with _lock:
             return self._release(list(self._pools))
 
@@ -120,7 +119,7 @@ class GraphPools:
         return len(keys)
 
     def abandon(self) -> None:
-        """Releases every pool of an allocator that is gone, or about to be closed by force."""
+        """Releases every pool of an allocator that is gone, or about to be closed with force."""
         with _lock:
             while self._pools:
                 slot, pool = self._pools.popitem()[1]
@@ -139,7 +138,7 @@ class GraphPools:
                 _orphans[:] = _still_used(_orphans)
 
     def refuse_close(self) -> None:
-        """Raises where a graph lives that was captured into one of the pools."""
+        """Raises if a graph lives that was captured into one of the pools."""
         with _lock:
             self.reap()
             graphs = len(self._leaving)
@@ -152,17 +151,17 @@ class GraphPools:
             )
 
     def replayed(self) -> set[tuple[int, int]]:
-        """The ids of the pools that graphs use, and may read at each replay."""
+        """Returns the ids of the pools that graphs use, and may read at each replay."""
         with _lock:
             open_ones = [pool for _, pool in self._pools.values() if pool.users() > 1]
             return {pool.id for pool in [*open_ones, *(pool for _, pool in self._leaving)]}
 
     def unused_segments(self) -> set[int]:
-        """Returns the addresses of segments without a block in use, which torch would free."""
+        """Returns the addresses of segments without a used block, which torch would free."""
         with _lock:
             pools = [pool for _, pool in self._pools.values()]
             return {address for pool in pools for address, used in pool.segments() if not used}
 
     def __len__(self) -> int:
-        """How many pools hold a slot."""
+        """Returns the number of pools that hold a slot."""
         return len(self._pools) + len(self._leaving)

@@ -70,7 +70,7 @@ def _adopt_module(
 
 
 def _is_a(thing: object, name: str) -> bool:
-    """Whether it is of a class of that name, whose module need not be imported here."""
+    """Whether a thing has a class of that name, without importing the class's module."""
     return any(base.__name__ == name for base in type(thing).__mro__)
 
 
@@ -99,7 +99,7 @@ def _refuse_wrappers(module: torch.nn.Module, gradients: bool | str) -> None:
 
 
 def _state_of(optimizer: torch.optim.Optimizer, tag: str, device_type: str) -> Iterator[Found]:
-    """The tensors of an optimizer that are on a device of the allocator, without parameters."""
+    """Yields an optimizer's tensors on devices of the allocator, except parameters."""
     parameters = {id(one) for group in optimizer.param_groups for one in group["params"]}
     places: list[tuple[str, Any]] = [
         (f"state[{number}]", state) for number, state in enumerate(optimizer.state.values())
@@ -125,7 +125,7 @@ def _tensors_in(thing: object, name: str, tag: str) -> Iterator[Found]:
 
 
 def _address(tensor: torch.Tensor) -> int | None:
-    """Returns the data pointer; None without a single storage, which `adopt_tensors` reports."""
+    """Returns the data pointer, or None if there is no single storage (`adopt_tensors` reports)."""
     try:
         return tensor.data_ptr()
     except RuntimeError:
@@ -133,7 +133,7 @@ def _address(tensor: torch.Tensor) -> int | None:
 
 
 class _Adoption:
-    """Moves the state of one optimizer, now and whenever it has made more.
+    """Moves the state of one optimizer, now and whenever the optimizer makes more.
 
     It holds neither the optimizer nor the allocator.
     """
@@ -141,24 +141,24 @@ class _Adoption:
     def __init__(self, state: PoolState, tag: str) -> None:
         self.tag = tag
         self._state = weakref.ref(state)
-        self._known: set[int | None] = set()  # where the state lay when it was looked at last
+        self._known: set[int | None] = set()  # addresses of the state at the last check
         self._removals: list[Callable[[], None]] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Has it look after each step, and when a state is loaded."""
+        """Registers it to run after each step, and after a state is loaded."""
         self._removals = [
             optimizer.register_step_post_hook(self._after_step).remove,
             optimizer.register_load_state_dict_post_hook(self._after_load).remove,
         ]
 
     def end(self) -> None:
-        """Leaves the optimizer alone from now on."""
+        """Stops watching the optimizer."""
         for remove in self._removals:
             remove()
         self._removals = []
 
     def move(self, state: PoolState, optimizer: torch.optim.Optimizer) -> int:
-        """Moves what is not under the tag; the bytes of device memory allocated for it."""
+        """Moves state that is not under the tag; returns the device memory allocated, in bytes."""
         found = list(_state_of(optimizer, self.tag, device_type_of(state)))
         moved = 0
         if any(_address(one.tensor) not in self._known for one in found):
@@ -175,7 +175,7 @@ class _Adoption:
         state = self._state()
         if state is None:
             self.end()
-        elif not _torch.is_capturing():  # a graph goes on using what it was captured with
+        elif not _torch.is_capturing():  # a graph keeps using the captured memory
             try:
                 self.move(state, optimizer)
             except ClosedError:

@@ -1,4 +1,4 @@
-"""Tells how far long transitions have come: to a callback, or on a terminal."""
+"""Reports the progress of long transitions: to a callback, or on a terminal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cumempool._pool.unfailing import unfailing
 from cumempool.errors import InvalidArgumentError, InvalidTypeError
 
 OnProgress = Callable[[str, int, int], object]
-"""Called with the operation, the bytes done, and the bytes in all, from a thread of its own."""
+"""Called with the operation, the bytes done, and the total bytes, from a thread of its own."""
 
 _EVERY: Final = 0.1  # seconds between two calls
 
 
 class ProgressRegistration(contextlib.AbstractContextManager["ProgressRegistration"]):
-    """A callback that was registered; `remove` takes it out, and so does leaving the context."""
+    """A registered callback; `remove` or the end of the context removes it."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class ProgressRegistration(contextlib.AbstractContextManager["ProgressRegistrati
         self.ended: Final = ended
 
     def remove(self) -> None:
-        """Takes the callback out. Doing it twice is no error."""
+        """Removes the callback. Repeating it is no error."""
         self._watch._remove(self)
 
     def __exit__(self, *_: object) -> None:
@@ -48,7 +48,7 @@ class ProgressWatch:
 
     def __init__(self, progress: Callable[[], tuple[int, int]]) -> None:
         self._progress = progress
-        self._lock = fork_safe_lock()  # for changes of the next one, which is read without
+        self._lock = fork_safe_lock()  # guards changes of the next field; reading needs no lock
         self._entries: tuple[ProgressRegistration, ...] = ()
 
     def register(
@@ -70,7 +70,7 @@ class ProgressWatch:
 
     @contextlib.contextmanager
     def watching(self, operation: str) -> Iterator[None]:
-        """Calls the callbacks while the body runs, and once more when it has succeeded."""
+        """Calls the callbacks while the body runs, and once more when the body succeeds."""
         followers = [_Follower(entry, operation, self._progress) for entry in self._entries]
         try:
             for follower in followers:
@@ -100,7 +100,7 @@ class _Follower(threading.Thread):
 
     def run(self) -> None:
         if self.ended.wait(self._entry.after):
-            return  # it was short: nothing was shown
+            return  # a short transition: nothing was shown
         what = f"an on_progress callback of a {self._operation} failed"
         unfailing(what, self._follow)
         if self._entry.ended is not None:
@@ -128,14 +128,14 @@ class ReportsProgress(Protocol):
 
 
 def show_progress(allocator: ReportsProgress, *, after: float = 1.0) -> ProgressRegistration:
-    """Shows a line on stderr for each transition that takes longer, in terminals and notebooks.
+    """Shows a line on stderr for each long transition, in terminals and notebooks.
 
     Args:
-        allocator: Whose transitions.
+        allocator: The allocator.
         after: Seconds that a transition may take before a line is shown.
 
     Returns:
-        What ends it: ``with show_progress(allocator): ...``.
+        The registration, which ends it: ``with show_progress(allocator): ...``.
     """
 
     def show(operation: str, done: int, total: int) -> None:

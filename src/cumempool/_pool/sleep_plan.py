@@ -20,9 +20,10 @@ _ACTION_NAMES: Final = {OFFLOAD: "offload", DISCARD: "discard"}
 
 
 def takes_offload_tags_first(function: _Function) -> _Function:
-    """Has a function take ``f(x, offload_tags, tags=...)`` as well, which warns.
+    """Makes a function also accept ``f(x, offload_tags, tags=...)``, with a warning.
 
-    `offload_tags` was the first argument once. Given beside ``tags=`` it can mean nothing else.
+    `offload_tags` was once the first argument. A positional second argument beside ``tags=`` can
+    mean nothing else.
     """
 
     @functools.wraps(function)
@@ -50,7 +51,7 @@ def plan_sleep(
     named = None if tags is None else check_tags(tags, "tags")
     known = stats_of(core).tags
     if offload_tags is None:
-        # Losing contents has to be asked for, by the call or by a policy.
+        # Contents are lost only on request, by the call or by a policy.
         return {
             tag: (ON_SLEEP[known[tag].on_sleep] if tag in known else 0) or OFFLOAD
             for tag in (known if named is None else named)
@@ -67,13 +68,13 @@ def plan_sleep(
 def plan_discard(
     core: _core.Allocator, tags: Sequence[str] | str
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """As `plan_sleep`, where every tag is discarded."""
+    """As `plan_sleep`, but discards every tag."""
     actions = dict.fromkeys(check_tags(tags, "tags"), DISCARD)
     return actions, _overrides(actions, stats_of(core).tags)
 
 
 def _overrides(actions: Mapping[str, int], known: Mapping[str, TagStats]) -> dict[str, str]:
-    """For each tag whose own policy says otherwise than its action, in what way."""
+    """Returns how the actions differ from the tags' own policies, for each tag that differs."""
     return {
         tag: f"policy {known[tag].on_sleep}, call {_ACTION_NAMES[action]}"
         for tag, action in actions.items()

@@ -1,4 +1,4 @@
-"""`PoolState`: what the parts of one allocator share."""
+"""Defines `PoolState`: the state that the parts of one allocator share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PoolState:
 
     core: _core.Allocator
     driver: str
-    enabled: bool  # False: nothing is allocated from pools
+    enabled: bool  # if False, nothing is allocated from pools
     devices: Devices
     tags: Tags
     hooks: Hooks
@@ -31,8 +31,8 @@ class PoolState:
     observer: Observer
     graph_pools: GraphPools
     before_tensors: Callable[[], None]  # called before torch gets memory of the allocator
-    before_sleep: Callable[[Collection[str]], None]  # called with the tags that are to sleep
-    has_preserved: bool = False  # contents are kept in some tag that may be discarded
+    before_sleep: Callable[[Collection[str]], None]  # called with the tags about to sleep
+    has_preserved: bool = False  # some allocation keeps its contents if its tag is discarded
 
     def stats(self) -> Stats:
         return stats_of(self.core)
@@ -41,7 +41,7 @@ class PoolState:
         return allocations_of(self.core)
 
     def preserve(self, address: int) -> None:
-        """Keeps the contents of the allocation at an address wherever its tag is discarded."""
+        """Keeps the contents of the allocation at an address if its tag is discarded."""
         self.has_preserved = True
         self.core.preserve(address)
 

@@ -1,4 +1,4 @@
-"""Tags: their names, and what was said of each: its policy, and what its memory is made of."""
+"""Checks and declares tags: their names, their policies, and the kind of their memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from cumempool import _core
 
 DEFAULT_TAG: Final = "default"
-"""The tag of allocations that name none; of `empty` outside of scopes."""
+"""The tag of allocations without a named tag, such as `empty` outside of scopes."""
 
 OnSleep = Literal["offload", "discard"]
 OnWake = Literal["undefined", "zero"]
 Backing = Literal["vmm", "cuda_malloc"]
 
-# What the core calls them; 0 leaves it as it was.
+# The core's numbers; 0 means unchanged.
 OFFLOAD, DISCARD = 1, 2
 ON_SLEEP: Final[Mapping[str | None, int]] = {None: 0, "offload": OFFLOAD, "discard": DISCARD}
 _ON_WAKE: Final[Mapping[str | None, int]] = {None: 0, "undefined": 1, "zero": 2}
@@ -46,7 +46,7 @@ def check_tag(tag: object) -> str:
 
 
 def check_tags(tags: object, what: str) -> tuple[str, ...]:
-    """Returns the distinct tags of an argument, which messages call `what`."""
+    """Returns the distinct tags of an argument; messages call it `what`."""
     if isinstance(tags, str):
         return (check_tag(tags),)
     if not isinstance(tags, Iterable):
@@ -68,7 +68,7 @@ _LISTED, _ALL, _NONE = 0, 1, 2  # CUMEMPOOL_PEERS_*
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """The make of a tag's memory, as the core takes it."""
+    """The kind of a tag's memory, as the core takes it."""
 
     backing: int = _BACKING["vmm"]
     all_peers: int = _LISTED
@@ -88,7 +88,7 @@ class Tags:
     def declare(
         self, tag: str, on_sleep: OnSleep | None = None, on_wake: OnWake | None = None
     ) -> None:
-        """Makes a tag known, with its policy; None leaves a policy as it was."""
+        """Declares a tag with its policy; None keeps the earlier policy."""
         self._core.declare_tag(
             check_tag(tag),
             _check_choice(on_sleep, ON_SLEEP, "on_sleep"),
@@ -96,7 +96,7 @@ class Tags:
         )
 
     def set_memory(self, tag: str, backing: object, peers: object, rdma: object) -> None:
-        """Changes those of backing, peers and RDMA that are not None."""
+        """Changes the backing, peers and RDMA of a tag; None keeps the earlier choice."""
         number = _check_choice(backing, _BACKING, "backing")
         if isinstance(peers, str) and peers != "all":
             raise InvalidArgumentError(f"peers={peers!r} is not 'all' or a sequence of ordinals")
@@ -105,14 +105,14 @@ class Tags:
         with self._lock:
             choice = self._memory.get(tag, _Memory())
             if number == _BACKING["cuda_malloc"]:
-                choice = _Memory()  # such memory has no other choices
+                choice = _Memory()  # cudaMalloc memory has no other choices
             if number:
                 choice = replace(choice, backing=number)
             if peers is not None:
                 reached = [] if peers == "all" else self._devices.check_ordinals(peers, "peers")
                 others = _ALL if peers == "all" else _LISTED if reached else _NONE
                 if others == _NONE and choice.backing == _BACKING["cuda_malloc"]:
-                    others = _LISTED  # such memory has no choice of peers
+                    others = _LISTED  # cudaMalloc memory has no choice of peers
                 choice = replace(choice, all_peers=others, peers=reached)
             if rdma is not None:
                 choice = replace(choice, rdma=rdma)

@@ -1,4 +1,4 @@
-"""Tensors of exactly the size that is asked for, each with an allocation of its own."""
+"""Makes tensors of exactly the requested size, each with an allocation of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cumempool.errors import (
 if TYPE_CHECKING:
     import torch
 
-LARGEST: Final = 2**62  # bytes; what the core takes, and what fits torch's sizes and strides
+LARGEST: Final = 2**62  # bytes; the limit of the core, and of torch's sizes and strides
 
 
 def check_tensor(tensor: object) -> torch.Tensor:
@@ -37,12 +37,12 @@ def memory_of(tensor: object) -> int:
     """Returns the address of a tensor's storage; 0 if it has no elements."""
     try:
         return check_tensor(tensor).untyped_storage().data_ptr()
-    except RuntimeError as error:  # sparse, and others that are no view of one storage
+    except RuntimeError as error:  # such as sparse tensors, which do not view one storage
         raise NotInPoolError(f"the tensor has no memory of its own: {error}") from None
 
 
 def _check_shape(size: tuple[int | Sequence[int], ...]) -> tuple[int, ...]:
-    """Returns a shape that was given as one sequence or as integers."""
+    """Returns a shape, given as one sequence or as integers."""
     given: Sequence[object] = size
     if len(size) == 1 and isinstance(size[0], Sequence):
         given = size[0]
@@ -62,7 +62,7 @@ def empty_tensor(
     device: torch.device | str | int | None,
     tag: str | None,
 ) -> torch.Tensor:
-    """Makes what `CuMemAllocator.empty` returns."""
+    """Makes the tensor for `CuMemAllocator.empty`."""
     import torch
 
     from cumempool import _torch
@@ -93,7 +93,7 @@ def empty_tensor(
 def empty_bytes(
     state: PoolState, size: int, *, device: torch.device, tag: str, preserved: bool
 ) -> torch.Tensor:
-    """Makes a tensor of that many bytes, whatever scopes are open."""
+    """Makes a tensor of a number of bytes, whatever scopes are open."""
     state.tags.declare(tag)
     state.has_preserved = state.has_preserved or preserved
     return _allocate(state, tag, state.devices.resolve(device)[0], size, preserved)

@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 def current_streams(driver: str) -> list[_torch.CurrentStream]:
-    """The streams that the calling thread submits to."""
+    """Returns the current streams of the calling thread, one per device in use."""
     if driver != "cuda":
         return []
     from cumempool import _torch
@@ -25,7 +25,7 @@ def current_streams(driver: str) -> list[_torch.CurrentStream]:
 
 
 def cached_ranges(driver: str) -> list[tuple[int, int]]:
-    """(address, bytes) of what torch holds of pools as free."""
+    """Returns (address, bytes) of blocks that torch holds in pools as free."""
     if driver != "cuda":
         return []
     from cumempool import _torch
@@ -34,7 +34,7 @@ def cached_ranges(driver: str) -> list[tuple[int, int]]:
 
 
 def empty_cache(driver: str) -> None:
-    """Has torch give back what it has cached, where the program uses it."""
+    """Makes torch release its cache, if the program uses torch."""
     if driver == "cuda" and "torch" in sys.modules:
         from cumempool import _torch
 

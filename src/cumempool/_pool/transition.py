@@ -1,7 +1,7 @@
-"""The transitions of an allocator: what goes around the core's part of a sleep, wake or swap.
+"""Runs an allocator's transitions: the Python steps around the core's sleep, wake or swap.
 
-Each has its turn (`Transitions`), calls the hooks of its tags, becomes an event, and ends in a
-report. A scope that is open refuses a sleep before hooks are called, and in the core.
+Each takes a turn (`Transitions`), calls the hooks of its tags, becomes an event, and ends in a
+report. An open scope makes a sleep fail before hooks are called, and again in the core.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sleep(
     *,
     drop_backups: bool,
 ) -> TransitionReport:
-    """Sleeps as planned (`sleep_plan.py`); a discard drops backups of what sleeps already."""
+    """Sleeps as planned (`sleep_plan.py`); a discard drops backups of memory already asleep."""
     refuse_open_scopes(state, operation, actions)
     state.before_sleep(actions)
     pairs = list(actions.items())
@@ -54,7 +54,7 @@ def prepare(state: PoolState, actions: Mapping[str, int], *, background: bool) -
     state.before_sleep(actions)
     pairs = list(actions.items())
     dead, as_of = _dead_ranges(state, pairs)
-    # Hooks take pins off before a sleep.
+    # Hooks release pins before a sleep.
     yielding = sorted(state.hooks.yielding().intersection(actions))
     if not background:
         return state.core.prepare(pairs, dead, yielding, as_of)
@@ -65,7 +65,7 @@ def prepare(state: PoolState, actions: Mapping[str, int], *, background: bool) -
             return
         try:
             prepared = state.core.prepare(pairs, dead, yielding, as_of)
-        except BaseException as error:  # noqa: BLE001 -- whoever waits is told, whatever it is
+        except BaseException as error:  # noqa: BLE001 -- the future reports any error
             future.set_exception(error)
         else:
             future.set_result(prepared)
@@ -75,7 +75,7 @@ def prepare(state: PoolState, actions: Mapping[str, int], *, background: bool) -
 
 
 def wake(state: PoolState, tags: list[str] | None) -> TransitionReport:
-    """Wakes tags, or all; see `CuMemAllocator.wake_up`."""
+    """Wakes tags, or all tags; see `CuMemAllocator.wake_up`."""
     with state.observer.watch("wake_up") as watched, state.transitions.turn("wake_up"):
         streams = current_streams(state.driver)
         asleep = _asleep(state, tags)
@@ -88,7 +88,7 @@ def wake(state: PoolState, tags: list[str] | None) -> TransitionReport:
 
 
 def begin_wake(state: PoolState, tags: list[str] | None, first: list[int]) -> WakeHandle:
-    """Begins a wake that goes on by itself; `first` are addresses that come before all others."""
+    """Begins a wake in the background; the addresses in `first` come before all others."""
     begin = time.perf_counter()
     with (
         state.observer.failing("wake_up", begin),
@@ -99,7 +99,7 @@ def begin_wake(state: PoolState, tags: list[str] | None, first: list[int]) -> Wa
         waking: _core.Waking | None = None
 
         def wait() -> None:
-            if waking is None:  # it has not begun, or was interrupted when it had
+            if waking is None:  # the wake has not begun, or was interrupted as it began
                 return
             with state.observer.failing("wake_up", begin):
                 waking.finish()
@@ -117,7 +117,7 @@ def swap(
     overrides: Mapping[str, str],
     tags: list[str] | None,
 ) -> TransitionReport:
-    """Sleeps as planned while `tags` wake, or all others that sleep."""
+    """Sleeps as planned while `tags` wake, or all other sleeping tags."""
     refuse_open_scopes(state, "swap", actions)
     state.before_sleep(actions)
     pairs = list(actions.items())
@@ -130,7 +130,7 @@ def swap(
         asleep = _asleep(state, tags)
 
         def attempt() -> _core.Report:
-            # At each try: emptying the cache changes what is dead.
+            # At each attempt: emptying the cache changes the dead ranges.
             dead, as_of = _dead_ranges(state, pairs)
             return state.core.swap(pairs, dead, tags, streams, as_of)
 
@@ -143,19 +143,19 @@ def swap(
 
 
 def _departing(state: PoolState, tags: Iterable[str]) -> contextlib.AbstractContextManager[None]:
-    """Calls the hooks of tags that are put to sleep in the body."""
+    """Calls the hooks of tags that the body puts to sleep."""
     hooked = state.hooks.tags().intersection(tags)
     if not hooked:
         return contextlib.nullcontext()
     infos = [info for info in state.snapshot() if info.tag in hooked and info.state == "awake"]
     if any(info.backing == "cuda_malloc" for info in infos):
-        return contextlib.nullcontext()  # which the core is about to refuse
+        return contextlib.nullcontext()  # the core is about to refuse
     leaving = frozenset(info.address for info in infos)
     return Departing(state.hooks, ranges_by_tag(infos), lambda: _awake(state, leaving))
 
 
 def _asleep(state: PoolState, tags: Iterable[str] | None) -> frozenset[int]:
-    """Returns the addresses that a wake of the tags would wake, of tags that have hooks."""
+    """Returns the addresses that a wake of the tags would wake, for tags with hooks."""
     hooked = state.hooks.tags()
     if tags is not None:
         hooked &= set(tags)
@@ -166,7 +166,7 @@ def _asleep(state: PoolState, tags: Iterable[str] | None) -> frozenset[int]:
 
 
 def _awake(state: PoolState, addresses: frozenset[int]) -> dict[str, list[RegistrableRange]]:
-    """Returns those of the allocations that are awake now, by tag."""
+    """Returns the ranges of the given allocations that are awake now, by tag."""
     if not addresses:
         return {}
     infos = state.snapshot()
@@ -176,9 +176,9 @@ def _awake(state: PoolState, addresses: frozenset[int]) -> dict[str, list[Regist
 def _dead_ranges(
     state: PoolState, actions: Iterable[tuple[str, int]]
 ) -> tuple[list[tuple[int, int]], int]:
-    """Ranges that need no backup, where there is anything to back up, and the moment before.
+    """Returns ranges that need no backup, empty if nothing is backed up, and the moment before.
 
-    By that moment the core knows what a scope may have handed out of them since.
+    From that moment the core knows what a scope may have handed out of them since.
     """
     if state.driver != "cuda":
         return [], 0

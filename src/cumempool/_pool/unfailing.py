@@ -1,4 +1,4 @@
-"""Keeps the failures of observers away from what they observe."""
+"""Keeps failures of observers away from the code that they observe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _logger = logging.getLogger("cumempool")
 
 def report_failure(what: str, error: BaseException) -> None:
     """Logs that an observer has failed. Raises nothing, even if the logger fails as well."""
-    expected = isinstance(error, (OSError, CumempoolError))  # which speak for themselves
+    expected = isinstance(error, (OSError, CumempoolError))  # their messages need no traceback
     with contextlib.suppress(Exception):
         _logger.warning(
             "%s: %s: %s", what, type(error).__name__, error, exc_info=None if expected else error

@@ -1,4 +1,4 @@
-"""`WakeHandle`: a wake that goes on while the program does."""
+"""Defines `WakeHandle`: a wake in the background."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _live: Final[weakref.WeakSet[WakeHandle]] = weakref.WeakSet()
 class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
     """A wake under way, from ``wake_up(blocking=False)``. Thread-safe.
 
-    Tensors are ready one after another, in order of allocation; `wait` makes a stream wait for just
-    one. Leaving a ``with`` block waits for the whole wake, and so does dropping the last reference
-    and the end of the program. Where the wake fails, all of its memory sleeps again with its
-    backup, what `wait` was called for included: work that touches it faults.
+    Tensors become ready one after another, in order of allocation; `wait` makes a stream wait for
+    just one. The end of a ``with`` block waits for the whole wake, and so do dropping the last
+    reference and the end of the program. If the wake fails, all of its memory sleeps again with its
+    backup, including tensors that were waited for: work that touches them faults.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
     def wait(self, tensor: torch.Tensor) -> None:
         """Makes the current stream of a tensor's device wait until the tensor has its contents.
 
-        The calling thread waits only until that is arranged. No effect where the tensor is awake,
-        or has no elements. On the ``host`` driver, where tensors have no streams, the calling
-        thread waits for the end of the whole wake.
+        The calling thread only submits the wait. It has no effect if the tensor is awake or has no
+        elements. On the ``host`` driver, where tensors have no streams, the calling thread waits
+        for the end of the whole wake.
 
         Args:
             tensor: A tensor of the tags that are waking.
 
         Raises:
-            InvalidTypeError: It is no tensor.
+            InvalidTypeError: `tensor` is no tensor.
             NotInPoolError: Its memory is not of this allocator.
             InvalidArgumentError: It is asleep, and not part of this wake.
             StreamCaptureError: The stream is being captured.
-            CumempoolError: What the wake failed with.
+            CumempoolError: The error of the wake.
         """
         address = memory_of(tensor)
         if tensor.numel() == 0:
@@ -77,19 +77,19 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
         self._core.wait(address, tensor.device.index, int(stream.cuda_stream))
 
     def done(self) -> bool:
-        """Whether the wake has ended, well or not."""
+        """Whether the wake has ended, in success or failure."""
         return self._core.done()
 
     def result(self) -> TransitionReport:
-        """Waits for the end; the report of the wake, the same at every call.
+        """Waits for the end, and returns the report of the wake, the same at every call.
 
         Hooks of the tags have been called by then, once.
 
         Raises:
             TransitionInProgressError: Called from one of those hooks.
             OutOfMemoryError: Others have taken the memory meanwhile.
-            BackupError: A backup file could not be read; `BackupDamagedError` where it does not
-                hold what was written to it.
+            BackupError: A backup file could not be read; `BackupDamagedError` if it no longer holds
+                what was written to it.
             DriverError: A driver call failed.
         """
         raw = self._core.finish()
@@ -107,14 +107,14 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
             self._settle()
 
     def __del__(self) -> None:
-        # Not left to the destructor of the core's handle: Python may end a thread of a program that
-        # ends, by unwinding, which a destructor does not survive.
+        # Not left to the destructor of the core's handle: at its end, Python may unwind a thread,
+        # and a destructor does not survive that.
         if hasattr(self, "_arrival"):
             self._settle()
 
     def _settle(self) -> None:
-        # Where another thread has its turn, hooks are left to the next one: this may be called
-        # anywhere, by the garbage collector.
+        # If another thread has its turn, the next turn calls the hooks: the garbage collector may
+        # call this anywhere.
         with contextlib.suppress(CumempoolError):
             self._core.finish()
         self._transitions.settle_soon()
@@ -122,7 +122,7 @@ class WakeHandle(contextlib.AbstractContextManager["WakeHandle"]):
 
 @atexit.register
 def _settle_all() -> None:
-    """No wake is under way when the interpreter goes."""
+    """Ends every wake before the interpreter exits."""
     with _live_lock:
         handles = list(_live)
     for handle in handles:
@@ -130,7 +130,7 @@ def _settle_all() -> None:
 
 
 def addresses_of(tensors: object) -> list[int]:
-    """Returns the addresses of tensors, without those that have no elements."""
+    """Returns the addresses of tensors, except those without elements."""
     if tensors == ():
         return []
     import torch

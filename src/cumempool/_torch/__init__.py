@@ -1,4 +1,4 @@
-"""The only package that knows how torch works inside. Everything else uses public torch."""
+"""Depends on torch's internals, as the only package. Everything else uses public torch."""
 
 from cumempool._torch.read_only import ReadOnlyTensor as ReadOnlyTensor
 from cumempool._torch.routing import LIBRARY as LIBRARY

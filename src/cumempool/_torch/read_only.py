@@ -1,4 +1,4 @@
-"""Tensors that operations cannot write to."""
+"""Makes tensors that operations cannot write to."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def _read_only_in(value: object) -> list[ReadOnlyTensor]:
 
 
 class ReadOnlyTensor(torch.Tensor):
-    """A tensor that operations do not write to, and neither to its views, which are of this class.
+    """A tensor that operations cannot write to; its views, of this class, cannot be written either.
 
-    All else that operations make of it are ordinary tensors. torch has no such thing: of an
-    inference tensor it does complain, but when it has been written to already.
+    Other results of operations are ordinary tensors. torch has no read-only tensors: an inference
+    tensor raises only after it has been written.
     """
 
     __torch_function__ = _C._disabled_torch_function_impl
@@ -82,16 +82,16 @@ class ReadOnlyTensor(torch.Tensor):
         )
         return with_lazy_bits(tensor, self)
 
-    # What torch refuses of subclasses, or would let write.
+    # Methods that torch refuses for subclasses, or that would allow writing.
 
     def numpy(self, *, force: bool = False) -> Any:
-        """A read-only array on the same memory."""
+        """Returns a read-only array on the same memory."""
         array = self._unprotected().numpy(force=force)
         array.flags.writeable = False
         return array
 
     def tolist(self) -> Any:
-        """As of any tensor."""
+        """As for any tensor."""
         return self._unprotected().tolist()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _C: Final[Any] = torch._C
 
 CurrentStream = tuple[int, int]
-"""A device ordinal and the ``cudaStream_t`` that is current there, as an integer."""
+"""A device ordinal, and its current ``cudaStream_t`` as an integer."""
 
 
 def torch_version() -> tuple[int, int]:
@@ -22,7 +22,7 @@ def torch_version() -> tuple[int, int]:
 
 
 def build_kind() -> str:
-    """``"cuda"``, ``"rocm"`` or ``"cpu"``: what this torch was built for."""
+    """Returns the build of this torch: ``"cuda"``, ``"rocm"`` or ``"cpu"``."""
     if torch.version.hip is not None:
         return "rocm"
     return "cuda" if torch.version.cuda is not None else "cpu"
@@ -34,7 +34,7 @@ def is_initialized() -> bool:
 
 
 def devices_in_use() -> list[int]:
-    """The current device and every other one whose primary context exists, ascending."""
+    """Returns the current device and every other with a primary context, ascending."""
     torch.cuda.init()
     current = torch.cuda.current_device()
     others = [
@@ -46,7 +46,7 @@ def devices_in_use() -> list[int]:
 
 
 def current_streams() -> list[CurrentStream]:
-    """The calling thread's current stream of each device that is in use."""
+    """Returns the calling thread's current stream of each device in use."""
     if not is_initialized():
         return []
     return [
@@ -60,13 +60,13 @@ def is_capturing() -> bool:
 
 
 def empty_cache() -> None:
-    """Gives torch's unused segments back, those of pools that are gone included."""
+    """Frees torch's unused segments, including those of pools that are gone."""
     if is_initialized():
         torch.cuda.empty_cache()
 
 
 def nvtx_range(name: str) -> contextlib.AbstractContextManager[object]:
-    """An NVTX range of a name, where this torch can make one."""
+    """Returns an NVTX range with a name, or a null context if this torch cannot make one."""
     if build_kind() != "cuda":
         return contextlib.nullcontext()
     mark: contextlib.AbstractContextManager[object] = torch.cuda.nvtx.range(name)
@@ -74,15 +74,15 @@ def nvtx_range(name: str) -> contextlib.AbstractContextManager[object]:
 
 
 def has_native_allocator() -> bool:
-    """Whether torch's own caching allocator serves CUDA, and no pluggable one or cudaMallocAsync.
+    """Whether torch's own caching allocator serves CUDA, not a pluggable one or cudaMallocAsync.
 
-    Only that one has pools, and can be asked what it holds.
+    Only that allocator has pools, and can be queried.
     """
     return str(torch.cuda.get_allocator_backend()) == "native"
 
 
 def cached_bytes() -> int:
-    """Bytes of all devices that torch holds and no tensor uses."""
+    """Returns the bytes on all devices that torch holds and no tensor uses."""
     if not is_initialized() or not has_native_allocator():
         return 0
     return sum(
@@ -98,7 +98,7 @@ def memory_limit(device: int) -> float:
 
 
 def store_of_group(group: ProcessGroup | None) -> Any:
-    """The store that the ranks of a process group met through; None: of the default group."""
+    """Returns the store of a process group's ranks; None means the default group."""
     from torch.distributed import distributed_c10d
 
     chosen: Any = distributed_c10d.GroupMember.WORLD if group is None else group

@@ -1,4 +1,4 @@
-"""Settings of torch's caching allocator, and expandable segments while a scope is open."""
+"""Reads and changes the settings of torch's caching allocator, such as expandable segments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HONOURS_CUSTOM_POOLS: Final = (2, 11)
 
 
 def _split_settings(text: str) -> list[str]:
-    """The options of an allocator settings string; commas inside brackets do not separate."""
+    """Splits an allocator settings string into options; commas in brackets do not separate."""
     options, depth, current = [], 0, ""
     for character in text:
         depth += (character == "[") - (character == "]")
@@ -30,21 +30,21 @@ def _split_settings(text: str) -> list[str]:
 
 
 def replace_setting(text: str, name: str, value: str) -> str:
-    """An allocator settings string with one option changed or added, all others as they were.
+    """Returns an allocator settings string with one option changed or added.
 
-    torch resets every option that a settings string leaves out, so a change has to name them all.
+    torch resets every option that a settings string leaves out, so the result names all of them.
     """
     kept = [option for option in _split_settings(text) if option.partition(":")[0].strip() != name]
     return ",".join([*kept, f"{name}:{value}"])
 
 
 def live_settings() -> dict[str, Any]:
-    """The settings of torch's caching allocator that hold now, by name."""
+    """Returns the current settings of torch's caching allocator, by name."""
     if not runtime.has_native_allocator():
         return {}
     if "include_traces" in snapshots.parameters_of(torch.cuda.memory_snapshot):
         snapshots.lend(snapshots.NO_POOL)
-        said = _C._cuda_memorySnapshot((*snapshots.NO_POOL, False))  # neither segments nor history
+        said = _C._cuda_memorySnapshot((*snapshots.NO_POOL, False))  # no segments, no history
     else:
         said = torch.cuda.memory._snapshot()
     settings: dict[str, Any] = snapshots.field_of(said, "allocator_settings")
@@ -59,17 +59,17 @@ def _apply_settings(text: str) -> None:
 
 
 def expandable_segments_bypass_pools() -> bool:
-    """Whether torch would now make segments of pools without asking their allocator."""
+    """Whether torch would make segments of pools now without calling their allocator."""
     if runtime.torch_version() >= _HONOURS_CUSTOM_POOLS:
         return False
     return bool(live_settings().get("expandable_segments", False))
 
 
 class ExpandableSegmentsOff:
-    """Keeps expandable segments away while a scope is open, where this torch needs that.
+    """Keeps expandable segments off while a scope is open, if this torch needs that.
 
-    The setting is one for the process: the first scope switches it off, the last one puts back what
-    was there. A settings string that somebody applied in between is left alone.
+    The setting is per process: the first scope switches it off, the last one restores it. If other
+    code applied a settings string in between, that string stays.
     """
 
     _lock = fork_safe_lock()
@@ -96,7 +96,7 @@ class ExpandableSegmentsOff:
             self._counts = True
 
     def end(self) -> None:
-        """Puts the setting back when the last open scope ends. Without a `begin`, nothing."""
+        """Restores the setting when the last open scope ends. Does nothing without a `begin`."""
         cls = ExpandableSegmentsOff
         with cls._lock:
             if not self._counts:

@@ -19,9 +19,9 @@ _C: Final[Any] = torch._C
 PoolId = tuple[int, int]
 Segment = dict[str, Any]
 
-#: What torch takes for all of them.
+#: torch's id for all pools.
 _ALL_POOLS: Final[PoolId] = (0, 0)
-#: No pool has this id, so that torch has no segments to list of it.
+#: No pool has this id, so torch lists no segments for it.
 NO_POOL: Final[PoolId] = (0, 1 << 62)
 
 
@@ -39,13 +39,13 @@ def _add_references(value: object, count: int) -> None:
 def _references_taken() -> int:
     """Returns how many references ``_cuda_memorySnapshot`` wrongly drops of each argument item.
 
-    One in torch 2.11, as counts of references show: a number that Python does not keep for good,
-    as the id of a pool may be, is freed by that while it is in use, and the heap is broken.
+    Reference counts show one in torch 2.11. If Python does not keep a number for good, such as a
+    pool id, this frees it while it is in use, and corrupts the heap.
     """
     ask = getattr(_C, "_cuda_memorySnapshot", None)
     if ask is None:
         return 0
-    number = int(str(NO_POOL[1]))  # an object that nobody else has
+    number = int(str(NO_POOL[1]))  # an object without other references
     lent = 2
     _add_references(number, lent)
     before = sys.getrefcount(number)
@@ -57,13 +57,13 @@ def _references_taken() -> int:
 
 
 def lend(pool: PoolId) -> None:
-    """Gives torch the references that it is about to take of a pool's id, see above."""
+    """Gives torch the references that it is about to drop of a pool's id (`_references_taken`)."""
     for item in (*pool, False):
         _add_references(item, _references_taken())
 
 
 def segments_of(pool: PoolId | None = None) -> list[Segment]:
-    """Returns torch's segments, of one pool or of all; without the history if this torch can."""
+    """Returns torch's segments, of one pool or all; without the history if this torch can."""
     ask: Callable[..., list[Segment]] = torch.cuda.memory_snapshot
     takes = parameters_of(ask)
     options: dict[str, Any] = {}
@@ -78,14 +78,14 @@ def segments_of(pool: PoolId | None = None) -> list[Segment]:
 
 
 def field_of(of: Mapping[str, Any], name: str) -> Any:
-    """A field of what torch says of itself, or an error that names it."""
+    """Returns a field of torch's answer about its memory, or raises an error that names it."""
     try:
         return of[name]
     except KeyError:
         raise UnsupportedError(
-            f"torch {torch.__version__} does not say {name!r} of its memory, which cumempool has "
-            "to know",
-            advice="use a version of torch that cumempool was tried with",
+            f"torch {torch.__version__} does not report {name!r} of its memory, which cumempool "
+            "needs",
+            advice="use a version of torch that cumempool was tested with",
         ) from None
 
 
@@ -101,11 +101,11 @@ def is_in_use(segment: Segment) -> bool:
 def dead_ranges(
     live: Collection[PoolId] = (), segments: Sequence[Segment] | None = None
 ) -> list[tuple[int, int]]:
-    """(address, bytes) of the blocks that torch has cached as free in segments of custom pools.
+    """Returns (address, bytes) of blocks that torch has cached as free in custom pools.
 
     Args:
-        live: Pools that are left out: graphs use blocks of theirs that torch has as free.
-        segments: What torch holds. None asks it.
+        live: Pools to leave out: graphs use blocks of theirs that torch counts as free.
+        segments: torch's segments. None queries torch.
     """
     if segments is None:
         segments = (

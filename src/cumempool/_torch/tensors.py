@@ -1,4 +1,4 @@
-"""Tensors over memory that torch did not allocate, and tensors moved to other memory."""
+"""Makes tensors over memory that torch did not allocate, and points tensors at other memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def from_capsule(capsule: object) -> torch.Tensor:
-    """Returns the uint8 tensor over a DLPack capsule; the memory goes with its storage."""
+    """Returns the uint8 tensor over a DLPack capsule; its storage frees the memory."""
     return torch.utils.dlpack.from_dlpack(capsule)
 
 
@@ -20,7 +20,7 @@ def tensor_over(
     stride: Sequence[int],
     storage_offset: int,
 ) -> torch.Tensor:
-    """A tensor of any dtype on part of a storage; ``storage_offset`` counts elements."""
+    """Returns a tensor of any dtype on part of a storage; ``storage_offset`` counts elements."""
     empty = torch.empty(0, dtype=dtype, device=storage.device)
     return empty.set_(storage, storage_offset, tuple(size), tuple(stride))
 
@@ -33,12 +33,12 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 def dispatches(tensor: torch.Tensor) -> bool:
-    """Whether a subclass does the work of its tensors itself, so that a storage says nothing."""
+    """Whether a subclass implements its tensors itself, so that their storage says nothing."""
     return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a `torch.Tensor`, past what a subclass says of its shape or dtype."""
+    """Returns the same memory as a `torch.Tensor`, ignoring a subclass's own shape or dtype."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return tensor
     return torch.Tensor.as_subclass(tensor, torch.Tensor)
@@ -54,8 +54,8 @@ def can_be_pointed(tensor: torch.Tensor) -> bool:
 def point(tensor: torch.Tensor, storage: torch.UntypedStorage, offset: int) -> None:
     """Makes a tensor, without changing its identity, view a storage from `offset` bytes on.
 
-    What it takes over is an inference tensor where it is one: it has no version counter, and never
-    gets one. An ordinary one that took over an inference tensor would be left without gradients.
+    If the tensor is an inference tensor, it takes over one: it has no version counter, and never
+    gets one. An ordinary tensor that took over an inference tensor would lose its gradients.
     """
     plain = as_plain(tensor)
     with torch.inference_mode(plain.is_inference()):
@@ -70,7 +70,7 @@ def point(tensor: torch.Tensor, storage: torch.UntypedStorage, offset: int) -> N
 
 
 def with_lazy_bits(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A tensor on the bytes of `like`, read as `like` reads them: conjugated or negated lazily."""
+    """Returns a tensor with `like`'s lazy conjugation and negation, for the same bytes."""
     if like.is_conj():
         tensor = tensor.conj()
     return torch._neg_view(tensor) if like.is_neg() else tensor

@@ -1,4 +1,4 @@
-"""Pools whose scopes have ended: which of their segments nothing uses, and giving those back."""
+"""Finds the unused segments of pools whose scopes have ended, and gives them back."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cumempool._torch.snapshots import PoolId, Segment, dead_ranges, field_of, i
 _logger = logging.getLogger("cumempool")
 
 pools_lock = fork_safe_lock()
-# Pools that are routed to.
+# Pools that torch routes to.
 open_pools: set[PoolId] = set()
-# Pools whose scope has ended and that torch may hold unused segments of, with their device.
+# Pools whose scope has ended, possibly with unused segments in torch, and their device.
 fresh_pools: dict[PoolId, int] = {}
 
 
 class _HeldPools:
-    """Released pools in which something was in use when they were last looked at.
+    """Released pools that had memory in use when they were last examined.
 
     Attributes:
-        devices: The device of each.
-        segments: How many segments they had.
-        looked_at: How many pools there were when all were last looked at.
-        releasable: The least that `_releasable_bytes` was since.
+        devices: The device of each pool.
+        segments: The number of their segments.
+        looked_at: The number of pools when all were last examined.
+        releasable: The minimum of `_releasable_bytes` since then.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class _HeldPools:
         self._sizes: dict[PoolId, int] = {}
 
     def put(self, pool: PoolId, device: int, segments: int) -> None:
-        """Adds a pool, or takes out one without segments."""
+        """Adds a pool, or removes one without segments."""
         self.segments += segments - self._sizes.pop(pool, 0)
         self.devices.pop(pool, None)
         if segments:
@@ -48,7 +48,7 @@ class _HeldPools:
             self.devices[pool] = device
 
     def are_worth_a_look(self) -> bool:
-        """Whether so much has become unused somewhere, or so many pools have come, that it pays."""
+        """Whether enough has become unused, or enough pools have come, to examine all of them."""
         now = _releasable_bytes()
         self.releasable = min(self.releasable, now)
         grown = now - self.releasable
@@ -56,7 +56,7 @@ class _HeldPools:
         return many or grown >= max(1, self.segments * _WORTH_A_LOOK)
 
     def were_looked_at(self, all_of_them: bool) -> None:
-        """Notes what can be released now that pools were looked at, and the unused was freed."""
+        """Updates the counters after pools were examined and their unused segments freed."""
         if not self.devices:
             self.looked_at = 0
             return
@@ -68,19 +68,19 @@ class _HeldPools:
 
 _held = _HeldPools()
 
-#: Bytes per held segment, of at least 2 MiB each, that have to become unused before all are looked
-#: at, which takes some microseconds per segment.
+#: Bytes per held segment, of at least 2 MiB each, that must become unused before all are examined,
+#: which takes some microseconds per segment.
 _WORTH_A_LOOK: Final = 64 << 10
-#: Pools up to which torch is asked of each, and not of all that it holds.
+#: Up to this many pools, torch is asked for each pool, and not for all its segments.
 _ASKED_EACH: Final = 4
 
 
 def return_unused(*, thorough: bool = False) -> None:
-    """Has torch free the unused segments of pools whose scopes have ended, if there are any.
+    """Makes torch free the unused segments of pools whose scopes have ended, if there are any.
 
-    While a scope of ours is open on any device it waits, because torch frees nothing then; the end
-    of that scope comes here again. What cost this has does not depend on what torch holds, but for
-    pools whose scopes have just ended, and where enough has become unused to be worth it.
+    It waits while a scope is open on any device, because torch frees nothing then; the end of that
+    scope calls this again. Its cost does not depend on how much torch holds, except for pools whose
+    scopes have just ended, and if enough has become unused to be worth it.
     """
     with pools_lock:
         if open_pools or not (fresh_pools or _held.devices):
@@ -98,13 +98,13 @@ def return_unused(*, thorough: bool = False) -> None:
 
 
 def settled_dead_ranges(live: Collection[PoolId]) -> list[tuple[int, int]]:
-    """`return_unused` of all, and `dead_ranges`, by asking torch once.
+    """Does `return_unused` for all pools and `dead_ranges`, with one query to torch.
 
-    Ranges of what is freed by it may be among them.
+    The result may contain ranges that it frees.
     """
     if not runtime.is_initialized() or not runtime.has_native_allocator():
         return []
-    with pools_lock:  # pools before segments: of one that ends meanwhile there may be more
+    with pools_lock:  # pools before segments: a pool that ends in between may have more segments
         pools = {} if open_pools else {**_held.devices, **fresh_pools}
         segments = snapshots.segments_of()
         unused = _look_at(pools, segments)
@@ -114,7 +114,7 @@ def settled_dead_ranges(live: Collection[PoolId]) -> list[tuple[int, int]]:
 
 
 def _look_at(pools: Mapping[PoolId, int], segments: Sequence[Segment]) -> dict[PoolId, int]:
-    """Notes which of the pools have segments in use; returns those with unused ones."""
+    """Records which of the pools have segments in use; returns those with unused ones."""
     used: Counter[PoolId] = Counter()
     unused: dict[PoolId, int] = {}
     for segment in segments:
@@ -132,13 +132,13 @@ def _look_at(pools: Mapping[PoolId, int], segments: Sequence[Segment]) -> dict[P
 
 
 def _return(unused: Mapping[PoolId, int], every: bool) -> None:
-    """Has torch free what pools have unused. `every`: all released pools were looked at."""
+    """Makes torch free unused segments of pools. `every`: all released pools were examined."""
     if unused:
         try:
             torch.cuda.empty_cache()
         except RuntimeError:
-            # torch before 2.9 refuses while somebody's capture or pool scope is under way. The
-            # segments stay cached, as after any other empty_cache() that came too early.
+            # torch before 2.9 refuses while any capture or pool scope is under way. The segments
+            # stay cached, as after any other empty_cache() that comes too early.
             _logger.debug("torch refused to empty its cache; unused segments stay for now")
             with pools_lock:
                 fresh_pools.update(unused)
@@ -147,12 +147,12 @@ def _return(unused: Mapping[PoolId, int], every: bool) -> None:
 
 
 def _releasable_bytes() -> int:
-    """Bytes of segments of any pool that nothing uses, of the devices of pools that are held."""
+    """Returns bytes of unused segments of any pool, on the devices of the held pools."""
     return sum(held_bytes(device)[1] for device in set(_held.devices.values()))
 
 
 def held_bytes(device: int) -> tuple[int, int]:
-    """Bytes of torch's segments on a device, and of those in which nothing is in use."""
+    """Returns the bytes of torch's segments on a device, and of the unused ones among them."""
     stats = torch.cuda.memory_stats_as_nested_dict(device)
     reserved, active, split = (
         int(field_of(stats, name)["all"]["current"])

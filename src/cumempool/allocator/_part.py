@@ -1,4 +1,4 @@
-"""The base of the parts of `CuMemAllocator`."""
+"""Defines the base of the parts of `CuMemAllocator`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Part:
-    """Methods of an allocator about one thing.
+    """The methods of an allocator about one topic.
 
     Attributes:
         config: Its configuration.
@@ -29,10 +29,10 @@ class Part:
 
     @property
     def enabled(self) -> bool:
-        """False where the configuration says ``enable_cumem_allocator=False``.
+        """False if the configuration has ``enable_cumem_allocator=False``.
 
-        Then scopes are null scopes, `empty` gives ordinary memory, `adopt` and `preserve` leave all
-        as it is, and what would put memory to sleep is an `UnsupportedError`.
+        Then scopes are null scopes, `empty` gives ordinary memory, `adopt` and `preserve` change
+        nothing, and calls that would put memory to sleep raise `UnsupportedError`.
         """
         return self.config.enable_cumem_allocator is not False
 
@@ -40,7 +40,7 @@ class Part:
         if not self.enabled:
             raise UnsupportedError(
                 f"{operation}: the allocator is switched off (enable_cumem_allocator=False), and "
-                "nothing of it can sleep",
+                "none of its memory can sleep",
                 operation=operation,
                 advice="leave that setting out",
             )

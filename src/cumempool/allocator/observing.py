@@ -1,4 +1,4 @@
-"""Statistics, allocations, events and progress of an allocator."""
+"""Reports statistics, allocations, events and progress of an allocator."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ class Observed(Part):
     """The methods of `CuMemAllocator` that report its state and its transitions."""
 
     def get_current_usage(self) -> int:
-        """Bytes of device memory that are awake, over all tags."""
+        """Returns the bytes of awake device memory, over all tags."""
         return self.stats().awake_bytes
 
     def stats(self) -> Stats:
-        """Bytes per tag and state, and totals. Cheap; works on a closed allocator too."""
+        """Returns bytes per tag and state, and totals. Cheap; works on a closed allocator too."""
         return self._state.stats()
 
     def reset_peak_stats(self) -> None:
-        """Has `Stats.peak_physical_bytes` begin again with what is held now."""
+        """Restarts `Stats.peak_physical_bytes` from the memory held now."""
         self._core.reset_peaks()
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Every tag that was ever used, by name."""
+        """The name of every tag that was ever used."""
         return tuple(self._state.stats().tags)
 
     def snapshot(self) -> list[AllocationInfo]:
-        """Every live allocation, in order of allocation."""
+        """Returns every live allocation, in order of allocation."""
         return self._state.snapshot()
 
     def tag_of(self, tensor: torch.Tensor) -> str:
-        """The tag of the allocation that holds a tensor's memory.
+        """Returns the tag of the allocation that holds a tensor's memory.
 
         Raises:
-            InvalidTypeError: It is no tensor.
+            InvalidTypeError: `tensor` is no tensor.
             NotInPoolError: Its memory is not of this allocator, or it has none.
         """
         return self.allocation_of(tensor).tag
 
     def allocation_of(self, tensor: torch.Tensor) -> AllocationInfo:
-        """The allocation that holds a tensor's memory.
+        """Returns the allocation that holds a tensor's memory.
 
         Raises:
-            InvalidTypeError: It is no tensor.
+            InvalidTypeError: `tensor` is no tensor.
             NotInPoolError: Its memory is not of this allocator, or it has none.
         """
         return self._state.allocation_at(memory_of(tensor))
@@ -70,7 +70,7 @@ class Observed(Part):
 
     @property
     def events(self) -> EventLog:
-        """The latest transitions, and failures of them and of allocations; oldest first."""
+        """The latest transitions, failed transitions and failed allocations; oldest first."""
         return self._state.observer.log
 
     def on_progress(
@@ -80,22 +80,22 @@ class Observed(Part):
         after: float = 1.0,
         ended: Callable[[], object] | None = None,
     ) -> ProgressRegistration:
-        """Has a callback told how far long transitions have come, about ten times a second.
+        """Calls a callback with the progress of long transitions, about ten times a second.
 
-        Not for wakes in the background, whose handle tells. See also `show_progress`.
+        It skips wakes in the background, whose handles report progress. See also `show_progress`.
 
         Args:
-            callback: Called with the operation, the bytes done, and the bytes in all, from a thread
-                of its own; at the end of a transition that succeeded with all of them. What it
-                raises is logged.
+            callback: Called with the operation, the bytes done, and the total bytes, from a thread
+                of its own; at the end of a successful transition with done equal to total. Its
+                exceptions are logged.
             after: Seconds that a transition may take before the first call.
-            ended: Called after the last call for a transition, however that ended.
+            ended: Called after the last call for a transition, whether it succeeded or failed.
 
         Returns:
-            What takes it out again; a context manager.
+            The registration, a context manager that removes the callback at its end.
 
         Raises:
-            InvalidTypeError: It cannot be called, or `after` is no number.
+            InvalidTypeError: The callback is not callable, or `after` is no number.
             InvalidArgumentError: `after` is negative.
         """
         return self._progress.register(callback, after, ended)
@@ -111,7 +111,7 @@ class Observed(Part):
         Path(path).write_text(json.dumps(self._state.observer.snapshot()), encoding="utf-8")
 
     def record(self, path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
-        """A context manager that writes a trace: each event meanwhile, as a line of JSON.
+        """Returns a context manager that writes a trace: each event as a line of JSON.
 
         ``cumempool report`` renders it.
 
