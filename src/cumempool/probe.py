@@ -114,7 +114,7 @@ class Availability:
     driver: str
     driver_version: str = ""
     devices: tuple[DeviceProbe, ...] = ()
-    torch: TorchProbe = field(default_factory=lambda: TorchProbe("", "none", None, "not looked at"))
+    torch: TorchProbe = field(default_factory=lambda: TorchProbe("", "none", None, "not examined"))
 
     def __bool__(self) -> bool:
         return self.ok

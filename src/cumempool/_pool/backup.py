@@ -138,7 +138,7 @@ def _check_directory(directory: object) -> None:
         raise InvalidTypeError(f"directory={directory!r} is not a str")
     if not directory or "\0" in directory:
         raise InvalidArgumentError(
-            f"directory={directory!r} is not one: it must not be empty or contain a zero byte"
+            f"directory={directory!r} is invalid: it must not be empty or contain a zero byte"
         )
     try:
         os.fsencode(directory)

@@ -85,7 +85,7 @@ class Hooks:
         """Adds a pair of hooks for a tag; either may be None."""
         for name, hook in (("before_unmap", before_unmap), ("after_map", after_map)):
             if hook is not None and not callable(hook):
-                raise InvalidTypeError(f"{name} is something to call or None, not {hook!r}")
+                raise InvalidTypeError(f"{name} must be callable or None, not {hook!r}")
         entry = HookRegistration(self, tag, before_unmap, after_map)
         with self._lock:
             self._entries.append(entry)

@@ -31,7 +31,7 @@ def adopt_object(
         )
     if gradients is not False or preserve_buffers:
         raise InvalidArgumentError(
-            "adopt: gradients and preserve_buffers go with a module, not with an optimizer",
+            "adopt: gradients and preserve_buffers apply to a module, not to an optimizer",
             operation="adopt",
             tag=tag,
         )

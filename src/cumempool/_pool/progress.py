@@ -56,7 +56,7 @@ class ProgressWatch:
     ) -> ProgressRegistration:
         """Adds a callback for transitions that take longer than `after` seconds."""
         if not callable(callback):
-            raise InvalidTypeError(f"on_progress is something to call, not {callback!r}")
+            raise InvalidTypeError(f"on_progress must be callable, not {callback!r}")
         if not check_seconds(after, "after") >= 0:
             raise InvalidArgumentError(f"after={after} is negative")
         entry = ProgressRegistration(self, callback, after, ended)

@@ -142,7 +142,7 @@ def _run(reference: weakref.ref[Publisher], stop: threading.Event) -> None:
         try:
             publisher._publish()
         except Exception as error:  # noqa: BLE001 -- whatever it is, the allocator goes on
-            report_failure("statistics are published no longer", error)
+            report_failure("statistics are no longer published", error)
             return
         del publisher
 

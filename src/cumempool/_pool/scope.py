@@ -210,8 +210,8 @@ class MemoryPoolScope(contextlib.AbstractContextManager["MemoryPoolScope"]):
     def release_unused(self) -> bool:
         """Gives unused segments back to the device, inside the scope.
 
-        torch frees segments of a pool only when it does not route to it, and does not join them for
-        a larger request, so tensors that are replaced by larger ones add up. If modules register
+        torch frees segments of a pool only when it does not route to it, and uses none for a larger
+        request, so tensors that are replaced by larger ones add up. If modules register
         parameters or buffers in place of others, this happens without a call.
 
         Returns:

@@ -41,7 +41,7 @@ def warm_capture_stream(device: int) -> None:
             return
         with torch.cuda.stream(stream), torch.no_grad():
             square = torch.zeros(16, 16, dtype=torch.bfloat16, device=stream.device)
-            torch.addmm(square[0], torch.mm(square, square), square)  # cuBLAS and cuBLASLt
+            torch.addmm(square[0], torch.mm(square, square), square)  # through both its interfaces
 
 
 _pluggable_lock = fork_safe_lock()

@@ -104,8 +104,8 @@ class CuMemAllocator(Allocates, Sleeps, Registers, Observed):
     def get_instance(cls, config: CuMemConfig | None = None) -> CuMemAllocator:
         """Returns the allocator that the parts of a program share; the first call makes it.
 
-        It is never closed: after `close` the next call makes another. If threads race in the first
-        call, each may open a driver; all of them get the same allocator.
+        It never returns a closed one: after `close` the next call makes another. If threads race in
+        the first call, each may open a driver; all of them get the first allocator made.
 
         Args:
             config: For the first call. Later None, or the same configuration.

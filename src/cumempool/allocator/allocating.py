@@ -340,7 +340,7 @@ class Allocates(Part):
         """
         check_int(margin, "a margin is a number of bytes")
         if not 0 <= margin <= LARGEST:
-            raise InvalidArgumentError(f"a margin of {margin} bytes does not exist")
+            raise InvalidArgumentError(f"a margin of {margin} bytes is out of range")
         self._core.set_memory_margin(margin)
 
     def adopt(
