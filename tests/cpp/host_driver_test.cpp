@@ -663,7 +663,7 @@ TEST_F(TwoHostDevicesTest, DriverPassesWorkOnAndSaysWhetherAnEventIsDone) {
   auto* const extent = reinterpret_cast<cumempool_extent*>(arrays.data());
   auto* const result = reinterpret_cast<cumempool_digest*>(extent + 1);
   *extent = {here.address(), kGranule};
-  driver.digest(0, 1, extent, 1, result, stream.get());
+  driver.digest(0, std::uint64_t{1}, extent, std::size_t{1}, result, stream.get());
   driver.stream_synchronize(0, stream.get());
   const std::vector<std::byte> sixes(kGranule, std::byte{6});
   EXPECT_EQ(*result, digest_on_cpu(1, sixes.data(), sixes.size()));
