@@ -202,9 +202,10 @@ BackupView::BackupView(std::shared_ptr<Allocator> allocator, cumempool_address a
   bool asleep = false;
   if (record != nullptr && record->owner == allocator_) {
     allocator_->records().update([&] {
-      lives = !record->freed;  // else it is being torn down
+      if (record->freed) return;  // a teardown may be changing its contents
+      lives = true;
       asleep = record->contents.asleep();
-      if (lives && asleep) backup_ = record->contents.backup();
+      if (asleep) backup_ = record->contents.backup();
     });
   }
   if (!lives) {

@@ -496,7 +496,7 @@ void AsyncWake::wait(cumempool_address address, const cumempool_device_stream& s
   if (found == ready_.end() || ended_) {  // then every stream sees its contents
     lock.unlock();
     bool asleep = false;
-    allocator_->records().update([&] { asleep = record->contents.asleep() && !record->freed; });
+    allocator_->records().update([&] { asleep = !record->freed && record->contents.asleep(); });
     if (!asleep) return;
     throw refuse_wait(CUMEMPOOL_INVALID_ARGUMENT,
                       "the allocation is asleep and not part of this wake", "wake its tag");
