@@ -68,6 +68,20 @@ TEST_F(Race, R6_ViewsAgainstFree) {
   EXPECT_EQ(pool.close(), CUMEMPOOL_OK) << "no view is left open";
 }
 
+TEST_F(Race, R6_WaitsOfAnEndedWakeAgainstFree) {
+  const Waking waking = pool.begin_wake();
+  must(waking.finish().status);
+  const UserStream stream(host);
+  free_against([&](cumempool_address address) {
+    const auto status = waking.wait(address, stream.get());
+    if (status != CUMEMPOOL_INVALID_ARGUMENT && status != CUMEMPOOL_NOT_OWNED &&
+        status != CUMEMPOOL_OK) {
+      ++failures;
+    }
+  });
+  EXPECT_EQ(failures, 0) << "it sleeps, or is gone";
+}
+
 TEST_F(Race, R6_PreservingAgainstFree) {
   free_against([&](cumempool_address address) {
     const auto status = cumempool_preserve(pool.get(), address);

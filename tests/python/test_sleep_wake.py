@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -548,22 +549,18 @@ def test_prepare_refuses_unknown_tags_and_too_much(make_allocator: MakeAllocator
     with pytest.raises(UnknownTagError):
         limited.prepare(offload_tags="nobody")
     tensor = limited.empty(8 * MIB, dtype=torch.uint8, tag="weights")
-    with refuses(
+    too_much = partial(
+        refuses,
         OutOfHostMemoryError,
         names="host_backup_limit",
         operation="prepare",
         tag="weights",
         bytes=8 * MIB,
-    ):
+    )
+    with too_much():
         limited.prepare(offload_tags="weights")
     failed = limited.prepare(offload_tags="weights", background=True)
-    with refuses(
-        OutOfHostMemoryError,
-        names="host_backup_limit",
-        operation="prepare",
-        tag="weights",
-        bytes=8 * MIB,
-    ):
+    with too_much():
         failed.result(timeout=60)
     assert limited.stats().host_bytes == 0
     del tensor
